@@ -1,0 +1,60 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Both build .venv from constraints-cpu.txt. Extra pip options go into PIP_ARGS, for instance an
+# index that serves CPU builds of torch where the default one serves CUDA builds.
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+WORKERS ?= 2
+BIN := $(VENV)/bin
+MATRIX_VENV ?= .venv-transformers-4.57
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types layers unit test-matrix bench-demo wheel clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.base: pyproject.toml constraints-cpu.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt torch
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/.base ## install into .venv and run the demo
+	$(BIN)/pitome-vlm demo
+
+test: lint types layers unit ## install the dev extra, then lint, types, layers and tests
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+layers: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+unit: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term
+
+test-matrix: ## adapter tests on the oldest supported transformers, in an environment of its own
+	test -x $(MATRIX_VENV)/bin/python || $(PYTHON) -m venv $(MATRIX_VENV)
+	$(MATRIX_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt torch
+	$(MATRIX_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt \
+		-e . "transformers>=4.57,<4.58" peft hypothesis pytest pytest-timeout pytest-xdist
+	OMP_NUM_THREADS=1 $(MATRIX_VENV)/bin/python -m pytest -n $(WORKERS) tests/adapter
+
+bench-demo: $(VENV)/.base ## regenerate eval/results/demo (all held-out questions)
+	$(BIN)/python scripts/demo_benchmark.py --output eval/results/demo
+
+wheel: $(VENV)/.dev ## build the wheel into dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) $(MATRIX_VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

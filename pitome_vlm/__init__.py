@@ -1,0 +1,54 @@
+"""Faster LLaVA-style models: visual tokens are merged before the language model sees them.
+
+    import pitome_vlm
+    model = pitome_vlm.wrap(model, keep=0.25)
+
+Only names; importing this module reads no configuration and touches no device.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .config import MergeConfig
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .describe import describe
+    from .loading import load
+    from .wrapper import compact_inputs, encode_images, unwrap, wrap, wrapped
+
+__all__ = [
+    "MergeConfig",
+    "__version__",
+    "compact_inputs",
+    "describe",
+    "encode_images",
+    "load",
+    "unwrap",
+    "wrap",
+    "wrapped",
+]
+
+# Loaded on first use, so that `pitome-vlm --help` does not wait for torch.
+_LAZY = {
+    "compact_inputs": "wrapper",
+    "describe": "describe",
+    "encode_images": "wrapper",
+    "load": "loading",
+    "unwrap": "wrapper",
+    "wrap": "wrapper",
+    "wrapped": "wrapper",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

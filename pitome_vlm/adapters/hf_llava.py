@@ -1,0 +1,142 @@
+"""Hugging Face LLaVA and ViP-LLaVA: where tower and projector are and how features are read.
+
+Knows: `vision_feature_layer`, the select strategy, the projector. Does not know: algorithms,
+prompts, or how a layer merges (`tower.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..merge_pass import MergePass, VisualTokens
+from ..schedule import TowerShape
+from .tower import (
+    feature_depth,
+    find_encoder_layers,
+    has_class_token,
+    install_tower,
+    patch_grid,
+    tower_slot,
+    uninstall_tower,
+)
+
+MODEL_TYPES = ("llava", "vipllava")
+PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+STRATEGIES = ("default", "full")
+
+
+class HFLlavaAdapter:
+    """LlavaForConditionalGeneration and VipLlavaForConditionalGeneration."""
+
+    name = " | ".join(MODEL_TYPES)
+
+    def matches(self, model: Any) -> bool:
+        """By model type and parts, not by class path, which differs between releases."""
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        core = getattr(model, "model", None)
+        return model_type in MODEL_TYPES and all(hasattr(core, part) for part in PARTS)
+
+    def tower_shape(self, model: Any, **feature_options: Any) -> TowerShape:
+        """See `Adapter`; `feature_options` may override `vision_feature_layer` and strategy.
+
+        Raises:
+            ValueError: unknown select strategy, or a feature layer outside of the tower.
+        """
+        layer, strategy = self._features(model, feature_options)
+        vision, tower = model.config.vision_config, model.model.vision_tower
+        grid = patch_grid(vision)
+        patches = grid[0] * grid[1]
+        class_tokens = int(has_class_token(tower))
+        # "default" cuts off the first token whatever it is; on a tower without a class token that
+        # is the first patch, which then must not be merged into anything that stays.
+        n_leading = max(class_tokens, int(strategy == "default"))
+        return TowerShape(
+            n_tokens=patches + class_tokens - n_leading,
+            n_leading=n_leading,
+            leading_kept=n_leading if strategy == "full" else 0,
+            n_layers=vision.num_hidden_layers,
+            used_layers=max(feature_depth(layer, vision.num_hidden_layers)),
+            grid=grid if n_leading == class_tokens else None,
+        )
+
+    def install(self, model: Any, *, inside_tower: bool) -> None:
+        """Swap the classes of the tower's layers.
+
+        An unknown tower is an error where it has to merge. Where merging happens behind it the
+        tower is left alone.
+        """
+        try:
+            find_encoder_layers(model.model.vision_tower)
+        except TypeError:
+            if inside_tower:
+                raise
+            return
+        install_tower(model.model.vision_tower)
+
+    def uninstall(self, model: Any) -> None:
+        """Give the tower its own classes back."""
+        try:
+            uninstall_tower(model.model.vision_tower)
+        except TypeError:
+            return  # an unknown tower was never touched
+
+    def encode_images(
+        self, model: Any, pixel_values: Tensor, merge_pass: MergePass, **feature_options: Any
+    ) -> VisualTokens:
+        """`get_image_features` of the model itself, with merging in its two places.
+
+        Args:
+            model: an installed model.
+            pixel_values: [images, 3, H, W].
+            merge_pass: a fresh pass; holds the plans afterwards.
+            **feature_options: `vision_feature_layer`, `vision_feature_select_strategy`.
+        """
+        layer, strategy = self._features(model, feature_options)
+        core = model.model
+        states = self._hidden_states(core.vision_tower, pixel_values, merge_pass)
+        depths = feature_depth(layer, len(states) - 1)
+        # Features of several depths are concatenated per token: the shallower ones have to go
+        # through the merges that were made behind them.
+        carried = [merge_pass.carry(states[depth], depth) for depth in depths]
+        if strategy == "default":
+            carried = [state[:, 1:] for state in carried]
+        features = merge_pass.merge_features(torch.cat(carried, dim=-1))
+        projected = core.multi_modal_projector(features)
+        sources = merge_pass.source_map(len(projected), projected.device)
+        return VisualTokens(
+            list(projected), list(sources), [merge_pass.schedule.tokens_in] * len(projected)
+        )
+
+    def _hidden_states(
+        self, tower: nn.Module, pixel_values: Tensor, merge_pass: MergePass
+    ) -> tuple[Tensor, ...]:
+        try:
+            slot = tower_slot(tower)
+        except TypeError:
+            outputs = tower(pixel_values, output_hidden_states=True)
+        else:
+            with slot.encode(merge_pass):
+                outputs = tower(pixel_values, output_hidden_states=True)
+        states: tuple[Tensor, ...] = outputs.hidden_states
+        return states
+
+    def _features(self, model: Any, options: dict[str, Any]) -> tuple[int | list[int], str]:
+        config = model.config
+        layer = options.get("vision_feature_layer")
+        for name in ("vision_feature_layer", "vision_feature_layers"):
+            layer = getattr(config, name, None) if layer is None else layer
+        if layer is None:
+            raise ValueError("the model's config names no vision_feature_layer")
+        strategy = options.get("vision_feature_select_strategy")
+        if strategy is None:
+            # ViP-LLaVA has no such option: it always drops the first token.
+            strategy = getattr(config, "vision_feature_select_strategy", None) or "default"
+        if strategy not in STRATEGIES:
+            raise ValueError(
+                f"vision_feature_select_strategy must be one of {', '.join(STRATEGIES)}, "
+                f"got {strategy!r}"
+            )
+        return (layer if isinstance(layer, int) else list(layer)), strategy

@@ -1,0 +1,106 @@
+"""Give one module another class, and take it back.
+
+Knows: why a class swap is the mechanism (hooks cannot sit between attention and MLP, instance
+closures are lost by accelerate and copied wrongly by deepcopy, renamed classes break hidden-state
+capture and `config.architectures`; evidence in reference/transformers.md 1) and the traps of
+instance-level `forward` attributes. Does not know: what the new class does.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+from torch import nn
+
+_BASE = "_pitome_base"
+
+
+@functools.cache
+def swapped_class(base: Any, mixin: Any) -> type[nn.Module]:
+    """`base` with `mixin` in front, under the same name, module and qualified name.
+
+    The names matter: transformers keys its output recording by `str(class)`, writes the class
+    name into `config.architectures`, and device maps name classes that must not be split.
+    """
+    body = {"__module__": base.__module__, "__qualname__": base.__qualname__, _BASE: base}
+    body["__doc__"] = base.__doc__ or ""
+    body["__reduce_ex__"] = _reduce_swapped
+    for method in getattr(mixin, "_pitome_mirrored", ()):
+        body[method] = _mirrored(getattr(base, method), getattr(mixin, method))
+    return type(base.__name__, (mixin, base), body)
+
+
+def _mirrored(original: Any, replacement: Any) -> Any:
+    """`replacement` under the name, docs and signature of `original`, which callers inspect."""
+
+    @functools.wraps(original)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return replacement(self, *args, **kwargs)
+
+    return method
+
+
+def _reduce_swapped(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """Pickle (and deepcopy) through the two classes that can be imported by name."""
+    del protocol
+    cls = type(self)
+    return _restore, (getattr(cls, _BASE), cls.__bases__[0]), self.__dict__.copy()
+
+
+def _restore(base: type[nn.Module], mixin: type) -> nn.Module:
+    cls = swapped_class(base, mixin)
+    module: nn.Module = cls.__new__(cls)
+    return module
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether this instance carries a swapped class."""
+    return _BASE in type(module).__dict__
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module as it was before any swap."""
+    base: type[nn.Module] = type(module).__dict__.get(_BASE, type(module))
+    return base
+
+
+def swap_in(module: nn.Module, mixin: type) -> None:
+    """Put `mixin` in front of the class of this one instance.
+
+    Raises:
+        RuntimeError: someone else replaced `forward` on the instance, so that a new class would
+            never be called; nothing has been changed then.
+    """
+    if not is_swapped(module):
+        _exchange(module, swapped_class(type(module), mixin))
+
+
+def swap_out(module: nn.Module) -> None:
+    """Undo `swap_in`; a no-op on a module that is not swapped."""
+    if is_swapped(module):
+        _exchange(module, base_class(module))
+
+
+def _exchange(module: nn.Module, new: type[nn.Module]) -> None:
+    own, old = module.__dict__, type(module)
+    if "_old_forward" in own:
+        # accelerate's hooks keep the real forward here and call it.
+        if getattr(own["_old_forward"], "__func__", None) is not old.forward:
+            raise RuntimeError(_foreign(module))
+        own["_old_forward"] = types.MethodType(new.forward, module)
+    elif "forward" in own:
+        # transformers 4.57 leaves the class's own bound forward on instances after recording
+        # hidden states; it says nothing and only hides the class, so it can go.
+        if getattr(own["forward"], "__func__", None) is not old.forward:
+            raise RuntimeError(_foreign(module))
+        del own["forward"]
+    module.__class__ = new
+
+
+def _foreign(module: nn.Module) -> str:
+    return (
+        f"{type(module).__name__}.forward was replaced on this instance by another library, so "
+        "merging cannot be put in; remove that patch first, wrap, then apply it again"
+    )

@@ -1,0 +1,264 @@
+"""Merging inside a pre-norm ViT layer: serves the CLIP and SigLIP towers of transformers.
+
+Knows: where attention, residual and MLP sit in an encoder layer, and how transformers selects
+attention kernels. Does not know: LLaVA, prompts, or which algorithm decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from ..merge import log_size_bias
+from ..merge_pass import MergePass
+from .swap import base_class, swap_in, swap_out
+
+logger = logging.get_logger(__name__)
+
+LAYER_PARTS = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
+ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "out_proj", "head_dim", "scale")
+# Implementations whose function in transformers adds a float mask to the logits. All others
+# (flash kernels, flex) read a mask as padding or not at all.
+TAKES_FLOAT_MASK = ("eager", "sdpa")
+
+
+class TowerSlot:
+    """Which encoding the layers of one tower belong to right now.
+
+    A layer cannot be handed an argument through the towers of transformers 4.57, so it looks
+    here when it is *called* and passes what it finds to its own forward as an argument: a
+    checkpointed re-run gets that same argument, however much later it happens. The lock makes two
+    threads that share a model take turns in its tower.
+    """
+
+    def __init__(self) -> None:
+        self.active: MergePass | None = None
+        self._lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def encode(self, merge_pass: MergePass) -> Iterator[None]:
+        """Make `merge_pass` the one that layers called in this block belong to."""
+        with self._lock:
+            previous, self.active = self.active, merge_pass
+            try:
+                yield
+            finally:
+                self.active = previous
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TowerSlot:
+        # One object per tower: layers copied together must share the copy.
+        copied: TowerSlot = memo.setdefault(id(self), TowerSlot())
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        TowerSlot.__init__(self)
+
+
+def find_encoder_layers(tower: nn.Module) -> nn.ModuleList:
+    """The tower's transformer layers, found by structure because their path differs by release.
+
+    Raises:
+        TypeError: no list of layers with the parts a merge needs.
+    """
+    for module in tower.modules():
+        if isinstance(module, nn.ModuleList) and len(module) and _is_mergeable(module[0]):
+            return module
+    raise TypeError(
+        f"vision tower {type(tower).__name__} is not supported inside the tower: looked for a "
+        f"ModuleList of layers with {', '.join(LAYER_PARTS)} whose self_attn has "
+        f"{', '.join(ATTENTION_PARTS)} (CLIP and SigLIP have); "
+        'merge behind it with stage="projector" instead'
+    )
+
+
+def _is_mergeable(layer: nn.Module) -> bool:
+    attention = getattr(layer, "self_attn", None)
+    return all(hasattr(layer, part) for part in LAYER_PARTS) and all(
+        hasattr(attention, part) for part in ATTENTION_PARTS
+    )
+
+
+class MergingLayer:
+    """Mixin in front of an encoder layer's class; the untouched forward unless a pass is active."""
+
+    _pitome_layer: int
+    _pitome_slot: tuple[TowerSlot]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Hand the active pass on as an argument."""
+        active = self._pitome_slot[0].active
+        if active is not None:
+            kwargs["pitome_pass"] = active
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, pitome_pass: MergePass | None = None, **kwargs: Any
+    ) -> Any:
+        """The layer, with a merge between attention and MLP (paper eq. 1-2) where scheduled.
+
+        Args:
+            hidden_states: [B, N, C].
+            *args: what the tower passes to its layers.
+            pitome_pass: the encoding this call belongs to.
+            **kwargs: what the tower passes to its layers.
+        """
+        layer = self._pitome_layer
+        if pitome_pass is None:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        if layer >= pitome_pass.schedule.used_layers:
+            # Nobody reads what lies behind the feature layer, so it is not computed.
+            return _as_returned(self, hidden_states)
+        if not pitome_pass.touches(layer):
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        return _as_returned(self, _merged_forward(self, hidden_states, pitome_pass))
+
+    def extra_repr(self) -> str:
+        """Say in `print(model)` that merging is installed here."""
+        own = super().extra_repr()  # type: ignore[misc]
+        return ", ".join(part for part in (own, f"pitome layer {self._pitome_layer}") if part)
+
+
+def _merged_forward(layer: Any, hidden: Tensor, merge_pass: MergePass) -> Tensor:
+    index, config = layer._pitome_layer, merge_pass.config
+    bias = log_size_bias(merge_pass.attention_sizes(index), hidden.dtype)
+    attended, keys = _attend(layer.self_attn, layer.layer_norm1(hidden), bias)
+    hidden = hidden + attended
+    if config.placement == "after_attention":
+        metric = keys if config.metric == "keys" else hidden
+        hidden = merge_pass.merge_in_layer(index, hidden, metric)
+    hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+    if config.placement == "after_layer":
+        metric = keys if config.metric == "keys" else hidden
+        hidden = merge_pass.merge_in_layer(index, hidden, metric)
+    return hidden
+
+
+def _attend(attention: Any, normed: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The layer's own attention with an additive bias; also its keys, averaged over heads.
+
+    The keys come from the live projection, so that LoRA and quantised layers are seen as they
+    are, and from the same call that attention uses, so that nothing is computed twice.
+
+    Args:
+        attention: CLIPAttention or SiglipAttention.
+        normed: [B, N, C].
+        bias: [B, 1, 1, N] or None.
+
+    Returns:
+        [B, N, C] output and [B, N, head_dim] mean keys (paper eq. 3; 64-d for CLIP-L).
+    """
+    shape = (*normed.shape[:-1], -1, attention.head_dim)
+    query, key, value = (
+        projection(normed).view(shape).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    output, _ = _kernel(attention, bias)(
+        attention,
+        query,
+        key,
+        value,
+        bias,
+        scaling=attention.scale,
+        dropout=attention.dropout if attention.training else 0.0,
+        is_causal=False,
+    )
+    output = output.reshape(*normed.shape[:-1], -1).contiguous()
+    return attention.out_proj(output), key.mean(1)
+
+
+def _kernel(attention: Any, bias: Tensor | None) -> Any:
+    name = attention.config._attn_implementation or "sdpa"
+    if bias is not None and name not in TAKES_FLOAT_MASK:
+        logger.warning_once(
+            f"attention implementation {name!r} takes no additive mask; vision layers behind the "
+            "first merge use 'sdpa' for proportional attention"
+        )
+        name = "sdpa"
+    if name == "eager":
+        return inspect.getmodule(base_class(attention)).eager_attention_forward  # type: ignore[union-attr]
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def _as_returned(layer: Any, hidden: Tensor) -> Any:
+    """`hidden` in the form the layer's own class returns: a tuple before transformers 5."""
+    return (hidden,) if _returns_tuple(base_class(layer)) else hidden
+
+
+def _returns_tuple(layer_class: type[nn.Module]) -> bool:
+    return "output_attentions" in inspect.signature(layer_class.forward).parameters
+
+
+def install_tower(tower: nn.Module) -> TowerSlot:
+    """Put `MergingLayer` in front of every layer's class; all or nothing.
+
+    Returns:
+        The slot that starts an encoding.
+    """
+    layers = find_encoder_layers(tower)
+    slot = TowerSlot()
+    try:
+        for index, layer in enumerate(layers):
+            swap_in(layer, MergingLayer)
+            layer._pitome_layer = index  # type: ignore[assignment]
+            # In a tuple, so that it is no attribute torch would register or move.
+            layer._pitome_slot = (slot,)  # type: ignore[assignment]
+    except BaseException:
+        uninstall_tower(tower)
+        raise
+    return slot
+
+
+def uninstall_tower(tower: nn.Module) -> None:
+    """Give every layer its own class back; a no-op on an untouched tower."""
+    for layer in find_encoder_layers(tower):
+        swap_out(layer)
+        for name in ("_pitome_layer", "_pitome_slot"):
+            layer.__dict__.pop(name, None)
+
+
+def tower_slot(tower: nn.Module) -> TowerSlot:
+    """The slot of an installed tower."""
+    slot: TowerSlot = find_encoder_layers(tower)[0]._pitome_slot[0]  # type: ignore[index,assignment]
+    return slot
+
+
+def has_class_token(tower: nn.Module) -> bool:
+    """Whether the tower puts a class token in front of the patches (CLIP does, SigLIP not)."""
+    return any(hasattr(module, "class_embedding") for module in tower.modules())
+
+
+def patch_grid(vision_config: Any) -> tuple[int, int]:
+    """(rows, columns) of patches that the processor prepares pictures for."""
+    image, patch = vision_config.image_size, vision_config.patch_size
+    rows, columns = (image, image) if isinstance(image, int) else image
+    high, wide = (patch, patch) if isinstance(patch, int) else patch
+    return rows // high, columns // wide
+
+
+def feature_depth(vision_feature_layer: int | list[int], n_layers: int) -> list[int]:
+    """Indices into `hidden_states` (0 is the embedding) as numbers of layers passed.
+
+    Raises:
+        ValueError: an index outside of the tower.
+    """
+    wanted = (
+        [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
+    )
+    depths = [index if index >= 0 else n_layers + 1 + index for index in wanted]
+    for index, depth in zip(wanted, depths, strict=True):
+        if not 0 <= depth <= n_layers:
+            raise ValueError(
+                f"vision_feature_layer must be in {-n_layers - 1}..{n_layers} for this tower of "
+                f"{n_layers} layers, got {index}"
+            )
+    return depths

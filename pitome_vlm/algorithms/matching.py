@@ -1,0 +1,53 @@
+"""Bipartite soft matching, the step ToMe and the variants of PiToMe share.
+
+Knows: two sets of tokens and their similarities. Does not know: how the sets were chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..merge import MergePlan
+
+
+def take_similarity(similarity: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """[B, N, N] at rows [B, a] and columns [B, b]: [B, a, b]."""
+    batch = torch.arange(similarity.shape[0], device=similarity.device)[:, None, None]
+    return similarity[batch, rows[:, :, None], columns[:, None, :]]
+
+
+def match_most_similar(
+    similarity: Tensor, side_a: Tensor, side_b: Tensor, n_merge: int
+) -> tuple[Tensor, Tensor]:
+    """The `n_merge` tokens of A whose best partner in B is closest, and those partners.
+
+    Args:
+        similarity: [B, N, N].
+        side_a: [B, a] token indices that may give up their place, a >= n_merge.
+        side_b: [B, b] token indices that receive, b >= 1.
+        n_merge: r.
+
+    Returns:
+        sources [B, r], destinations [B, r]. Ties go to the earlier token.
+    """
+    best, partner = take_similarity(similarity, side_a, side_b).max(-1)
+    chosen = best.argsort(dim=-1, descending=True, stable=True)[:, :n_merge]
+    return side_a.gather(1, chosen), side_b.gather(1, partner.gather(1, chosen))
+
+
+def match_alternating(similarity: Tensor, n_merge: int, *, offset: int = 0) -> MergePlan:
+    """ToMe's matching: every second token in raster order is a possible source.
+
+    Args:
+        similarity: [B, N, N].
+        n_merge: r.
+        offset: number of leading tokens that were cut off; ToMe's parity counts them.
+    """
+    batch, n_tokens = similarity.shape[:2]
+    index = torch.arange(n_tokens, device=similarity.device).expand(batch, n_tokens)
+    start = offset % 2
+    sources, destinations = match_most_similar(
+        similarity, index[:, start::2], index[:, 1 - start :: 2], n_merge
+    )
+    return MergePlan.from_pairs(n_tokens, sources, destinations)

@@ -1,0 +1,102 @@
+"""PiToMe (NeurIPS 2024, arXiv 2405.16148): protect informative tokens, merge the redundant.
+
+Written from the paper's formulas (eq. 3-4, Algorithm 1). Knows: keys and options. Does not know:
+what the keys were computed from, nor how the plan is applied. The variants of the authors'
+released code are options of this one algorithm, not copies.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..merge import Algorithm, MergeContext, MergePlan, cosine_similarity
+from .matching import match_alternating, match_most_similar, take_similarity
+
+
+def margin_at(depth: float) -> float:
+    """The paper's m_l = 0.9 - 0.9 l / L for a relative depth l / L in [0, 1]."""
+    return 0.9 - 0.9 * depth
+
+
+def energy_score(similarity: Tensor, margin: float, *, form: str, alpha: float) -> Tensor:
+    """How redundant each token is: E_i = 1/N sum over its neighbours j of f_m(cos(v_i, v_j)).
+
+    Args:
+        similarity: [B, N, N] cosines.
+        margin: m.
+        form: "paper" is eq. 4, f_m(x) = x if x >= m else alpha (exp(x - m) - 1); "elu" is the
+            released code's ELU(x - m); "gaussian" the released text model's kernel with
+            sigma = 1 - m.
+        alpha: alpha of eq. 4.
+
+    Returns:
+        [B, N]; high energy means a large cluster, hence mergeable.
+    """
+    if form == "paper":
+        low = alpha * (torch.exp(similarity - margin) - 1)
+        score = torch.where(similarity >= margin, similarity, low)
+    elif form == "elu":
+        score = torch.nn.functional.elu(similarity - margin, alpha=alpha)
+    else:
+        # A margin of one would be a kernel of width zero.
+        sigma = max(1 - margin, 1e-2)
+        score = torch.exp(-((1 - similarity) ** 2) / (2 * sigma**2))
+        score = score / (sigma * math.sqrt(2 * math.pi))
+    # A token is not its own neighbour.
+    own = score.diagonal(dim1=-2, dim2=-1)
+    return (score.sum(-1) - own) / similarity.shape[-1]
+
+
+def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
+    """Paper Algorithm 1, lines 2-10; see `MergeConfig` for the variants.
+
+    Args:
+        keys: [B, N, D].
+        n_out: N - k with 2 k <= N.
+        ctx: options, relative depth and parity.
+
+    Raises:
+        ValueError: more than half of the tokens would have to go in one step.
+    """
+    config, n_tokens = ctx.config, keys.shape[1]
+    n_merge = n_tokens - n_out
+    if 2 * n_merge > n_tokens:
+        raise ValueError(
+            f"pitome merges at most half of the tokens in one step (2k <= N): n_out must be in "
+            f"{(n_tokens + 1) // 2}..{n_tokens}, got {n_out}"
+        )
+    similarity = cosine_similarity(keys)
+    if config.early_matching > 0 and ctx.depth <= config.early_matching:
+        return match_alternating(similarity, n_merge, offset=ctx.n_leading)
+    margin = margin_at(ctx.depth) if config.margin is None else config.margin
+    energy = energy_score(similarity, margin, form=config.energy, alpha=config.alpha)
+    by_energy = energy.argsort(dim=-1, descending=True, stable=True)
+    if not config.protect:
+        side_a, side_b = by_energy[:, ::2], by_energy[:, 1::2]
+        sources, destinations = match_most_similar(similarity, side_a, side_b, n_merge)
+        return MergePlan.from_pairs(n_tokens, sources, destinations)
+    side_a, side_b = _split(by_energy[:, : 2 * n_merge], ctx)
+    partner = take_similarity(similarity, side_a, side_b).argmax(-1)
+    order = None
+    if not config.restore_order:
+        order = torch.cat([by_energy[:, 2 * n_merge :], side_b], 1)
+    return MergePlan.from_pairs(n_tokens, side_a, side_b.gather(1, partner), order=order)
+
+
+def _split(mergeable: Tensor, ctx: MergeContext) -> tuple[Tensor, Tensor]:
+    """The 2k mergeable tokens [B, 2k], in energy order, into sources and destinations [B, k]."""
+    half = mergeable.shape[1] // 2
+    if ctx.config.split == "ordered":
+        return mergeable[:, ::2], mergeable[:, 1::2]
+    if ctx.config.split == "high_low":
+        return mergeable[:, :half], mergeable[:, half:]
+    shuffled = mergeable[:, ctx.random_order(2 * half, mergeable.device)]
+    return shuffled[:, :half], shuffled[:, half:]
+
+
+ALGORITHM = Algorithm(
+    name="pitome", plan=plan, source="PiToMe, arXiv 2405.16148, eq. 3-4 and Algorithm 1"
+)

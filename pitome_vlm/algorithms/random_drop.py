@@ -1,0 +1,38 @@
+"""Random selection: the baseline every designed method has to beat.
+
+Knows: a seed. Does not know: anything about the tokens it keeps. It drops, it does not average
+(`MergePlan.prune`): a dropped token is only booked on its most similar survivor, so that source
+maps and sizes still account for every patch.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..merge import Algorithm, MergeContext, MergePlan, cosine_similarity
+from .matching import take_similarity
+
+
+def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
+    """Keep `n_out` of N tokens, the same ones for every image (see `MergeContext.random_order`).
+
+    Args:
+        keys: [B, N, D], used for the bookkeeping only.
+        n_out: tokens to keep, 1..N.
+        ctx: seed and layer.
+    """
+    batch, n_tokens = keys.shape[:2]
+    order = ctx.random_order(n_tokens, keys.device).expand(batch, n_tokens)
+    survivors, dropped = order[:, :n_out], order[:, n_out:]
+    nearest = take_similarity(cosine_similarity(keys), dropped, survivors).argmax(-1)
+    return MergePlan.from_pairs(n_tokens, dropped, survivors.gather(1, nearest), prune=True)
+
+
+ALGORITHM = Algorithm(
+    name="random",
+    plan=plan,
+    source="uniform random selection",
+    pairwise=False,
+    default_stage="projector",
+    proportional_attention=False,
+)

@@ -1,0 +1,296 @@
+"""MergeConfig: everything that decides how tokens are merged, in one validated, savable object.
+
+Knows: the names, ranges and defaults of the options and how they are written to JSON. Does not
+know: torch, models, or what an algorithm does with an option.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from .schedule import Budget
+from .version import __version__
+
+CONFIG_NAME = "pitome_config.json"
+FORMAT_VERSION = 1
+
+Stage = Literal["tower", "projector", "both"]
+Metric = Literal["keys", "hidden"]
+Energy = Literal["paper", "elu", "gaussian"]
+Split = Literal["ordered", "random", "high_low"]
+Placement = Literal["after_attention", "after_layer"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "stage": get_args(Stage),
+    "metric": get_args(Metric),
+    "energy": get_args(Energy),
+    "split": get_args(Split),
+    "placement": get_args(Placement),
+}
+# Preset name -> the fields it fixes. "released" is what the authors published as code, which is
+# not the algorithm of the paper (reference/pitome-paper.md 1.8-1.10); a number made with it must
+# be able to say so.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"algorithm": "pitome"},
+    "released": {
+        "algorithm": "pitome",
+        "energy": "elu",
+        "metric": "hidden",
+        "placement": "after_layer",
+        "early_matching": 0.5,
+        "weighted": False,
+        "proportional_attention": False,
+        "restore_order": False,
+    },
+}
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """' Did you mean ...?' for a misspelt name, or an empty string."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """How the visual tokens of an image are merged. Immutable; exactly one budget word is given.
+
+    Attributes:
+        keep: fraction of an image's visual tokens that reach the language model, in (0, 1].
+        tokens: the same as a count per image, >= 1.
+        ratio: the paper's r, fraction kept at every merging layer, in (0, 1].
+        algorithm: name in the registry (`pitome_vlm.algorithms.available()`).
+        stage: merge inside the vision tower, on the features the projector reads, or both. None
+            takes the algorithm's own place.
+        layers: tower layers that merge (0-based); None means every layer that is run.
+        tower_share: with stage="both", the share of the (logarithmic) reduction done in the
+            tower, in (0, 1).
+        projector_steps: steps at the projector; None means the fewest possible.
+        metric: what tokens are compared by: attention keys averaged over heads (paper), or
+            hidden states. At the projector it is always the features.
+        placement: between attention and MLP (paper eq. 1-2), or after the whole layer.
+        proportional_attention: add log(size) to the tower's attention logits (paper section
+            3.1). None takes the algorithm's own choice.
+        weighted: size-weighted means (paper Algorithm 1), or plain ones.
+        restore_order: give the language model the tokens in raster order.
+        energy: form of f_m: paper eq. 4, the released code's ELU, or the Gaussian kernel.
+        alpha: alpha of eq. 4, >= 0.
+        margin: fixed margin m in [-1, 1]; None is the paper's 0.9 - 0.9 l / L.
+        split: how the 2k mergeable tokens become sources and destinations.
+        protect: keep the N - 2k tokens of lowest energy out of the matching.
+        early_matching: below this relative depth in [0, 1] plain bipartite matching is used
+            instead of energy (the released recipe has 0.5).
+        seed: seed of everything random.
+    """
+
+    keep: float | None = None
+    tokens: int | None = None
+    ratio: float | None = None
+    algorithm: str = "pitome"
+    stage: Stage | None = None
+    layers: tuple[int, ...] | None = None
+    tower_share: float = 0.5
+    projector_steps: int | None = None
+    metric: Metric = "keys"
+    placement: Placement = "after_attention"
+    proportional_attention: bool | None = None
+    weighted: bool = True
+    restore_order: bool = True
+    energy: Energy = "paper"
+    alpha: float = 1.0
+    margin: float | None = None
+    split: Split = "ordered"
+    protect: bool = True
+    early_matching: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        budget = self.budget
+        object.__setattr__(self, "tokens", budget.tokens)
+        if not isinstance(self.algorithm, str):
+            raise TypeError(f"algorithm must be a name, got {self.algorithm!r}")
+        for field, allowed in _CHOICES.items():
+            value = getattr(self, field)
+            if value not in allowed and not (field == "stage" and value is None):
+                hint = suggest(str(value), list(allowed))
+                raise ValueError(
+                    f"{field} must be one of {', '.join(allowed)}, got {value!r}.{hint}"
+                )
+        _check_range("tower_share", self.tower_share, 0, 1, open_ends=True)
+        _check_range("alpha", self.alpha, 0, float("inf"))
+        _check_range("early_matching", self.early_matching, 0, 1)
+        if self.margin is not None:
+            _check_range("margin", self.margin, -1, 1)
+        for field in ("weighted", "restore_order", "protect", "proportional_attention"):
+            value = getattr(self, field)
+            if not isinstance(value, bool) and not (
+                field == "proportional_attention" and value is None
+            ):
+                raise TypeError(f"{field} must be True or False, got {value!r}")
+        _check_whole("seed", self.seed, 0)
+        if self.projector_steps is not None:
+            _check_whole("projector_steps", self.projector_steps, 1)
+        if self.layers is not None:
+            for layer in self.layers:
+                _check_whole("layers", layer, 0)
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+    @property
+    def budget(self) -> Budget:
+        """The one budget word that is set."""
+        return Budget(keep=self.keep, tokens=self.tokens, ratio=self.ratio)
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> MergeConfig:
+        """A named recipe: "paper" or "released" (the authors' published code).
+
+        Args:
+            name: preset name.
+            **options: budget and further fields; they win over the preset.
+
+        Raises:
+            ValueError: unknown preset.
+        """
+        if name not in PRESETS:
+            raise ValueError(
+                f"preset must be one of {', '.join(PRESETS)}, got {name!r}."
+                + suggest(name, list(PRESETS))
+            )
+        return cls.from_dict({**PRESETS[name], **options})
+
+    def replace(self, **changes: Any) -> MergeConfig:
+        """A copy with some fields changed; giving one budget word drops the others."""
+        words = {"keep", "tokens", "ratio"}
+        if words & {k for k, v in changes.items() if v is not None}:
+            changes = {**dict.fromkeys(words), **changes}
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with the format and package version."""
+        values = dataclasses.asdict(self)
+        if self.layers is not None:
+            values["layers"] = list(self.layers)
+        return {"format_version": FORMAT_VERSION, "pitome_vlm_version": __version__, **values}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MergeConfig:
+        """The inverse of `to_dict`.
+
+        A file written by a newer version may hold keys this version does not know: they are
+        dropped with a warning that says to upgrade (as PEFT does). In a file of this or an
+        older format an unknown key is a misspelling, hence an error.
+
+        Raises:
+            ValueError: unknown key, or a value out of range.
+            TypeError: a value of the wrong type.
+        """
+        values = dict(values)
+        version = values.pop("format_version", FORMAT_VERSION)
+        written_by = values.pop("pitome_vlm_version", __version__)
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise ValueError(f"format_version must be a whole number >= 1, got {version!r}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [key for key in values if key not in known]
+        if unknown and version <= FORMAT_VERSION:
+            raise ValueError(
+                f"unknown merge option {unknown[0]!r}.{suggest(unknown[0], known)} "
+                f"Known options: {', '.join(known)}"
+            )
+        if unknown:
+            warnings.warn(
+                f"this merge config was written by pitome-vlm {written_by} (format {version}); "
+                f"this version ({__version__}, format {FORMAT_VERSION}) does not know and "
+                f"ignores {', '.join(map(repr, unknown))}. Upgrade pitome-vlm to use them.",
+                stacklevel=2,
+            )
+        kept = {key: value for key, value in values.items() if key in known}
+        if isinstance(kept.get("layers"), list):
+            kept["layers"] = tuple(kept["layers"])
+        return cls(**kept)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `pitome_config.json` into `folder` (made if missing); atomic.
+
+        Raises:
+            NotADirectoryError: `folder` is a file.
+        """
+        target = Path(folder)
+        if target.exists() and not target.is_dir():
+            raise NotADirectoryError(f"{target} is a file; give a folder to write {CONFIG_NAME} to")
+        target.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        # Written beside and moved, so that an interrupted write never leaves half a file.
+        handle, temporary = tempfile.mkstemp(dir=target, prefix=f".{CONFIG_NAME}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target / CONFIG_NAME)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return target / CONFIG_NAME
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> MergeConfig:
+        """Read `pitome_config.json` from a folder, or the JSON file itself.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a JSON object, or holds a wrong value.
+        """
+        path = Path(folder)
+        path = path / CONFIG_NAME if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no merge config at {path}; MergeConfig(...).save_pretrained(folder) writes one"
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+        try:
+            return cls.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from error
+
+    def options(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, for a one-line summary."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
+    def summary(self) -> str:
+        """One line, for instance `pitome keep=0.25 energy=elu`."""
+        shown = {k: v for k, v in self.options().items() if k != "algorithm"}
+        return " ".join([self.algorithm, *(f"{k}={v}" for k, v in shown.items())])
+
+
+def _check_range(
+    field: str, value: float, low: float, high: float, *, open_ends: bool = False
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{field} must be a number, got {value!r}")
+    inside = low < value < high if open_ends else low <= value <= high
+    if not inside:
+        left, right = "()" if open_ends else "[]"
+        raise ValueError(f"{field} must be in {left}{low}, {high}{right}, got {value!r}")
+
+
+def _check_whole(field: str, value: int, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{field} must be a whole number, got {value!r}")
+    if value < low:
+        raise ValueError(f"{field} must be at least {low}, got {value!r}")

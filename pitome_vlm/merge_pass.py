@@ -1,0 +1,180 @@
+"""The state of one encoding of images: which plans were made, how large tokens have become.
+
+Knows: the schedule, plans by layer, sizes by layer. Does not know: how the algorithm it is handed
+decides, nor which model runs. One object lives for one forward pass and travels with
+it; everything is indexed by layer and written at most once, because activation checkpointing
+runs a layer twice and two forward passes may precede one backward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .config import MergeConfig
+from .merge import Algorithm, MergeContext, MergePlan, group_positions, make_plan
+from .schedule import Schedule
+
+
+@dataclass
+class MergePass:
+    """Plans and sizes of one encoding; see the module's docstring.
+
+    Attributes:
+        config: the merge options.
+        schedule: token counts, known beforehand.
+        algorithm: who decides.
+        grid: (rows, columns) of the patches, None where the tokens are no whole grid.
+        plans: plan made in each tower layer.
+        sizes: [B, N] float32 after each tower layer that has seen a merge.
+    """
+
+    config: MergeConfig
+    schedule: Schedule
+    algorithm: Algorithm
+    grid: tuple[int, int] | None = None
+    plans: dict[int, MergePlan] = field(default_factory=dict)
+    sizes: dict[int, Tensor] = field(default_factory=dict)
+    projector_plans: list[MergePlan] = field(default_factory=list)
+    _after: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._after = dict(self.schedule.tower)
+
+    def sizes_before(self, layer: int) -> Tensor | None:
+        """Sizes of the tokens that enter a layer, None while all are one."""
+        return self.sizes.get(layer - 1)
+
+    def attention_sizes(self, layer: int) -> Tensor | None:
+        """The sizes a layer's attention has to respect, None where it has not to."""
+        return self.sizes_before(layer) if self.proportional else None
+
+    @property
+    def proportional(self) -> bool:
+        """Whether log(size) is added to the tower's attention."""
+        wanted = self.config.proportional_attention
+        return self.algorithm.proportional_attention if wanted is None else wanted
+
+    def touches(self, layer: int) -> bool:
+        """Whether a layer differs from the untouched one in any way."""
+        return layer in self._after or self.sizes_before(layer) is not None
+
+    def merge_in_layer(self, layer: int, hidden: Tensor, metric: Tensor) -> Tensor:
+        """Merge the tokens of one tower layer as scheduled and book the sizes.
+
+        Args:
+            layer: 0-based tower layer.
+            hidden: [B, n_leading + N, C].
+            metric: [B, n_leading + N, D], what tokens are compared by.
+
+        Returns:
+            [B, n_leading + M, C].
+        """
+        before = self.sizes_before(layer)
+        if layer not in self._after:
+            if before is not None:
+                self.sizes[layer] = before
+            return hidden
+        if layer not in self.plans:
+            whole = before is None and not self.plans
+            context = self._context(layer, self.schedule.n_leading, whole)
+            self.plans[layer] = make_plan(self.algorithm, metric, self._after[layer], ctx=context)
+        merged, self.sizes[layer] = self.plans[layer].apply(
+            hidden, before, weighted=self.config.weighted
+        )
+        return merged
+
+    def carry(self, state: Tensor, from_layer: int) -> Tensor:
+        """Bring a shallower hidden state to the final count with the merges made behind it.
+
+        Args:
+            state: [B, N_l, C], the output of layer `from_layer - 1`.
+            from_layer: first layer the state has not been through.
+        """
+        for layer in sorted(self.plans):
+            if layer >= from_layer:
+                state, _ = self.plans[layer].apply(
+                    state, self.sizes_before(layer), weighted=self.config.weighted
+                )
+        return state
+
+    def merge_features(self, features: Tensor) -> Tensor:
+        """Merge what the projector reads, in the scheduled steps.
+
+        Args:
+            features: [B, leading_kept + N, C].
+        """
+        leading = self.schedule.leading_kept
+        sizes = self._feature_sizes()
+        for step, count in enumerate(self.schedule.projector):
+            whole = not self.plans and step == 0
+            context = self._context(self.schedule.used_layers + step, leading, whole)
+            plan = make_plan(self.algorithm, features, count, ctx=context)
+            features, sizes = plan.apply(features, sizes, weighted=self.config.weighted)
+            self.projector_plans.append(plan)
+        return features
+
+    def source_map(self, batch: int, device: torch.device) -> Tensor:
+        """Which output token every input token went into.
+
+        Returns:
+            [B, tokens_in] int64 with values 0..tokens_out-1; both count a leading token only
+            where it reaches the language model.
+        """
+        schedule = self.schedule
+        dropped = schedule.n_leading - schedule.leading_kept
+        total = schedule.n_tokens + schedule.n_leading
+        source = torch.arange(total, device=device).expand(batch, total)
+        for layer in sorted(self.plans):
+            source = self.plans[layer].assign.gather(1, source)
+        source = source[:, dropped:] - dropped
+        for plan in self.projector_plans:
+            source = plan.assign.gather(1, source)
+        return source
+
+    def _context(self, layer: int, n_leading: int, whole_grid: bool) -> MergeContext:
+        return MergeContext(
+            config=self.config,
+            layer=layer,
+            depth=min(layer, self.schedule.used_layers) / max(1, self.schedule.n_layers),
+            n_leading=n_leading,
+            grid=self.grid if whole_grid else None,
+        )
+
+    def _feature_sizes(self) -> Tensor | None:
+        if not self.sizes:
+            return None
+        dropped = self.schedule.n_leading - self.schedule.leading_kept
+        return self.sizes[max(self.sizes)][:, dropped:]
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """The visual tokens of a batch of images as the language model will see them.
+
+    Attributes:
+        features: one [n_i, C] tensor per image, after the projector.
+        source_maps: one [tokens_in] int64 tensor per image, the output token of every input one.
+        full_counts: tokens each image would have had without merging.
+    """
+
+    features: list[Tensor]
+    source_maps: list[Tensor]
+    full_counts: list[int]
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens of each image."""
+        return [feature.shape[0] for feature in self.features]
+
+    def sizes(self) -> list[Tensor]:
+        """One [n_i] float32 per image: patches behind every token."""
+        pairs = zip(self.source_maps, self.counts, strict=True)
+        return [torch.bincount(source, minlength=count).float() for source, count in pairs]
+
+    def positions(self) -> list[Tensor]:
+        """One [n_i] float32 per image: mean raster position of the patches behind every token."""
+        pairs = zip(self.source_maps, self.counts, strict=True)
+        return [group_positions(source[None], count)[0] for source, count in pairs]

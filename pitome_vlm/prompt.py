@@ -1,0 +1,155 @@
+"""Prompt compaction: make room for fewer visual tokens than the processor wrote placeholders.
+
+Knows: token ids, masks, labels, positions and which columns are placeholders. Does not know: the
+model, its vision tower, or why an image has the number of tokens it has.
+
+Axes: B rows, T columns before, S columns after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """Which columns of a batch stay, and where they go.
+
+    Attributes:
+        keep: [B, T] bool, columns that stay.
+        column: [B, T] int64, new column of every column that stays.
+        valid: [B, S] bool, new columns that hold something.
+    """
+
+    keep: Tensor
+    column: Tensor
+    valid: Tensor
+
+    @property
+    def removed(self) -> int:
+        """Columns by which the batch got shorter, T - S."""
+        return int(self.keep.shape[1] - self.valid.shape[1])
+
+    def take(self, values: Tensor, fill: float | int | bool) -> Tensor:
+        """[B, T, ...] to [B, S, ...], `fill` where a row is padded."""
+        out = values.new_full((*self.valid.shape, *values.shape[2:]), fill)
+        rows = torch.arange(len(values), device=values.device)[:, None].expand_as(self.keep)
+        keep = self.keep.to(values.device)
+        out[rows[keep], self.column.to(values.device)[keep]] = values[keep]
+        return out
+
+
+def surplus_placeholders(placeholders: Tensor, full_counts: list[int], counts: list[int]) -> Tensor:
+    """Which placeholders have to go: [B, T] bool.
+
+    Images follow each other in row order. The processor wrote `full_counts[i]` placeholders for
+    image i; the first `counts[i]` of them stay. Placeholders that already match the merged count
+    are accepted as they are.
+
+    Args:
+        placeholders: [B, T] bool.
+        full_counts: placeholders per image without merging.
+        counts: visual tokens per image.
+
+    Raises:
+        ValueError: the placeholders match neither; the message names both numbers.
+    """
+    found, images = int(placeholders.sum()), len(counts)
+    none = torch.zeros_like(placeholders)
+    if found == sum(counts):
+        return none
+    if found != sum(full_counts):
+        raise ValueError(
+            f"the prompt has {found} image placeholders for {images} image"
+            f"{'' if images == 1 else 's'}, but {sum(full_counts)} (without merging, as the "
+            f"processor writes them) or {sum(counts)} (merged) are needed; check that every "
+            "<image> in the text has its picture and that the processor belongs to this model"
+        )
+    stays = torch.cat(
+        [
+            torch.arange(full, device=placeholders.device) < count
+            for full, count in zip(full_counts, counts, strict=True)
+        ]
+    )
+    return none.masked_scatter(placeholders, ~stays)
+
+
+def padded_left(attention_mask: Tensor | None) -> bool:
+    """Whether rows of different lengths are aligned at their ends."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return False
+    return bool((attention_mask[:, 0] == 0).any() and (attention_mask[:, -1] != 0).any())
+
+
+def _outer_padding(attended: Tensor, left: bool) -> Tensor:
+    """Columns before the first (or behind the last) attended one: [B, T] bool."""
+    if left:
+        return attended.long().cumsum(1) == 0
+    return attended.flip(1).long().cumsum(1).flip(1) == 0
+
+
+def compaction(
+    drop: Tensor, attention_mask: Tensor | None, *, left: bool | None = None
+) -> Compaction:
+    """Where every column goes when `drop` and the padding that becomes superfluous are removed.
+
+    Args:
+        drop: [B, T] bool, surplus placeholders.
+        attention_mask: [B, T], 0 where padded, or None.
+        left: side on which rows that become shorter are padded; None keeps the mask's own.
+    """
+    left = padded_left(attention_mask) if left is None else left
+    keep = ~drop
+    if attention_mask is not None:
+        keep &= ~_outer_padding(attention_mask.to(keep.device) != 0, left)
+    lengths = keep.sum(1)
+    width = int(lengths.max())
+    column = keep.long().cumsum(1) - 1
+    if left:
+        column = column + (width - lengths)[:, None]
+    places = torch.arange(width, device=keep.device)[None]
+    valid = places >= (width - lengths)[:, None] if left else places < lengths[:, None]
+    return Compaction(keep, column, valid)
+
+
+def compact_positions(position_ids: Tensor, drop: Tensor) -> Tensor:
+    """Close the gaps that dropped placeholders leave in a caller's own positions, [B, T].
+
+    Positions that restart (several samples packed into a row) restart the counting with them.
+    """
+    gone = drop.long().cumsum(1)
+    restarts = torch.zeros_like(drop)
+    restarts[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
+    before = torch.where(restarts, gone - drop.long(), torch.zeros_like(gone)).cummax(1).values
+    return position_ids - (gone - drop.long() - before)
+
+
+def token_positions(
+    placeholders: Tensor, full_counts: list[int], group_positions: list[Tensor]
+) -> Tensor:
+    """Where every kept column sat before anything was dropped, as a mean for merged tokens.
+
+    Args:
+        placeholders: [B, T] bool before compaction.
+        full_counts: placeholders per image.
+        group_positions: per image the mean raster position of every visual token, [n_i] float32.
+
+    Returns:
+        [B, T] float32; meaningful at columns that stay. Text keeps its unreduced position.
+    """
+    batch, width = placeholders.shape
+    device = placeholders.device
+    column = torch.arange(width, dtype=torch.float32, device=device).expand(batch, width)
+    # The k-th kept placeholder of an image stands where its group's mean raster position falls,
+    # counted from the image's first placeholder.
+    shift = []
+    for full, means in zip(full_counts, group_positions, strict=True):
+        offsets = means.to(device) - torch.arange(len(means), device=device)
+        shift.append(torch.nn.functional.pad(offsets, (0, full - len(means))))
+    moved = torch.zeros(batch, width, device=device).masked_scatter(placeholders, torch.cat(shift))
+    return column + moved

@@ -1,0 +1,285 @@
+"""From a budget to exact token counts.
+
+Knows: how many visual tokens enter, how many merging steps there are, and the three budget words
+`keep`, `tokens`, `ratio`. Does not know: torch, models, algorithms. Everything here is integer
+arithmetic that is done before anything runs, so that a count can be printed, tested and used to
+size a prompt without touching a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Exactly one of the three budget words.
+
+    Attributes:
+        keep: fraction of an image's visual tokens that reach the language model, 0 < keep <= 1.
+        tokens: the same as an absolute count per image, >= 1.
+        ratio: the paper's r, the fraction kept at *every* merging step, 0 < ratio <= 1.
+    """
+
+    keep: float | None = None
+    tokens: int | None = None
+    ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {k: v for k, v in vars(self).items() if v is not None}
+        if len(given) != 1:
+            shown = ", ".join(f"{k}={v}" for k, v in given.items()) or "none of them"
+            raise ValueError(
+                f"exactly one of keep, tokens, ratio must be given, got {shown}; for a quarter "
+                "of the visual tokens pass keep=0.25"
+            )
+        (name, value), *_ = given.items()
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+        if name == "tokens":
+            if value != int(value) or value < 1:
+                raise ValueError(f"tokens must be a whole number of at least 1, got {value!r}")
+            object.__setattr__(self, "tokens", int(value))
+        elif not 0 < value <= 1:
+            raise ValueError(
+                f"{name} must be in (0, 1], got {value!r}; {name}=0.25 keeps a quarter"
+                + (" at every merging step" if name == "ratio" else "")
+            )
+
+    def target(self, n_tokens: int) -> int | None:
+        """The count that must come out, or None where `ratio` decides step by step.
+
+        Args:
+            n_tokens: visual tokens of one image before any merging.
+
+        Raises:
+            ValueError: `tokens` is larger than `n_tokens`.
+        """
+        if self.tokens is not None:
+            if self.tokens > n_tokens:
+                raise ValueError(
+                    f"tokens must be in 1..{n_tokens} (this model makes {n_tokens} visual tokens "
+                    f"per image), got {self.tokens}"
+                )
+            return self.tokens
+        if self.keep is not None:
+            return max(1, math.floor(self.keep * n_tokens + 0.5))
+        return None
+
+
+def apply_ratio(n_tokens: int, ratio: float) -> int:
+    """Tokens left after one step at the paper's r: N - floor(N - N r), never below one."""
+    return max(1, n_tokens - math.floor(n_tokens - n_tokens * ratio))
+
+
+def plan_counts(n_tokens: int, n_steps: int, budget: Budget) -> tuple[int, ...]:
+    """Token count after every merging step.
+
+    With `ratio` every step keeps that fraction (paper section 3.1: k = N - N r removed). With
+    `keep` or `tokens` the constant ratio that leads to the target is solved for, and the last
+    step absorbs the rounding, so that the target is hit exactly.
+
+    Args:
+        n_tokens: tokens before the first step, >= 1.
+        n_steps: merging steps, >= 0.
+        budget: what to reach.
+
+    Returns:
+        `n_steps` counts, never increasing; the last one is what the next module sees.
+
+    Raises:
+        ValueError: the budget asks for fewer tokens but there is no step to remove them, or
+            `tokens` exceeds `n_tokens`.
+    """
+    target = budget.target(n_tokens)
+    if target is None:
+        assert budget.ratio is not None
+        counts: list[int] = []
+        for _ in range(n_steps):
+            counts.append(apply_ratio(counts[-1] if counts else n_tokens, budget.ratio))
+        return tuple(counts)
+    return geometric_counts(n_tokens, n_steps, target)
+
+
+def geometric_counts(n_tokens: int, n_steps: int, target: int) -> tuple[int, ...]:
+    """Counts of `n_steps` steps of one constant ratio from `n_tokens` to exactly `target`."""
+    if target == n_tokens:
+        return (n_tokens,) * n_steps
+    if n_steps == 0:
+        raise ValueError(
+            f"{n_tokens} tokens cannot become {target}: no merging step lies before the layer "
+            'whose features are read; merge at stage="projector" instead'
+        )
+    log_ratio = math.log(target / n_tokens) / n_steps
+    counts = [
+        max(target, math.floor(n_tokens * math.exp(log_ratio * step) + 0.5))
+        for step in range(1, n_steps + 1)
+    ]
+    counts[-1] = target
+    return tuple(counts)
+
+
+def halving_steps(n_tokens: int, target: int) -> int:
+    """Fewest steps from `n_tokens` to `target` when one step can at most pair tokens up."""
+    steps = 0
+    while n_tokens > target:
+        n_tokens = max(target, (n_tokens + 1) // 2)
+        steps += 1
+    return steps
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What is merged where, known before anything runs.
+
+    Attributes:
+        n_tokens: mergeable visual tokens per image before merging (no CLS).
+        n_leading: leading tokens that are never merged (CLS), part of every layer's sequence.
+        n_layers: layers in the tower.
+        used_layers: layers that are run; those behind the feature layer are not.
+        tower: (layer index, mergeable tokens after it) for every merging layer, in order.
+        projector: mergeable tokens after each step on the features the projector reads.
+        leading_kept: leading tokens that reach the language model (0 or `n_leading`).
+    """
+
+    n_tokens: int
+    n_leading: int
+    n_layers: int
+    used_layers: int
+    tower: tuple[tuple[int, int], ...] = ()
+    projector: tuple[int, ...] = ()
+    leading_kept: int = 0
+
+    @property
+    def tokens_in(self) -> int:
+        """Visual tokens per image that reach the language model without merging."""
+        return self.n_tokens + self.leading_kept
+
+    @property
+    def tokens_out(self) -> int:
+        """Visual tokens per image that reach the language model with merging."""
+        counts = [count for _, count in self.tower] + list(self.projector)
+        return (counts[-1] if counts else self.n_tokens) + self.leading_kept
+
+    @property
+    def is_identity(self) -> bool:
+        """True where nothing is merged, so that the untouched code path is taken."""
+        return self.tokens_out == self.tokens_in
+
+    def layer_lengths(self) -> tuple[int, ...]:
+        """Sequence length, leading tokens included, after every layer that is run."""
+        after = dict(self.tower)
+        current, lengths = self.n_tokens, []
+        for layer in range(self.used_layers):
+            current = after.get(layer, current)
+            lengths.append(current + self.n_leading)
+        return tuple(lengths)
+
+
+def split_target(n_tokens: int, target: int, tower_share: float) -> int:
+    """Count between tower and projector when both merge: `tower_share` of the log reduction."""
+    middle = math.floor(n_tokens * math.pow(target / n_tokens, tower_share) + 0.5)
+    return min(n_tokens, max(target, middle))
+
+
+def merging_layers(used_layers: int, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """The tower layers that merge: all that are run, or the given ones among them.
+
+    Raises:
+        ValueError: a given layer does not exist among those that are run.
+    """
+    if layers is None:
+        return tuple(range(used_layers))
+    bad = [layer for layer in layers if not 0 <= layer < used_layers]
+    if bad:
+        raise ValueError(
+            f"layers must be in 0..{used_layers - 1} (layers behind the one whose features are "
+            f"read are not run), got {bad[0]}"
+        )
+    return tuple(sorted(set(layers)))
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """The numbers of a vision tower that a schedule needs.
+
+    Attributes:
+        n_tokens: mergeable visual tokens per image (patches).
+        n_leading: leading tokens that are never merged (CLS).
+        leading_kept: how many of those reach the language model.
+        n_layers: layers of the tower.
+        used_layers: layers up to the deepest one whose features are read.
+        grid: (rows, columns), None where the mergeable tokens are no whole grid.
+    """
+
+    n_tokens: int
+    n_leading: int
+    leading_kept: int
+    n_layers: int
+    used_layers: int
+    grid: tuple[int, int] | None = None
+
+
+def build_schedule(
+    shape: TowerShape,
+    budget: Budget,
+    *,
+    stage: str,
+    layers: Sequence[int] | None = None,
+    tower_share: float = 0.5,
+    projector_steps: int | None = None,
+    one_step: bool = False,
+    pairwise: bool = True,
+) -> Schedule:
+    """Lay a budget out over tower and projector.
+
+    Args:
+        shape: the tower.
+        budget: what has to come out; `keep` and `tokens` count all visual tokens that reach the
+            language model, a kept CLS included.
+        stage: "tower", "projector" or "both".
+        layers: tower layers that merge, None for all that are run.
+        tower_share: see `MergeConfig`.
+        projector_steps: see `MergeConfig`.
+        one_step: reduce once, at the last merging layer.
+        pairwise: one step can at most halve the tokens.
+
+    Raises:
+        ValueError: the budget cannot be met, with the smallest or largest value that can.
+    """
+    tower_layers = merging_layers(shape.used_layers, layers) if stage != "projector" else ()
+    if one_step:
+        tower_layers = tower_layers[-1:]
+    n = shape.n_tokens
+    if budget.ratio is not None:
+        tower = plan_counts(n, len(tower_layers), budget)
+        steps = 0 if stage == "tower" else projector_steps or 1
+        projector = plan_counts(tower[-1] if tower else n, steps, budget)
+    else:
+        total = budget.target(n + shape.leading_kept)
+        assert total is not None
+        target = total - shape.leading_kept
+        if target < 1:
+            raise ValueError(
+                f"the budget leaves {total} visual tokens, but the smallest count for this model "
+                f"is {1 + shape.leading_kept} (its CLS token reaches the language model)"
+            )
+        middle = {"tower": target, "projector": n}.get(stage)
+        middle = split_target(n, target, tower_share) if middle is None else middle
+        tower = geometric_counts(n, len(tower_layers), middle)
+        fewest = (halving_steps(middle, target) if pairwise else 1) if stage != "tower" else 0
+        steps = fewest if projector_steps is None else max(fewest, projector_steps)
+        projector = geometric_counts(middle, steps if stage != "tower" else 0, target)
+    before = (n, *tower)
+    merging = zip(tower_layers, tower, before, strict=False)
+    return Schedule(
+        n_tokens=n,
+        n_leading=shape.n_leading,
+        n_layers=shape.n_layers,
+        used_layers=shape.used_layers,
+        tower=tuple((layer, after) for layer, after, entering in merging if after < entering),
+        projector=projector,
+        leading_kept=shape.leading_kept,
+    )

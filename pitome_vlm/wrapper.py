@@ -1,0 +1,227 @@
+"""wrap, unwrap, wrapped: join a model, an adapter and a merge config.
+
+Knows all three, and how to put merging on a model all-or-nothing and take it off without a
+trace. Does not know: what happens in a forward pass (`wrapped_model.py`) or how tokens are chosen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import find_adapter
+from .adapters.swap import is_swapped, swap_in, swap_out
+from .config import MergeConfig
+from .inputs import Merging, prepare, schedule_for, stage_of
+from .merge_pass import VisualTokens
+from .schedule import Schedule
+from .wrapped_model import WrappedLlava
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_STATE = "_pitome"
+
+
+def wrap(
+    model: Model,
+    *,
+    keep: float | None = None,
+    tokens: int | None = None,
+    ratio: float | None = None,
+    config: MergeConfig | None = None,
+    **options: Any,
+) -> Model:
+    """Merge the visual tokens of a LLaVA before its language model sees them; in place.
+
+    The processor, `generate`, `Trainer`, PEFT and accelerate are used as before. Wrapping again
+    replaces the settings. Weights, `state_dict` keys and class names are untouched.
+
+    Args:
+        model: a LlavaForConditionalGeneration or VipLlavaForConditionalGeneration, on its own or
+            inside a `PeftModel`.
+        keep: fraction of an image's visual tokens to keep, in (0, 1]; 1.0 changes nothing.
+        tokens: the same as a count per image.
+        ratio: the paper's r, the fraction kept at every merging layer.
+        config: a ready `MergeConfig`; a budget or options beside it replace its own.
+        **options: fields of `MergeConfig`, for instance `algorithm="tome"`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: not a supported model, or an option of the wrong type.
+        ValueError: an option out of range, or a budget that does not fit the model. The model is
+            unchanged after any error.
+    """
+    config = make_config(config, keep=keep, tokens=tokens, ratio=ratio, **options)
+    base = base_model(model)
+    adapter = find_adapter(base)
+    schedule_for(config, adapter.tower_shape(base))
+    fresh = not is_wrapped(base)
+    try:
+        adapter.install(base, inside_tower=stage_of(config) != "projector")
+        swap_in(base, WrappedLlava)
+    except BaseException:
+        if fresh:
+            adapter.uninstall(base)
+        raise
+    base.__dict__[_STATE] = Merging(config, adapter)
+    return model
+
+
+def unwrap(model: Model) -> Model:
+    """Take merging off; the model is as it was before `wrap`. A no-op on an unwrapped model."""
+    base = base_model(model)
+    if is_wrapped(base):
+        swap_out(base)
+        base.__dict__.pop(_STATE).adapter.uninstall(base)
+    return model
+
+
+@contextlib.contextmanager
+def wrapped(
+    model: Model,
+    *,
+    keep: float | None = None,
+    tokens: int | None = None,
+    ratio: float | None = None,
+    config: MergeConfig | None = None,
+    **options: Any,
+) -> Iterator[Model]:
+    """`wrap` for the length of a `with` block; what was on before comes back, error or not."""
+    previous = merge_config(model) if is_wrapped(model) else None
+    wrap(model, keep=keep, tokens=tokens, ratio=ratio, config=config, **options)
+    try:
+        yield model
+    finally:
+        unwrap(model) if previous is None else wrap(model, config=previous)
+
+
+def make_config(config: MergeConfig | None = None, **options: Any) -> MergeConfig:
+    """A `MergeConfig` from an existing one and changes to it; None means not given.
+
+    Raises:
+        TypeError: `config` is no MergeConfig.
+        ValueError: see `MergeConfig`; unknown options are named with the closest known one.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if config is None:
+        return MergeConfig.from_dict(given)
+    if not isinstance(config, MergeConfig):
+        raise TypeError(f"config must be a MergeConfig, got {type(config).__name__}")
+    budget = {"keep", "tokens", "ratio"}
+    merged = config.to_dict()
+    if budget & given.keys():
+        merged |= dict.fromkeys(budget)
+    return MergeConfig.from_dict(merged | given)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model inside a `PeftModel`, or the model itself."""
+    if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+        inner: nn.Module = model.get_base_model()  # type: ignore[operator]
+        return inner
+    return model
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether `wrap` is in force on this model."""
+    base = base_model(model)
+    return isinstance(base, nn.Module) and is_swapped(base) and _STATE in base.__dict__
+
+
+def merging_of(model: nn.Module) -> tuple[nn.Module, Merging]:
+    """The wrapped model itself and what is on it.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    base = base_model(model)
+    if not is_wrapped(base):
+        raise ValueError(
+            f"{type(base).__name__} is not wrapped; call pitome_vlm.wrap(model, keep=0.25) first"
+        )
+    return base, base.__dict__[_STATE]
+
+
+def merge_config(model: nn.Module) -> MergeConfig:
+    """The settings in force.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    return merging_of(model)[1].config
+
+
+def schedule_of(model: nn.Module) -> Schedule:
+    """Token counts layer by layer, known without running anything.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    base, merging = merging_of(model)
+    return merging.schedule(base)
+
+
+def planned_schedule(model: nn.Module, config: MergeConfig) -> Schedule:
+    """The counts `wrap(model, config=config)` would lead to; nothing is changed.
+
+    Raises:
+        TypeError: not a supported model.
+        ValueError: the budget does not fit.
+    """
+    base = base_model(model)
+    return schedule_for(config, find_adapter(base).tower_shape(base))
+
+
+def encode_images(model: nn.Module, pixel_values: Tensor, **feature_options: Any) -> VisualTokens:
+    """The visual tokens a wrapped model's language model sees, with sizes and source maps.
+
+    Args:
+        model: a wrapped model.
+        pixel_values: [images, 3, H, W] from the model's processor.
+        **feature_options: `vision_feature_layer`, `vision_feature_select_strategy`.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    base, merging = merging_of(model)
+    return merging.encode(base, pixel_values, **feature_options)
+
+
+def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
+    """What `model(**inputs)` turns its inputs into, for training loops of one's own.
+
+    Labels and logits then have the same length, so label smoothing, token accuracy and custom
+    losses work on `model(**compact_inputs(model, **batch))` as they do without merging.
+
+    Args:
+        model: a wrapped model.
+        **inputs: a processor's batch: `pixel_values` and `input_ids` or `inputs_embeds`, and
+            where wanted `attention_mask`, `labels`, `position_ids`; others are passed through.
+
+    Returns:
+        `inputs_embeds` [B, S, C] and the shortened others, without `input_ids` and
+        `pixel_values`. Gradients reach projector and tower. A batch without images comes back
+        unchanged.
+
+    Raises:
+        ValueError: the model is not wrapped, or placeholders and images do not match.
+    """
+    base, merging = merging_of(model)
+    if inputs.get("pixel_values") is None:
+        return dict(inputs)
+    prompt = prepare(base, merging, inputs)
+    known = ("inputs_embeds", "attention_mask", "labels", "position_ids")
+    compact = {name: getattr(prompt, name) for name in known if getattr(prompt, name) is not None}
+    shape = prompt.compaction.keep.shape
+    for name, value in inputs.items():
+        if name in (*known, "input_ids", "pixel_values"):
+            continue
+        per_token = isinstance(value, torch.Tensor) and value.shape == shape
+        compact[name] = prompt.compaction.take(value, 0) if per_token else value
+    return compact
