@@ -49,7 +49,7 @@ def _reduce_swapped(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     return _restore, (getattr(cls, _BASE), cls.__bases__[0]), self.__dict__.copy()
 
 
-def _restore(base: type[nn.Module], mixin: type) -> nn.Module:
+def _restore(base: Any, mixin: Any) -> nn.Module:
     cls = swapped_class(base, mixin)
     module: nn.Module = cls.__new__(cls)
     return module
@@ -66,7 +66,7 @@ def base_class(module: nn.Module) -> type[nn.Module]:
     return base
 
 
-def swap_in(module: nn.Module, mixin: type) -> None:
+def swap_in(module: nn.Module, mixin: Any) -> None:
     """Put `mixin` in front of the class of this one instance.
 
     Raises:
@@ -74,7 +74,8 @@ def swap_in(module: nn.Module, mixin: type) -> None:
             never be called; nothing has been changed then.
     """
     if not is_swapped(module):
-        _exchange(module, swapped_class(type(module), mixin))
+        base: Any = type(module)
+        _exchange(module, swapped_class(base, mixin))
 
 
 def swap_out(module: nn.Module) -> None:
