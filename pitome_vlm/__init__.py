@@ -14,7 +14,7 @@ from .config import MergeConfig
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .describe import describe
+    from .description import describe
     from .loading import load
     from .wrapper import compact_inputs, encode_images, unwrap, wrap, wrapped
 
@@ -33,7 +33,7 @@ __all__ = [
 # Loaded on first use, so that `pitome-vlm --help` does not wait for torch.
 _LAZY = {
     "compact_inputs": "wrapper",
-    "describe": "describe",
+    "describe": "description",
     "encode_images": "wrapper",
     "load": "loading",
     "unwrap": "wrapper",
