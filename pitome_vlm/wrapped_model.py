@@ -6,6 +6,7 @@ Knows: the calling conventions of transformers. Does not know: how images are en
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from typing import Any
@@ -170,11 +171,17 @@ class WrappedLlava:
         return limits
 
 
+@functools.cache
+def _signature(function: Any) -> inspect.Signature:
+    """Looked up once per class: this runs for every decoded token."""
+    return inspect.signature(function)
+
+
 def _named_arguments(function: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments by name, those of **kwargs included."""
-    signature = inspect.signature(function)
-    bound = signature.bind(*args, **kwargs).arguments
-    named = dict(bound)
+    signature = _signature(function.__func__)
+    named = dict(signature.bind(function.__self__, *args, **kwargs).arguments)
+    del named[next(iter(signature.parameters))]  # self
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             named |= named.pop(name, {})
