@@ -51,7 +51,7 @@ test-matrix: ## adapter tests on the oldest supported transformers, in an enviro
 	OMP_NUM_THREADS=1 $(MATRIX_VENV)/bin/python -m pytest -n $(WORKERS) tests/adapter
 
 bench-demo: $(VENV)/.base ## regenerate eval/results/demo (all held-out questions)
-	$(BIN)/python scripts/demo_benchmark.py --output eval/results/demo
+	$(BIN)/python scripts/demo_benchmark.py --output eval/results/demo --readme README.md
 
 wheel: $(VENV)/.dev ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .

@@ -4,6 +4,7 @@
 
 Writes results.json (every answer, full configuration, hardware, versions), report.md and
 accuracy.png. `--split val` is for choosing options; the committed table is the test split.
+`--readme README.md` also brings the table between the README's markers up to date.
 """
 
 from __future__ import annotations
@@ -11,36 +12,37 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from demo_report import (
+    BASELINE,
+    BUDGETS,
+    RANDOM_SEEDS,
+    TIMED_BATCH,
+    TIMED_ROUNDS,
+    plot,
+    raw,
+    readme_table,
+    report,
+    rows_of,
+    table,
+    update_readme,
+)
 from tqdm import tqdm
 
 import pitome_vlm
 from pitome_vlm import MergeConfig
-from pitome_vlm.demo import checkpoint_path
-from pitome_vlm.demo.benchmark import Outcome, Setting, accuracy_by, interval, provenance, run
-
-BUDGETS = (108, 72, 36, 18, 9)
-RANDOM_SEEDS = (0, 1, 2)
-BASELINE = "none"
-
-
-@dataclass
-class Row:
-    """Outcomes that share a line of the table: one, or the seeds of a random method."""
-
-    name: str
-    tokens: int
-    outcomes: list[Outcome]
-
-    @property
-    def correct(self) -> np.ndarray:
-        """[questions] share of the seeds that answered right."""
-        return np.mean([outcome.correct for outcome in self.outcomes], axis=0)
+from pitome_vlm.demo import checkpoint_path, load_split
+from pitome_vlm.demo.benchmark import (
+    Setting,
+    batches,
+    provenance,
+    run,
+)
+from pitome_vlm.measure import describe, time_prefill
 
 
 def methods(tokens: int) -> list[Setting]:
@@ -58,127 +60,35 @@ def methods(tokens: int) -> list[Setting]:
     return settings
 
 
-def rows_of(outcomes: list[Outcome]) -> list[Row]:
-    """One row per method and budget, in the order measured."""
-    rows: dict[tuple[str, int], Row] = {}
-    for outcome in outcomes:
-        key = (outcome.setting.name, outcome.tokens)
-        rows.setdefault(key, Row(*key, [])).outcomes.append(outcome)
-    return list(rows.values())
+def cost_rows(model: Any, processor: Any, split: str) -> list[dict[str, Any]]:
+    """What each budget saves with PiToMe: counted FLOPs and KV bytes, measured first-token time.
 
-
-def table(samples: list[Any], rows: list[Row]) -> list[str]:
-    """Markdown lines: accuracy and the paired difference to no merging."""
-    base = next(row for row in rows if row.name == BASELINE)
-    lines = [
-        "| visual tokens | method | accuracy % | 95 % interval | minus none | 95 % interval |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        low, high = interval(samples, row.correct)
-        cells = [f"{row.tokens}", row.name, f"{100 * row.correct.mean():.1f}"]
-        cells.append(f"{100 * low:.1f} to {100 * high:.1f}")
-        if row is base:
-            cells += ["", ""]
-        else:
-            paired = row.correct - base.correct
-            low, high = interval(samples, paired)
-            cells.append(f"{100 * paired.mean():+.1f}")
-            cells.append(f"{100 * low:+.1f} to {100 * high:+.1f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def breakdown(samples: list[Any], rows: list[Row], attribute: str, title: str) -> list[str]:
-    """Markdown lines: accuracy by question type or kind of scene."""
-    names = sorted({getattr(sample, attribute) for sample in samples})
-    lines = [
-        f"## By {title}",
-        "",
-        "| visual tokens | method | " + " | ".join(names) + " |",
-        "|---" * (2 + len(names)) + "|",
-    ]
-    for row in rows:
-        parts = accuracy_by(samples, row.correct, attribute)
-        cells = [str(row.tokens), row.name, *(f"{parts[name]:.1f}" for name in names)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
-
-
-def report(samples: list[Any], rows: list[Row], facts: dict[str, Any]) -> str:
-    """The whole report.md."""
-    shown = ", ".join(f"{key} {value}" for key, value in facts.items())
-    head = [
-        "# Demo benchmark",
-        "",
-        f"The bundled model on {facts['questions']} {facts['split']} questions, greedy, exact "
-        "match. Intervals resample whole pictures (4,000 bootstrap draws); differences are "
-        "paired by question. `random` is the mean of seeds "
-        + ", ".join(map(str, RANDOM_SEEDS))
-        + ". PiToMe and ToMe merge in the vision tower; pool and random act on the features the "
-        "projector reads, where their authors put them. No method was tuned on these questions.",
-        "",
-        "![accuracy against visual tokens](accuracy.png)",
-        "",
-    ]
-    parts = breakdown(samples, rows, "question_type", "question type")
-    parts += breakdown(samples, rows, "kind", "kind of scene")
-    command = "Regenerate with `make bench-demo`."
-    return "\n".join(
-        [*head, *table(samples, rows), "", *parts, f"Measured on: {shown}.", "", command, ""]
-    )
-
-
-def plot(samples: list[Any], rows: list[Row], path: Path) -> None:
-    """Accuracy against tokens, with intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 4.6), dpi=150)
-    base = next(row for row in rows if row.name == BASELINE)
-    names = [name for name in dict.fromkeys(row.name for row in rows) if name != BASELINE]
-    for index, name in enumerate(names):
-        line = [row for row in rows if row.name == name]
-        # A small shift keeps the intervals of neighbouring methods apart.
-        x = np.array([row.tokens for row in line]) * (1 + 0.03 * (index - len(names) / 2))
-        y = np.array([100 * row.correct.mean() for row in line])
-        ends = 100 * np.array([interval(samples, row.correct) for row in line])
-        axes.errorbar(
-            x, y, yerr=[y - ends[:, 0], ends[:, 1] - y], marker="o", ms=4, capsize=2, label=name
-        )
-    level = 100 * base.correct.mean()
-    axes.axhline(level, color="0.4", ls="--", lw=1)
-    axes.annotate(f"no merging, {base.tokens} tokens: {level:.1f} %", (9, level), va="bottom")
-    axes.set_xscale("log")
-    axes.set_xticks(BUDGETS, [str(count) for count in BUDGETS])
-    axes.minorticks_off()
-    axes.set_xlabel("visual tokens per image (log scale)")
-    axes.set_ylabel("accuracy %")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def raw(samples: list[Any], outcomes: list[Outcome], facts: dict[str, Any]) -> dict[str, Any]:
-    """Everything measured, for anyone who wants to count again."""
-    return {
-        "provenance": facts,
-        "samples": [vars(sample) for sample in samples],
-        "outcomes": [
-            {
-                "method": outcome.setting.name,
-                "tokens": outcome.tokens,
-                "accuracy": round(outcome.accuracy, 3),
-                "config": outcome.setting.config.to_dict(),
-                "answers": outcome.answers,
-            }
-            for outcome in outcomes
-        ],
-    }
+    The budgets take turns, so that whatever else the machine does falls on all of them; the first
+    round warms up.
+    """
+    batch = next(batches(processor, load_split(split, TIMED_BATCH), split, TIMED_BATCH))
+    settings = [Setting(BASELINE, MergeConfig(keep=1.0, algorithm="none"))]
+    settings += [Setting("PiToMe", MergeConfig(tokens=tokens)) for tokens in BUDGETS]
+    times: list[list[float]] = [[] for _ in settings]
+    rows: list[dict[str, Any]] = [{} for _ in settings]
+    for turn in range(1 + TIMED_ROUNDS):
+        for index, setting in enumerate(settings):
+            with pitome_vlm.wrapped(model, config=setting.config):
+                timing = time_prefill(model, batch, repeats=1, warmup=0)
+                if turn == 0:
+                    after = describe(model).after
+                    rows[index] = {
+                        "method": setting.name,
+                        "tokens": after.visual_tokens,
+                        "prefill_flops": after.total_flops,
+                        "kv_bytes_per_image": after.kv_bytes_per_image,
+                    }
+                else:
+                    times[index].append(timing.median_ms)
+    for row, measured in zip(rows, times, strict=True):
+        low, middle, high = np.percentile(measured, [25, 50, 75])
+        row |= {"first_token_ms": round(middle, 1), "first_token_iqr_ms": round(high - low, 1)}
+    return rows
 
 
 def main() -> None:
@@ -189,6 +99,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="first questions only, for a quick look")
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--model", type=Path, default=None, help="another checkpoint folder")
+    parser.add_argument("--readme", type=Path, help="file whose table to bring up to date")
     arguments = parser.parse_args()
     model, processor = pitome_vlm.load(arguments.model or checkpoint_path(), dtype="float32")
     settings = [Setting(BASELINE, MergeConfig(keep=1.0, algorithm="none"))]
@@ -208,12 +119,15 @@ def main() -> None:
         model, split=arguments.split, questions=len(samples), batch_size=arguments.batch_size
     )
     facts["minutes"] = round((time.time() - start) / 60, 1)
+    costs = cost_rows(model, processor, arguments.split)
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows = rows_of(outcomes)
-    text = json.dumps(raw(samples, outcomes, facts), separators=(",", ":"))
+    text = json.dumps(raw(samples, outcomes, costs, facts), separators=(",", ":"))
     (arguments.output / "results.json").write_text(text + "\n")
-    (arguments.output / "report.md").write_text(report(samples, rows, facts))
+    (arguments.output / "report.md").write_text(report(samples, rows, costs, facts))
     plot(samples, rows, arguments.output / "accuracy.png")
+    if arguments.readme:
+        update_readme(arguments.readme, readme_table(samples, rows, costs, facts))
     print("\n".join(table(samples, rows)))
 
 

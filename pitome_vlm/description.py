@@ -1,0 +1,236 @@
+"""`describe`: what is merged where and what it saves, as a table a person reads.
+
+Knows: how to lay out a config, a schedule and two `Costs`. Does not know: how costs are computed
+(`costs.py`) or how a model is wrapped.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText
+
+from .checkpoints import check_model_type, read_config
+from .config import MergeConfig
+from .costs import Costs, costs
+from .schedule import Schedule
+from .wrapper import is_wrapped, merge_config, planned_schedule
+
+# Shown for a model that is not wrapped and a caller who asks for nothing in particular.
+EXAMPLE_KEEP = 0.25
+
+
+@dataclass(frozen=True)
+class Description:
+    """What merging does to a model; `str()` is a plain text table.
+
+    Attributes:
+        config: the merge options described.
+        schedule: token counts.
+        wrapped: whether these options are in force; otherwise they are a plan.
+        before: costs without merging, of a prompt with one image.
+        after: costs with merging, of the same prompt.
+    """
+
+    config: MergeConfig
+    schedule: Schedule
+    wrapped: bool
+    before: Costs
+    after: Costs
+
+    @property
+    def summary(self) -> str:
+        """One line: algorithm, options, budget, tokens in and out."""
+        return (
+            f"{self.config.summary()}: {self.tokens_in} -> {self.tokens_out} visual tokens per "
+            f"image"
+        )
+
+    @property
+    def tokens_in(self) -> int:
+        """Visual tokens per image without merging."""
+        return self.schedule.tokens_in
+
+    @property
+    def tokens_out(self) -> int:
+        """Visual tokens per image with merging."""
+        return self.schedule.tokens_out
+
+    @property
+    def tower_steps(self) -> tuple[tuple[int, int, int], ...]:
+        """(layer, patches before, patches after) of every merging tower layer, no CLS counted."""
+        before = (self.schedule.n_tokens, *(count for _, count in self.schedule.tower))
+        return tuple(
+            (layer, entering, leaving)
+            for (layer, leaving), entering in zip(self.schedule.tower, before, strict=False)
+        )
+
+    @property
+    def projector_steps(self) -> tuple[tuple[int, int], ...]:
+        """(patches before, patches after) of every merging step in front of the projector."""
+        tower, steps = self.schedule.tower, self.schedule.projector
+        first = tower[-1][1] if tower else self.schedule.n_tokens
+        pairs = zip((first, *steps), steps, strict=False)
+        return tuple((entering, leaving) for entering, leaving in pairs if leaving < entering)
+
+    def saved(self, field: str) -> float:
+        """Percent saved in a field or property of `Costs`, for instance "prefill_flops"."""
+        whole = getattr(self.before, field)
+        return 100.0 * (1 - getattr(self.after, field) / whole) if whole else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: the options, the counts, and every cost without, with and saved."""
+        fields = [name for name, _, _ in _ROWS]
+        return {
+            "wrapped": self.wrapped,
+            "summary": self.summary,
+            "config": self.config.to_dict(),
+            "tokens_in": self.tokens_in,
+            "tokens_out": self.tokens_out,
+            "tower_steps": [list(step) for step in self.tower_steps],
+            "projector_steps": [list(step) for step in self.projector_steps],
+            "text_tokens": self.before.text_tokens,
+            "costs": {
+                name: {
+                    "without": getattr(self.before, name),
+                    "with": getattr(self.after, name),
+                    "saved_percent": self.saved(name),
+                }
+                for name in fields
+            },
+        }
+
+    def __str__(self) -> str:
+        lines = [self.summary] if self.wrapped else [_NOT_IN_FORCE, self.summary]
+        return "\n".join([*lines, *self._where(), "", *self._table(), "", self._footnote()])
+
+    def _where(self) -> list[str]:
+        if self.schedule.is_identity:
+            return ["nothing is merged: the untouched code runs"]
+        lines = []
+        if self.tower_steps:
+            steps = [f"{layer}: {a} -> {b}" for layer, a, b in self.tower_steps]
+            lines += _folded("patches by tower layer", steps)
+        if self.projector_steps:
+            steps = [f"{a} -> {b}" for a, b in self.projector_steps]
+            lines += _folded("patches before the projector", steps)
+        skipped = self.schedule.n_layers - len(self.after.layer_flops)
+        if skipped:
+            lines.append(f"tower layers not run (nothing reads them): {skipped}")
+        return lines
+
+    def _table(self) -> list[str]:
+        head = f"{'':<26}{'without':>14}{'with':>14}{'saved':>10}"
+        rows = [
+            f"{title:<26}{show(getattr(self.before, name)):>14}"
+            f"{show(getattr(self.after, name)):>14}{self.saved(name):>8.1f} %"
+            for name, title, show in _ROWS
+        ]
+        return [head, *rows]
+
+    def _footnote(self) -> str:
+        return (
+            f"computed for one image and {self.before.text_tokens} text tokens, batch 1; one "
+            "multiply-add is 2 FLOP"
+        )
+
+
+_NOT_IN_FORCE = "not in force: every visual token reaches the language model; the plan would be"
+
+
+def describe(
+    model: nn.Module, *, text_tokens: int = 64, config: MergeConfig | None = None
+) -> Description:
+    """What merging does to a model: tokens per layer, FLOPs and cache without and with it.
+
+    Args:
+        model: a LLaVA, wrapped or not, on its own or inside a `PeftModel`.
+        text_tokens: tokens of the prompt beside the image's.
+        config: describe these options instead of those in force; the model is not changed. None
+            takes those in force, and keep=0.25 as an example on an unwrapped model.
+
+    Raises:
+        TypeError: not a supported model.
+        ValueError: `text_tokens` is negative, or the budget of `config` does not fit.
+    """
+    in_force = is_wrapped(model) and (config is None or config == merge_config(model))
+    if config is None:
+        config = merge_config(model) if in_force else MergeConfig(keep=EXAMPLE_KEEP)
+    schedule = planned_schedule(model, config)
+    nothing = MergeConfig(keep=1.0)
+    untouched = planned_schedule(model, nothing)
+    return Description(
+        config=config,
+        schedule=schedule,
+        wrapped=in_force,
+        before=costs(model, untouched, text_tokens, config=nothing),
+        after=costs(model, schedule, text_tokens, config=config),
+    )
+
+
+def from_config(
+    config_or_path: Any, merging: MergeConfig | None = None, *, text_tokens: int = 64
+) -> Description:
+    """`describe` for a checkpoint whose weights are not loaded (nor downloaded).
+
+    Args:
+        config_or_path: a model's config, or a folder or hub name that has one.
+        merging: the options to describe, None for keep=0.25 as an example.
+        text_tokens: tokens of the prompt beside the image's.
+
+    Raises:
+        TypeError: not the config of a supported model.
+        OSError: see `pitome_vlm.checkpoints.read_config`.
+        ValueError: the budget does not fit the model, or the config cannot be read.
+    """
+    if isinstance(config_or_path, (str, os.PathLike)):
+        config: Any = read_config(config_or_path)
+    else:
+        # Building a model writes a dtype into its config.
+        config = copy.deepcopy(config_or_path)
+        check_model_type(getattr(config, "model_type", None), type(config).__name__)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    return describe(model, text_tokens=text_tokens, config=merging)
+
+
+def _folded(title: str, steps: list[str]) -> list[str]:
+    """The title and the steps in lines of at most 78 characters, no step broken in two."""
+    # textwrap breaks at spaces only, so those within a step are something else meanwhile.
+    text = ", ".join(step.replace(" ", "\0") for step in steps)
+    folded = textwrap.wrap(f"{title}: {text}", 78, subsequent_indent="  ", break_long_words=False)
+    return [line.replace("\0", " ") for line in folded]
+
+
+def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if value < base:
+            return f"{value:.4g} {unit}"
+        value /= base
+    return f"{value:.4g} {units[-1]}"
+
+
+def _flops(value: float) -> str:
+    return _scaled(value, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"))
+
+
+def _bytes(value: float) -> str:
+    return _scaled(value, 1024, ("B", "KiB", "MiB", "GiB"))
+
+
+_ROWS = (
+    ("visual_tokens", "visual tokens per image", str),
+    ("prompt_tokens", "prompt tokens", str),
+    ("tower_flops", "vision tower", _flops),
+    ("projector_flops", "projector", _flops),
+    ("prefill_flops", "language model prefill", _flops),
+    ("total_flops", "all before the first token", _flops),
+    ("kv_bytes_per_image", "KV cache per image", _bytes),
+    ("kv_bytes", "KV cache of the prompt", _bytes),
+)

@@ -1,0 +1,242 @@
+"""How the demo benchmark is written down: Markdown tables, the README's table, a plot, raw JSON.
+
+Knows: outcomes and intervals. Does not know: how anything was measured (`demo_benchmark.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pitome_vlm.demo.benchmark import Outcome, accuracy_by, interval
+
+BASELINE = "none"
+BUDGETS = (108, 72, 36, 18, 9)
+RANDOM_SEEDS = (0, 1, 2)
+TIMED_ROUNDS = 30
+TIMED_BATCH = 8
+MARKERS = ("<!-- table:begin -->", "<!-- table:end -->")
+
+
+@dataclass
+class Row:
+    """Outcomes that share a line of the table: one, or the seeds of a random method."""
+
+    name: str
+    tokens: int
+    outcomes: list[Outcome]
+
+    @property
+    def correct(self) -> np.ndarray:
+        """[questions] share of the seeds that answered right."""
+        return np.mean([outcome.correct for outcome in self.outcomes], axis=0)
+
+
+def rows_of(outcomes: list[Outcome]) -> list[Row]:
+    """One row per method and budget, in the order measured."""
+    rows: dict[tuple[str, int], Row] = {}
+    for outcome in outcomes:
+        key = (outcome.setting.name, outcome.tokens)
+        rows.setdefault(key, Row(*key, [])).outcomes.append(outcome)
+    return list(rows.values())
+
+
+def table(samples: list[Any], rows: list[Row]) -> list[str]:
+    """Markdown lines: accuracy and the paired difference to no merging."""
+    base = next(row for row in rows if row.name == BASELINE)
+    lines = [
+        "| visual tokens | method | accuracy % | 95 % interval | minus none | 95 % interval |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = interval(samples, row.correct)
+        cells = [f"{row.tokens}", row.name, f"{100 * row.correct.mean():.1f}"]
+        cells.append(f"{100 * low:.1f} to {100 * high:.1f}")
+        if row is base:
+            cells += ["", ""]
+        else:
+            paired = row.correct - base.correct
+            low, high = interval(samples, paired)
+            cells.append(f"{100 * paired.mean():+.1f}")
+            cells.append(f"{100 * low:+.1f} to {100 * high:+.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def breakdown(samples: list[Any], rows: list[Row], attribute: str, title: str) -> list[str]:
+    """Markdown lines: accuracy by question type or kind of scene."""
+    names = sorted({getattr(sample, attribute) for sample in samples})
+    lines = [
+        f"## By {title}",
+        "",
+        "| visual tokens | method | " + " | ".join(names) + " |",
+        "|---" * (2 + len(names)) + "|",
+    ]
+    for row in rows:
+        parts = accuracy_by(samples, row.correct, attribute)
+        cells = [str(row.tokens), row.name, *(f"{parts[name]:.1f}" for name in names)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def cost_table(costs: list[dict[str, Any]]) -> list[str]:
+    """Markdown lines of `cost_rows`."""
+    base = costs[0]
+    lines = [
+        "## Costs (PiToMe)",
+        "",
+        "| visual tokens | FLOPs to the first token | KV cache per image | time to first token |",
+        "|---|---|---|---|",
+    ]
+    for row in costs:
+        flops = row["prefill_flops"] / base["prefill_flops"]
+        ratio = row["first_token_ms"] / base["first_token_ms"]
+        lines.append(
+            f"| {row['tokens']} | {row['prefill_flops'] / 1e6:.0f} M ({100 * flops:.0f} %) | "
+            f"{row['kv_bytes_per_image'] / 1024:.0f} KiB | {row['first_token_ms']:.0f} ms, IQR "
+            f"{row['first_token_iqr_ms']:.0f} ({100 * ratio:.0f} %) |"
+        )
+    note = (
+        f"Time: batch {TIMED_BATCH}, median of {TIMED_ROUNDS} interleaved rounds after a warm-up, "
+        "tower, projector and prefill included."
+    )
+    return [*lines, "", note, ""]
+
+
+def report(
+    samples: list[Any], rows: list[Row], costs: list[dict[str, Any]], facts: dict[str, Any]
+) -> str:
+    """The whole report.md."""
+    shown = ", ".join(f"{key} {value}" for key, value in facts.items())
+    head = [
+        "# Demo benchmark",
+        "",
+        f"The bundled model on {facts['questions']} {facts['split']} questions, greedy, exact "
+        "match. Intervals resample whole pictures (4,000 bootstrap draws); differences are "
+        "paired by question. `random` is the mean of seeds "
+        + ", ".join(map(str, RANDOM_SEEDS))
+        + ". PiToMe and ToMe merge in the vision tower; pool and random act on the features the "
+        "projector reads, where their authors put them. No method was tuned on these questions.",
+        "",
+        "![accuracy against visual tokens](accuracy.png)",
+        "",
+    ]
+    parts = cost_table(costs)
+    parts += breakdown(samples, rows, "question_type", "question type")
+    parts += breakdown(samples, rows, "kind", "kind of scene")
+    command = "Regenerate with `make bench-demo`."
+    return "\n".join(
+        [*head, *table(samples, rows), "", *parts, f"Measured on: {shown}.", "", command, ""]
+    )
+
+
+def readme_table(
+    samples: list[Any], rows: list[Row], costs: list[dict[str, Any]], facts: dict[str, Any]
+) -> str:
+    """The compact table of the README: methods against visual tokens."""
+    base = next(row for row in rows if row.name == BASELINE)
+    low, high = interval(samples, base.correct)
+    shown = {(row.name, row.tokens): f"{100 * row.correct.mean():.1f}" for row in rows}
+    names = [name for name in dict.fromkeys(row.name for row in rows) if name != BASELINE]
+    lines = [
+        f"Accuracy in % of the bundled model on {facts['questions']} held-out questions; "
+        f"{100 * base.correct.mean():.1f} % ({100 * low:.1f} to {100 * high:.1f}) with all "
+        f"{base.tokens} visual tokens:",
+        "",
+        "| visual tokens | " + " | ".join(map(str, BUDGETS)) + " |",
+        "|---" * (1 + len(BUDGETS)) + "|",
+    ]
+    for name in names:
+        lines.append(f"| {name} | " + " | ".join(shown[name, t] for t in BUDGETS) + " |")
+    first = [row["first_token_ms"] / costs[0]["first_token_ms"] for row in costs[1:]]
+    lines.append(
+        "| *PiToMe: time to first token* | " + " | ".join(f"{100 * r:.0f} %" for r in first) + " |"
+    )
+    kv = [row["kv_bytes_per_image"] / costs[0]["kv_bytes_per_image"] for row in costs[1:]]
+    lines.append("| *KV cache per image* | " + " | ".join(f"{100 * r:.0f} %" for r in kv) + " |")
+    lines += [
+        "",
+        f"{facts['hardware']}, {facts['threads']} thread, {facts['dtype']}, torch "
+        f"{facts['torch']}, transformers {facts['transformers']}; accuracy at batch "
+        f"{facts['batch_size']}, time at batch {TIMED_BATCH}; intervals, paired differences and "
+        "all answers in [eval/results/demo](eval/results/demo/report.md); regenerate with "
+        "`make bench-demo`. One small model on drawn scenes: it ranks methods, it does not "
+        "predict the accuracy of your checkpoint.",
+    ]
+    return "\n".join(lines)
+
+
+def update_readme(path: Path, table_text: str) -> None:
+    """Replace what stands between the markers.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    text = path.read_text()
+    begin, end = MARKERS
+    if begin not in text or end not in text:
+        raise ValueError(f"{path} has no {begin} ... {end} to write the table between")
+    head, rest = text.split(begin, 1)
+    tail = rest.split(end, 1)[1]
+    path.write_text(f"{head}{begin}\n{table_text}\n{end}{tail}")
+
+
+def plot(samples: list[Any], rows: list[Row], path: Path) -> None:
+    """Accuracy against tokens, with intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.6), dpi=150)
+    base = next(row for row in rows if row.name == BASELINE)
+    names = [name for name in dict.fromkeys(row.name for row in rows) if name != BASELINE]
+    for index, name in enumerate(names):
+        line = [row for row in rows if row.name == name]
+        # A small shift keeps the intervals of neighbouring methods apart.
+        x = np.array([row.tokens for row in line]) * (1 + 0.03 * (index - len(names) / 2))
+        y = np.array([100 * row.correct.mean() for row in line])
+        ends = 100 * np.array([interval(samples, row.correct) for row in line])
+        axes.errorbar(
+            x, y, yerr=[y - ends[:, 0], ends[:, 1] - y], marker="o", ms=4, capsize=2, label=name
+        )
+    level = 100 * base.correct.mean()
+    axes.axhline(level, color="0.4", ls="--", lw=1)
+    axes.annotate(f"no merging, {base.tokens} tokens: {level:.1f} %", (9, level), va="bottom")
+    axes.set_xscale("log")
+    axes.set_xticks(BUDGETS, [str(count) for count in BUDGETS])
+    axes.minorticks_off()
+    axes.set_xlabel("visual tokens per image (log scale)")
+    axes.set_ylabel("accuracy %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def raw(
+    samples: list[Any],
+    outcomes: list[Outcome],
+    costs: list[dict[str, Any]],
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything measured, for anyone who wants to count again."""
+    return {
+        "provenance": facts,
+        "costs": costs,
+        "samples": [vars(sample) for sample in samples],
+        "outcomes": [
+            {
+                "method": outcome.setting.name,
+                "tokens": outcome.tokens,
+                "accuracy": round(outcome.accuracy, 3),
+                "config": outcome.setting.config.to_dict(),
+                "answers": outcome.answers,
+            }
+            for outcome in outcomes
+        ],
+    }
