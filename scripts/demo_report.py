@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from pitome_vlm.demo.benchmark import Outcome, accuracy_by, interval
+from pitome_vlm import MergeConfig
+from pitome_vlm.demo import Sample
+from pitome_vlm.demo.benchmark import Outcome, Setting, accuracy_by, interval
 
 BASELINE = "none"
 BUDGETS = (108, 72, 36, 18, 9)
@@ -240,3 +242,15 @@ def raw(
             for outcome in outcomes
         ],
     }
+
+
+def from_raw(results: dict[str, Any]) -> tuple[list[Sample], list[Row]]:
+    """Samples and rows from a results.json, so that tables can be written again without a run."""
+    samples = [Sample(**values) for values in results["samples"]]
+    truth = np.array([sample.answer for sample in samples])
+    outcomes = []
+    for one in results["outcomes"]:
+        setting = Setting(one["method"], MergeConfig.from_dict(one["config"]))
+        correct = np.array(one["answers"]) == truth
+        outcomes.append(Outcome(setting, one["tokens"], one["answers"], correct))
+    return samples, rows_of(outcomes)
