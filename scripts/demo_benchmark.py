@@ -10,7 +10,9 @@ accuracy.png. `--split val` is for choosing options; the committed table is the 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import multiprocessing
 import time
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from pitome_vlm.demo import checkpoint_path, load_split
 from pitome_vlm.demo.benchmark import (
     Setting,
     batches,
+    concatenate,
     provenance,
     run,
 )
@@ -91,6 +94,24 @@ def cost_rows(model: Any, processor: Any, split: str) -> list[dict[str, Any]]:
     return rows
 
 
+_LOADED: list[Any] = []
+
+
+def load_model(path: Path) -> tuple[Any, Any]:
+    """Model and processor of this process, loaded once, on one thread."""
+    if not _LOADED:
+        torch.set_num_threads(1)
+        torch.set_grad_enabled(False)
+        _LOADED.append(pitome_vlm.load(path, dtype="float32"))
+    loaded: tuple[Any, Any] = _LOADED[0]
+    return loaded
+
+
+def measure_part(part: list[Any], **options: Any) -> list[Any]:
+    """Outcomes of one batch of questions in a worker process."""
+    return run(*_LOADED[0], samples=part, **options)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -99,27 +120,29 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="first questions only, for a quick look")
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--model", type=Path, default=None, help="another checkpoint folder")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--readme", type=Path, help="file whose table to bring up to date")
     arguments = parser.parse_args()
-    model, processor = pitome_vlm.load(arguments.model or checkpoint_path(), dtype="float32")
+    path, split = arguments.model or checkpoint_path(), arguments.split
     settings = [Setting(BASELINE, MergeConfig(keep=1.0, algorithm="none"))]
     settings += [setting for tokens in BUDGETS for setting in methods(tokens)]
-    start = time.time()
-    with tqdm(unit="answer", smoothing=0) as bar:
-        samples, outcomes = run(
-            model,
-            processor,
-            settings,
-            split=arguments.split,
-            limit=arguments.limit,
-            batch_size=arguments.batch_size,
-            advance=bar.update,
-        )
-    facts = provenance(
-        model, split=arguments.split, questions=len(samples), batch_size=arguments.batch_size
-    )
+    start, samples = time.time(), load_split(split, arguments.limit)
+    size = arguments.batch_size
+    parts = [samples[i : i + size] for i in range(0, len(samples), size)]
+    worker = functools.partial(measure_part, settings=settings, split=split, batch_size=size)
+    # Parts are whole batches, so the answers do not depend on the number of processes.
+    with multiprocessing.get_context("spawn").Pool(
+        arguments.jobs, initializer=load_model, initargs=(path,)
+    ) as pool:
+        done = list(tqdm(pool.imap(worker, parts), total=len(parts), unit="batch", smoothing=0))
+        pool.close()
+        pool.join()
+    outcomes = concatenate(done)
+    model, processor = load_model(path)
+    facts = provenance(model, split=split, questions=len(samples), batch_size=size)
+    facts["processes"] = arguments.jobs
     facts["minutes"] = round((time.time() - start) / 60, 1)
-    costs = cost_rows(model, processor, arguments.split)
+    costs = cost_rows(model, processor, split)
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows = rows_of(outcomes)
     text = json.dumps(raw(samples, outcomes, costs, facts), separators=(",", ":"))
@@ -132,5 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    main()

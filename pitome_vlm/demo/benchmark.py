@@ -21,7 +21,7 @@ import transformers
 from ..config import MergeConfig
 from ..version import __version__
 from ..wrapper import schedule_of, wrapped
-from .dataset import SPLIT_SCENES, Sample, load_split, picture
+from .dataset import SPLIT_SCENES, Sample, picture
 
 # One word and the end token; a second word would be a wrong answer anyway.
 ANSWER_TOKENS = 3
@@ -110,13 +110,13 @@ def run(
     model: Any,
     processor: Any,
     settings: Sequence[Setting],
+    samples: Sequence[Sample],
     *,
-    split: str = "test",
-    limit: int | None = None,
+    split: str,
     batch_size: int = 48,
     advance: Callable[[int], object] | None = None,
-) -> tuple[list[Sample], list[Outcome]]:
-    """Ask every question of a split under every setting.
+) -> list[Outcome]:
+    """Ask questions of a split under every setting.
 
     A batch is prepared once and asked under all settings, so that all see the same pixels.
 
@@ -124,15 +124,14 @@ def run(
         model: the demo model, not wrapped; it is left as it was.
         processor: its processor.
         settings: what to compare.
-        split: "val" for choosing, "test" for reporting.
-        limit: first questions only, None for all.
+        samples: what to ask, from `load_split(split)`.
+        split: where the pictures come from; "val" for choosing, "test" for reporting.
         batch_size: questions at a time.
         advance: called with the number of questions after every batch of a setting.
 
     Returns:
-        The samples and one outcome per setting.
+        One outcome per setting.
     """
-    samples = load_split(split, limit)
     answers: list[list[str]] = [[] for _ in settings]
     tokens = [0] * len(settings)
     for batch in batches(processor, samples, split, batch_size):
@@ -143,11 +142,23 @@ def run(
             if advance:
                 advance(len(batch["input_ids"]))
     truth = np.array([sample.answer for sample in samples])
-    outcomes = [
+    return [
         Outcome(setting, count, given, np.array(given) == truth)
         for setting, count, given in zip(settings, tokens, answers, strict=True)
     ]
-    return samples, outcomes
+
+
+def concatenate(parts: Sequence[Sequence[Outcome]]) -> list[Outcome]:
+    """Outcomes of consecutive parts of a split as outcomes of the whole."""
+    return [
+        Outcome(
+            pieces[0].setting,
+            pieces[0].tokens,
+            [answer for piece in pieces for answer in piece.answers],
+            np.concatenate([piece.correct for piece in pieces]),
+        )
+        for pieces in zip(*parts, strict=True)
+    ]
 
 
 def interval(
