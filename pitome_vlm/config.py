@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import numbers
 import os
 import tempfile
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -55,8 +57,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def suggest(name: str, known: list[str]) -> str:
     """' Did you mean ...?' for a misspelt name, or an empty string."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    by_folded = {option.casefold(): option for option in known}
+    close = difflib.get_close_matches(name.casefold(), by_folded, n=1)
+    return f" Did you mean {by_folded[close[0]]!r}?" if close else ""
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,9 @@ class MergeConfig:
         margin: fixed margin m in [-1, 1]; None is the paper's 0.9 - 0.9 l / L.
         split: how the 2k mergeable tokens become sources and destinations.
         protect: keep the N - 2k tokens of lowest energy out of the matching.
-        early_matching: below this relative depth in [0, 1] plain bipartite matching is used
-            instead of energy (the released recipe has 0.5).
-        seed: seed of everything random.
+        early_matching: up to this relative depth in [0, 1] plain bipartite matching is used
+            instead of energy (the released recipe has 0.5); 0 is never.
+        seed: seed of everything random, 0 to 2**32 - 1.
     """
 
     keep: float | None = None
@@ -114,7 +117,8 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         budget = self.budget
-        object.__setattr__(self, "tokens", budget.tokens)
+        for word in ("keep", "tokens", "ratio"):
+            object.__setattr__(self, word, getattr(budget, word))
         if not isinstance(self.algorithm, str):
             raise TypeError(f"algorithm must be a name, got {self.algorithm!r}")
         for field, allowed in _CHOICES.items():
@@ -135,13 +139,16 @@ class MergeConfig:
                 field == "proportional_attention" and value is None
             ):
                 raise TypeError(f"{field} must be True or False, got {value!r}")
-        _check_whole("seed", self.seed, 0)
+        object.__setattr__(self, "seed", _whole("seed", self.seed, 0, 2**32 - 1))
         if self.projector_steps is not None:
-            _check_whole("projector_steps", self.projector_steps, 1)
+            steps = _whole("projector_steps", self.projector_steps, 1)
+            object.__setattr__(self, "projector_steps", steps)
         if self.layers is not None:
-            for layer in self.layers:
-                _check_whole("layers", layer, 0)
-            object.__setattr__(self, "layers", tuple(self.layers))
+            given: Any = self.layers
+            if isinstance(given, str) or not isinstance(given, Iterable):
+                raise TypeError(f"layers must be a list of layer numbers, got {given!r}")
+            layers = tuple(_whole("layers", layer, 0) for layer in given)
+            object.__setattr__(self, "layers", layers)
 
     @property
     def budget(self) -> Budget:
@@ -279,18 +286,23 @@ class MergeConfig:
 
 
 def _check_range(
-    field: str, value: float, low: float, high: float, *, open_ends: bool = False
+    field: str, value: Any, low: float, high: float, *, open_ends: bool = False
 ) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{field} must be a number, got {value!r}")
-    inside = low < value < high if open_ends else low <= value <= high
+    plain = float(value)
+    inside = low < plain < high if open_ends else low <= plain <= high
     if not inside:
         left, right = "()" if open_ends else "[]"
         raise ValueError(f"{field} must be in {left}{low}, {high}{right}, got {value!r}")
 
 
-def _check_whole(field: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _whole(field: str, value: Any, low: int, high: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{field} must be a whole number, got {value!r}")
-    if value < low:
+    plain = int(value)
+    if plain < low:
         raise ValueError(f"{field} must be at least {low}, got {value!r}")
+    if high is not None and plain > high:
+        raise ValueError(f"{field} must be at most {high}, got {value!r}")
+    return plain

@@ -172,7 +172,7 @@ def tower_flops(
     """
     tower, vision = base.model.vision_tower, base.config.vision_config
     try:
-        blocks: list[Any] = list(find_encoder_layers(tower))
+        blocks: list[Any] = list(find_encoder_layers(tower)[0])
     except TypeError:
         return _unknown_tower_flops(tower, vision, schedule)
     if not schedule.is_identity:

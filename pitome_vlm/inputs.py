@@ -80,6 +80,12 @@ def schedule_for(config: MergeConfig, shape: TowerShape) -> Schedule:
             f"algorithm {algorithm.name!r} reduces in one step, so stage must be 'tower' or "
             "'projector', got 'both'"
         )
+    for option, place in (("layers", "projector"), ("projector_steps", "tower")):
+        if stage == place and getattr(config, option) is not None:
+            raise ValueError(
+                f"{option}={getattr(config, option)} has no effect at stage={stage!r}, where "
+                f"{algorithm.name!r} merges here; leave it out or name another stage"
+            )
     schedule = build_schedule(
         shape,
         config.budget,
@@ -113,10 +119,9 @@ class CompactPrompt:
         attention_mask: [B, S] or None where nothing is padded.
         labels: [B, S] or None.
         position_ids: [B, S] or None where the caller gave none.
-        sizes: [B, S] float32, patches behind every column (1 for text).
-        positions: [B, S] float32, column before compaction, a mean for merged tokens.
         visual: the visual tokens themselves.
         compaction: where every column went.
+        placeholders: [B, T] bool, the image placeholders before compaction.
     """
 
     inputs_embeds: Tensor
@@ -124,10 +129,29 @@ class CompactPrompt:
     attention_mask: Tensor | None
     labels: Tensor | None
     position_ids: Tensor | None
-    sizes: Tensor
-    positions: Tensor
     visual: VisualTokens
     compaction: Compaction
+    placeholders: Tensor
+
+    def sizes(self) -> Tensor:
+        """[B, S] float32, patches behind every column (1 for text)."""
+        slots = self.compaction.take(self.placeholders, False)
+        ones = torch.ones(slots.shape, dtype=torch.float32, device=slots.device)
+        return ones.masked_scatter(slots, torch.cat(self.visual.sizes()).to(slots.device))
+
+    def positions(self) -> Tensor:
+        """[B, S] float32, column in the caller's prompt, a mean for merged tokens.
+
+        Where the placeholders arrived shortened there are no unreduced columns to point back to,
+        and a token's own column is given.
+        """
+        full = self.visual.full_counts
+        if int(self.placeholders.sum()) != sum(full):
+            width = self.placeholders.shape[1]
+            own = torch.arange(width, dtype=torch.float32, device=self.placeholders.device)
+            return self.compaction.take(own.expand(self.placeholders.shape), 0.0)
+        columns = token_positions(self.placeholders, full, self.visual.positions())
+        return self.compaction.take(columns, 0.0)
 
 
 def image_token_id(model: Any) -> int:
@@ -163,6 +187,7 @@ def prepare(
     inputs: dict[str, Any],
     *,
     left: bool | None = None,
+    cached: int = 0,
 ) -> CompactPrompt:
     """Encode the images, shorten the prompt and put the visual tokens in.
 
@@ -171,19 +196,19 @@ def prepare(
         merging: what `wrap` put on it.
         inputs: `pixel_values`, and of `SEQUENCE_INPUTS` and `FEATURE_OPTIONS` what there is.
         left: see `prompt.compaction`.
+        cached: tokens already in the cache that is passed along.
 
     Raises:
         ValueError: placeholders and images do not match, or an input cannot be shortened.
     """
     ids: Tensor | None = inputs.get("input_ids")
     given: Tensor | None = inputs.get("inputs_embeds")
-    mask = inputs.get("attention_mask")
-    _check_mask(mask)
     placeholders = find_placeholders(model, ids, given)
+    past, mask = _split_mask(inputs.get("attention_mask"), placeholders.shape[1], cached)
     options = {name: inputs[name] for name in FEATURE_OPTIONS if inputs.get(name) is not None}
-    visual = merging.encode(model, inputs["pixel_values"], **options)
+    visual = merging.encode(model, _checked_pixels(inputs["pixel_values"]), **options)
     drop = surplus_placeholders(placeholders, visual.full_counts, visual.counts)
-    moves = compaction(drop, mask, left=left)
+    moves = compaction(placeholders, drop, mask, left=left)
     compact_ids = None if ids is None else moves.take(ids, _pad_id(model))
     if given is not None:
         embeds = moves.take(given, 0)
@@ -193,62 +218,70 @@ def prepare(
         embeds = model.get_input_embeddings()(moves.take(text, 0))
     slots = moves.take(placeholders, False)
     features = torch.cat(visual.features).to(embeds.device, embeds.dtype)
-    return CompactPrompt(
-        inputs_embeds=embeds.masked_scatter(slots[..., None].to(embeds.device), features),
-        input_ids=compact_ids,
-        visual=visual,
-        compaction=moves,
-        **_aligned(inputs, moves, drop, placeholders, visual),
-    )
-
-
-def _check_mask(mask: Any) -> None:
-    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
-        return
-    shown = f"{mask.dim()} axes" if isinstance(mask, Tensor) else type(mask).__name__
-    raise ValueError(
-        "attention_mask must be [batch, tokens] where images are merged, because columns are "
-        f"removed from it; got {shown}"
-    )
-
-
-def _aligned(
-    inputs: dict[str, Any],
-    moves: Compaction,
-    drop: Tensor,
-    placeholders: Tensor,
-    visual: VisualTokens,
-) -> dict[str, Any]:
-    """Everything that runs along the columns, moved with them."""
-    mask, labels, positions = (
-        inputs.get(name) for name in ("attention_mask", "labels", "position_ids")
-    )
-    if mask is not None:
-        mask = moves.take(mask, 0)
-    elif not bool(moves.valid.all()):
-        mask = moves.valid.long()
+    compact_mask = compact_attention_mask(moves, mask, past)
+    labels, positions = inputs.get("labels"), inputs.get("position_ids")
     if positions is not None:
         positions = compact_positions(positions.expand_as(drop), drop.to(positions.device))
         positions = moves.take(positions, 0)
-    slots = moves.take(placeholders, False)
-    sizes = torch.ones(slots.shape, dtype=torch.float32, device=slots.device)
-    # Placeholders that arrived shortened already have no unreduced columns to point back to.
-    full = visual.full_counts if bool(drop.any()) else visual.counts
-    return {
-        "attention_mask": mask,
-        "labels": None if labels is None else moves.take(labels, IGNORED_LABEL),
-        "position_ids": positions,
-        "sizes": sizes.masked_scatter(slots, torch.cat(visual.sizes()).to(slots.device)),
-        "positions": moves.take(_columns(placeholders, full, visual), 0.0),
-    }
+    return CompactPrompt(
+        inputs_embeds=embeds.masked_scatter(slots[..., None].to(embeds.device), features),
+        input_ids=compact_ids,
+        attention_mask=compact_mask,
+        labels=None if labels is None else moves.take(labels, IGNORED_LABEL),
+        position_ids=positions,
+        visual=visual,
+        compaction=moves,
+        placeholders=placeholders,
+    )
 
 
-def _columns(placeholders: Tensor, full: list[int], visual: VisualTokens) -> Tensor:
-    if full != visual.full_counts:
-        batch, width = placeholders.shape
-        index = torch.arange(width, dtype=torch.float32, device=placeholders.device)
-        return index.expand(batch, width)
-    return token_positions(placeholders, full, visual.positions())
+def _checked_pixels(pixel_values: Any) -> Tensor:
+    if isinstance(pixel_values, Tensor) and pixel_values.dim() == 4 and len(pixel_values):
+        return pixel_values
+    shown = (
+        f"a tensor of shape {tuple(pixel_values.shape)}"
+        if isinstance(pixel_values, Tensor)
+        else type(pixel_values).__name__
+    )
+    raise ValueError(
+        "pixel_values must be a tensor [images, 3, height, width] with at least one image, as the "
+        f"model's processor makes them with return_tensors='pt'; got {shown}"
+    )
+
+
+def _split_mask(mask: Any, width: int, cached: int) -> tuple[Tensor | None, Tensor | None]:
+    """A mask's part over the cache and its part over the new tokens.
+
+    Raises:
+        ValueError: the mask has other axes, or covers another number of tokens.
+    """
+    if mask is None:
+        return None, None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        shown = f"{mask.dim()} axes" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            "attention_mask must be [batch, tokens] where images are merged, because columns are "
+            f"removed from it; got {shown}"
+        )
+    if mask.shape[1] == width:
+        return None, mask
+    if cached and mask.shape[1] == cached + width:
+        return mask[:, :cached], mask[:, cached:]
+    beside = f" and the {cached} in the cache" if cached else ""
+    raise ValueError(
+        f"attention_mask must cover the {width} tokens of the prompt{beside}, got "
+        f"{mask.shape[1]} columns"
+    )
+
+
+def compact_attention_mask(
+    moves: Compaction, mask: Tensor | None, past: Tensor | None = None
+) -> Tensor | None:
+    """The mask of a shortened prompt, None where none was given and none is needed."""
+    if mask is None:
+        return None if bool(moves.valid.all()) else moves.valid.long()
+    compact = moves.take(mask, 0)
+    return compact if past is None else torch.cat([past.to(compact.device), compact], 1)
 
 
 def _pad_id(model: Any) -> int:

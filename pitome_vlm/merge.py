@@ -25,7 +25,7 @@ class MergeContext:
     Attributes:
         config: the options.
         layer: 0-based layer (or step) index; with the seed it names a random draw.
-        depth: l / L, the layer's relative depth in [0, 1).
+        depth: l / L, the layer's relative depth in [0, 1]; 1 only behind the last layer.
         n_leading: protected tokens (CLS) in front. They are removed before an algorithm is
             called; ToMe needs their number for its parity.
         grid: (rows, columns) while the tokens are still the whole patch grid, else None.
@@ -219,22 +219,23 @@ class MergePlan:
             return kept, new_sizes
         moved = self.sources()
         target = self.assign.gather(1, moved)
-        share_kept, share_moved = self._shares(sizes if weighted else None, moved, target)
         # Sums of many half-precision values lose bits; groups are small, so float32 costs little.
         exact = torch.promote_types(x.dtype, torch.float32)
-        merged = kept.to(exact) * share_kept[..., None].to(exact)
+        weights = sizes.to(exact) if weighted and sizes is not None else None
+        share_kept, share_moved = self._shares(weights, moved, target, exact)
+        merged = kept.to(exact) * share_kept[..., None]
         values = x.gather(1, moved[..., None].expand(-1, -1, channels)).to(exact)
-        values = values * share_moved[..., None].to(exact)
+        values = values * share_moved[..., None]
         merged = merged.scatter_add(1, target[..., None].expand(-1, -1, channels), values)
         return merged.to(x.dtype), new_sizes
 
     def _shares(
-        self, weights: Tensor | None, moved: Tensor, target: Tensor
+        self, weights: Tensor | None, moved: Tensor, target: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Each token's share of its group's mean, for kept [B, M] and moved [B, N - M] tokens."""
-        total = self.merge_sizes(weights)
         if weights is None:
-            return 1 / total, 1 / total.gather(1, target)
+            weights = torch.ones(self.assign.shape, dtype=dtype, device=self.assign.device)
+        total = self.merge_sizes(weights)
         return (
             weights.gather(1, self.kept) / total,
             weights.gather(1, moved) / total.gather(1, target),
@@ -246,7 +247,14 @@ class MergePlan:
 
 
 @torch.no_grad()
-def make_plan(algorithm: Algorithm, keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
+def make_plan(
+    algorithm: Algorithm,
+    keys: Tensor,
+    n_out: int,
+    *,
+    ctx: MergeContext,
+    sizes: Tensor | None = None,
+) -> MergePlan:
     """Ask an algorithm for a plan over the mergeable tokens, in as many calls as it needs.
 
     The leading (protected) tokens are cut off before the algorithm sees anything and put back in
@@ -257,23 +265,30 @@ def make_plan(algorithm: Algorithm, keys: Tensor, n_out: int, *, ctx: MergeConte
         keys: [B, n_leading + N, D], what tokens are compared by.
         n_out: mergeable tokens to leave, 1 <= n_out <= N.
         ctx: what the algorithm may look at.
+        sizes: [B, n_leading + N] float32, None for all one; weights the means that later calls
+            of a chain compare.
 
     Raises:
         ValueError: `n_out` is out of range, or the algorithm returned another count.
     """
     body = keys[:, ctx.n_leading :].detach()
+    weights = None if sizes is None else sizes[:, ctx.n_leading :]
     n_in = body.shape[1]
     if not 1 <= n_out <= n_in:
         raise ValueError(f"n_out must be in 1..{n_in} (the tokens there are), got {n_out}")
     plan: MergePlan | None = None
-    while n_in > n_out:
-        n_in = max(n_out, (n_in + 1) // 2) if algorithm.pairwise else n_out
-        # Later steps compare the means of the groups made so far.
-        means = body if plan is None else plan.apply(body)[0]
-        step = algorithm.plan(means, n_in, ctx=ctx)
-        if step.n_out != n_in:
-            raise ValueError(f"algorithm {algorithm.name!r} left {step.n_out} tokens, not {n_in}")
-        plan = step if plan is None else plan.then(step)
+    # Scores are float32 also under autocast, or training would decide otherwise than inference.
+    with torch.autocast(keys.device.type, enabled=False):
+        while n_in > n_out:
+            n_in = max(n_out, (n_in + 1) // 2) if algorithm.pairwise else n_out
+            # Later steps compare the means of the groups made so far.
+            means = body if plan is None else plan.apply(body, weights)[0]
+            step = algorithm.plan(means, n_in, ctx=ctx)
+            if step.n_out != n_in:
+                raise ValueError(
+                    f"algorithm {algorithm.name!r} left {step.n_out} tokens, not {n_in}"
+                )
+            plan = step if plan is None else plan.then(step)
     return (plan or MergePlan.identity(body)).with_leading(ctx.n_leading)
 
 
@@ -294,7 +309,10 @@ def log_size_bias(sizes: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     Returns:
         [B, 1, 1, N], or None where there is nothing to add.
     """
-    return None if sizes is None else sizes.log().to(dtype)[:, None, None, :]
+    if sizes is None:
+        return None
+    exact = sizes.to(torch.promote_types(dtype, torch.float32))
+    return exact.log().to(dtype)[:, None, None, :]
 
 
 def group_positions(source_map: Tensor, n_groups: int) -> Tensor:

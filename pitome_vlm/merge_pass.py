@@ -2,8 +2,9 @@
 
 Knows: the schedule, plans by layer, sizes by layer. Does not know: how the algorithm it is handed
 decides, nor which model runs. One object lives for one forward pass and travels with
-it; everything is indexed by layer and written at most once, because activation checkpointing
-runs a layer twice and two forward passes may precede one backward pass.
+it; everything is indexed by layer and a second run of a layer finds the plan of the first,
+because activation checkpointing runs a layer twice and two forward passes may precede one
+backward pass.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ class MergePass:
         if layer not in self.plans:
             whole = before is None and not self.plans
             context = self._context(layer, self.schedule.n_leading, whole)
-            self.plans[layer] = make_plan(self.algorithm, metric, self._after[layer], ctx=context)
+            self.plans[layer] = make_plan(
+                self.algorithm, metric, self._after[layer], ctx=context, sizes=before
+            )
         merged, self.sizes[layer] = self.plans[layer].apply(
             hidden, before, weighted=self.config.weighted
         )
@@ -111,7 +114,7 @@ class MergePass:
         for step, count in enumerate(self.schedule.projector):
             whole = not self.plans and step == 0
             context = self._context(self.schedule.used_layers + step, leading, whole)
-            plan = make_plan(self.algorithm, features, count, ctx=context)
+            plan = make_plan(self.algorithm, features, count, ctx=context, sizes=sizes)
             features, sizes = plan.apply(features, sizes, weighted=self.config.weighted)
             self.projector_plans.append(plan)
         return features

@@ -61,7 +61,9 @@ def surplus_placeholders(placeholders: Tensor, full_counts: list[int], counts: l
     """
     found, images = int(placeholders.sum()), len(counts)
     none = torch.zeros_like(placeholders)
-    if found == sum(counts):
+    if found == sum(full_counts) == sum(counts):
+        return none
+    if found == sum(counts) and not _looks_unmerged(placeholders, full_counts):
         return none
     if found != sum(full_counts):
         raise ValueError(
@@ -79,6 +81,18 @@ def surplus_placeholders(placeholders: Tensor, full_counts: list[int], counts: l
     return none.masked_scatter(placeholders, ~stays)
 
 
+def _looks_unmerged(placeholders: Tensor, full_counts: list[int]) -> bool:
+    """Whether every unbroken run of placeholders is made of whole unmerged images.
+
+    Four merged images of 36 tokens fill the 144 places of one unmerged image: such a prompt has
+    the right total and the wrong number of images.
+    """
+    padded = torch.nn.functional.pad(placeholders.long(), (1, 1))
+    edges = padded.diff(dim=1)
+    runs = (edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]
+    return bool((runs % full_counts[0] == 0).all())
+
+
 def padded_left(attention_mask: Tensor | None) -> bool:
     """Whether rows of different lengths are aligned at their ends."""
     if attention_mask is None or attention_mask.dim() != 2:
@@ -94,11 +108,17 @@ def _outer_padding(attended: Tensor, left: bool) -> Tensor:
 
 
 def compaction(
-    drop: Tensor, attention_mask: Tensor | None, *, left: bool | None = None
+    placeholders: Tensor,
+    drop: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    left: bool | None = None,
 ) -> Compaction:
     """Where every column goes when `drop` and the padding that becomes superfluous are removed.
 
     Args:
+        placeholders: [B, T] bool; those not dropped stay even where they are masked, because
+            each of them waits for a visual token.
         drop: [B, T] bool, surplus placeholders.
         attention_mask: [B, T], 0 where padded, or None.
         left: side on which rows that become shorter are padded; None keeps the mask's own.
@@ -106,7 +126,7 @@ def compaction(
     left = padded_left(attention_mask) if left is None else left
     keep = ~drop
     if attention_mask is not None:
-        keep &= ~_outer_padding(attention_mask.to(keep.device) != 0, left)
+        keep &= ~_outer_padding(attention_mask.to(keep.device) != 0, left) | placeholders
     lengths = keep.sum(1)
     width = int(lengths.max())
     column = keep.long().cumsum(1) - 1

@@ -9,8 +9,10 @@ size a prompt without touching a model.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Budget:
     ratio: float | None = None
 
     def __post_init__(self) -> None:
-        given = {k: v for k, v in vars(self).items() if v is not None}
+        given: dict[str, Any] = {k: v for k, v in vars(self).items() if v is not None}
         if len(given) != 1:
             shown = ", ".join(f"{k}={v}" for k, v in given.items()) or "none of them"
             raise ValueError(
@@ -36,13 +38,16 @@ class Budget:
                 "of the visual tokens pass keep=0.25"
             )
         (name, value), *_ = given.items()
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+        plain = float(value)
         if name == "tokens":
-            if value != int(value) or value < 1:
+            if not plain.is_integer() or plain < 1:
                 raise ValueError(f"tokens must be a whole number of at least 1, got {value!r}")
-            object.__setattr__(self, "tokens", int(value))
-        elif not 0 < value <= 1:
+            object.__setattr__(self, "tokens", int(plain))
+            return
+        object.__setattr__(self, name, plain)
+        if not 0 < plain <= 1:
             raise ValueError(
                 f"{name} must be in (0, 1], got {value!r}; {name}=0.25 keeps a quarter"
                 + (" at every merging step" if name == "ratio" else "")
@@ -192,6 +197,8 @@ def merging_layers(used_layers: int, layers: Sequence[int] | None) -> tuple[int,
     """
     if layers is None:
         return tuple(range(used_layers))
+    if not layers:
+        raise ValueError("layers is empty; name at least one layer, or leave it out for all")
     bad = [layer for layer in layers if not 0 <= layer < used_layers]
     if bad:
         raise ValueError(
@@ -270,7 +277,12 @@ def build_schedule(
         middle = split_target(n, target, tower_share) if middle is None else middle
         tower = geometric_counts(n, len(tower_layers), middle)
         fewest = (halving_steps(middle, target) if pairwise else 1) if stage != "tower" else 0
-        steps = fewest if projector_steps is None else max(fewest, projector_steps)
+        steps = fewest if projector_steps is None else projector_steps
+        if stage != "tower" and steps < fewest:
+            raise ValueError(
+                f"projector_steps must be at least {fewest} to get from {middle} to {target} "
+                f"tokens (one step can at most halve them), got {steps}"
+            )
         projector = geometric_counts(middle, steps if stage != "tower" else 0, target)
     before = (n, *tower)
     merging = zip(tower_layers, tower, before, strict=False)

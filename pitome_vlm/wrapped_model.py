@@ -8,26 +8,32 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
+from .generation import (
+    cached_length,
+    check_cache,
+    mark_cache,
+    shorter_limits,
+    with_full_prompt,
+    with_prompt,
+)
 from .inputs import (
     FEATURE_OPTIONS,
     SEQUENCE_INPUTS,
     CompactPrompt,
     Merging,
+    compact_attention_mask,
     drop_stale_placeholders,
     image_token_id,
     prepare,
 )
 from .prompt import compaction
-
-# The length GenerationConfig() came with before transformers 5; it means "not set".
-LEGACY_DEFAULT_LENGTH = 20
+from .schedule import Schedule
 
 
 class WrappedLlava:
@@ -35,7 +41,7 @@ class WrappedLlava:
 
     # Methods whose signature callers read (Trainer's column names, generate's validation): the
     # swapped class shows the signature of the original ones.
-    _pitome_mirrored = ("forward", "generate")
+    _pitome_mirrored = ("forward", "generate", "save_pretrained")
 
     _pitome: Merging
 
@@ -43,8 +49,11 @@ class WrappedLlava:
         """The model's own forward on the shortened prompt; logits and loss are of that length."""
         original = super().forward  # type: ignore[misc]
         call = _named_arguments(original, args, kwargs)
-        if call.get("pixel_values") is None or self._pitome_schedule(call).is_identity:
+        if call.get("pixel_values") is None:
             self._refuse_stale_inputs(call)
+            return original(**call)
+        schedule, cache = self._pitome_schedule(call), call.get("past_key_values")
+        if schedule.is_identity:
             return original(**call)
         keep = call.get("logits_to_keep")
         if isinstance(keep, Tensor) and keep.numel() > 1:
@@ -52,60 +61,72 @@ class WrappedLlava:
                 "logits_to_keep must be a number where images are merged: indices would point "
                 "into the prompt as it was before"
             )
-        prompt = prepare(self, self._pitome, call)
-        call = _without_images(call, prompt)
-        output = original(inputs_embeds=prompt.inputs_embeds, **_sequence(prompt), **call)
+        check_cache(cache, None, tokens_in=schedule.tokens_in, tokens_out=schedule.tokens_out)
+        prompt = prepare(self, self._pitome, call, cached=cached_length(cache))
+        call = _without_images(call, prompt) | {
+            name: getattr(prompt, name) for name in ("attention_mask", "labels", "position_ids")
+        }
+        output = original(inputs_embeds=prompt.inputs_embeds, **call)
         if getattr(output, "image_hidden_states", 0) is None:
             output["image_hidden_states"] = torch.cat(prompt.visual.features)
+        mark_cache(getattr(output, "past_key_values", None), schedule.tokens_out)
         return output
 
     @torch.no_grad()
-    def generate(
-        self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any
-    ) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate; `sequences` begin with the caller's prompt as it was."""
         original = super().generate  # type: ignore[misc]
-        if inputs is not None:
-            kwargs["input_ids"] = inputs
-        ids = kwargs.get("input_ids")
-        if generation_config is not None:
-            kwargs["generation_config"] = generation_config
-        if kwargs.get("pixel_values") is None:
-            if _cached_length(kwargs.get("past_key_values")) and ids is not None:
-                return self._continue_chat(original, ids, kwargs)
-            return original(**kwargs)
-        if self._pitome_schedule(kwargs).is_identity:
-            return original(**kwargs)
-        prompt = prepare(self, self._pitome, kwargs, left=_pad_side(kwargs))
-        call = _without_images(kwargs, prompt)
-        call |= {k: v for k, v in _sequence(prompt).items() if k == "attention_mask"}
-        if call.get("attention_mask") is None:
-            call["attention_mask"] = prompt.compaction.valid.long()
-        call["inputs_embeds"] = prompt.inputs_embeds
+        call = _named_arguments(original, args, kwargs)
+        ids = call.pop("inputs", None)
         if ids is not None:
-            call["input_ids"] = prompt.input_ids
-            call |= self._shorter_limits(kwargs, prompt.compaction.removed)
-        return _with_prompt(original(**call), ids, prompt.inputs_embeds.shape[1])
+            call["input_ids"] = ids
+        ids, cache = call.get("input_ids"), call.get("past_key_values")
+        schedule = self._pitome_schedule(call)
+        if schedule.is_identity or (
+            call.get("pixel_values") is None and (ids is None or not cached_length(cache))
+        ):
+            return original(**call)
+        self._refuse_unsupported(call)
+        placeholders = None if ids is None else ids == image_token_id(self)
+        check_cache(
+            cache, placeholders, tokens_in=schedule.tokens_in, tokens_out=schedule.tokens_out
+        )
+        if call.get("pixel_values") is None:
+            return self._continue_chat(original, ids, call)
+        prompt = prepare(self, self._pitome, call, left=_pad_left(call))
+        mask = prompt.attention_mask
+        short = _without_images(call, prompt) | {
+            "inputs_embeds": prompt.inputs_embeds,
+            "attention_mask": prompt.compaction.valid.long() if mask is None else mask,
+            "input_ids": prompt.input_ids,
+            "position_ids": prompt.position_ids,
+        }
+        output = self._run(original, call, short, ids, prompt.inputs_embeds.shape[1])
+        for filled in (cache, getattr(output, "past_key_values", None)):
+            mark_cache(filled, schedule.tokens_out)
+        return output
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Save the untouched checkpoint and `pitome_config.json` beside it."""
-        result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        if kwargs.get("is_main_process", True):
-            self._pitome.config.save_pretrained(save_directory)
-        return result
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the untouched checkpoint with `pitome_config.json` beside it."""
+        original = super().save_pretrained  # type: ignore[misc]
+        call = _named_arguments(original, args, kwargs)
+        if call.get("is_main_process", True):
+            # First, so that it is there when the folder is pushed to a hub.
+            self._pitome.config.save_pretrained(call["save_directory"])
+        return original(**call)
 
     def extra_repr(self) -> str:
         """Say in `print(model)` what is on."""
-        schedule = self._pitome.schedule(self)
-        note = (
-            f"pitome: {self._pitome.config.summary()}, {schedule.tokens_in} -> "
-            f"{schedule.tokens_out} visual tokens per image"
-        )
+        note = f"pitome: {self._pitome.config.summary()}"
+        try:
+            schedule = self._pitome.schedule(self)
+            note += f", {schedule.tokens_in} -> {schedule.tokens_out} visual tokens per image"
+        except (TypeError, ValueError) as error:
+            # The model's config was changed after wrap; printing a model must not fail for it.
+            note += f", not applicable: {error}"
         return ", ".join(part for part in (super().extra_repr(), note) if part)  # type: ignore[misc]
 
-    def _pitome_schedule(self, call: dict[str, Any]) -> Any:
+    def _pitome_schedule(self, call: dict[str, Any]) -> Schedule:
         options = {name: call[name] for name in FEATURE_OPTIONS if call.get(name) is not None}
         return self._pitome.schedule(self, **options)
 
@@ -120,55 +141,74 @@ class WrappedLlava:
         if ids is None or not cached:
             return
         expected = cached + ids.shape[1]
-        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > expected:
+        covered = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else 0
+        long_mask = covered > expected
+        # One token a step is the decoding loop; looking at it would cost a synchronisation too.
+        old_images = ids.shape[1] > 1 and bool((ids == image_token_id(self)).any())
+        if not (long_mask or old_images) or self._pitome_schedule(call).is_identity:
+            return
+        if long_mask:
             raise ValueError(
-                f"attention_mask covers {mask.shape[1]} tokens, but the cache holds {cached} "
+                f"attention_mask covers {covered} tokens, but the cache holds {cached} "
                 f"(images merged) and {ids.shape[1]} are new; build the mask for {expected} tokens"
             )
-        # One token a step is the decoding loop; looking at it would cost a synchronisation too.
-        if ids.shape[1] > 1 and bool((ids == image_token_id(self)).any()):
+        raise ValueError(
+            "input_ids hold image placeholders, but pixel_values are missing and the cache "
+            "already holds merged images; pass only the new tokens, or use generate(), which "
+            "shortens an old conversation itself"
+        )
+
+    def _refuse_unsupported(self, call: dict[str, Any]) -> None:
+        chunk = call.get("prefill_chunk_size")
+        if chunk is None:
+            chunk = getattr(call.get("generation_config"), "prefill_chunk_size", None)
+        if chunk is not None:
             raise ValueError(
-                "input_ids hold image placeholders, but pixel_values are missing and the cache "
-                "already holds merged images; pass only the new tokens, or use generate(), which "
-                "shortens an old conversation itself"
+                f"prefill_chunk_size={chunk} cannot be combined with merged images: the prompt "
+                "is passed as embeddings, which generate does not cut into chunks"
             )
 
-    def _continue_chat(self, original: Any, ids: Tensor, kwargs: dict[str, Any]) -> Any:
+    def _continue_chat(self, original: Any, ids: Any, call: dict[str, Any]) -> Any:
         """A later turn on a cache whose images were merged when they were encoded."""
         placeholders, drop = drop_stale_placeholders(self, self._pitome, ids)
-        if not bool(drop.any()):
-            return original(**kwargs)
-        mask = kwargs.get("attention_mask")
-        moves = compaction(drop, mask, left=_pad_side(kwargs))
+        if not bool(placeholders.any()):
+            return original(**call)
+        mask, positions = call.get("attention_mask"), call.get("position_ids")
+        moves = compaction(placeholders, drop, mask, left=_pad_left(call))
         compact = moves.take(ids, 0)
-        cached = _cached_length(kwargs["past_key_values"])
+        cached = cached_length(call["past_key_values"])
         if bool(moves.take(placeholders, False)[:, cached:].any()):
             raise ValueError(
                 "the conversation holds an image that the cache does not; pass the pixel_values "
                 "of all its images"
             )
-        call = kwargs | {"input_ids": compact} | self._shorter_limits(kwargs, moves.removed)
-        call["attention_mask"] = moves.valid.long() if mask is None else moves.take(mask, 0)
-        call.pop("position_ids", None)
-        return _with_prompt(original(**call), ids, compact.shape[1])
-
-    def _shorter_limits(self, kwargs: dict[str, Any], removed: int) -> dict[str, int]:
-        """max_length and min_length count the prompt, hence shrink with it."""
-        sources = [kwargs.get("generation_config"), getattr(self, "generation_config", None)]
-
-        def lookup(name: str) -> Any:
-            given = [kwargs.get(name)] + [getattr(source, name, None) for source in sources]
-            return next((value for value in given if value is not None), None)
-
-        limits = {}
-        for end in ("max", "min"):
-            value = lookup(f"{end}_length")
-            unset = not value or (
-                value == LEGACY_DEFAULT_LENGTH and kwargs.get(f"{end}_length") is None
+        if positions is not None:
+            raise ValueError(
+                "position_ids cannot be combined with a cache that holds merged images; leave "
+                "them out, they follow from the attention_mask"
             )
-            if not unset and lookup(f"{end}_new_tokens") is None:
-                limits[f"{end}_length"] = value - removed
-        return limits
+        compact_mask = compact_attention_mask(moves, mask)
+        short = call | {
+            "input_ids": compact,
+            "attention_mask": moves.valid.long() if compact_mask is None else compact_mask,
+        }
+        return self._run(original, call, short, ids, compact.shape[1])
+
+    def _run(
+        self,
+        original: Any,
+        call: dict[str, Any],
+        short: dict[str, Any],
+        ids: Tensor | None,
+        length: int,
+    ) -> Any:
+        """Generate from the shortened call; everything the caller sees has its own prompt."""
+        width = (call["inputs_embeds"] if ids is None else ids).shape[1]
+        default = getattr(self, "generation_config", None)
+        short = short | shorter_limits(call, default, width=width, removed=width - length)
+        short |= with_full_prompt(call, ids, length)
+        given = {name: value for name, value in short.items() if value is not None}
+        return with_prompt(original(**given), ids, length)
 
 
 @functools.cache
@@ -201,33 +241,12 @@ def _without_images(call: dict[str, Any], prompt: CompactPrompt) -> dict[str, An
     }
 
 
-def _sequence(prompt: CompactPrompt) -> dict[str, Tensor | None]:
-    return {
-        "attention_mask": prompt.attention_mask,
-        "labels": prompt.labels,
-        "position_ids": prompt.position_ids,
-    }
+def _pad_left(call: dict[str, Any]) -> bool | None:
+    """generate() continues at the end of a row: shorter rows are padded in front.
 
-
-def _pad_side(kwargs: dict[str, Any]) -> bool | None:
-    """generate() continues at the end of a row, so rows without a mask are padded in front."""
-    return True if kwargs.get("attention_mask") is None else None
-
-
-def _cached_length(cache: Any) -> int:
-    """Tokens in a cache of any kind, 0 for none."""
-    return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
-
-
-def _with_prompt(output: Any, ids: Tensor | None, compact_length: int) -> Any:
-    """Put the caller's own prompt in front of what was generated."""
-    if ids is None:
-        return output
-    sequences = output if isinstance(output, Tensor) else output.sequences
-    per_prompt = sequences.shape[0] // ids.shape[0]
-    prompt = ids.repeat_interleave(per_prompt, 0).to(sequences.device)
-    full = torch.cat([prompt, sequences[:, compact_length:]], 1)
-    if isinstance(output, Tensor):
-        return full
-    output.sequences = full
-    return output
+    Unless the caller padded behind; then that stays as it is (and transformers warns).
+    """
+    mask = call.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return True
+    return None if bool((mask[:, -1] == 0).any()) else True

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .adapters import find_adapter
 from .adapters.swap import is_swapped, swap_in, swap_out
-from .config import MergeConfig
+from .config import CONFIG_NAME, MergeConfig
 from .inputs import Merging, prepare, schedule_for, stage_of
 from .merge_pass import VisualTokens
 from .schedule import Schedule
@@ -59,6 +59,8 @@ def wrap(
     """
     config = make_config(config, keep=keep, tokens=tokens, ratio=ratio, **options)
     base = base_model(model)
+    if hasattr(base, "_orig_mod"):
+        raise TypeError("wrap() the model first and compile it then, not the other way round")
     adapter = find_adapter(base)
     schedule_for(config, adapter.tower_shape(base))
     fresh = not is_wrapped(base)
@@ -109,6 +111,9 @@ def make_config(config: MergeConfig | None = None, **options: Any) -> MergeConfi
         ValueError: see `MergeConfig`; unknown options are named with the closest known one.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    for name in ("format_version", "pitome_vlm_version"):
+        if name in given:
+            raise ValueError(f"{name} belongs into a {CONFIG_NAME}, it is no option of wrap()")
     if config is None:
         return MergeConfig.from_dict(given)
     if not isinstance(config, MergeConfig):

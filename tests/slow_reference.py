@@ -29,8 +29,8 @@ def energies(keys, margin, alpha=1.0):
     ]
 
 
-def pitome_groups(keys, n_out, margin, alpha=1.0):
-    """Algorithm 1: the set of groups (frozensets of token indices)."""
+def pitome_groups(keys, n_out, margin, alpha=1.0, *, with_receivers=False):
+    """Algorithm 1: the set of groups (frozensets of token indices), and who received."""
     n = len(keys)
     k = n - n_out
     energy = energies(keys, margin, alpha)
@@ -41,10 +41,11 @@ def pitome_groups(keys, n_out, margin, alpha=1.0):
     for a in side_a:
         best = max(side_b, key=lambda b: cosine(keys[a], keys[b]))
         groups[best].append(a)
-    return {frozenset(g) for g in groups.values()} | {frozenset([p]) for p in protect}
+    result = {frozenset(g) for g in groups.values()} | {frozenset([p]) for p in protect}
+    return (result, set(side_b)) if with_receivers else result
 
 
-def tome_groups(keys, n_out, class_token):
+def tome_groups(keys, n_out, class_token, *, with_receivers=False):
     """Bipartite soft matching over a sequence whose first token may be a class token.
 
     The sequence is split by position; a class token stands at position 0, hence in A, and is
@@ -63,7 +64,8 @@ def tome_groups(keys, n_out, class_token):
     for _, a, b in edges[: n - n_out]:
         groups[b].append(a)
         del groups[a]
-    return {frozenset(g) for g in groups.values()}
+    result = {frozenset(g) for g in groups.values()}
+    return (result, set(side_b)) if with_receivers else result
 
 
 def weighted_mean(values, sizes, group):

@@ -47,7 +47,7 @@ def test_rows_are_shortened_as_if_one_by_one(rows, left):
     mask = pad([[1] * len(row) for row in rows], left)
     images = sum(row.count(IMAGE) for row in rows) // FULL
     drop = surplus_placeholders(ids == IMAGE, [FULL] * images, [KEPT] * images)
-    moves = compaction(drop, mask, left=left)
+    moves = compaction(ids == IMAGE, drop, mask, left=left)
     short = [shorten(row) for row in rows]
     assert torch.equal(moves.take(ids, 0), pad(short, left))
     assert torch.equal(moves.take(mask, 0), pad([[1] * len(row) for row in short], left))
@@ -68,7 +68,7 @@ def test_positions_close_the_gaps(rows):
 def test_masked_columns_inside_a_row_stay():
     drop = torch.zeros(2, 6, dtype=torch.bool)
     mask = torch.tensor([[0, 0, 1, 0, 1, 1], [0, 1, 1, 1, 1, 0]])
-    moves = compaction(drop, mask)
+    moves = compaction(drop, drop, mask)
     assert moves.take(mask, 0).tolist() == [[0, 1, 0, 1, 1], [1, 1, 1, 1, 0]]
 
 

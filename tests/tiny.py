@@ -18,6 +18,13 @@ PATCHES = 144
 KINDS = ("clip", "clip_full", "siglip", "siglip_default", "vipllava", "clip_list")
 
 
+def _spread(name: str) -> float:
+    """Standard deviations with which answers depend on words, pixels and merging."""
+    if "embed_tokens" in name or "lm_head" in name:
+        return 1.0
+    return 0.4 if "language_model" in name else 0.2
+
+
 def tiny_model(kind: str = "clip", *, seed: int = 0, layers: int = 6, attention: str = "sdpa"):
     """A LLaVA of 12 x 12 patches. Weights are large enough for outputs to differ by input."""
     torch.manual_seed(seed)
@@ -64,9 +71,9 @@ def tiny_model(kind: str = "clip", *, seed: int = 0, layers: int = 6, attention:
     config._attn_implementation = attention
     model = model_class(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0, 0.2)
+                parameter.normal_(0, _spread(name))
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     return model

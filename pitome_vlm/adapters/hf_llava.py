@@ -9,23 +9,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..merge_pass import MergePass, VisualTokens
 from ..schedule import TowerShape
 from .tower import (
+    encoding,
     feature_depth,
     find_encoder_layers,
     has_class_token,
     install_tower,
     patch_grid,
-    tower_slot,
     uninstall_tower,
 )
 
 MODEL_TYPES = ("llava", "vipllava")
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 STRATEGIES = ("default", "full")
+VARIABLE_GRID = ("pixtral",)
 
 
 class HFLlavaAdapter:
@@ -43,10 +44,16 @@ class HFLlavaAdapter:
         """See `Adapter`; `feature_options` may override `vision_feature_layer` and strategy.
 
         Raises:
+            TypeError: the tower's number of patches depends on the picture.
             ValueError: unknown select strategy, or a feature layer outside of the tower.
         """
         layer, strategy = self._features(model, feature_options)
         vision, tower = model.config.vision_config, model.model.vision_tower
+        if vision.model_type in VARIABLE_GRID:
+            raise TypeError(
+                f"a {vision.model_type} vision tower is not supported yet: its number of patches "
+                "depends on the picture, so no count can be promised"
+            )
         grid = patch_grid(vision)
         patches = grid[0] * grid[1]
         class_tokens = int(has_class_token(tower))
@@ -78,10 +85,7 @@ class HFLlavaAdapter:
 
     def uninstall(self, model: Any) -> None:
         """Give the tower its own classes back."""
-        try:
-            uninstall_tower(model.model.vision_tower)
-        except TypeError:
-            return  # an unknown tower was never touched
+        uninstall_tower(model.model.vision_tower)
 
     def encode_images(
         self, model: Any, pixel_values: Tensor, merge_pass: MergePass, **feature_options: Any
@@ -96,7 +100,9 @@ class HFLlavaAdapter:
         """
         layer, strategy = self._features(model, feature_options)
         core = model.model
-        states = self._hidden_states(core.vision_tower, pixel_values, merge_pass)
+        with encoding(core.vision_tower, merge_pass):
+            outputs = core.vision_tower(pixel_values, output_hidden_states=True)
+        states = outputs.hidden_states
         depths = feature_depth(layer, len(states) - 1)
         # Features of several depths are concatenated per token: the shallower ones have to go
         # through the merges that were made behind them.
@@ -105,23 +111,16 @@ class HFLlavaAdapter:
             carried = [state[:, 1:] for state in carried]
         features = merge_pass.merge_features(torch.cat(carried, dim=-1))
         projected = core.multi_modal_projector(features)
+        if projected.shape[1] != merge_pass.schedule.tokens_out:
+            raise RuntimeError(
+                f"the vision tower gave {projected.shape[1]} visual tokens per image where "
+                f"{merge_pass.schedule.tokens_out} were scheduled; pixel_values of another size, "
+                "or a module that hides the tower, are the usual reasons"
+            )
         sources = merge_pass.source_map(len(projected), projected.device)
         return VisualTokens(
             list(projected), list(sources), [merge_pass.schedule.tokens_in] * len(projected)
         )
-
-    def _hidden_states(
-        self, tower: nn.Module, pixel_values: Tensor, merge_pass: MergePass
-    ) -> tuple[Tensor, ...]:
-        try:
-            slot = tower_slot(tower)
-        except TypeError:
-            outputs = tower(pixel_values, output_hidden_states=True)
-        else:
-            with slot.encode(merge_pass):
-                outputs = tower(pixel_values, output_hidden_states=True)
-        states: tuple[Tensor, ...] = outputs.hidden_states
-        return states
 
     def _features(self, model: Any, options: dict[str, Any]) -> tuple[int | list[int], str]:
         config = model.config

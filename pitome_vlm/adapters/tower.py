@@ -30,27 +30,30 @@ TAKES_FLOAT_MASK = ("eager", "sdpa")
 
 
 class TowerSlot:
-    """Which encoding the layers of one tower belong to right now.
+    """Which encoding the layers of one tower belong to right now, in this thread.
 
     A layer cannot be handed an argument through the towers of transformers 4.57, so it looks
     here when it is *called* and passes what it finds to its own forward as an argument: a
-    checkpointed re-run gets that same argument, however much later it happens. The lock makes two
-    threads that share a model take turns in its tower.
+    checkpointed re-run gets that same argument, however much later it happens. Threads that
+    share a model do not see each other's encodings.
     """
 
     def __init__(self) -> None:
-        self.active: MergePass | None = None
-        self._lock = threading.RLock()
+        self._local = threading.local()
+
+    @property
+    def active(self) -> MergePass | None:
+        """The encoding in progress, None outside of one."""
+        return getattr(self._local, "active", None)
 
     @contextlib.contextmanager
     def encode(self, merge_pass: MergePass) -> Iterator[None]:
         """Make `merge_pass` the one that layers called in this block belong to."""
-        with self._lock:
-            previous, self.active = self.active, merge_pass
-            try:
-                yield
-            finally:
-                self.active = previous
+        previous, self._local.active = self.active, merge_pass
+        try:
+            yield
+        finally:
+            self._local.active = previous
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TowerSlot:
         # One object per tower: layers copied together must share the copy.
@@ -64,21 +67,33 @@ class TowerSlot:
         TowerSlot.__init__(self)
 
 
-def find_encoder_layers(tower: nn.Module) -> nn.ModuleList:
-    """The tower's transformer layers, found by structure because their path differs by release.
+def find_encoder_layers(tower: nn.Module) -> list[nn.ModuleList]:
+    """The tower's lists of transformer layers, by structure because paths differ by release.
+
+    There is one, or several copies of it where peft trains a copy (`modules_to_save`).
 
     Raises:
         TypeError: no list of layers with the parts a merge needs.
+        RuntimeError: the layers sit inside PyTorch's checkpoint wrapper.
     """
-    for module in tower.modules():
-        if isinstance(module, nn.ModuleList) and len(module) and _is_mergeable(module[0]):
-            return module
-    raise TypeError(
-        f"vision tower {type(tower).__name__} is not supported inside the tower: looked for a "
-        f"ModuleList of layers with {', '.join(LAYER_PARTS)} whose self_attn has "
-        f"{', '.join(ATTENTION_PARTS)} (CLIP and SigLIP have); "
-        'merge behind it with stage="projector" instead'
-    )
+    found = [
+        module
+        for module in tower.modules()
+        if isinstance(module, nn.ModuleList) and len(module) and _is_mergeable(module[0])
+    ]
+    if not found:
+        raise TypeError(
+            f"vision tower {type(tower).__name__} is not supported inside the tower: looked for "
+            f"a ModuleList of layers with {', '.join(LAYER_PARTS)} whose self_attn has "
+            f"{', '.join(ATTENTION_PARTS)} (CLIP and SigLIP have); "
+            'merge behind it with stage="projector" instead'
+        )
+    if any(hasattr(layer, "_checkpoint_wrapped_module") for layers in found for layer in layers):
+        raise RuntimeError(
+            "the vision layers are inside PyTorch's CheckpointWrapper, which re-runs them without "
+            "their arguments; use model.gradient_checkpointing_enable() instead"
+        )
+    return found
 
 
 def _is_mergeable(layer: nn.Module) -> bool:
@@ -198,38 +213,47 @@ def _returns_tuple(layer_class: type[nn.Module]) -> bool:
     return "output_attentions" in inspect.signature(layer_class.forward).parameters
 
 
-def install_tower(tower: nn.Module) -> TowerSlot:
-    """Put `MergingLayer` in front of every layer's class; all or nothing.
-
-    Returns:
-        The slot that starts an encoding.
-    """
-    layers = find_encoder_layers(tower)
-    slot = TowerSlot()
+def install_tower(tower: nn.Module) -> None:
+    """Put `MergingLayer` in front of every layer's class; all or nothing."""
+    lists, slot = find_encoder_layers(tower), TowerSlot()
     try:
-        for index, layer in enumerate(layers):
-            swap_in(layer, MergingLayer)
-            layer._pitome_layer = index  # type: ignore[assignment]
-            # In a tuple, so that it is no attribute torch would register or move.
-            layer._pitome_slot = (slot,)  # type: ignore[assignment]
+        for layers in lists:
+            for index, layer in enumerate(layers):
+                swap_in(layer, MergingLayer)
+                layer._pitome_layer = index  # type: ignore[assignment]
+                # In a tuple, so that it is no attribute torch would register or move.
+                layer._pitome_slot = (slot,)  # type: ignore[assignment]
     except BaseException:
         uninstall_tower(tower)
         raise
-    return slot
 
 
 def uninstall_tower(tower: nn.Module) -> None:
     """Give every layer its own class back; a no-op on an untouched tower."""
-    for layer in find_encoder_layers(tower):
-        swap_out(layer)
-        for name in ("_pitome_layer", "_pitome_slot"):
-            layer.__dict__.pop(name, None)
+    for module in tower.modules():
+        if isinstance(module, MergingLayer):
+            swap_out(module)
+            for name in ("_pitome_layer", "_pitome_slot"):
+                module.__dict__.pop(name, None)
 
 
-def tower_slot(tower: nn.Module) -> TowerSlot:
-    """The slot of an installed tower."""
-    slot: TowerSlot = find_encoder_layers(tower)[0]._pitome_slot[0]  # type: ignore[index,assignment]
-    return slot
+@contextlib.contextmanager
+def encoding(tower: nn.Module, merge_pass: MergePass) -> Iterator[None]:
+    """Let the tower's layers merge as `merge_pass` says, for the length of a block.
+
+    Raises:
+        RuntimeError: the tower has to merge but is not the one that was wrapped.
+    """
+    layers = [module for module in tower.modules() if isinstance(module, MergingLayer)]
+    if merge_pass.schedule.tower and not layers:
+        raise RuntimeError(
+            "the vision tower was replaced after wrap(); call pitome_vlm.wrap(model, ...) again"
+        )
+    with contextlib.ExitStack() as stack:
+        # A copy that peft trains beside the original has a slot of its own.
+        for slot in {layer._pitome_slot[0] for layer in layers}:
+            stack.enter_context(slot.encode(merge_pass))
+        yield
 
 
 def has_class_token(tower: nn.Module) -> bool:

@@ -58,8 +58,9 @@ def test_unwrap_leaves_nothing(kind):
     pitome_vlm.wrap(model, keep=0.25)
     assert list(model.state_dict()) == keys
     assert model(**batch).logits.shape != logits.shape
-    assert (
-        type(model).__name__ == model.config.architectures[0] if model.config.architectures else 1
+    assert type(model).__name__ in (
+        "LlavaForConditionalGeneration",
+        "VipLlavaForConditionalGeneration",
     )
     pitome_vlm.unwrap(model)
     assert snapshot(model) == before
@@ -108,7 +109,7 @@ def test_predicted_counts_are_observed_counts(kind, stage, algorithm):
     for budget in BUDGETS:
         config = MergeConfig(**budget, algorithm=algorithm, stage=stage)
         refused = algorithm == "pool" and (stage == "both" or kind == "siglip_default")
-        if refused or (kind == "clip_full" and budget.get("tokens") == 1):
+        if refused:
             with pytest.raises(ValueError, match="pool"):
                 pitome_vlm.wrap(model, config=config)
             continue
@@ -157,8 +158,9 @@ def test_merging_exact_duplicates_equals_not_merging(kind, attention, algorithm)
     )
     unweighted = encode_images(model, pixels)
     spread = unweighted.features[0][unweighted.source_maps[0]]
-    if kind == "clip":  # the class token breaks the symmetry that hides the missing weight
-        assert (spread - full).abs().max() > 1e-3
+    # (in SigLIP all groups are equally large, so that a missing weight changes nothing; groups of
+    # different sizes are in test_tower_reference.py)
+    assert ((spread - full).abs().max() > 1e-3) == (kind == "clip")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -186,7 +188,7 @@ def test_copies_and_pickles_are_independent(kind):
 def test_layers_behind_the_features_are_not_run():
     model, batch = tiny_model(), tiny_batch()
     ran = []
-    for index, layer in enumerate(find_encoder_layers(model.model.vision_tower)):
+    for index, layer in enumerate(find_encoder_layers(model.model.vision_tower)[0]):
         layer.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
     with pitome_vlm.wrapped(model, keep=0.5):
         model(**batch)

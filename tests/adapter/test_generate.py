@@ -330,9 +330,9 @@ def test_sizes_and_positions_travel_with_the_prompt(model):
     base, merging = merging_of(model)
     prompt = prepare(base, merging, batch)
     total = batch["input_ids"].shape[1]
-    assert prompt.sizes.sum() == total  # every column of the original is accounted for
-    assert prompt.positions[0, -4:].tolist() == list(range(total - 4, total))
-    assert prompt.positions[0, 0] == 0
-    first = prompt.positions[0, 4:40]
+    assert prompt.sizes().sum() == total  # every column of the original is accounted for
+    assert prompt.positions()[0, -4:].tolist() == list(range(total - 4, total))
+    assert prompt.positions()[0, 0] == 0
+    first = prompt.positions()[0, 4:40]
     assert bool(((first >= 4) & (first < 4 + PATCHES)).all())
     assert schedule_of(model).tokens_out == 36
