@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 MATRIX_VENV ?= .venv-transformers-4.57
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types layers unit test-matrix bench-demo wheel clean
+.PHONY: help demo test lint types layers unit test-matrix bench-demo eval-demo wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -21,8 +21,13 @@ $(VENV)/.base: pyproject.toml constraints-cpu.txt
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt -e .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.base
+# lmms-eval without what it asks for beside torch: torchvision and timm break a CPU build of torch
+# (eval/requirements-slim.txt). On a GPU machine `pip install "pitome-vlm[eval]"` is all it takes.
+$(VENV)/.dev: $(VENV)/.base eval/requirements-slim.txt
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt \
+		-r eval/requirements-slim.txt
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps lmms-eval==0.7.3
 	touch $@
 
 demo: $(VENV)/.base ## install into .venv and run the demo
@@ -52,6 +57,11 @@ test-matrix: ## adapter tests on the oldest supported transformers, in an enviro
 
 bench-demo: $(VENV)/.base ## regenerate eval/results/demo (all held-out questions)
 	$(BIN)/python scripts/demo_benchmark.py --output eval/results/demo --readme README.md
+
+eval-demo: $(VENV)/.dev ## regenerate eval/results/demo_vqa with lmms-eval; RESUME=1 goes on
+	test -n "$(RESUME)" || rm -rf eval/results/demo_vqa
+	$(BIN)/pitome-vlm eval --suite demo --algorithms pitome,released,tome,random,pool \
+		--output eval/results/demo_vqa --resume
 
 wheel: $(VENV)/.dev ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .

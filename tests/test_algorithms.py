@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_reference import pitome_groups, tome_groups, weighted_mean
 
 from pitome_vlm import MergeConfig, algorithms
-from pitome_vlm.algorithms.pitome import margin_at
+from pitome_vlm.algorithms.pitome import energy_score, margin_at
 from pitome_vlm.algorithms.pool import grid_cells
-from pitome_vlm.merge import Algorithm, MergeContext, MergePlan, make_plan
-from slow_reference import pitome_groups, tome_groups, weighted_mean
+from pitome_vlm.merge import Algorithm, MergeContext, MergePlan, cosine_similarity, make_plan
 
 REDUCING = [name for name in algorithms.available() if name != "none"]
 CONFIG = MergeConfig(keep=0.5)
@@ -127,13 +129,57 @@ def test_a_batch_is_its_images_one_by_one(name):
         assert torch.equal(alone.assign[0], whole.assign[row])
 
 
-@pytest.mark.parametrize("name", ["pitome", "tome"])
-def test_ties_go_to_the_earlier_token(name):
-    keys = torch.eye(2).repeat_interleave(4, 0)[None].repeat(2, 1, 1)  # two clusters of four
-    plans = [make_plan(algorithms.get(name), keys, 4, ctx=context(8)) for _ in range(2)]
-    assert torch.equal(plans[0].assign, plans[1].assign)
-    assert groups_of(plans[0], 0) == groups_of(plans[0], 1)
-    assert all(max(group) < 4 or min(group) >= 4 for group in groups_of(plans[0]))
+def test_ties_go_to_the_earlier_token():
+    keys = torch.eye(2).repeat_interleave(4, 0)[None].repeat(2, 1, 1)  # 0-3 alike, 4-7 alike
+    # ToMe, 0 2 4 6 against 1 3 5 7: the two best of four equal edges are those of 0 and 2, and
+    # both go to the first of their equal partners.
+    tome = make_plan(algorithms.get("tome"), keys, 6, ctx=context(8))
+    expected = {frozenset({0, 1, 2}), *(frozenset({i}) for i in (3, 4, 5, 6, 7))}
+    assert groups_of(tome, 0) == groups_of(tome, 1) == expected
+    # PiToMe: equal energies, so the first four are mergeable, 0 2 into the first of 1 3.
+    pitome = make_plan(algorithms.get("pitome"), keys, 6, ctx=context(8))
+    assert groups_of(pitome, 0) == groups_of(pitome, 1) == expected
+
+
+def test_energy_forms_by_hand():
+    # Cosines of token 0 to 1, 2, 3: 0.8, 0, -0.6; margin 0.5; N = 4.
+    keys = torch.tensor([[[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-0.6, 0.8]]], dtype=torch.float64)
+    cosines = [0.8, 0.0, -0.6]
+    by_hand = {
+        "paper": 0.8 + (math.exp(-0.5) - 1) + (math.exp(-1.1) - 1),
+        "elu": 0.3 + (math.exp(-0.5) - 1) + (math.exp(-1.1) - 1),
+        "gaussian": sum(
+            math.exp(-((1 - x) ** 2) / (2 * 0.5**2)) / (0.5 * math.sqrt(2 * math.pi))
+            for x in cosines
+        ),
+    }
+    for form, total in by_hand.items():
+        energy = energy_score(cosine_similarity(keys), 0.5, form=form, alpha=1.0)
+        assert energy[0, 0].item() == pytest.approx(total / 4)
+    halved = energy_score(cosine_similarity(keys), 0.5, form="paper", alpha=0.5)
+    assert halved[0, 0].item() == pytest.approx((0.8 + (by_hand["paper"] - 0.8) / 2) / 4)
+
+
+def test_released_recipe_matches_bipartite_up_to_half_depth():
+    # The authors' use_bsm = (idx <= 12) of 24 layers.
+    torch.manual_seed(0)
+    keys = torch.randn(1, 24, 8)
+    config = MergeConfig.preset("released", keep=0.5)
+    tome = make_plan(algorithms.get("tome"), keys, 16, ctx=context(24))
+    for layer, bipartite in ((0, True), (12, True), (13, False), (22, False)):
+        ctx = context(24, config=config, layer=layer, depth=layer / 24)
+        plan = make_plan(algorithms.get("pitome"), keys, 16, ctx=ctx)
+        assert (groups_of(plan) == groups_of(tome)) == bipartite
+
+
+def test_chained_steps_compare_size_weighted_means():
+    torch.manual_seed(0)
+    keys, sizes = torch.randn(1, 24, 6), torch.randint(1, 30, (1, 24)).float()
+    chained = make_plan(algorithms.get("tome"), keys, 7, ctx=context(24), sizes=sizes)
+    first = make_plan(algorithms.get("tome"), keys, 12, ctx=context(24))
+    means, _ = first.apply(keys, sizes)
+    second = make_plan(algorithms.get("tome"), means, 7, ctx=context(12))
+    assert torch.equal(chained.assign, first.then(second).assign)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from pitome_vlm.wrapper import make_config
         ({"keep": 0.5, "seed": -1}, "seed must be at least 0, got -1"),
         ({"keep": 0.5, "projector_steps": 0}, "projector_steps must be at least 1"),
         ({"keep": 0.5, "layers": (-1,)}, "layers must be at least 0, got -1"),
+        ({"keep": 0.5, "seed": 2**32}, "seed must be at most 4294967295"),
     ],
 )
 def test_values_out_of_range(options, message):
@@ -49,6 +50,7 @@ def test_values_out_of_range(options, message):
         {"keep": 0.5, "margin": "0.9"},
         {"keep": 0.5, "algorithm": 7},
         {"keep": 0.5, "layers": (1.5,)},
+        {"keep": 0.5, "layers": 3},
     ],
     ids=str,
 )
@@ -93,7 +95,7 @@ def test_save_and_load_beside_a_checkpoint(tmp_path):
 
 
 def test_unknown_keys_are_misspellings_in_this_version():
-    with pytest.raises(ValueError, match="unknown merge option 'marign'.*mean 'margin'"):
+    with pytest.raises(ValueError, match=r"unknown merge option 'marign'.*mean 'margin'"):
         MergeConfig.from_dict({"keep": 0.5, "marign": 0.3})
 
 
@@ -152,6 +154,9 @@ def test_changes_to_a_config():
     assert make_config(config, tokens=10) == MergeConfig(tokens=10, energy="elu")
     assert make_config(config, energy="paper") == MergeConfig(keep=0.5)
     assert config.replace(ratio=0.9) == MergeConfig(ratio=0.9, energy="elu")
+    for key in ("format_version", "pitome_vlm_version"):
+        with pytest.raises(ValueError, match=f"{key} belongs into a pitome_config.json"):
+            make_config(None, keep=0.5, **{key: 9})
     with pytest.raises(TypeError, match="config must be a MergeConfig, got dict"):
         make_config({"keep": 0.5})
 

@@ -83,5 +83,5 @@ def test_token_positions_are_means_for_merged_and_unreduced_for_text():
 def test_matching_counts_pass_and_others_name_both_numbers():
     short = torch.ones(1, 4, dtype=torch.bool)
     assert not surplus_placeholders(short, [6, 6], [2, 2]).any()
-    with pytest.raises(ValueError, match="5 image placeholders for 2 images.*12.*4"):
+    with pytest.raises(ValueError, match=r"5 image placeholders for 2 images.*12.*4"):
         surplus_placeholders(torch.ones(1, 5, dtype=torch.bool), [6, 6], [2, 2])

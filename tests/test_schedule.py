@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -119,6 +120,8 @@ def test_more_projector_steps_on_request():
         ({"ratio": 0}, "ratio must be in"),
         ({"tokens": 0}, "tokens must be a whole number of at least 1, got 0"),
         ({"tokens": 2.5}, "whole number"),
+        ({"tokens": float("inf")}, "whole number of at least 1, got inf"),
+        ({"tokens": float("nan")}, "whole number of at least 1, got nan"),
     ],
 )
 def test_bad_budgets_name_field_value_and_range(words, message):
@@ -130,6 +133,19 @@ def test_bad_budgets_name_field_value_and_range(words, message):
 def test_budget_words_are_numbers(value):
     with pytest.raises(TypeError, match="keep must be a number"):
         Budget(keep=value)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert Budget(tokens=np.int64(64)).tokens == 64
+    assert type(Budget(tokens=np.int64(64)).tokens) is int
+    assert Budget(keep=np.float32(0.25)).keep == 0.25
+
+
+def test_too_few_projector_steps_and_no_layers_are_said():
+    with pytest.raises(ValueError, match="projector_steps must be at least 2 to get from 576"):
+        build_schedule(CLIP_L, Budget(keep=0.25), stage="projector", projector_steps=1)
+    with pytest.raises(ValueError, match="layers is empty"):
+        build_schedule(CLIP_L, Budget(keep=0.25), stage="tower", layers=())
 
 
 def test_more_tokens_than_there_are():

@@ -28,14 +28,14 @@ def _spread(name: str) -> float:
 def tiny_model(kind: str = "clip", *, seed: int = 0, layers: int = 6, attention: str = "sdpa"):
     """A LLaVA of 12 x 12 patches. Weights are large enough for outputs to differ by input."""
     torch.manual_seed(seed)
-    size = dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        image_size=96,
-        patch_size=8,
-    )
+    size = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "image_size": 96,
+        "patch_size": 8,
+    }
     siglip = kind.startswith("siglip")
     vision = SiglipVisionConfig(**size) if siglip else CLIPVisionConfig(**size, projection_dim=16)
     text = LlamaConfig(
@@ -50,7 +50,7 @@ def tiny_model(kind: str = "clip", *, seed: int = 0, layers: int = 6, attention:
         bos_token_id=1,
         eos_token_id=2,
     )
-    options = dict(vision_config=vision, text_config=text, image_token_index=IMAGE)
+    options = {"vision_config": vision, "text_config": text, "image_token_index": IMAGE}
     config_class, model_class = LlavaConfig, LlavaForConditionalGeneration
     if kind == "vipllava":
         config_class, model_class = VipLlavaConfig, VipLlavaForConditionalGeneration

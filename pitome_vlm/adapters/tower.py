@@ -24,6 +24,7 @@ logger = logging.get_logger(__name__)
 
 LAYER_PARTS = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "out_proj", "head_dim", "scale")
+LAYER_ATTRIBUTES = ("_pitome_layer", "_pitome_slot", "_pitome_returns_tuple")
 # Implementations whose function in transformers adds a float mask to the logits. All others
 # (flash kernels, flex) read a mask as padding or not at all.
 TAKES_FLOAT_MASK = ("eager", "sdpa")
@@ -108,6 +109,7 @@ class MergingLayer:
 
     _pitome_layer: int
     _pitome_slot: tuple[TowerSlot]
+    _pitome_returns_tuple: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Hand the active pass on as an argument."""
@@ -200,13 +202,13 @@ def _kernel(attention: Any, bias: Tensor | None) -> Any:
         )
         name = "sdpa"
     if name == "eager":
-        return inspect.getmodule(base_class(attention)).eager_attention_forward  # type: ignore[union-attr]
+        return inspect.getmodule(type(attention)).eager_attention_forward  # type: ignore[union-attr]
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
 def _as_returned(layer: Any, hidden: Tensor) -> Any:
     """`hidden` in the form the layer's own class returns: a tuple before transformers 5."""
-    return (hidden,) if _returns_tuple(base_class(layer)) else hidden
+    return (hidden,) if layer._pitome_returns_tuple else hidden
 
 
 def _returns_tuple(layer_class: type[nn.Module]) -> bool:
@@ -216,11 +218,13 @@ def _returns_tuple(layer_class: type[nn.Module]) -> bool:
 def install_tower(tower: nn.Module) -> None:
     """Put `MergingLayer` in front of every layer's class; all or nothing."""
     lists, slot = find_encoder_layers(tower), TowerSlot()
+    returns_tuple = _returns_tuple(base_class(lists[0][0]))
     try:
         for layers in lists:
             for index, layer in enumerate(layers):
                 swap_in(layer, MergingLayer)
                 layer._pitome_layer = index  # type: ignore[assignment]
+                layer._pitome_returns_tuple = returns_tuple  # type: ignore[assignment]
                 # In a tuple, so that it is no attribute torch would register or move.
                 layer._pitome_slot = (slot,)  # type: ignore[assignment]
     except BaseException:
@@ -233,7 +237,7 @@ def uninstall_tower(tower: nn.Module) -> None:
     for module in tower.modules():
         if isinstance(module, MergingLayer):
             swap_out(module)
-            for name in ("_pitome_layer", "_pitome_slot"):
+            for name in LAYER_ATTRIBUTES:
                 module.__dict__.pop(name, None)
 
 

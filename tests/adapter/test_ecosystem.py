@@ -14,6 +14,7 @@ from tiny import tiny_batch, tiny_model
 from transformers import LlavaForConditionalGeneration
 
 import pitome_vlm
+from pitome_vlm.adapters.tower import MergingLayer
 from pitome_vlm.wrapper import is_wrapped, merge_config, schedule_of
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -66,6 +67,70 @@ def test_adapter_round_trip_and_merge_keep_the_wrapping(tmp_path):
     merged = again.merge_and_unload()
     assert is_wrapped(merged)
     torch.testing.assert_close(merged(**batch).logits, logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("wrap_first", [True, False])
+def test_a_tower_that_peft_trains_as_a_copy_merges_too(wrap_first):
+    config = LoraConfig(
+        target_modules=r".*language_model.*q_proj", modules_to_save=["vision_tower"], **LORA
+    )
+    model, batch = tiny_model(), tiny_batch()
+    torch.manual_seed(0)
+    if wrap_first:
+        peft_model = get_peft_model(pitome_vlm.wrap(model, keep=0.25), config).eval()
+    else:
+        peft_model = pitome_vlm.wrap(get_peft_model(model, config), keep=0.25).eval()
+    assert peft_model(**batch).logits.shape[1] == batch["input_ids"].shape[1] - 2 * (144 - 36)
+    pitome_vlm.unwrap(peft_model)
+    assert peft_model(**batch).logits.shape[1] == batch["input_ids"].shape[1]
+    assert not any(isinstance(module, MergingLayer) for module in peft_model.modules())
+
+
+def test_the_trainer_trains_and_evaluates(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = pitome_vlm.wrap(tiny_model(), keep=0.25)
+    row = {k: v[0] for k, v in tiny_batch(images=(1,), texts=(6,)).items()}
+    row["labels"] = row["input_ids"].masked_fill(row["input_ids"] == 99, -100)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        max_steps=3,
+        learning_rate=5e-3,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        bf16=True,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=[row] * 6,
+        eval_dataset=[row] * 2,
+        data_collator=lambda rows: {k: torch.stack([r[k] for r in rows]) for k in rows[0]},
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"layers": (1,), "stage": "projector"}, {"projector_steps": 3}, {"layers": ()}],
+    ids=str,
+)
+def test_options_without_effect_are_refused(options):
+    with pytest.raises(ValueError, match=r"has no effect at stage=|layers is empty"):
+        pitome_vlm.wrap(tiny_model(), keep=0.25, **options)
+
+
+def test_save_pretrained_by_position(tmp_path):
+    model = pitome_vlm.wrap(tiny_model(), keep=0.25)
+    model.save_pretrained(tmp_path / "other_rank", False)
+    assert not (tmp_path / "other_rank" / "pitome_config.json").exists()
+    model.save_pretrained(tmp_path / "main", True)
+    assert (tmp_path / "main" / "pitome_config.json").exists()
 
 
 @pytest.mark.parametrize("hook", ["dispatch", "offload"])

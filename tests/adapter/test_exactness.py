@@ -92,12 +92,17 @@ def test_wrapping_twice_is_wrapping_once_with_the_last_settings():
 
 def test_context_manager_restores_after_an_error_and_nests():
     model, plain = tiny_model(), snapshot(tiny_model())
-    with pytest.raises(RuntimeError, match="inside"), pitome_vlm.wrapped(model, keep=0.5):
-        assert schedule_of(model).tokens_out == 72
-        with pitome_vlm.wrapped(model, tokens=10):
-            assert schedule_of(model).tokens_out == 10
-        assert schedule_of(model).tokens_out == 72
-        raise RuntimeError("inside")
+
+    def fail_inside():
+        with pitome_vlm.wrapped(model, keep=0.5):
+            assert schedule_of(model).tokens_out == 72
+            with pitome_vlm.wrapped(model, tokens=10):
+                assert schedule_of(model).tokens_out == 10
+            assert schedule_of(model).tokens_out == 72
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside()
     assert snapshot(model) == plain
 
 

@@ -1,0 +1,135 @@
+"""The commands together, and what happens when one of them fails.
+
+Knows: that every error is one line on stderr and exit code 2. Does not know: what the commands do.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..version import __version__
+from .ask import ask
+from .chat import chat
+from .demo import demo
+from .eval import evaluate
+from .info import info
+from .terminal import one_line, say
+from .visualize import visualize
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+EPILOG = """
+Examples:
+
+  pitome-vlm demo
+
+  pitome-vlm ask --model llava-hf/llava-1.5-7b-hf --image cat.jpg --keep 0.25 "What is it?"
+
+  pitome-vlm chat --model PATH --image cat.jpg --tokens 64 --load-4bit
+
+  pitome-vlm info --model PATH --keep 0.25
+
+`--model demo` is the tiny model that comes with the package and needs no download.
+"""
+
+
+class OneLineErrors(TyperGroup):
+    """A command group that never shows a traceback unless asked with --debug."""
+
+    def main(
+        self,
+        args: Any = None,
+        prog_name: str | None = "pitome-vlm",
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command line; always ends in SystemExit unless `standalone_mode` is False."""
+        words = list(sys.argv[1:] if args is None else args)
+        try:
+            code = super().main(words, prog_name, complete_var, False, windows_expand_args, **extra)
+        except (Exception, KeyboardInterrupt) as error:
+            code = _report(error, debug="--debug" in words)
+        if standalone_mode:
+            sys.exit(code if isinstance(code, int) else 0)
+        return code
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            # Caught here because releases of typer differ in what they make of it further out.
+            say("interrupted")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _report(error: BaseException, *, debug: bool) -> int:
+    """Say what went wrong and return the exit code."""
+    if isinstance(error, BrokenPipeError):
+        # Whoever read our output has enough; keep the interpreter quiet when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        say("interrupted")
+        return EXIT_INTERRUPTED
+    if debug:
+        traceback.print_exception(error)
+    describe = getattr(error, "format_message", None)
+    message = one_line(describe() if describe else str(error)) or type(error).__name__
+    if not (describe or isinstance(error, (ValueError, TypeError, OSError, ImportError))):
+        message = f"{type(error).__name__}: {message}"
+        message += "" if debug else " (run again with --debug for the traceback)"
+    say(f"error: {message}")
+    return EXIT_ERROR
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    name="pitome-vlm",
+    help="Faster LLaVA-style models: merge visual tokens before the language model sees them.",
+    epilog=EPILOG,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pitome-vlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Faster LLaVA-style models: merge visual tokens before the language model sees them."""
+    del version
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+for _command in (demo, ask, chat, info, visualize):
+    app.command()(_command)
+app.command("eval")(evaluate)
+
+
+def main() -> None:
+    """Entry point of the console script and of `python -m pitome_vlm`."""
+    app()

@@ -1,0 +1,217 @@
+"""`pitome-vlm chat`: a conversation in the terminal.
+
+Knows: lines, slash commands and Ctrl-C. Does not know: prompts or generation (`engine.py`).
+Answers go to stdout, everything else to stderr; without a terminal, lines are read from stdin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import suggest
+from . import options as o
+from .terminal import one_line, quiet, say, write
+
+if TYPE_CHECKING:
+    from .engine import Conversation
+
+HELP = {
+    "/image PATH ...": "look at another picture (or several); starts a new conversation",
+    "/keep F": "keep this fraction of the visual tokens, 0 to 1",
+    "/tokens N": "keep this many visual tokens per image",
+    "/reset": "forget what was said, keep the picture",
+    "/info": "what is merged and what was said",
+    "/help": "this list",
+    "/exit": "leave (as Ctrl-D does); Ctrl-C stops an answer",
+}
+
+
+def chat(
+    model: o.Model,
+    image: o.MaybeImages = None,
+    keep: o.Keep = None,
+    tokens: o.Tokens = None,
+    ratio: o.Ratio = None,
+    algorithm: o.Algorithm = None,
+    preset: o.Preset = None,
+    load_4bit: o.Load4Bit = False,
+    load_8bit: o.Load8Bit = False,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+    max_new_tokens: o.MaxNewTokens = 512,
+    temperature: o.Temperature = 0.0,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Talk about a picture; answers appear word by word.
+
+    Commands inside: /image PATH, /keep 0.25, /tokens N, /reset, /info, /help, /exit.
+
+    Example: `pitome-vlm chat --model demo --image scene.png --keep 0.25`
+    """
+    merging = o.MergeOptions(keep, tokens, ratio, algorithm, preset).given()
+    from .session import load_images, load_model, merging_line
+
+    pictures = load_images(image or [])
+    loading = o.LoadOptions(model, load_4bit, load_8bit, dtype, device)
+    vlm, processor = load_model(loading, merging, verbose=verbose)
+    from .engine import Conversation
+
+    conversation = Conversation(vlm, processor, max_new_tokens, temperature, pictures)
+    say(f"{model} ready, {merging_line(vlm)}. /help lists the commands.")
+    if not pictures:
+        say("No picture yet: /image PATH shows one.")
+    Chat(conversation, debug=debug, verbose=verbose).run()
+
+
+class Chat:
+    """Reads lines, answers them, and survives what goes wrong in one of them."""
+
+    def __init__(
+        self, conversation: Conversation, *, debug: bool = False, verbose: bool = False
+    ) -> None:
+        self.conversation = conversation
+        self.debug = debug
+        self.verbose = verbose
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/image": self._image,
+            "/keep": lambda value: self._budget(keep=_number(value, float, "/keep 0.25")),
+            "/tokens": lambda value: self._budget(tokens=_number(value, int, "/tokens 64")),
+            "/reset": self._reset,
+            "/info": self._info,
+            "/help": self._help,
+        }
+
+    def run(self) -> None:
+        """Until /exit, the end of the input, or Ctrl-C at the prompt."""
+        interactive = sys.stdin.isatty()
+        if interactive:
+            # Line editing and history for input(); missing on some platforms.
+            with contextlib.suppress(ImportError):
+                importlib.import_module("readline")
+        while True:
+            try:
+                line = input("> " if interactive else "").strip()
+            except (EOFError, KeyboardInterrupt):
+                if interactive:
+                    say("")
+                return
+            if line in ("/exit", "/quit"):
+                return
+            if line:
+                self.handle(line)
+
+    def handle(self, line: str) -> None:
+        """One question or command; an error in it is one line and nothing else changes."""
+        try:
+            self._command(line) if line.startswith("/") else self._answer(line)
+        except KeyboardInterrupt:
+            say("stopped")
+        except Exception as error:
+            # The conversation must outlive any failure, running out of memory included.
+            if self.debug:
+                import traceback
+
+                traceback.print_exc()
+            say(f"error: {one_line(str(error)) or type(error).__name__}")
+
+    def _answer(self, question: str) -> None:
+        with stopping_on_interrupt() as stop, quiet(self.verbose):
+            answer = self.conversation.ask(
+                question, on_text=lambda text: write(text, end=""), stop=stop
+            )
+        write("")
+        if stop.is_set():
+            say("stopped")
+        elif not answer:
+            say("(the model had nothing to say)")
+
+    def _command(self, line: str) -> None:
+        name, _, rest = line.partition(" ")
+        if name not in self.commands:
+            known = [*self.commands, "/exit"]
+            raise ValueError(
+                f"unknown command {name}.{suggest(name, known)} Commands: {', '.join(known)}"
+            )
+        self.commands[name](rest.strip())
+
+    def _image(self, paths: str) -> None:
+        from .session import load_images
+
+        names = _split(paths)
+        if not names:
+            raise ValueError("which picture? /image PATH")
+        self.conversation.show(load_images(names))
+        sizes = ", ".join(f"{i.width} x {i.height}" for i in self.conversation.images)
+        say(f"looking at {', '.join(names)} ({sizes}); new conversation")
+
+    def _budget(self, **budget: Any) -> None:
+        from ..wrapper import is_wrapped, merge_config, wrap
+        from .session import merging_line
+
+        model = self.conversation.model
+        wrap(model, config=merge_config(model) if is_wrapped(model) else None, **budget)
+        say(merging_line(model))
+
+    def _reset(self, rest: str) -> None:
+        del rest
+        self.conversation.reset()
+        say("forgotten")
+
+    def _info(self, rest: str) -> None:
+        del rest
+        from .session import merging_line
+
+        talk = self.conversation
+        say(f"{merging_line(talk.model)}; {len(talk.images)} picture(s), {len(talk.turns)} turn(s)")
+
+    def _help(self, rest: str) -> None:
+        del rest
+        for command, text in HELP.items():
+            say(f"  {command:<16} {text}")
+
+
+def _number(text: str, kind: type, example: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a number" if kind is float else "a whole number"
+        raise ValueError(f"{what} is needed, as in {example}; got {text!r}") from None
+
+
+def _split(text: str) -> list[str]:
+    """File names from a line: one per word, spaces inside quotes; a bare name may have spaces."""
+    if Path(text).is_file():
+        return [text]
+    try:
+        return shlex.split(text)
+    except ValueError:
+        return [text]
+
+
+@contextlib.contextmanager
+def stopping_on_interrupt() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event; a second one raises KeyboardInterrupt as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handler(number: int, frame: Any) -> None:
+        if stop.is_set():
+            signal.default_int_handler(number, frame)
+        stop.set()
+
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)

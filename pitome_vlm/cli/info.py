@@ -1,0 +1,79 @@
+"""`pitome-vlm info`: what merging would do to a model, computed from its configuration.
+
+Knows: its options. Does not know: any formula (`pitome_vlm.measure`). No weights are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..config import CONFIG_NAME, MergeConfig
+from . import options as o
+from .terminal import quiet, write
+
+if TYPE_CHECKING:
+    from ..measure import Description
+
+
+def info(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="PATH",
+            help="Folder, config.json or Hub name of a LLaVA, or `demo`.",
+        ),
+    ],
+    keep: o.Keep = None,
+    tokens: o.Tokens = None,
+    ratio: o.Ratio = None,
+    algorithm: o.Algorithm = None,
+    preset: o.Preset = None,
+    text_tokens: Annotated[
+        int, typer.Option(min=0, help="Length of the prompt beside the picture.")
+    ] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Show tokens per layer, FLOPs and KV cache with and without merging; loads no weights.
+
+    Without a budget: what the checkpoint's own pitome_config.json says, else a quarter is kept.
+
+    Example: `pitome-vlm info --model demo --tokens 36`
+    """
+    del debug  # read by the command group
+    merging = o.MergeOptions(keep, tokens, ratio, algorithm, preset).given()
+    with quiet(verbose):
+        description = _described(model, merging, text_tokens)
+    write(json.dumps(description.to_dict(), indent=2) if as_json else str(description))
+
+
+def _described(model: str, merging: dict[str, Any], text_tokens: int) -> Description:
+    from ..measure import from_config
+    from ..wrapper import make_config
+    from .session import check_algorithm
+
+    check_algorithm(merging)
+    source, saved = _source(model)
+    config = make_config(saved, **merging) if saved or merging else None
+    return from_config(source, config, text_tokens=text_tokens)
+
+
+def _source(model: str) -> tuple[Any, MergeConfig | None]:
+    """What `from_config` takes, and the merge config saved beside it."""
+    from transformers import AutoConfig
+
+    from .session import model_path
+
+    name = model_path(model)
+    path = Path(name)
+    if path.is_file():
+        return AutoConfig.from_pretrained(name), None
+    saved = (path / CONFIG_NAME).is_file()
+    return name, MergeConfig.from_pretrained(path) if saved else None

@@ -1,0 +1,89 @@
+"""Models and pictures for the commands, loaded without noise.
+
+Knows: how the options of the command line map onto `load` and `wrap`. Does not know: what is done
+with the model afterwards. Torch is imported when something is loaded, not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .options import LoadOptions
+from .terminal import quiet
+
+DEMO = "demo"
+
+
+def model_path(name: str) -> str:
+    """The folder of the bundled model for `demo`, else the name itself."""
+    if name != DEMO or Path(name, "config.json").is_file():
+        return name
+    from ..demo import checkpoint_path
+
+    return str(checkpoint_path())
+
+
+def load_model(
+    options: LoadOptions, merging: dict[str, Any], *, verbose: bool = False
+) -> tuple[Any, Any]:
+    """(model, processor), wrapped as asked.
+
+    Args:
+        options: what to load and how.
+        merging: see `MergeOptions.given`; empty leaves it to the checkpoint.
+        verbose: let the libraries talk.
+    """
+    with quiet(verbose):
+        from ..loading import load
+
+        check_algorithm(merging)
+        model, processor = load(
+            model_path(options.model),
+            load_in_4bit=options.load_4bit,
+            load_in_8bit=options.load_8bit,
+            dtype=options.dtype,
+            device_map=options.device or _accelerator(),
+            **merging,
+        )
+    return model, processor
+
+
+def check_algorithm(merging: dict[str, Any]) -> None:
+    """Refuse an unknown algorithm before a large checkpoint is read.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    from .. import algorithms
+
+    if "algorithm" in merging:
+        algorithms.get(merging["algorithm"])
+
+
+def _accelerator() -> str | None:
+    import torch
+
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return None if device is None else str(device)
+
+
+def load_images(paths: Sequence[Path | str]) -> list[Image.Image]:
+    """Pictures from files, within the limits of `loading.ImageLimits`."""
+    from ..loading import load_image
+
+    return [load_image(path) for path in paths]
+
+
+def merging_line(model: Any) -> str:
+    """What is merged, in one line."""
+    from ..wrapper import is_wrapped, merge_config, schedule_of
+
+    if not is_wrapped(model):
+        return "no merging"
+    schedule = schedule_of(model)
+    name = merge_config(model).algorithm
+    return f"{name}: {schedule.tokens_in} -> {schedule.tokens_out} visual tokens per image"

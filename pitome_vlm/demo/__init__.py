@@ -1,0 +1,24 @@
+"""The bundled demo: a tiny trained LLaVA, the scenes it sees and the questions it answers.
+
+Knows where the checkpoint lies and hands out the held-out questions and their pictures. Does
+not know how to load or run a model: that is ordinary transformers code, for example
+`LlavaForConditionalGeneration.from_pretrained(checkpoint_path())`. Importing this module does
+not import torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pitome_vlm.demo.dataset import Sample, load_split, picture, scene
+from pitome_vlm.demo.drawing import draw_scene
+
+__all__ = ["Sample", "checkpoint_path", "draw_scene", "load_split", "picture", "scene"]
+
+
+def checkpoint_path() -> Path:
+    """Folder of the bundled checkpoint, for `from_pretrained`."""
+    path = Path(__file__).resolve().parent / "checkpoint"
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"the demo checkpoint is missing: no config.json in {path}")
+    return path

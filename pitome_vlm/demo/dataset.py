@@ -1,0 +1,127 @@
+"""The demo's train, validation and test questions, regenerated from seeds.
+
+Knows the splits, how scenes are assigned to them and how questions are spread over types and
+answers. Does not know models or tokenizers. Nothing is stored: a scene is a function of its
+split and number.
+
+Splits cannot share a layout: each layout hash belongs to exactly one split (six in eight to
+train, one to val, one to test), and a sampled scene whose hash belongs elsewhere is redrawn.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections import Counter
+from dataclasses import dataclass
+
+from PIL import Image
+
+from pitome_vlm.demo.drawing import draw_scene
+from pitome_vlm.demo.questions import QUESTION_TYPES, Question, questions_of_type
+from pitome_vlm.demo.scenes import CANONICAL_SIZE, KINDS, Scene, layout_hash, sample_scene
+
+SPLIT_SCENES = {"train": 60_000, "val": 400, "test": 400}
+QUESTIONS_PER_SCENE = 6
+MAX_PER_TYPE = 3
+SEED = 20_240
+
+_BUCKETS = {"train": (0, 1, 2, 3, 4, 5), "val": (6,), "test": (7,)}
+# The kinds that need most practice come more often in training; val and test are even.
+_TRAIN_KINDS = (
+    "scattered",
+    "identical",
+    "digits",
+    "tiny",
+    "crowded",
+    "digits",
+    "identical",
+    "scattered",
+    "redundant",
+    "digits",
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one scene of a split."""
+
+    scene_id: int
+    kind: str
+    question_type: str
+    question: str
+    answer: str
+
+
+def _check(split: str, scene_id: int | None = None) -> None:
+    if split not in SPLIT_SCENES:
+        raise ValueError(f"split must be one of {', '.join(SPLIT_SCENES)}, got {split!r}")
+    if scene_id is not None and not 0 <= scene_id < SPLIT_SCENES[split]:
+        last = SPLIT_SCENES[split] - 1
+        raise ValueError(f"scene_id must be in 0..{last} for split {split!r}, got {scene_id}")
+
+
+@functools.lru_cache(maxsize=2048)
+def scene(scene_id: int, split: str) -> Scene:
+    """The description of one scene of a split."""
+    _check(split, scene_id)
+    kinds = _TRAIN_KINDS if split == "train" else KINDS
+    kind = kinds[scene_id % len(kinds)]
+    attempt = 0
+    while True:
+        rng = random.Random(f"{SEED}/{split}/{scene_id}/{attempt}")
+        candidate = sample_scene(rng, kind)
+        if layout_hash(candidate) % 8 in _BUCKETS[split]:
+            return candidate
+        attempt += 1
+
+
+def picture(scene_id: int, split: str, size: int = CANONICAL_SIZE) -> Image.Image:
+    """The picture of one scene; `size` above the canonical 192 is for display only."""
+    return draw_scene(scene(scene_id, split), size)
+
+
+def scene_questions(
+    scene_id: int, split: str, count: int, counts: Counter[tuple[str, str]]
+) -> list[Question]:
+    """Up to `count` questions about one scene, the rarest types and answers so far first.
+
+    `counts` holds how often each (type, answer) was asked before, with (type, "") for the type
+    as a whole; it is brought up to date.
+    """
+    rng = random.Random(f"{SEED}/questions/{split}/{scene_id}")
+    described = scene(scene_id, split)
+    pools = {name: questions_of_type(described, name, rng) for name in QUESTION_TYPES}
+    chosen: list[Question] = []
+    while len(chosen) < count:
+        asked = Counter(question.type for question in chosen)
+        order = [n for n in QUESTION_TYPES if pools[n] and asked[n] < MAX_PER_TYPE]
+        if not order:
+            break
+        rng.shuffle(order)
+        name = min(order, key=lambda n: counts[n, ""] + (0 if n == "number" else asked[n]))
+        question = min(pools[name], key=lambda q: counts[q.type, q.answer])
+        pools[name].remove(question)
+        counts[name, ""] += 1
+        counts[name, question.answer] += 1
+        chosen.append(question)
+    return chosen
+
+
+def load_split(name: str, limit: int | None = None) -> list[Sample]:
+    """The samples of split `name` ("train", "val" or "test"), the first `limit` of them.
+
+    The same call gives the same list in every process; a limit gives a prefix of it.
+    """
+    _check(name)
+    if limit is not None and limit < 0:
+        raise ValueError(f"limit must be None or at least 0, got {limit}")
+    samples: list[Sample] = []
+    counts: Counter[tuple[str, str]] = Counter()
+    for scene_id in range(SPLIT_SCENES[name]):
+        if limit is not None and len(samples) >= limit:
+            break
+        kind = scene(scene_id, name).kind
+        for q in scene_questions(scene_id, name, QUESTIONS_PER_SCENE, counts):
+            samples.append(Sample(scene_id, kind, q.type, q.text, q.answer))
+    return samples if limit is None else samples[:limit]

@@ -1,0 +1,269 @@
+"""Measure one cell with lmms-eval, on a model that is loaded once for all of them.
+
+Knows: lmms-eval's Python interface, what its samples hold, and how to time first tokens fairly.
+Does not know: which cells there are, files, or reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lmms_eval import utils
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.tasks import TaskManager, get_task_dict
+
+from ..config import suggest
+from ..demo.benchmark import provenance
+from ..measure import describe, time_prefill
+from ..wrapper import planned_schedule
+from . import tasks_path
+from .model import PitomeLlava
+from .records import Measured
+from .samples import answer_text, input_tokens, question_scores, questions, task_metrics
+from .suites import BASELINE, Cell, Setting
+
+TIMED_ROUNDS = 20
+MOST_TIMED = 8
+TEXT_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is the same for all cells.
+
+    Attributes:
+        model: folder or hub name of a LLaVA.
+        model_args: further arguments of the model class, as text.
+        batch_size: questions at a time.
+        limit: first questions of every task only, None for all.
+        gen_kwargs: lmms-eval generation arguments, None for the tasks' own.
+        include_path: a folder with further tasks.
+        output: where tasks may write their own files.
+    """
+
+    model: str
+    model_args: Mapping[str, str]
+    batch_size: int
+    limit: int | None
+    gen_kwargs: str | None
+    include_path: str | None
+    output: Path
+
+
+class Evaluator:
+    """A loaded model and lmms-eval's tasks."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        folders = [str(tasks_path())]
+        if options.include_path is not None:
+            folders.append(options.include_path)
+        self.tasks = TaskManager("ERROR", include_path=folders, model_name="pitome_llava")
+        self.lm: Any = None
+
+    def check_tasks(self, names: Sequence[str]) -> None:
+        """Refuse unknown tasks, and groups, whose parts are cells of their own.
+
+        Raises:
+            ValueError: one of the names is no task.
+        """
+        known = set(self.tasks.all_subtasks)
+        for name in names:
+            if name in known:
+                continue
+            if name in self.tasks.all_tasks:
+                raise ValueError(f"tasks: {name} is a group; name the tasks in it")
+            raise ValueError(f"tasks: lmms-eval has no {name!r}.{suggest(name, sorted(known))}")
+
+    def load(self, settings: Sequence[Setting]) -> None:
+        """Load the model and refuse budgets it cannot have.
+
+        Raises:
+            ValueError: wrong model arguments, or a budget that does not fit.
+            OSError: there is no such checkpoint.
+        """
+        text = ",".join(f"{key}={value}" for key, value in self.options.model_args.items())
+        # The sweep sets the merging of every cell; what lies beside a checkpoint must not count.
+        self.lm = PitomeLlava(
+            pretrained=self.options.model,
+            batch_size=self.options.batch_size,
+            algorithm="none",
+            keep=1.0,
+            **utils.simple_parse_args_string(text),
+        )
+        for setting in settings:
+            try:
+                planned_schedule(self.lm.model, setting.config)
+            except ValueError as error:
+                raise ValueError(f"{setting.name}: {error}") from error
+
+    @property
+    def processes(self) -> int:
+        """How many processes work together."""
+        return int(self.lm.world_size)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.lm.accelerator.wait_for_everyone()
+
+    def __call__(self, cell: Cell) -> Measured | None:
+        """Measure one cell; None on processes other than the first.
+
+        Raises:
+            RuntimeError: lmms-eval returned nothing to score.
+        """
+        self.lm.reconfigure(cell.setting.config)
+        with _stopwatch(self.lm) as watch:
+            results = simple_evaluate(
+                model=self.lm,
+                tasks=[cell.task],
+                batch_size=self.options.batch_size,
+                limit=self.options.limit,
+                gen_kwargs=self.options.gen_kwargs,
+                log_samples=True,
+                task_manager=self.tasks,
+                verbosity="ERROR",
+                cli_args=self._cli_args(),
+            )
+        if self.lm.rank != 0:
+            return None
+        samples = ((results or {}).get("samples") or {}).get(cell.task)
+        if not samples:
+            raise RuntimeError(f"{cell.name}: lmms-eval returned no answers")
+        return self._measured(cell, results, samples, watch.seconds)
+
+    def time_first_tokens(self, task: str, settings: Sequence[Setting]) -> dict[str, Any]:
+        """Time to the first token of every setting on the first questions of a task.
+
+        The settings take turns, so that whatever else the machine does falls on all of them; the
+        first round warms up.
+        """
+        batch = self._first_batch(task)
+        times: dict[str, list[float]] = {setting.name: [] for setting in settings}
+        for turn in range(1 + TIMED_ROUNDS):
+            for setting in settings:
+                self.lm.reconfigure(setting.config)
+                with torch.inference_mode():
+                    run = time_prefill(self.lm.model, batch, repeats=1, warmup=0)
+                if turn:
+                    times[setting.name].append(run.median_ms)
+        return {
+            "task": task,
+            "batch_size": len(batch["input_ids"]),
+            "rounds": TIMED_ROUNDS,
+            "milliseconds": {name: _spread(values) for name, values in times.items()},
+        }
+
+    def _first_batch(self, task: str) -> dict[str, torch.Tensor]:
+        """What the model is given for the first questions, exactly as in an evaluation."""
+        made = get_task_dict([task], self.tasks, "chat")[task]
+        size = min(self.options.batch_size, MOST_TIMED)
+        made.build_all_requests(limit=size)
+        self.lm.task_dict[task] = made.dataset
+        self.lm.reconfigure(None)
+        model, seen = self.lm.model, []
+        generate = model.generate
+
+        def spy(**inputs: Any) -> Any:
+            seen.append({k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)})
+            return generate(**inputs)
+
+        model.generate = spy
+        try:
+            getattr(self.lm, made.instances[0].request_type)(made.instances)
+        finally:
+            del model.generate
+        return seen[0]
+
+    def _cli_args(self) -> argparse.Namespace:
+        # Without these lmms-eval takes another way through its own code; some tasks write files.
+        return argparse.Namespace(
+            process_with_media=False,
+            reasoning_tags=None,
+            output_path=str(self.options.output / "task_files"),
+        )
+
+    def _measured(
+        self, cell: Cell, results: dict[str, Any], samples: list[dict[str, Any]], seconds: float
+    ) -> Measured:
+        # Several processes hand over their parts one after the other.
+        samples = sorted(samples, key=lambda sample: int(sample["doc_id"]))
+        metrics = task_metrics(results["results"][cell.task])
+        rest = {key: value for key, value in results.items() if key != "samples"}
+        return Measured(
+            results=metrics,
+            questions=questions(samples),
+            answers=[answer_text(sample["filtered_resps"]) for sample in samples],
+            scores=question_scores(samples, list(metrics)),
+            seconds=seconds,
+            facts=self._facts(cell, samples),
+            lmms_eval=rest,
+        )
+
+    def _facts(self, cell: Cell, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        model, counts = self.lm.model, input_tokens(samples)
+        visual = planned_schedule(model, cell.setting.config).tokens_out
+        mean = statistics.fmean(counts) if counts else None
+        text = TEXT_TOKENS if mean is None else max(0, round(mean - visual))
+        described = describe(model, text_tokens=text, config=cell.setting.config)
+        costs = described.before if cell.setting.method == BASELINE else described.after
+        names = ("tower_flops", "projector_flops", "prefill_flops", "total_flops", "kv_bytes")
+        return {
+            "visual_tokens": costs.visual_tokens,
+            "visual_tokens_unreduced": described.tokens_in,
+            "text_tokens": text,
+            "mean_input_tokens": mean,
+            **{name: getattr(costs, name) for name in (*names, "kv_bytes_per_image")},
+            "hardware": self._hardware(),
+        }
+
+    def _hardware(self) -> dict[str, Any]:
+        model = self.lm.model
+        facts = provenance(model, split="test", questions=0, batch_size=self.options.batch_size)
+        # Those are about the demo's own questions.
+        kept = {k: v for k, v in facts.items() if k not in ("split", "questions", "scenes")}
+        device = model.device
+        if device.type != "cpu":
+            kept["hardware"] = torch.get_device_module(device).get_device_name(device)
+        return {**kept, "processes": self.processes}
+
+
+@dataclass
+class _Watch:
+    seconds: float = 0.0
+
+
+@contextlib.contextmanager
+def _stopwatch(lm: Any) -> Iterator[_Watch]:
+    """Time the answering alone: no data loading, no scoring."""
+    watch, names = _Watch(), ("generate_until", "generate_until_multi_round")
+
+    def timed(answer: Any) -> Any:
+        def run(requests: Any) -> Any:
+            start = time.perf_counter()
+            answers = answer(requests)
+            watch.seconds += time.perf_counter() - start
+            return answers
+
+        return run
+
+    for name in names:
+        setattr(lm, name, timed(getattr(lm, name)))
+    try:
+        yield watch
+    finally:
+        for name in names:
+            delattr(lm, name)
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    first, middle, third = statistics.quantiles(values, n=4)
+    return {"median": middle, "iqr": third - first}

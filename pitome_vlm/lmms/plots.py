@@ -1,0 +1,140 @@
+"""Accuracy against tokens and against time, as PNG files.
+
+Knows: how points with intervals are drawn so that methods can be told apart without colour. Does
+not know: where the points come from.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+# Okabe and Ito's palette, which the colour-blind can tell apart.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_MARKERS = "os^Dv*P"
+_MOST_COLUMNS = 3
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured value.
+
+    Attributes:
+        x: tokens or milliseconds.
+        y: accuracy in percent.
+        low: lower end of its interval.
+        high: upper end.
+    """
+
+    x: float
+    y: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One task.
+
+    Attributes:
+        title: its name.
+        lines: points by method.
+        base: the unreduced model, None where it is missing.
+    """
+
+    title: str
+    lines: Mapping[str, Sequence[Point]]
+    base: Point | None
+
+
+def check_matplotlib() -> None:
+    """Say how to install what is missing, before hours of measuring.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ImportError(
+            'plots need matplotlib; install it with: pip install "pitome-vlm[viz]", or give '
+            "--no-plots"
+        )
+
+
+def draw(panels: Sequence[Panel], x_label: str) -> bytes:
+    """A PNG with one panel per task; x is logarithmic, points of a method are connected."""
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(len(panels), _MOST_COLUMNS)
+    rows = math.ceil(len(panels) / columns)
+    width = 6.2 if columns == 1 else 4.4 * columns
+    figure = Figure(figsize=(width, 4.2 * rows), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    methods = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    for one, panel in zip(axes, panels, strict=False):
+        _panel(one, panel, methods)
+        one.set_xlabel(x_label)
+        one.set_ylabel("questions right, %")
+    for spare in axes[len(panels) :]:
+        spare.set_axis_off()
+    axes[0].legend(fontsize=8, framealpha=0.9)
+    data = io.BytesIO()
+    # Without the version of matplotlib in it, the same points always give the same file.
+    figure.savefig(data, format="png", metadata={"Software": None})
+    return data.getvalue()
+
+
+def _panel(axes: object, panel: Panel, methods: Sequence[str]) -> None:
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    assert isinstance(axes, Axes)
+    ticks = {point.x for line in panel.lines.values() for point in line}
+    if panel.base:
+        ticks.add(panel.base.x)
+        axes.axhspan(panel.base.low, panel.base.high, color="0.5", alpha=0.15, lw=0)
+        axes.axhline(panel.base.y, color="0.4", ls="--", lw=1, label="unreduced")
+        axes.plot([panel.base.x], [panel.base.y], marker="x", color="0.3", ls="")
+    for name, line in panel.lines.items():
+        index = methods.index(name)
+        # A small shift keeps the intervals of neighbouring methods apart.
+        shift = 1 + 0.025 * (index - (len(methods) - 1) / 2)
+        points = sorted(line, key=lambda point: point.x)
+        y = [point.y for point in points]
+        below = [max(0.0, point.y - point.low) for point in points]
+        above = [max(0.0, point.high - point.y) for point in points]
+        axes.errorbar(
+            [point.x * shift for point in points],
+            y,
+            yerr=[below, above],
+            color=_COLOURS[index % len(_COLOURS)],
+            marker=_MARKERS[index % len(_MARKERS)],
+            ms=5,
+            lw=1.3,
+            capsize=2,
+            label=name,
+        )
+    axes.set_xscale("log")
+    shown = _apart(sorted(ticks))
+    axes.set_xticks(shown, [f"{x:.3g}" for x in shown])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+    axes.set_title(panel.title, fontsize=10)
+
+
+def _apart(ticks: Sequence[float]) -> list[float]:
+    """Some of the ticks, so that their labels do not touch on a logarithmic axis."""
+    if not ticks:
+        return []
+    shown = [ticks[0]]
+    least = (ticks[-1] / ticks[0]) ** 0.09
+    for tick in ticks[1:]:
+        if tick >= shown[-1] * max(least, 1.01):
+            shown.append(tick)
+    return shown

@@ -1,0 +1,276 @@
+"""From lmms-eval's requests to prompts: messages, pictures, and which document they belong to.
+
+Knows: the tuples lmms-eval packs a request into and what tasks put into messages. Does not know:
+how prompts are batched, tokenised or answered.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from ..images import load_image
+
+PLACEHOLDER = "<image>"
+
+
+class RequestError(RuntimeError):
+    """A request that cannot be answered; the message names its task and document."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a task says about one round of a dialogue.
+
+    Attributes:
+        messages: the turns to answer, None at the end of the dialogue.
+        info: what the task wants to be told in the next round.
+    """
+
+    messages: list[dict[str, Any]] | None
+    info: Any = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request of lmms-eval, chat or simple.
+
+    Attributes:
+        task: name of the task.
+        split: split of its data.
+        doc_id: number of the document in the split.
+        options: the task's generation options.
+        padding: whether lmms-eval only asks to keep its processes in step.
+        first: document to the messages of the first round.
+        later: (document, round, answers so far, info) to the next round, None without rounds.
+        target: the continuation to be scored, or document to continuation; None to generate.
+    """
+
+    task: str
+    split: str
+    doc_id: int
+    options: dict[str, Any]
+    padding: bool
+    first: Callable[[Any], Any]
+    later: Callable[[Any, int, list[str], Any], Round] | None = None
+    target: Any = None
+
+    def __str__(self) -> str:
+        return f"task {self.task!r}, document {self.doc_id}"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the processor takes it.
+
+    Attributes:
+        call: the request it belongs to.
+        text: the whole prompt in the model's chat format.
+        images: its pictures in order.
+        continuation: what is to be scored behind the text, None to generate.
+    """
+
+    call: Call
+    text: str
+    images: list[Image.Image]
+    continuation: str | None = None
+
+
+def generation_call(request: Any, *, simple: bool) -> Call:
+    """A `generate_until` request."""
+    if simple:
+        context, options, to_visual, doc_id, task, split = request.args
+        first = _simple_turn(context, to_visual)
+    else:
+        _, first, options, doc_id, task, split = request.args
+    return Call(task, split, doc_id, dict(options or {}), _is_padding(request), first)
+
+
+def dialogue_call(request: Any, *, simple: bool) -> Call:
+    """A `generate_until_multi_round` request."""
+    if simple:
+        context, options, to_visual, to_text, doc_id, task, split = request.args
+        first, later = _simple_turn(context, to_visual), _simple_rounds(to_text)
+    else:
+        _, first, options, doc_id, task, split = request.args
+        later = _chat_rounds(first)
+    return Call(task, split, doc_id, dict(options or {}), _is_padding(request), first, later)
+
+
+def scoring_call(request: Any) -> Call:
+    """A `loglikelihood` request; lmms-eval makes them in the simple form only.
+
+    Raises:
+        RequestError: a request without a document, which the metric acc_mutual_info makes.
+    """
+    if len(request.args) != 6:
+        raise RequestError(
+            f"task {request.task_name!r}, document {request.doc_id}: a continuation without a "
+            "picture and a question cannot be scored; remove acc_mutual_info from metric_list"
+        )
+    context, target, to_visual, doc_id, task, split = request.args
+    first = _simple_turn(context, to_visual)
+    return Call(task, split, doc_id, {}, _is_padding(request), first, target=target)
+
+
+def _is_padding(request: Any) -> bool:
+    return bool((request.metadata or {}).get("__padding_only__", False))
+
+
+def _user_turn(visuals: Sequence[Any] | None, text: str) -> list[dict[str, Any]]:
+    pictures = [{"type": _kind(visual), "url": visual} for visual in visuals or ()]
+    return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+
+
+def _kind(visual: Any) -> str:
+    if isinstance(visual, Image.Image):
+        return "image"
+    if isinstance(visual, dict):
+        return str(visual.get("type", "video"))
+    suffix = os.path.splitext(str(visual))[1].lower()
+    return "image" if suffix in Image.registered_extensions() else "video"
+
+
+def _simple_turn(context: str, to_visual: Any) -> Callable[[Any], list[dict[str, Any]]]:
+    return lambda doc: _user_turn(to_visual(doc) if callable(to_visual) else to_visual, context)
+
+
+def _simple_rounds(to_text: Any) -> Callable[[Any, int, list[str], Any], Round]:
+    def later(doc: Any, number: int, answers: list[str], info: Any) -> Round:
+        said = to_text(doc, previous_output=answers, round_idx=number, previous_round_info=info)
+        if not (isinstance(said, tuple) and len(said) == 5):
+            return Round(None)
+        visuals, text, terminal, _, info = said
+        return Round(None if terminal else _user_turn(visuals, text), info)
+
+    return later
+
+
+def _chat_rounds(to_messages: Any) -> Callable[[Any, int, list[str], Any], Round]:
+    def later(doc: Any, number: int, answers: list[str], info: Any) -> Round:
+        said = to_messages(doc, round_idx=number, previous_output=answers, previous_round_info=info)
+        # A task without rounds ignores the number and hands over its messages again.
+        if not (isinstance(said, tuple) and len(said) == 4):
+            return Round(None)
+        messages, terminal, _, info = said
+        return Round(None if terminal else messages, info)
+
+    return later
+
+
+def plain_messages(
+    raw: Sequence[dict[str, Any]], placeholder: str, system_prompt: str | None
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Messages for a chat template, without the pictures, and the pictures.
+
+    A task may mark in its text where its pictures belong; they go there, else they stay where
+    the message has them.
+
+    Args:
+        raw: what the task handed over.
+        placeholder: the processor's image token.
+        system_prompt: the turn to put in front, replacing the task's own.
+
+    Raises:
+        ValueError: something that is neither text nor a picture, or markers and pictures of
+            different numbers.
+    """
+    turns = [(message["role"], _parts(message["content"])) for message in raw]
+    pictures = [url for _, parts in turns for kind, url in parts if kind == "image"]
+    marked = sum(
+        text.count(placeholder) for _, parts in turns for kind, text in parts if kind == "text"
+    )
+    if marked and marked != len(pictures):
+        raise ValueError(
+            f"the text marks {marked} places for pictures with {placeholder}, but there are "
+            f"{len(pictures)} pictures"
+        )
+    messages = [
+        {"role": role, "content": _content(parts, placeholder, marked=marked > 0)}
+        for role, parts in turns
+    ]
+    if system_prompt:
+        messages = [message for message in messages if message["role"] != "system"]
+        turn = {"role": "system", "content": [{"type": "text", "text": system_prompt}]}
+        messages.insert(0, turn)
+    return messages, pictures
+
+
+def _parts(content: Any) -> list[tuple[str, Any]]:
+    if isinstance(content, str):
+        return [("text", content)]
+    found: list[tuple[str, Any]] = []
+    for part in content:
+        kind = part["type"]
+        if kind == "text":
+            found.append((kind, str(part["text"])))
+        elif kind == "image":
+            found.append((kind, part.get("url", part.get("image"))))
+        else:
+            raise ValueError(f"LLaVA answers questions about pictures; this one holds {kind}")
+    return found
+
+
+def _content(
+    parts: list[tuple[str, Any]], placeholder: str, *, marked: bool
+) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = []
+    for kind, value in parts:
+        if kind == "text":
+            content += _marked_text(value, placeholder)
+        elif not marked:
+            content.append({"type": "image"})
+    return content
+
+
+def _marked_text(text: str, placeholder: str) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = []
+    for number, piece in enumerate(text.split(placeholder)):
+        if number:
+            content.append({"type": "image"})
+        if piece.strip() or placeholder not in text:
+            content.append({"type": "text", "text": piece})
+    return content
+
+
+def opened(picture: Any, max_pixels: int | None) -> Image.Image:
+    """An RGB picture from what a task hands over, scaled down where it is too large.
+
+    Raises:
+        ImageError: a file that is no picture.
+        ValueError: neither a picture nor a path.
+    """
+    if isinstance(picture, (str, os.PathLike)):
+        picture = load_image(picture)
+    if not isinstance(picture, Image.Image):
+        raise ValueError(f"a picture must be a PIL image or a path, got {type(picture).__name__}")
+    image = picture.convert("RGB")
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        scale = math.sqrt(max_pixels / (image.width * image.height))
+        size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    return image
+
+
+def rendered(processor: Any, messages: list[dict[str, Any]]) -> str:
+    """The prompt: the processor's chat template, or LLaVA-1.5's format where it has none."""
+    if getattr(processor, "chat_template", None):
+        return str(processor.apply_chat_template(messages, add_generation_prompt=True))
+    placeholder = str(getattr(processor, "image_token", None) or PLACEHOLDER)
+    end = getattr(getattr(processor, "tokenizer", processor), "eos_token", None) or ""
+    prompt = ""
+    for message in messages:
+        text = "".join(
+            f"{placeholder}\n" if part["type"] == "image" else part["text"]
+            for part in message["content"]
+        )
+        if message["role"] == "user":
+            prompt += f"USER: {text} ASSISTANT:"
+        else:
+            prompt += f" {text}{end}" if message["role"] == "assistant" else f"{text} "
+    return prompt
