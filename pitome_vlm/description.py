@@ -141,7 +141,7 @@ class Description:
         )
 
 
-_NOT_IN_FORCE = "not in force: every visual token reaches the language model; the plan would be"
+_NOT_IN_FORCE = "plan (nothing is merged before wrap() is called):"
 
 
 def describe(

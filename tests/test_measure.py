@@ -230,7 +230,7 @@ class TestDescribe:
         text = str(describe(wrap(tiny_model(), keep=0.25, algorithm="tome", margin=0.3)))
         lines = text.splitlines()
         assert lines[0] == "tome keep=0.25 margin=0.3: 144 -> 36 visual tokens per image"
-        assert "not in force" not in text
+        assert "plan (nothing is merged" not in text
         assert "4: 48 -> 36" in text
         assert max(map(len, lines)) <= 79
         row = next(line.split() for line in lines if line.startswith("visual tokens"))
@@ -242,7 +242,7 @@ class TestDescribe:
         model = tiny_model()
         told = describe(model)
         assert not told.wrapped
-        assert str(told).startswith("not in force: every visual token")
+        assert str(told).startswith("plan (nothing is merged before wrap() is called):")
         assert told.after == costs(wrap(model, keep=0.25))
         assert not describe(tiny_model(), config=MergeConfig(tokens=9)).wrapped
 
