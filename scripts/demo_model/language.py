@@ -1,0 +1,270 @@
+"""Stages "language" and "joint": the projector and the language model, then everything.
+
+Knows the losses on answers, on object phrases (which row and column is meant, how many) and on
+projected patches. Does not know how scenes or sequences are made.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlavaForConditionalGeneration
+
+from demo_model import parallel
+from demo_model.build import build_model
+from demo_model.data import Arrays
+from demo_model.packing import Packed, pack
+from demo_model.tower import TowerHeads, make_batch, to_pixels, tower_loss, tower_outputs
+from pitome_vlm.demo.processor import EOS, GRID, IMAGE, PATCHES, vocabulary
+from pitome_vlm.demo.questions import NUMBER_WORDS, QUESTION_TYPES
+from pitome_vlm.demo.scenes import COLOURS, KINDS, NUMBER, SHAPES, SIZES
+
+SHOWN_WORDS = (*COLOURS, *SHAPES, NUMBER, *NUMBER_WORDS, *SIZES)
+MOST = 10
+# Counting and comparing places are learnt last; most phrases mean nothing or just one object.
+TYPE_WEIGHTS = torch.tensor(
+    [{"count": 3.0, "relation": 1.5}.get(name, 1.0) for name in QUESTION_TYPES]
+)
+NUMBER_WEIGHTS = torch.tensor([1.0, 1.0, *[3.0] * (MOST - 2)])
+
+
+class LanguageHeads(nn.Module):
+    """Read-outs of object phrases and projected patches, thrown away after training."""
+
+    def __init__(self, width: int, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.norm = nn.LayerNorm(width)
+        self.phrase = nn.Linear(width, 2 * GRID + MOST)
+        self.bias = nn.Parameter(torch.full((len(SHOWN_WORDS),), -2.0))
+        self.scale = nn.Parameter(torch.zeros(1))
+
+
+@dataclass
+class Answer:
+    """Logits at the answers, their losses, and the mean of the losses by name."""
+
+    logits: Tensor
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+def run(
+    model: LlavaForConditionalGeneration, heads: LanguageHeads, features: Tensor, p: Packed
+) -> tuple[Answer, Tensor]:
+    """Losses of one packed batch from the tower's patch features; also the projected patches."""
+    inner = model.model
+    image = inner.multi_modal_projector(features)
+    embedded = inner.language_model.embed_tokens(p.ids)
+    embedded = embedded.masked_scatter((p.ids == IMAGE)[..., None], image)
+    out = inner.language_model(
+        inputs_embeds=embedded,
+        attention_mask=p.mask,
+        position_ids=p.positions,
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    final = out.last_hidden_state
+    at, after = (p.answer_at[0], p.answer_at[1]), (p.answer_at[0], p.answer_at[1] + 1)
+    logits = model.lm_head(final[at])
+    parts = {
+        "answer": _weighted_mean(
+            functional.cross_entropy(logits, p.answers, reduction="none"), TYPE_WEIGHTS[p.types]
+        ),
+        "end": functional.cross_entropy(
+            model.lm_head(final[after]), torch.full_like(p.answers, EOS)
+        ),
+    }
+    hidden = out.hidden_states[heads.layer][p.mention_at[0], p.mention_at[1]]
+    row, column, number = heads.phrase(heads.norm(hidden)).split((GRID, GRID, MOST), -1)
+    unique = p.mentions[:, 1] >= 0
+    parts["row"] = functional.cross_entropy(row[unique], p.mentions[unique, 1])
+    parts["column"] = functional.cross_entropy(column[unique], p.mentions[unique, 2])
+    several = p.mentions[:, 0]
+    parts["number"] = functional.cross_entropy(number, several, weight=NUMBER_WEIGHTS)
+    total = parts["answer"] + 0.05 * parts["end"]
+    total = total + 0.15 * (parts["row"] + parts["column"]) + 0.6 * parts["number"]
+    return Answer(logits, total, parts), image
+
+
+def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    return (values * weights).sum() / weights.sum()
+
+
+def alignment(
+    model: LlavaForConditionalGeneration,
+    heads: LanguageHeads,
+    image: Tensor,
+    objects: Tensor,
+    patches: Tensor,
+) -> Tensor:
+    """How well projected patches point at the embeddings of the words for what they show."""
+    words = vocabulary()
+    rows = torch.tensor([words[word] for word in SHOWN_WORDS])
+    table = model.model.language_model.embed_tokens.weight[rows]
+    logits = image @ table.T * (heads.scale.exp() * table.shape[1] ** -0.5) + heads.bias
+    on = patches >= 0
+    shown = objects.gather(1, patches.clamp(min=0)[..., None].expand(-1, -1, objects.shape[-1]))
+    colour, shape, size, digit = shown[on][:, :4].unbind(-1)
+    target = torch.cat(
+        [
+            functional.one_hot(colour, len(COLOURS)),
+            functional.one_hot(shape, len(SHAPES) + 1),
+            functional.one_hot(digit.clamp(min=0), 10) * (digit >= 0)[:, None],
+            functional.one_hot(size, len(SIZES)),
+        ],
+        -1,
+    ).float()
+    shown_loss = (
+        functional.binary_cross_entropy_with_logits(logits[on], target, reduction="none")
+        .sum(-1)
+        .mean()
+    )
+    ground = functional.softplus(logits[~on]).sum(-1).mean()
+    return shown_loss + 0.3 * ground
+
+
+class Features:
+    """Patch features of the frozen tower, computed when first asked for, kept in 16 bits."""
+
+    def __init__(self, tower: nn.Module, arrays: Arrays) -> None:
+        self.tower, self.arrays = tower, arrays
+        width = tower.config.hidden_size
+        self.known = np.zeros(len(arrays), bool)
+        self.store = torch.empty(len(arrays), PATCHES, width, dtype=torch.float16)
+
+    @torch.no_grad()
+    def __call__(self, scenes: np.ndarray) -> Tensor:
+        """Features [scenes, patches, width] in float32."""
+        new = scenes[~self.known[scenes]]
+        if len(new):
+            features, _ = tower_outputs(self.tower, to_pixels(self.arrays.pictures[new]))
+            self.store[torch.from_numpy(new)] = features.half()
+            self.known[new] = True
+        return self.store[torch.from_numpy(scenes)].float()
+
+
+@torch.no_grad()
+def scores(
+    model: LlavaForConditionalGeneration, heads: LanguageHeads, features: Features, count: int
+) -> dict[str, float]:
+    """Accuracy by question type and scene kind over the first `count` scenes of a split."""
+    arrays = features.arrays
+    tally: dict[str, list[int]] = {}
+    for first in range(0, min(count, len(arrays)), 32):
+        scenes = np.arange(first, min(first + 32, count, len(arrays)))
+        packed = pack(arrays, scenes, None, None)
+        answer, _ = run(model, heads, features(scenes), packed)
+        right = (answer.logits.argmax(-1) == packed.answers).tolist()
+        for hit, kind, scene in zip(
+            right, packed.types.tolist(), packed.answer_at[0].tolist(), strict=True
+        ):
+            for name in ("all", QUESTION_TYPES[kind], KINDS[(first + scene) % len(KINDS)]):
+                entry = tally.setdefault(name, [0, 0])
+                entry[0] += hit
+                entry[1] += 1
+    return {name: round(100 * hits / seen, 1) for name, (hits, seen) in tally.items()}
+
+
+def _initialise_projector(model: LlavaForConditionalGeneration, sample: Tensor) -> None:
+    """Start the projector so that its inputs look standardised, whatever the tower's scale."""
+    linear = model.model.multi_modal_projector.linear_1
+    flat = sample.flatten(0, 1)
+    linear.weight.data /= flat.std(0).clamp(min=1e-3)
+    linear.bias.data = -linear.weight.data @ flat.mean(0)
+
+
+@dataclass
+class Trained:
+    """The modules of a language or joint stage."""
+
+    model: LlavaForConditionalGeneration
+    heads: LanguageHeads
+    tower_heads: TowerHeads
+
+    def modules(self) -> dict[str, nn.Module]:
+        """By their names in the checkpoint."""
+        return {"model": self.model, "heads": self.heads, "tower_heads": self.tower_heads}
+
+
+def open_stage(folder: Path, stage: str, sizes: dict[str, int], grounding_layer: int) -> Trained:
+    """New modules that start where the stage before `stage` ended."""
+    model = build_model(**sizes)
+    heads = LanguageHeads(model.config.text_config.hidden_size, grounding_layer)
+    trained = Trained(model, heads, TowerHeads(model.config.vision_config.hidden_size))
+    if stage == "joint":
+        stored = torch.load(folder / "language.pt")
+        for name, module in trained.modules().items():
+            module.load_state_dict(stored[name])
+    else:
+        tower = torch.load(folder / "tower.pt")
+        model.model.vision_tower.load_state_dict(tower["tower"])
+        trained.tower_heads.load_state_dict(tower["heads"])
+        model.model.vision_tower.requires_grad_(False)
+        trained.tower_heads.requires_grad_(False)
+    return trained
+
+
+def train_language(
+    folder: Path,
+    stage: str,
+    minutes: float,
+    batch: int,
+    per_scene: int,
+    sizes: dict[str, int],
+    rates: tuple[float, float],
+    grounding_layer: int = 3,
+) -> None:
+    """Train `stage` ("language": tower frozen; "joint": everything) for some wall-clock time."""
+    rank, _ = parallel.start()
+    torch.manual_seed(1)
+    trained = open_stage(folder, stage, sizes, grounding_layer)
+    model, tower = trained.model, trained.model.model.vision_tower
+    data = folder / "data"
+    arrays, val = Arrays.load(data / f"train{rank}"), Arrays.load(data / "val")
+    features = Features(tower, arrays)
+    if stage == "language":
+        _initialise_projector(model, features(np.arange(min(64, len(arrays)))))
+    loop = parallel.Loop(folder / f"{stage}.pt", trained.modules(), rates)
+    rng = random.Random(f"{loop.step}/{rank}")
+
+    def loss(scenes: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        packed = pack(arrays, scenes, per_scene, rng)
+        return stage_loss(
+            trained, arrays, features if stage == "language" else None, scenes, packed
+        )
+
+    def score(final: bool) -> dict[str, float]:
+        # The tower moves in the joint stage: its features are computed anew each time.
+        return scores(model, trained.heads, Features(tower, val), 400 if final else 120)
+
+    loop.run(minutes, batch, len(arrays), loss, score)
+
+
+def stage_loss(
+    trained: Trained,
+    arrays: Arrays,
+    features: Features | None,
+    scenes: np.ndarray,
+    packed: Packed,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The whole loss of a batch; without stored `features` the tower is run and trained too."""
+    extra: Tensor | float = 0.0
+    if features is None:
+        b = make_batch(arrays, scenes)
+        patches, pooled = tower_outputs(trained.model.model.vision_tower, b.pixels)
+        extra, _ = tower_loss(trained.tower_heads, patches, pooled, b)
+    else:
+        patches = features(scenes)
+    answer, image = run(trained.model, trained.heads, patches, packed)
+    objects = torch.from_numpy(arrays.objects[scenes]).long()
+    shown = torch.from_numpy(arrays.patch_object[scenes]).long()
+    aligned = alignment(trained.model, trained.heads, image, objects, shown)
+    total = answer.total + 0.2 * aligned + 0.5 * extra
+    return total, {**answer.parts, "align": aligned}
