@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from PIL import Image
 
 from pitome_vlm import demo
@@ -225,7 +227,6 @@ def test_vocabulary_covers_questions_and_answers(test_samples: list[demo.Sample]
 
 
 def test_processor_round_trip(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     built = processor.build_processor()
     built.save_pretrained(tmp_path)
     loaded = transformers.AutoProcessor.from_pretrained(tmp_path)
@@ -257,8 +258,6 @@ def test_processor_round_trip(tmp_path: Path) -> None:
 
 
 def test_checkpoint_is_small_and_answers() -> None:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     path = demo.checkpoint_path()
     assert sum(f.stat().st_size for f in path.rglob("*")) <= 12 * 1024 * 1024
     assert not list(path.rglob("*.bin"))
@@ -287,7 +286,6 @@ def test_checkpoint_is_small_and_answers() -> None:
 
 
 def test_packed_questions_equal_questions_asked_alone(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
     sys.path.insert(0, str(ROOT / "scripts"))
     from demo_model import build, data, language, packing
 
@@ -316,7 +314,6 @@ def test_packed_questions_equal_questions_asked_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_smoke_training_makes_a_loadable_checkpoint(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     script = ROOT / "scripts" / "train_demo_model.py"
     command = [sys.executable, str(script), "all", "--smoke", "--folder", str(tmp_path)]
     subprocess.run([*command, "--port", "29655"], check=True, timeout=240)
