@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread per worker, no hub."""
+"""Shared by all tests: one thread per worker, no hub, no cut-off pictures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import pytest
 import torch
+from PIL import ImageFile
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def strict_pictures(monkeypatch):
+    """Undo what importing lmms-eval does to PIL in the whole process: accept cut-off pictures."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)

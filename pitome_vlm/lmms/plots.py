@@ -63,8 +63,15 @@ def check_matplotlib() -> None:
         )
 
 
-def draw(panels: Sequence[Panel], x_label: str) -> bytes:
-    """A PNG with one panel per task; x is logarithmic, points of a method are connected."""
+def draw(panels: Sequence[Panel], x_label: str, *, budgets: bool) -> bytes:
+    """A PNG with one panel per task; x is logarithmic, points of a method are connected.
+
+    Args:
+        panels: one per task.
+        x_label: what x is.
+        budgets: methods share their values of x, which are then the ticks, and are drawn a little
+            apart. Measured values of x stay where they are.
+    """
     check_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -77,7 +84,7 @@ def draw(panels: Sequence[Panel], x_label: str) -> bytes:
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     methods = list(dict.fromkeys(name for panel in panels for name in panel.lines))
     for one, panel in zip(axes, panels, strict=False):
-        _panel(one, panel, methods)
+        _panel(one, panel, methods, budgets)
         one.set_xlabel(x_label)
         one.set_ylabel("questions right, %")
     for spare in axes[len(panels) :]:
@@ -89,21 +96,18 @@ def draw(panels: Sequence[Panel], x_label: str) -> bytes:
     return data.getvalue()
 
 
-def _panel(axes: object, panel: Panel, methods: Sequence[str]) -> None:
+def _panel(axes: object, panel: Panel, methods: Sequence[str], budgets: bool) -> None:
     from matplotlib.axes import Axes
-    from matplotlib.ticker import NullFormatter, NullLocator
 
     assert isinstance(axes, Axes)
-    ticks = {point.x for line in panel.lines.values() for point in line}
     if panel.base:
-        ticks.add(panel.base.x)
         axes.axhspan(panel.base.low, panel.base.high, color="0.5", alpha=0.15, lw=0)
         axes.axhline(panel.base.y, color="0.4", ls="--", lw=1, label="unreduced")
         axes.plot([panel.base.x], [panel.base.y], marker="x", color="0.3", ls="")
     for name, line in panel.lines.items():
         index = methods.index(name)
         # A small shift keeps the intervals of neighbouring methods apart.
-        shift = 1 + 0.025 * (index - (len(methods) - 1) / 2)
+        shift = 1 + 0.025 * (index - (len(methods) - 1) / 2) if budgets else 1.0
         points = sorted(line, key=lambda point: point.x)
         y = [point.y for point in points]
         below = [max(0.0, point.y - point.low) for point in points]
@@ -120,12 +124,32 @@ def _panel(axes: object, panel: Panel, methods: Sequence[str]) -> None:
             label=name,
         )
     axes.set_xscale("log")
-    shown = _apart(sorted(ticks))
+    _ticks(axes, panel, budgets)
+    axes.grid(alpha=0.3)
+    axes.set_title(panel.title, fontsize=10)
+
+
+def _ticks(axes: object, panel: Panel, budgets: bool) -> None:
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    assert isinstance(axes, Axes)
+    places = {point.x for line in panel.lines.values() for point in line}
+    if panel.base:
+        places.add(panel.base.x)
+    shown = _apart(sorted(places)) if budgets else _round(min(places), max(places))
     axes.set_xticks(shown, [f"{x:.3g}" for x in shown])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3)
-    axes.set_title(panel.title, fontsize=10)
+
+
+def _round(low: float, high: float) -> list[float]:
+    """Round numbers from below `low` to above `high`, a handful."""
+    first = 10.0 ** math.floor(math.log10(low))
+    steps = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5)
+    grid = [step * first * 10**power for power in range(8) for step in steps]
+    inside = [x for x in grid if low * 0.95 <= x <= high * 1.05]
+    return inside or [low, high]
 
 
 def _apart(ticks: Sequence[float]) -> list[float]:

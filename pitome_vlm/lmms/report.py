@@ -105,7 +105,7 @@ def _row(cell: Cell, record: Record) -> Row:
 def accuracy_table(task: str, rows: Sequence[Row]) -> Table:
     """Accuracy of every setting and its difference to the unreduced model."""
     own = any(_own(row) for row in rows)
-    columns = ["method", "tokens", "right %", "95 % interval", "minus none", "95 % interval"]
+    columns = ["method", "tokens", "right %", "95 %", "minus none", "95 %"]
     columns += ["lost / gained", "McNemar p", "p (Holm)", "answering"]
     names = {row.primary[0] for row in rows if row.primary}
     if own:

@@ -30,6 +30,7 @@ from .report import (
 from .suites import BASELINE, Cell
 
 TITLE = "Token reduction: what it saves and what it costs"
+_TOKENS = "visual tokens per image (log scale)"
 _READING = (
     "Intervals are 95 %, by bootstrap over pictures (questions about one picture fail together). "
     "Differences are paired: the same questions, this setting minus the unreduced model. "
@@ -140,19 +141,17 @@ def _plots(rows: Mapping[str, list[Row]], timing: Mapping[str, Any] | None) -> l
         Plot(
             "accuracy_tokens.png",
             "Accuracy against visual tokens",
-            draw(_panels(scored, lambda row: row.tokens), "visual tokens per image (log scale)"),
+            draw(_panels(scored, lambda row: row.tokens), _TOKENS, budgets=True),
         )
     ]
-    if timing:
-        times = timing["milliseconds"]
+    times = timing["milliseconds"] if timing else {}
+    timed = {t: [r for r in found if r.cell.setting.name in times] for t, found in scored.items()}
+    timed = {task: found for task, found in timed.items() if found}
+    if timing and timed:
         label = f"time to the first token, ms, batch {timing['batch_size']} (log scale)"
-        timed = {
-            task: [row for row in found if row.cell.setting.name in times]
-            for task, found in scored.items()
-        }
         panels = _panels(timed, lambda row: times[row.cell.setting.name]["median"])
         caption = "Accuracy against time to the first token"
-        plots.append(Plot("accuracy_time.png", caption, draw(panels, label)))
+        plots.append(Plot("accuracy_time.png", caption, draw(panels, label, budgets=False)))
     return plots
 
 
