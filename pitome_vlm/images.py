@@ -6,17 +6,21 @@ Nothing is fetched from the network.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
+import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+_DECODING = threading.Lock()
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
@@ -169,8 +173,24 @@ def _too_many_pixels(name: str, shown: str, limits: ImageLimits) -> ImageError:
     )
 
 
+@contextlib.contextmanager
+def _complete_files_only() -> Iterator[None]:
+    """Let Pillow refuse cut-off files even where another library told it not to.
+
+    lmms-eval sets this switch of Pillow when it is imported, for the whole process; a picture
+    whose lower half is grey would then pass for a good one. The switch is put back.
+    """
+    with _DECODING:
+        lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        try:
+            yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
-    image.load()
+    with _complete_files_only():
+        image.load()
     image = _upright(image)
     if image.mode.startswith("I"):
         # Pillow clips 16-bit grey at 255, which makes nearly every such picture white.

@@ -27,7 +27,7 @@ from pitome_vlm.cli import app
 from pitome_vlm.config import MergeConfig
 from pitome_vlm.version import __version__
 
-COMMANDS = ("demo", "ask", "chat", "info", "visualize")
+COMMANDS = ("demo", "ask", "chat", "info", "visualize", "eval")
 PYTHON = (sys.executable, "-m", "pitome_vlm")
 ROOT = Path(__file__).resolve().parents[1]
 

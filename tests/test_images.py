@@ -1,3 +1,5 @@
+"""Pictures from outside: what is read, what is refused and how it is said."""
+
 from __future__ import annotations
 
 import io
@@ -7,7 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from pitome_vlm.loading import ImageError, ImageLimits, load_image
 
@@ -178,3 +180,13 @@ class TestRefused:
     def test_bad_limits(self, field, value):
         with pytest.raises(ValueError, match=f"{field} must be a whole number >= 1"):
             ImageLimits(**{field: value})
+
+
+class TestOtherLibraries:
+    def test_pillow_switched_to_lenient_elsewhere_changes_nothing(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+        whole = io.BytesIO()
+        noise().save(whole, "JPEG")
+        (tmp_path / "cut.jpg").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+        refuses(tmp_path / "cut.jpg", "cut.jpg")
+        assert ImageFile.LOAD_TRUNCATED_IMAGES is True
