@@ -25,11 +25,11 @@ from demo_report import (
     RANDOM_SEEDS,
     TIMED_BATCH,
     TIMED_ROUNDS,
+    from_raw,
     plot,
     raw,
     readme_table,
     report,
-    rows_of,
     table,
     update_readme,
 )
@@ -112,8 +112,8 @@ def measure_part(part: list[Any], **options: Any) -> list[Any]:
     return run(*_LOADED[0], samples=part, **options)
 
 
-def main() -> None:
-    """Command line."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--split", choices=("val", "test"), default="test")
@@ -122,35 +122,48 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=None, help="another checkpoint folder")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--readme", type=Path, help="file whose table to bring up to date")
-    arguments = parser.parse_args()
-    path, split = arguments.model or checkpoint_path(), arguments.split
+    parser.add_argument(
+        "--rewrite", action="store_true", help="tables and plot from results.json, without a run"
+    )
+    return parser.parse_args()
+
+
+def measure(wanted: argparse.Namespace) -> dict[str, Any]:
+    """The content of results.json, from a run."""
+    path, split, size = wanted.model or checkpoint_path(), wanted.split, wanted.batch_size
     settings = [Setting(BASELINE, MergeConfig(keep=1.0, algorithm="none"))]
     settings += [setting for tokens in BUDGETS for setting in methods(tokens)]
-    start, samples = time.time(), load_split(split, arguments.limit)
-    size = arguments.batch_size
+    start, samples = time.time(), load_split(split, wanted.limit)
     parts = [samples[i : i + size] for i in range(0, len(samples), size)]
     worker = functools.partial(measure_part, settings=settings, split=split, batch_size=size)
     # Parts are whole batches, so the answers do not depend on the number of processes.
     with multiprocessing.get_context("spawn").Pool(
-        arguments.jobs, initializer=load_model, initargs=(path,)
+        wanted.jobs, initializer=load_model, initargs=(path,)
     ) as pool:
         done = list(tqdm(pool.imap(worker, parts), total=len(parts), unit="batch", smoothing=0))
         pool.close()
         pool.join()
-    outcomes = concatenate(done)
     model, processor = load_model(path)
     facts = provenance(model, split=split, questions=len(samples), batch_size=size)
-    facts["processes"] = arguments.jobs
+    facts["processes"] = wanted.jobs
     facts["minutes"] = round((time.time() - start) / 60, 1)
-    costs = cost_rows(model, processor, split)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    rows = rows_of(outcomes)
-    text = json.dumps(raw(samples, outcomes, costs, facts), separators=(",", ":"))
-    (arguments.output / "results.json").write_text(text + "\n")
-    (arguments.output / "report.md").write_text(report(samples, rows, costs, facts))
-    plot(samples, rows, arguments.output / "accuracy.png")
-    if arguments.readme:
-        update_readme(arguments.readme, readme_table(samples, rows, costs, facts))
+    return raw(samples, concatenate(done), cost_rows(model, processor, split), facts)
+
+
+def main() -> None:
+    """Measure, or read what was measured, and write it down."""
+    wanted = arguments()
+    stored = wanted.output / "results.json"
+    results = json.loads(stored.read_text()) if wanted.rewrite else measure(wanted)
+    wanted.output.mkdir(parents=True, exist_ok=True)
+    if not wanted.rewrite:
+        stored.write_text(json.dumps(results, separators=(",", ":")) + "\n")
+    samples, rows = from_raw(results)
+    costs, facts = results["costs"], results["provenance"]
+    (wanted.output / "report.md").write_text(report(samples, rows, costs, facts))
+    plot(samples, rows, wanted.output / "accuracy.png")
+    if wanted.readme:
+        update_readme(wanted.readme, readme_table(samples, rows, costs, facts))
     print("\n".join(table(samples, rows)))
 
 

@@ -208,6 +208,7 @@ def plot(samples: list[Any], rows: list[Row], path: Path) -> None:
     level = 100 * base.correct.mean()
     axes.axhline(level, color="0.4", ls="--", lw=1)
     axes.annotate(f"no merging, {base.tokens} tokens: {level:.1f} %", (9, level), va="bottom")
+    axes.set_ylim(top=min(103.0, level + 5))
     axes.set_xscale("log")
     axes.set_xticks(BUDGETS, [str(count) for count in BUDGETS])
     axes.minorticks_off()
