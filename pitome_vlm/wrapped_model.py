@@ -11,6 +11,7 @@ import inspect
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
@@ -34,6 +35,9 @@ from .inputs import (
 )
 from .prompt import compaction
 from .schedule import Schedule
+
+# Before release 5 generate reads ids instead of embeddings once a cache holds something.
+EMBEDS_NEED_EMPTY_CACHE = int(transformers.__version__.split(".")[0]) < 5
 
 
 class WrappedLlava:
@@ -94,6 +98,8 @@ class WrappedLlava:
         if call.get("pixel_values") is None:
             return self._continue_chat(original, ids, call)
         prompt = prepare(self, self._pitome, call, left=_pad_left(call))
+        if EMBEDS_NEED_EMPTY_CACHE and cached_length(cache):
+            self._refuse_new_image(prompt, cached_length(cache))
         mask = prompt.attention_mask
         short = _without_images(call, prompt) | {
             "inputs_embeds": prompt.inputs_embeds,
@@ -166,6 +172,15 @@ class WrappedLlava:
             raise ValueError(
                 f"prefill_chunk_size={chunk} cannot be combined with merged images: the prompt "
                 "is passed as embeddings, which generate does not cut into chunks"
+            )
+
+    def _refuse_new_image(self, prompt: CompactPrompt, cached: int) -> None:
+        slots = prompt.compaction.take(prompt.placeholders, False)
+        if bool(slots[:, cached:].any()):
+            raise ValueError(
+                f"transformers {transformers.__version__} cannot add an image to a cache that is "
+                "already filled (unwrapped, it reads the placeholders as words); leave out "
+                "past_key_values for this turn, or use transformers 5"
             )
 
     def _continue_chat(self, original: Any, ids: Any, call: dict[str, Any]) -> Any:

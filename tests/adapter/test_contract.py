@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from tiny import IMAGE, PATCHES, tiny_batch, tiny_model
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
@@ -85,12 +86,13 @@ def test_an_image_after_a_text_only_turn(model):
     out = model.generate(words, **GREEDY, return_dict_in_generate=True)
     image = tiny_batch(images=(1,), texts=(4,))
     ids = torch.cat([out.sequences, image["input_ids"]], 1)
-    continued = scores(
-        model,
-        input_ids=ids,
-        pixel_values=image["pixel_values"],
-        past_key_values=out.past_key_values,
-    )
+    call = {"input_ids": ids, "pixel_values": image["pixel_values"]}
+    if int(transformers.__version__.split(".")[0]) < 5:
+        # That release itself answers wrongly here, so the wrapped model refuses.
+        with pytest.raises(ValueError, match="cannot add an image to a cache"):
+            scores(model, **call, past_key_values=out.past_key_values)
+        return
+    continued = scores(model, **call, past_key_values=out.past_key_values)
     fresh = scores(model, input_ids=ids, pixel_values=image["pixel_values"])
     torch.testing.assert_close(continued, fresh, atol=1e-3, rtol=1e-4)
 
