@@ -381,7 +381,14 @@ class Process:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            [*PYTHON, *words], stdin=pipe, stdout=pipe, stderr=pipe, env=environment
+            [*PYTHON, *words],
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            env=environment,
+            # A person's shell does not ignore Ctrl-C; a background job, as CI may be, does, and
+            # passes that on to its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.text = {"stdout": "", "stderr": ""}
 
