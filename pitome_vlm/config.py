@@ -7,9 +7,7 @@ know: torch, models, or what an algorithm does with an option.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import numbers
 import os
 import tempfile
 import warnings
@@ -18,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from .checks import check_range, suggest, whole_number
 from .schedule import Budget
 from .version import __version__
 
@@ -29,6 +28,7 @@ Metric = Literal["keys", "hidden"]
 Energy = Literal["paper", "elu", "gaussian"]
 Split = Literal["ordered", "random", "high_low"]
 Placement = Literal["after_attention", "after_layer"]
+Positions = Literal["compact", "mean", "original"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "stage": get_args(Stage),
@@ -36,14 +36,24 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "energy": get_args(Energy),
     "split": get_args(Split),
     "placement": get_args(Placement),
+    "positions": get_args(Positions),
 }
+# Options that may be left to the algorithm.
+_OPTIONAL = ("stage", "metric", "positions")
 # Preset name -> the fields it fixes. "released" is what the authors published as code, which is
 # not the algorithm of the paper (reference/pitome-paper.md 1.8-1.10); a number made with it must
 # be able to say so.
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"algorithm": "pitome"},
+    "paper": {
+        "algorithm": "pitome",
+        "metric": "keys",
+        "size_bias": False,
+        "positions": "compact",
+    },
     "released": {
         "algorithm": "pitome",
+        "size_bias": False,
+        "positions": "compact",
         "energy": "elu",
         "metric": "hidden",
         "placement": "after_layer",
@@ -55,21 +65,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def suggest(name: str, known: list[str]) -> str:
-    """' Did you mean ...?' for a misspelt name, or an empty string."""
-    by_folded = {option.casefold(): option for option in known}
-    close = difflib.get_close_matches(name.casefold(), by_folded, n=1)
-    return f" Did you mean {by_folded[close[0]]!r}?" if close else ""
-
-
 @dataclass(frozen=True)
 class MergeConfig:
     """How the visual tokens of an image are merged. Immutable; exactly one budget word is given.
 
     Attributes:
-        keep: fraction of an image's visual tokens that reach the language model, in (0, 1].
+        keep: fraction of an image's visual tokens that reach the language model, in (0, 1], or
+            "auto" for as few as each image's own redundancy allows.
         tokens: the same as a count per image, >= 1.
         ratio: the paper's r, fraction kept at every merging layer, in (0, 1].
+        quality: with keep="auto", share of the variance of an image's tokens that has to be left,
+            in (0, 1]; higher keeps more tokens.
+        keep_range: with keep="auto", the smallest and the largest fraction an image may keep.
         algorithm: name in the registry (`pitome_vlm.algorithms.available()`).
         stage: merge inside the vision tower, on the features the projector reads, or both. None
             takes the algorithm's own place.
@@ -77,13 +84,20 @@ class MergeConfig:
         tower_share: with stage="both", the share of the (logarithmic) reduction done in the
             tower, in (0, 1).
         projector_steps: steps at the projector; None means the fewest possible.
-        metric: what tokens are compared by: attention keys averaged over heads (paper), or
-            hidden states. At the projector it is always the features.
+        metric: what tokens are compared by: attention "keys" averaged over heads (PiToMe paper),
+            or "hidden" states. None takes the algorithm's own. At the projector it is always the
+            features.
         placement: between attention and MLP (paper eq. 1-2), or after the whole layer.
         proportional_attention: add log(size) to the tower's attention logits (paper section
             3.1). None takes the algorithm's own choice.
         weighted: size-weighted means (paper Algorithm 1), or plain ones.
         restore_order: give the language model the tokens in raster order.
+        size_bias: tell the language model how much a token stands for: log(size) on the attention
+            logits of visual tokens, in all its layers. None follows `positions`; with both None
+            both are on for algorithms that gain by it ("calibration", issue 4).
+        positions: tell it where a token sits: at the "mean" raster position of its patches or the
+            "original" one of the patch it is named after, with text at its unreduced position;
+            "compact" counts the tokens that are left. None follows `size_bias`.
         energy: form of f_m: paper eq. 4, the released code's ELU, or the Gaussian kernel.
         alpha: alpha of eq. 4, >= 0.
         margin: fixed margin m in [-1, 1]; None is the paper's 0.9 - 0.9 l / L.
@@ -94,19 +108,23 @@ class MergeConfig:
         seed: seed of everything random, 0 to 2**32 - 1.
     """
 
-    keep: float | None = None
+    keep: float | Literal["auto"] | None = None
     tokens: int | None = None
     ratio: float | None = None
-    algorithm: str = "pitome"
+    quality: float = 0.9
+    keep_range: tuple[float, float] = (0.0625, 0.5)
+    algorithm: str = "pitome_plus"
     stage: Stage | None = None
     layers: tuple[int, ...] | None = None
     tower_share: float = 0.5
     projector_steps: int | None = None
-    metric: Metric = "keys"
+    metric: Metric | None = None
     placement: Placement = "after_attention"
     proportional_attention: bool | None = None
     weighted: bool = True
     restore_order: bool = True
+    size_bias: bool | None = None
+    positions: Positions | None = None
     energy: Energy = "paper"
     alpha: float = 1.0
     margin: float | None = None
@@ -116,44 +134,72 @@ class MergeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_range_of_keep()
         budget = self.budget
         for word in ("keep", "tokens", "ratio"):
-            object.__setattr__(self, word, getattr(budget, word))
+            if not (word == "keep" and self.is_adaptive):
+                object.__setattr__(self, word, getattr(budget, word))
         if not isinstance(self.algorithm, str):
             raise TypeError(f"algorithm must be a name, got {self.algorithm!r}")
         for field, allowed in _CHOICES.items():
             value = getattr(self, field)
-            if value not in allowed and not (field == "stage" and value is None):
+            if value not in allowed and not (field in _OPTIONAL and value is None):
                 hint = suggest(str(value), list(allowed))
                 raise ValueError(
                     f"{field} must be one of {', '.join(allowed)}, got {value!r}.{hint}"
                 )
-        _check_range("tower_share", self.tower_share, 0, 1, open_ends=True)
-        _check_range("alpha", self.alpha, 0, float("inf"))
-        _check_range("early_matching", self.early_matching, 0, 1)
+        check_range("tower_share", self.tower_share, 0, 1, open_ends=True)
+        check_range("alpha", self.alpha, 0, float("inf"))
+        check_range("early_matching", self.early_matching, 0, 1)
         if self.margin is not None:
-            _check_range("margin", self.margin, -1, 1)
-        for field in ("weighted", "restore_order", "protect", "proportional_attention"):
+            check_range("margin", self.margin, -1, 1)
+        for field in ("weighted", "restore_order", "protect"):
+            if not isinstance(getattr(self, field), bool):
+                raise TypeError(f"{field} must be True or False, got {getattr(self, field)!r}")
+        for field in ("proportional_attention", "size_bias"):
             value = getattr(self, field)
-            if not isinstance(value, bool) and not (
-                field == "proportional_attention" and value is None
-            ):
+            if value is not None and not isinstance(value, bool):
                 raise TypeError(f"{field} must be True or False, got {value!r}")
-        object.__setattr__(self, "seed", _whole("seed", self.seed, 0, 2**32 - 1))
+        object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, 2**32 - 1))
         if self.projector_steps is not None:
-            steps = _whole("projector_steps", self.projector_steps, 1)
+            steps = whole_number("projector_steps", self.projector_steps, 1)
             object.__setattr__(self, "projector_steps", steps)
         if self.layers is not None:
             given: Any = self.layers
             if isinstance(given, str) or not isinstance(given, Iterable):
                 raise TypeError(f"layers must be a list of layer numbers, got {given!r}")
-            layers = tuple(_whole("layers", layer, 0) for layer in given)
+            layers = tuple(whole_number("layers", layer, 0) for layer in given)
             object.__setattr__(self, "layers", layers)
+
+    def _check_range_of_keep(self) -> None:
+        if isinstance(self.keep, str) and self.keep != "auto":
+            raise TypeError(f"keep must be a number in (0, 1] or 'auto', got {self.keep!r}")
+        check_range("quality", self.quality, 0, 1)
+        given: Any = self.keep_range
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise TypeError(f"keep_range must be two fractions, got {given!r}")
+        fractions = tuple(given)
+        if len(fractions) != 2:
+            raise ValueError(f"keep_range must be two fractions, got {len(fractions)}")
+        for fraction in fractions:
+            check_range("keep_range", fraction, 0, 1)
+        if not 0 < fractions[0] <= fractions[1]:
+            raise ValueError(
+                f"keep_range must be (smallest, largest) with 0 < smallest <= largest <= 1, got "
+                f"{fractions}"
+            )
+        object.__setattr__(self, "keep_range", tuple(float(fraction) for fraction in fractions))
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether every image gets a count of its own."""
+        return self.keep == "auto"
 
     @property
     def budget(self) -> Budget:
-        """The one budget word that is set."""
-        return Budget(keep=self.keep, tokens=self.tokens, ratio=self.ratio)
+        """The one budget word that is set; the largest fraction where images differ."""
+        keep = self.keep_range[1] if isinstance(self.keep, str) else self.keep
+        return Budget(keep=keep, tokens=self.tokens, ratio=self.ratio)
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> MergeConfig:
@@ -183,8 +229,9 @@ class MergeConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, with the format and package version."""
         values = dataclasses.asdict(self)
-        if self.layers is not None:
-            values["layers"] = list(self.layers)
+        for name in ("layers", "keep_range"):
+            if values[name] is not None:
+                values[name] = list(values[name])
         return {"format_version": FORMAT_VERSION, "pitome_vlm_version": __version__, **values}
 
     @classmethod
@@ -219,8 +266,9 @@ class MergeConfig:
                 stacklevel=2,
             )
         kept = {key: value for key, value in values.items() if key in known}
-        if isinstance(kept.get("layers"), list):
-            kept["layers"] = tuple(kept["layers"])
+        for name in ("layers", "keep_range"):
+            if isinstance(kept.get(name), list):
+                kept[name] = tuple(kept[name])
         return cls(**kept)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
@@ -283,26 +331,3 @@ class MergeConfig:
         """One line, for instance `pitome keep=0.25 energy=elu`."""
         shown = {k: v for k, v in self.options().items() if k != "algorithm"}
         return " ".join([self.algorithm, *(f"{k}={v}" for k, v in shown.items())])
-
-
-def _check_range(
-    field: str, value: Any, low: float, high: float, *, open_ends: bool = False
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{field} must be a number, got {value!r}")
-    plain = float(value)
-    inside = low < plain < high if open_ends else low <= plain <= high
-    if not inside:
-        left, right = "()" if open_ends else "[]"
-        raise ValueError(f"{field} must be in {left}{low}, {high}{right}, got {value!r}")
-
-
-def _whole(field: str, value: Any, low: int, high: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{field} must be a whole number, got {value!r}")
-    plain = int(value)
-    if plain < low:
-        raise ValueError(f"{field} must be at least {low}, got {value!r}")
-    if high is not None and plain > high:
-        raise ValueError(f"{field} must be at most {high}, got {value!r}")
-    return plain

@@ -21,7 +21,7 @@ from torch import nn
 
 from . import algorithms
 from .adapters import find_adapter
-from .adapters.tower import find_encoder_layers, patch_grid
+from .adapters.tower import feature_depth, find_encoder_layers, has_class_token, patch_grid
 from .config import MergeConfig
 from .merge import Algorithm
 from .schedule import Schedule
@@ -39,8 +39,8 @@ class Costs:
         layer_flops: FLOPs of every tower layer that is run, for one image.
         tower_flops: patch embedding, layers and (SigLIP) pooling head, for all images.
         projector_flops: merging in front of the projector and the projector, for all images.
-        merge_flops: the part of `tower_flops` and `projector_flops` that is the comparison of
-            tokens with each other.
+        merge_flops: the part of `tower_flops` and `projector_flops` that is there for merging
+            alone: comparing tokens, ranking them by attention, resampling them.
         prefill_flops: the language model over the whole prompt, logits of one position.
         kv_bytes_per_image: key-value cache taken by the visual tokens of one image.
         kv_bytes: key-value cache after the prompt.
@@ -143,12 +143,38 @@ def similarity_flops(n_in: int, n_out: int, width: int, algorithm: Algorithm) ->
     """FLOPs of comparing n tokens of a width with each other: 2 n^2 width per step.
 
     An algorithm that pairs tokens up takes several steps where more than half of them go, on
-    fewer tokens each time. One that follows the grid compares nothing.
+    fewer tokens each time. One that follows the grid or the sequence compares nothing.
     """
     total = 0
-    while n_in > n_out and not algorithm.one_step:
+    while n_in > n_out and algorithm.compares:
         total += 2 * n_in**2 * width
         n_in = max(n_out, (n_in + 1) // 2) if algorithm.pairwise else n_out
+    return total
+
+
+def blend_flops(n_in: int, n_out: int, width: int) -> int:
+    """FLOPs of one resampling of n_in tokens of a width to n_out: 2 n_out n_in width."""
+    return 2 * n_out * n_in * width
+
+
+def merging_flops(
+    n_in: int, n_out: int, n_leading: int, metric: int, width: int, algorithm: Algorithm
+) -> int:
+    """FLOPs of one merge: comparing tokens, or making and applying a resampling matrix.
+
+    Args:
+        n_in: tokens before, without leading ones.
+        n_out: tokens after, without leading ones.
+        n_leading: leading tokens, which a resampling matrix carries along.
+        metric: width of what is compared.
+        width: of the tokens.
+        algorithm: who decides.
+    """
+    total = similarity_flops(n_in, n_out, metric, algorithm)
+    if algorithm.resamples and n_out < n_in:
+        # The matrix itself is a product of an [n_out, n_out] and an [n_out, n_in] basis.
+        total += blend_flops(n_in, n_out, n_out)
+        total += blend_flops(n_in + n_leading, n_out + n_leading, width)
     return total
 
 
@@ -157,8 +183,9 @@ def tower_flops(
 ) -> tuple[tuple[int, ...], int, int]:
     """FLOPs of the vision tower for one image.
 
-    A layer costs n_a (2 W(attention)) + 4 n_a^2 C + n_m (2 W(mlp)) + its similarity, where n_a
-    tokens enter and n_m = n_a except in a layer that merges between its two halves. Where
+    A layer costs n_a (2 W(attention)) + 4 n_a^2 C + n_m (2 W(mlp)) + its merge, where n_a tokens
+    enter and n_m = n_a except in a layer that merges between its two halves. Ranking by attention
+    takes 2 n_a C more, or 2 n_a^2 C where there is no class token and all tokens are asked. Where
     anything is merged the layers behind the feature layer are not run.
 
     Args:
@@ -168,7 +195,7 @@ def tower_flops(
 
     Returns:
         FLOPs of every layer that is run; FLOPs of patch embedding and pooling head; the part of
-        both that is the comparison of tokens.
+        both that is there for merging alone.
     """
     tower, vision = base.model.vision_tower, base.config.vision_config
     try:
@@ -178,12 +205,18 @@ def tower_flops(
     if not schedule.is_identity:
         blocks = blocks[: schedule.used_layers]
     algorithm, after = algorithms.get(config.algorithm), dict(schedule.tower)
+    by_keys = (config.metric or algorithm.metric) == "keys"
     entering, merging, flops = schedule.n_tokens, 0, []
     for index, block in enumerate(blocks):
         leaving = after.get(index, entering)
-        metric = block.self_attn.head_dim if config.metric == "keys" else vision.hidden_size
-        compared = similarity_flops(entering, leaving, metric, algorithm)
+        metric = block.self_attn.head_dim if by_keys else vision.hidden_size
         n_first = entering + schedule.n_leading
+        compared = merging_flops(
+            entering, leaving, schedule.n_leading, metric, vision.hidden_size, algorithm
+        )
+        if algorithm.needs_attention and leaving < entering:
+            asked = 1 if has_class_token(tower) else n_first
+            compared += attention_flops(asked, n_first, vision.hidden_size) // 2
         inside = config.placement == "after_attention"
         n_second = (leaving if inside else entering) + schedule.n_leading
         flops.append(
@@ -199,7 +232,7 @@ def tower_flops(
 
 
 def projector_flops(base: Any, schedule: Schedule, config: MergeConfig) -> tuple[int, int]:
-    """FLOPs of the projector for one image: n_out (2 W(projector)) + similarity of the merges.
+    """FLOPs of the projector for one image: n_out (2 W(projector)) + the merges in front of it.
 
     Args:
         base: the LLaVA itself.
@@ -207,17 +240,29 @@ def projector_flops(base: Any, schedule: Schedule, config: MergeConfig) -> tuple
         config: algorithm.
 
     Returns:
-        FLOPs, and the part of them that is the comparison of tokens. Those are compared by the
+        FLOPs, and the part of them that is there for merging alone. Tokens are compared by the
         features, as wide as the tower times the number of feature layers.
     """
     projector = base.model.multi_modal_projector
     algorithm = algorithms.get(config.algorithm)
-    merging = 0
+    merging = _carrying_flops(base.config, schedule, algorithm)
+    width = base.config.vision_config.hidden_size * len(_feature_depths(base.config, schedule))
     entering = schedule.tower[-1][1] if schedule.tower else schedule.n_tokens
     for leaving in schedule.projector:
-        merging += similarity_flops(entering, leaving, _feature_width(base.config), algorithm)
+        merging += merging_flops(entering, leaving, schedule.leading_kept, width, width, algorithm)
         entering = leaving
     return merging + schedule.tokens_out * linear_flops(projector), merging
+
+
+def _carrying_flops(config: Any, schedule: Schedule, algorithm: Algorithm) -> int:
+    """Features of shallower layers that go through the resamplings made behind them."""
+    total, entering = 0, schedule.n_tokens + schedule.n_leading
+    for layer, after in schedule.tower if algorithm.resamples else ():
+        leaving = after + schedule.n_leading
+        states = sum(depth <= layer for depth in _feature_depths(config, schedule))
+        total += states * blend_flops(entering, leaving, config.vision_config.hidden_size)
+        entering = leaving
+    return total
 
 
 def prefill_flops(base: Any, n_tokens: int) -> int:
@@ -290,12 +335,12 @@ def _unknown_tower_flops(
     return (per_layer,) * n_layers, _embedding_flops(vision), 0
 
 
-def _feature_width(config: Any) -> int:
+def _feature_depths(config: Any, schedule: Schedule) -> list[int]:
+    """Depths of the layers whose outputs the projector reads side by side."""
     layer = getattr(config, "vision_feature_layer", None)
     if layer is None:
         layer = getattr(config, "vision_feature_layers", None)
-    count = 1 if layer is None or isinstance(layer, int) else len(layer)
-    return int(config.vision_config.hidden_size * count)
+    return [schedule.used_layers] if layer is None else feature_depth(layer, schedule.n_layers)
 
 
 def _check_count(field: str, value: int) -> None:

@@ -7,6 +7,7 @@ Knows: how to lay out a config, a schedule and two `Costs`. Does not know: how c
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import textwrap
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
+from .calibration import Calibration
 from .checkpoints import check_model_type, read_config
 from .config import MergeConfig
 from .costs import Costs, costs
 from .schedule import Schedule
-from .wrapper import is_wrapped, merge_config, planned_schedule
+from .weights import Weights, weights_of
+from .wrapper import is_wrapped, merge_config, planned_calibration, planned_schedule
 
 # Shown for a model that is not wrapped and a caller who asks for nothing in particular.
 EXAMPLE_KEEP = 0.25
@@ -36,6 +39,8 @@ class Description:
         wrapped: whether these options are in force; otherwise they are a plan.
         before: costs without merging, of a prompt with one image.
         after: costs with merging, of the same prompt.
+        calibration: what the language model is told about merged tokens.
+        weights: bytes of the model's weights as they are loaded, quantised or not.
     """
 
     config: MergeConfig
@@ -43,6 +48,8 @@ class Description:
     wrapped: bool
     before: Costs
     after: Costs
+    calibration: Calibration
+    weights: Weights
 
     @property
     def summary(self) -> str:
@@ -95,7 +102,9 @@ class Description:
             "tokens_out": self.tokens_out,
             "tower_steps": [list(step) for step in self.tower_steps],
             "projector_steps": [list(step) for step in self.projector_steps],
+            "calibration": dataclasses.asdict(self.calibration),
             "text_tokens": self.before.text_tokens,
+            "weights": dataclasses.asdict(self.weights) | {"total": self.weights.total},
             "costs": {
                 name: {
                     "without": getattr(self.before, name),
@@ -108,7 +117,8 @@ class Description:
 
     def __str__(self) -> str:
         lines = [self.summary] if self.wrapped else [_NOT_IN_FORCE, self.summary]
-        return "\n".join([*lines, *self._where(), "", *self._table(), "", self._footnote()])
+        rest = [*self._where(), "", *self._table(), "", *self._weights(), self._footnote()]
+        return "\n".join([*lines, *rest])
 
     def _where(self) -> list[str]:
         if self.schedule.is_identity:
@@ -123,6 +133,7 @@ class Description:
         skipped = self.schedule.n_layers - len(self.after.layer_flops)
         if skipped:
             lines.append(f"tower layers not run (nothing reads them): {skipped}")
+        lines.append(f"told to the language model: {self.calibration}")
         return lines
 
     def _table(self) -> list[str]:
@@ -133,6 +144,16 @@ class Description:
             for name, title, show in _ROWS
         ]
         return [head, *rows]
+
+    def _weights(self) -> list[str]:
+        parts, kind = self.weights, self.weights.quantisation
+        sizes = [
+            f"language model {_bytes(parts.language_model)}" + (f" in {kind}" if kind else ""),
+            f"vision tower {_bytes(parts.vision_tower)}",
+            f"projector {_bytes(parts.projector)}",
+            f"other {_bytes(parts.other)}",
+        ]
+        return _folded(f"weights {_bytes(parts.total)}", sizes)
 
     def _footnote(self) -> str:
         return (
@@ -171,6 +192,8 @@ def describe(
         wrapped=in_force,
         before=costs(model, untouched, text_tokens, config=nothing),
         after=costs(model, schedule, text_tokens, config=config),
+        calibration=planned_calibration(model, config),
+        weights=weights_of(model),
     )
 
 

@@ -1,4 +1,4 @@
-"""The bookkeeping around generate: lengths, criteria, caches and the caller's own prompt.
+"""The bookkeeping around generate: lengths, criteria and the caller's own prompt.
 
 Knows: which arguments of generate count or look at prompt tokens. Does not know: images, merging
 or models; it is told how long a prompt was and how long it became.
@@ -11,12 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
-from transformers.cache_utils import Cache
 
 # The length GenerationConfig() came with before transformers 5; it means "not set".
 LEGACY_DEFAULT_LENGTH = 20
-# Written on a cache: visual tokens per image of the pictures in it.
-_CACHED_TOKENS = "_pitome_tokens_per_image"
 
 
 def _restored(sequences: Tensor, prompt: Tensor, compact_length: int) -> Tensor:
@@ -112,43 +109,3 @@ def shorter_limits(
             )
         limits[f"{end}_length"] = max(0, value - removed)
     return limits
-
-
-def cached_length(cache: Any) -> int:
-    """Tokens in a cache of any kind, 0 for none."""
-    return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
-
-
-def mark_cache(cache: Any, tokens_per_image: int) -> None:
-    """Remember in a cache how many tokens its images have."""
-    if isinstance(cache, Cache):
-        setattr(cache, _CACHED_TOKENS, tokens_per_image)
-
-
-def check_cache(
-    cache: Any, placeholders: Tensor | None, *, tokens_in: int, tokens_out: int
-) -> None:
-    """Refuse a cache whose images were merged to another count than they would be now.
-
-    Args:
-        cache: what was passed as past_key_values.
-        placeholders: [B, T] bool over the whole conversation, None where it is not at hand.
-        tokens_in: visual tokens per image without merging.
-        tokens_out: visual tokens per image now.
-
-    Raises:
-        ValueError: old and new count differ.
-    """
-    length = cached_length(cache)
-    if not length:
-        return
-    cached = getattr(cache, _CACHED_TOKENS, None)
-    if cached is None:
-        # Filled by an unwrapped model, or by text alone: its columns are those of the prompt.
-        holds_image = placeholders is not None and bool(placeholders[:, :length].any())
-        cached = tokens_in if holds_image else tokens_out
-    if cached != tokens_out:
-        raise ValueError(
-            f"past_key_values hold images of {cached} visual tokens each, but the model now makes "
-            f"{tokens_out}; start a new cache after changing the merge settings"
-        )

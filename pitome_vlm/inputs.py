@@ -12,101 +12,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import algorithms
-from .adapters import Adapter
-from .config import MergeConfig
-from .merge_pass import MergePass, VisualTokens
+from .calibration import (
+    Calibration,
+    caller_positions,
+    image_offsets,
+    unreduced_positions,
+)
+from .merge_pass import VisualTokens
+from .merging import Merging
 from .prompt import (
     IGNORED_LABEL,
     Compaction,
     compact_positions,
     compaction,
     surplus_placeholders,
-    token_positions,
 )
-from .schedule import Schedule, TowerShape, build_schedule
 
 FEATURE_OPTIONS = ("vision_feature_layer", "vision_feature_select_strategy")
 SEQUENCE_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids")
-
-
-@dataclass(frozen=True)
-class Merging:
-    """What `wrap` put on a model: plain data, safe to copy and to pickle.
-
-    Attributes:
-        config: the options.
-        adapter: the model family.
-    """
-
-    config: MergeConfig
-    adapter: Adapter
-
-    def schedule(self, model: Any, **feature_options: Any) -> Schedule:
-        """Token counts for this model; `feature_options` are those of one call.
-
-        Raises:
-            ValueError: the budget does not fit the model.
-        """
-        return schedule_for(self.config, self.adapter.tower_shape(model, **feature_options))
-
-    def encode(self, model: Any, pixel_values: Tensor, **feature_options: Any) -> VisualTokens:
-        """Visual tokens of images [images, 3, H, W], merged as configured."""
-        shape = self.adapter.tower_shape(model, **feature_options)
-        merge_pass = MergePass(
-            config=self.config,
-            schedule=schedule_for(self.config, shape),
-            algorithm=algorithms.get(self.config.algorithm),
-            grid=shape.grid,
-        )
-        return self.adapter.encode_images(model, pixel_values, merge_pass, **feature_options)
-
-
-def stage_of(config: MergeConfig) -> str:
-    """Where a config merges: its own stage, else the algorithm's."""
-    return config.stage or algorithms.get(config.algorithm).default_stage
-
-
-def schedule_for(config: MergeConfig, shape: TowerShape) -> Schedule:
-    """Lay a config's budget out over a tower.
-
-    Raises:
-        ValueError: unknown algorithm, or a budget that cannot be met.
-    """
-    algorithm = algorithms.get(config.algorithm)
-    stage = stage_of(config)
-    if algorithm.one_step and stage == "both":
-        raise ValueError(
-            f"algorithm {algorithm.name!r} reduces in one step, so stage must be 'tower' or "
-            "'projector', got 'both'"
-        )
-    for option, place in (("layers", "projector"), ("projector_steps", "tower")):
-        if stage == place and getattr(config, option) is not None:
-            raise ValueError(
-                f"{option}={getattr(config, option)} has no effect at stage={stage!r}, where "
-                f"{algorithm.name!r} merges here; leave it out or name another stage"
-            )
-    schedule = build_schedule(
-        shape,
-        config.budget,
-        stage=stage,
-        layers=config.layers,
-        tower_share=config.tower_share,
-        projector_steps=1 if algorithm.one_step else config.projector_steps,
-        one_step=algorithm.one_step,
-        pairwise=algorithm.pairwise,
-    )
-    if algorithm.name == "none" and not schedule.is_identity:
-        raise ValueError(
-            f"algorithm 'none' keeps all {schedule.tokens_in} visual tokens, but the budget "
-            f"leaves {schedule.tokens_out}; use keep=1.0 or another algorithm"
-        )
-    if algorithm.one_step and shape.grid is None and not schedule.is_identity:
-        raise ValueError(
-            f"algorithm {algorithm.name!r} needs the whole patch grid, but this model drops one "
-            'patch (vision_feature_select_strategy="default" on a tower without a class token)'
-        )
-    return schedule
 
 
 @dataclass(frozen=True)
@@ -118,7 +41,12 @@ class CompactPrompt:
         input_ids: [B, S] or None where the caller gave embeddings.
         attention_mask: [B, S] or None where nothing is padded.
         labels: [B, S] or None.
-        position_ids: [B, S] or None where the caller gave none.
+        position_ids: [B, S]: float32 in the unreduced layout, or with compact positions the
+            caller's own, shortened, or None where there were none.
+        sizes: [B, S] float32, patches behind every column (1 for text).
+        packed_positions: [B, S] the caller's integer positions, shortened, or None; they tell
+            where samples that share a row begin.
+        calibration: what the language model is to be told.
         visual: the visual tokens themselves.
         compaction: where every column went.
         placeholders: [B, T] bool, the image placeholders before compaction.
@@ -129,29 +57,12 @@ class CompactPrompt:
     attention_mask: Tensor | None
     labels: Tensor | None
     position_ids: Tensor | None
+    sizes: Tensor
+    packed_positions: Tensor | None
+    calibration: Calibration
     visual: VisualTokens
     compaction: Compaction
     placeholders: Tensor
-
-    def sizes(self) -> Tensor:
-        """[B, S] float32, patches behind every column (1 for text)."""
-        slots = self.compaction.take(self.placeholders, False)
-        ones = torch.ones(slots.shape, dtype=torch.float32, device=slots.device)
-        return ones.masked_scatter(slots, torch.cat(self.visual.sizes()).to(slots.device))
-
-    def positions(self) -> Tensor:
-        """[B, S] float32, column in the caller's prompt, a mean for merged tokens.
-
-        Where the placeholders arrived shortened there are no unreduced columns to point back to,
-        and a token's own column is given.
-        """
-        full = self.visual.full_counts
-        if int(self.placeholders.sum()) != sum(full):
-            width = self.placeholders.shape[1]
-            own = torch.arange(width, dtype=torch.float32, device=self.placeholders.device)
-            return self.compaction.take(own.expand(self.placeholders.shape), 0.0)
-        columns = token_positions(self.placeholders, full, self.visual.positions())
-        return self.compaction.take(columns, 0.0)
 
 
 def image_token_id(model: Any) -> int:
@@ -188,6 +99,7 @@ def prepare(
     *,
     left: bool | None = None,
     cached: int = 0,
+    start: Tensor | None = None,
 ) -> CompactPrompt:
     """Encode the images, shorten the prompt and put the visual tokens in.
 
@@ -197,6 +109,7 @@ def prepare(
         inputs: `pixel_values`, and of `SEQUENCE_INPUTS` and `FEATURE_OPTIONS` what there is.
         left: see `prompt.compaction`.
         cached: tokens already in the cache that is passed along.
+        start: [B] position of the first new column in the unreduced layout, None for 0.
 
     Raises:
         ValueError: placeholders and images do not match, or an input cannot be shortened.
@@ -219,19 +132,63 @@ def prepare(
     slots = moves.take(placeholders, False)
     features = torch.cat(visual.features).to(embeds.device, embeds.dtype)
     compact_mask = compact_attention_mask(moves, mask, past)
-    labels, positions = inputs.get("labels"), inputs.get("position_ids")
-    if positions is not None:
-        positions = compact_positions(positions.expand_as(drop), drop.to(positions.device))
-        positions = moves.take(positions, 0)
+    labels, own = inputs.get("labels"), inputs.get("position_ids")
+    packed = None
+    if own is not None:
+        own = own.expand_as(drop).to(drop.device)
+        packed = moves.take(compact_positions(own, drop), 0)
+    calibration = merging.calibration(model)
+    positions = packed
+    if calibration.positions != "compact":
+        positions = _layout(calibration, visual, placeholders, moves, mask, own, start)
+    ones = torch.ones(slots.shape, dtype=torch.float32, device=slots.device)
     return CompactPrompt(
         inputs_embeds=embeds.masked_scatter(slots[..., None].to(embeds.device), features),
         input_ids=compact_ids,
         attention_mask=compact_mask,
         labels=None if labels is None else moves.take(labels, IGNORED_LABEL),
         position_ids=positions,
+        sizes=ones.masked_scatter(slots, torch.cat(visual.sizes()).to(slots.device)),
+        packed_positions=packed,
+        calibration=calibration,
         visual=visual,
         compaction=moves,
         placeholders=placeholders,
+    )
+
+
+def _layout(
+    calibration: Calibration,
+    visual: VisualTokens,
+    placeholders: Tensor,
+    moves: Compaction,
+    mask: Tensor | None,
+    own: Tensor | None,
+    start: Tensor | None,
+) -> Tensor:
+    """[B, S] float32, positions that leave the text where it was without merging.
+
+    Args:
+        calibration: positions "mean" or "original".
+        visual: the visual tokens.
+        placeholders: [B, T] bool.
+        moves: where the columns went.
+        mask: [B, T] over the new columns, or None.
+        own: [B, T] the caller's positions, or None.
+        start: position of the first new column where the caller gave none.
+    """
+    offsets = image_offsets(calibration, visual.positions(), visual.anchors)
+    whole = int(placeholders.sum()) == sum(visual.full_counts)
+    if own is not None and not whole:
+        # Written for the shortened prompt: there is no other layout to point back to.
+        return moves.take(own, 0).float()
+    if own is not None:
+        spread = caller_positions(own, placeholders, visual.full_counts, visual.counts, offsets)
+        return moves.take(spread, 0.0)
+    attended = moves.valid if mask is None else moves.take(mask, 0) != 0
+    slots = moves.take(placeholders, False)
+    return unreduced_positions(
+        slots, attended | slots, visual.full_counts, visual.counts, offsets, start
     )
 
 
@@ -294,7 +251,7 @@ def _pad_id(model: Any) -> int:
 
 
 def drop_stale_placeholders(
-    model: Any, merging: Merging, input_ids: Tensor
+    model: Any, merging: Merging, input_ids: Tensor, counts: list[int] | None
 ) -> tuple[Tensor, Tensor]:
     """Surplus placeholders of a prompt whose images were encoded in an earlier turn.
 
@@ -302,6 +259,8 @@ def drop_stale_placeholders(
         model: the wrapped LLaVA.
         merging: what `wrap` put on it.
         input_ids: [B, T], the whole conversation.
+        counts: visual tokens each image of the conversation has, in row order; None for images
+            that all have the scheduled count.
 
     Returns:
         placeholders [B, T] bool and those to drop [B, T] bool.
@@ -318,7 +277,6 @@ def drop_stale_placeholders(
             f"the prompt holds {found} image placeholders, which is no multiple of the "
             f"{schedule.tokens_in} of one image; pass the conversation as the processor wrote it"
         )
-    drop = surplus_placeholders(
-        placeholders, [schedule.tokens_in] * images, [schedule.tokens_out] * images
-    )
-    return placeholders, drop
+    if counts is None or len(counts) != images:
+        counts = [schedule.tokens_out] * images
+    return placeholders, surplus_placeholders(placeholders, [schedule.tokens_in] * images, counts)

@@ -1,7 +1,8 @@
 """`load`: one call from a path to a model that answers, wrapped, with its processor.
 
-Knows: in which order checkpoint (`checkpoints.py`), quantisation and wrapping go together, and
-what old processors lack. Does not know: how any of them works. Pictures are in `images.py`.
+Knows: in which order checkpoint (`checkpoints.py`), quantisation, PEFT adapter and wrapping go
+together, and what old processors lack. Does not know: how any of them works. Pictures are in
+`images.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ from .checkpoints import (
 )
 from .config import CONFIG_NAME, MergeConfig
 from .images import FORMATS, ImageError, ImageLimits, load_image
-from .quantization import check_quantised, quantization
+from .peft_loading import SavedAdapter, find_adapter_at
+from .quantization import (
+    check_quantised,
+    quantization,
+    recorded_quantization,
+    unquantised_dtype,
+)
 from .wrapper import make_config, wrap
 
 __all__ = [
@@ -52,9 +59,13 @@ def load(
     dtype: str | torch.dtype | None = "auto",
     device_map: Any = None,
     attn_implementation: str | None = None,
-    load_in_4bit: bool = False,
-    load_in_8bit: bool = False,
+    load_in_4bit: bool | None = None,
+    load_in_8bit: bool | None = None,
     quantization_config: Any = None,
+    max_memory: dict[Any, Any] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | None = None,
+    trainable: bool = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     revision: str | None = None,
@@ -67,53 +78,75 @@ def load(
     replaces its budget and keeps its other options, and `config` replaces it altogether. Without
     a file and a budget the model comes back unwrapped.
 
+    The path of a PEFT adapter gives its base model with the adapter on it, quantised and merged
+    as it was trained; what is given here wins.
+
     Args:
-        path: a folder, or a name on the Hugging Face hub.
+        path: a folder, or a name on the Hugging Face hub; of a model or of a PEFT adapter.
         keep: fraction of an image's visual tokens to keep, in (0, 1].
         tokens: the same as a count per image.
         ratio: the paper's r, the fraction kept at every merging layer.
         config: a ready `MergeConfig`; a budget or options beside it replace its own.
-        dtype: "auto" (or None) for the checkpoint's, a torch dtype or one of `DTYPES`.
+        dtype: "auto" (or None) for the checkpoint's, a torch dtype or one of `DTYPES`. Of a
+            quantised model it is the dtype of everything that is not quantised, where "auto"
+            makes 16 bits of a float32 checkpoint on devices that are fast with them.
         device_map: as for `from_pretrained`: "auto", a device, or a dict; None for its default.
+            Parts that a dict puts on "cpu" or "disk" beside an accelerator are not quantised.
         attn_implementation: as for `from_pretrained`.
-        load_in_4bit: quantise the language model to 4 bits (bitsandbytes nf4).
-        load_in_8bit: quantise the language model to 8 bits.
-        quantization_config: a quantisation config of your own, taken as it is.
+        load_in_4bit: quantise the language model to 4 bits (bitsandbytes nf4, double
+            quantisation); tower and projector are left alone. False loads an adapter's base
+            model unquantised.
+        load_in_8bit: the same to 8 bits.
+        quantization_config: a quantisation config of your own, taken as it is. The loaded model
+            is checked against its `llm_int8_skip_modules`.
+        max_memory: as for `from_pretrained`: how much each device may hold.
+        offload_folder: as for `from_pretrained`: where parts on "disk" go.
+        base: the model an adapter belongs to, where it is not where it was.
+        trainable: leave an adapter's weights open for training.
         trust_remote_code: run Python code that comes with the checkpoint.
         allow_pickle: also load weights that are not safetensors; loading such a file can run
             code that is hidden in it.
-        revision: branch, tag or commit on the hub.
+        revision: branch, tag or commit on the hub (of the adapter, where it is one).
         local_files_only: do not use the network.
         **options: fields of `MergeConfig`, for instance `algorithm="tome"`.
 
     Returns:
-        (model in eval mode, processor).
+        (model in eval mode, processor). The model is a `PeftModel` where `path` is an adapter.
 
     Raises:
         FileNotFoundError: no such folder.
         OSError: the hub does not have it, or cannot be reached.
         TypeError: the checkpoint is no LLaVA this package knows.
-        ValueError: the checkpoint is incomplete or damaged, or an option is out of range.
-        ImportError: bitsandbytes is needed and not installed.
-        RuntimeError: quantisation went wrong.
+        ValueError: the checkpoint is incomplete or damaged, an option is out of range, or an
+            adapter belongs to another model.
+        ImportError: bitsandbytes or PEFT is needed and not installed.
+        RuntimeError: something else was quantised than what was to be.
     """
     source: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
-    extra: dict[str, Any] = {"dtype": torch_dtype(dtype), "device_map": device_map}
-    extra["attn_implementation"] = attn_implementation
-    extra["quantization_config"] = quantization(
-        load_in_4bit=load_in_4bit,
-        load_in_8bit=load_in_8bit,
-        quantization_config=quantization_config,
-        device_map=device_map,
-    )
-    name = existing(path)
+    adapter = find_adapter_at(path, allow_pickle=allow_pickle, **source)
+    if base is not None and adapter is None:
+        raise ValueError(f"base={os.fspath(base)} is for PEFT adapters, but {path} is none")
+    bits = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
+    quantised = _quantization(adapter, bits, quantization_config, device_map)
+    name = existing(path if adapter is None else adapter.base(base))
+    if adapter is not None:
+        config = config or saved_merge_config(adapter.path, **source)
+        dtype = adapter.record.base_dtype if dtype in (None, "auto") else dtype
+        source = source | {"revision": adapter.record.base_revision if base is None else None}
     model_config = read_config(name, trust_remote_code=trust_remote_code, **source)
     merging = _merging(name, source, config, dict(options, keep=keep, tokens=tokens, ratio=ratio))
+    plain, ours = torch_dtype(dtype), any(bits.values())
+    if ours:
+        plain = unquantised_dtype(plain, getattr(model_config, "dtype", None), device_map)
     source["trust_remote_code"] = trust_remote_code
-    model = load_weights(name, model_config, allow_pickle=allow_pickle, **source, **extra)
-    if load_in_4bit or load_in_8bit:
-        check_quantised(model)
+    placed = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
+    extra = {"attn_implementation": attn_implementation, "quantization_config": quantised}
+    extra |= {"dtype": plain, "allow_pickle": allow_pickle}
+    model = load_weights(name, model_config, **source, **placed, **extra)
+    check_quantised(model, language_model_only=ours)
     processor = complete_processor(_load_processor(name, source), model)
+    if adapter is not None:
+        model = adapter.attach(model, trainable=trainable)
     return (model if merging is None else wrap(model, config=merging)), processor
 
 
@@ -166,6 +199,17 @@ def complete_processor(processor: Any, model: Any) -> Any:
         strategy = getattr(model.config, "vision_feature_select_strategy", None)
         processor.vision_feature_select_strategy = strategy or "default"
     return processor
+
+
+def _quantization(
+    adapter: SavedAdapter | None, bits: dict[str, bool | None], config: Any, device_map: Any
+) -> Any:
+    """What the caller asks for, else how the adapter was trained."""
+    asked = config is not None or any(value is not None for value in bits.values())
+    if adapter is not None and adapter.record.quantization and not asked:
+        return recorded_quantization(adapter.record.quantization, device_map)
+    on = {name: bool(value) for name, value in bits.items()}
+    return quantization(**on, quantization_config=config, device_map=device_map)
 
 
 def _merging(

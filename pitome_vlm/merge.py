@@ -1,21 +1,34 @@
-"""What a merge is and how it is carried out.
+"""The contract between an algorithm and whoever applies its plan, and what both compute with.
 
-Knows: groups of tokens (`MergePlan`), size-weighted means, sizes, source maps, and the contract
-between an algorithm and whoever applies its plan. Does not know: how any algorithm decides, and
-nothing about models.
+Knows: what an algorithm may look at, how it is asked as often as needed, similarities, log sizes,
+positions of groups. Does not know: how any algorithm decides, how a plan is applied
+(`merge_plan.py`), and nothing about models.
 
 Axes: B images, N tokens before, M tokens after a merge, C channels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .config import MergeConfig, Stage
+from .config import MergeConfig, Metric, Stage
+from .merge_plan import MergePlan
+
+__all__ = [
+    "Algorithm",
+    "MergeContext",
+    "MergePlan",
+    "PlanFunction",
+    "cosine_similarity",
+    "group_positions",
+    "log_size_bias",
+    "make_plan",
+]
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,9 @@ class MergeContext:
         n_leading: protected tokens (CLS) in front. They are removed before an algorithm is
             called; ToMe needs their number for its parity.
         grid: (rows, columns) while the tokens are still the whole patch grid, else None.
+        sizes: [B, N] float32 patches behind every token the algorithm is shown, None for all one.
+        cls_attention: [B, N] float32, how much of the class token's attention (mean over heads)
+            goes to each of them; None unless the algorithm asks for it.
     """
 
     config: MergeConfig
@@ -36,6 +52,21 @@ class MergeContext:
     depth: float = 0.0
     n_leading: int = 0
     grid: tuple[int, int] | None = None
+    sizes: Tensor | None = None
+    cls_attention: Tensor | None = None
+
+    def required_attention(self) -> Tensor:
+        """`cls_attention`, for algorithms that rank by it.
+
+        Raises:
+            ValueError: there is none, because nobody but a layer of the tower can give it.
+        """
+        if self.cls_attention is None:
+            raise ValueError(
+                "this algorithm ranks tokens by the attention they get (MergeContext."
+                'cls_attention), which only a layer of the tower can tell; use stage="tower"'
+            )
+        return self.cls_attention
 
     def random_order(self, n: int, device: torch.device) -> Tensor:
         """A permutation of 0..n-1, [n] int64, fixed by seed and layer.
@@ -65,8 +96,14 @@ class Algorithm:
         source: paper and section it follows.
         pairwise: one call can at most halve the tokens; larger reductions are chained.
         default_stage: where its authors put it.
-        one_step: needs the whole grid, hence reduces once, at the last merging layer.
+        one_step: reduces once, at the last merging layer.
+        needs_grid: works on the whole patch grid only.
+        needs_attention: reads `MergeContext.cls_attention`, hence works inside the tower only.
+        metric: what tokens are compared by when the user does not say.
         proportional_attention: log(size) in the tower's attention by default.
+        calibrated: sizes and positions are told to the language model by default.
+        compares: every token with every other one, which is what it costs (`costs`).
+        resamples: its plans carry a `MergePlan.blend`, whose products cost as well.
     """
 
     name: str
@@ -75,175 +112,13 @@ class Algorithm:
     pairwise: bool = True
     default_stage: Stage = "tower"
     one_step: bool = False
+    needs_grid: bool = False
+    needs_attention: bool = False
+    metric: Metric = "keys"
     proportional_attention: bool = True
-
-
-@dataclass(frozen=True)
-class MergePlan:
-    """A partition of N tokens into M groups, the same shape for every image of a batch.
-
-    Attributes:
-        assign: [B, N] int64, the group of every token, 0..M-1.
-        kept: [B, M] int64, the token each group is named after; its place is the group's place.
-        prune: the group's value is its named token alone instead of the mean. The other members
-            are still booked on it, so that sizes count every patch.
-    """
-
-    assign: Tensor
-    kept: Tensor
-    prune: bool = False
-    _moved: list[Tensor] = field(default_factory=list, repr=False, compare=False)
-
-    @property
-    def n_in(self) -> int:
-        """Tokens before."""
-        return self.assign.shape[1]
-
-    @property
-    def n_out(self) -> int:
-        """Tokens after."""
-        return self.kept.shape[1]
-
-    @classmethod
-    def identity(cls, keys: Tensor) -> MergePlan:
-        """Every token its own group, for keys [B, N, ...]."""
-        index = torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[0], -1)
-        return cls(index, index)
-
-    @classmethod
-    def from_pairs(
-        cls,
-        n_tokens: int,
-        sources: Tensor,
-        destinations: Tensor,
-        *,
-        order: Tensor | None = None,
-        prune: bool = False,
-    ) -> MergePlan:
-        """Every source joins the group of its destination.
-
-        Args:
-            n_tokens: N.
-            sources: [B, r] int64, distinct token indices per image.
-            destinations: [B, r] int64, token indices that are no sources.
-            order: [B, N - r] the surviving tokens in the order they are to come out; None keeps
-                them in raster order.
-            prune: see `MergePlan`.
-        """
-        batch, device = sources.shape[0], sources.device
-        n_out = n_tokens - sources.shape[1]
-        index = torch.arange(n_tokens, device=device).expand(batch, n_tokens)
-        if order is None:
-            stays = torch.ones(batch, n_tokens, dtype=torch.int64, device=device)
-            stays = stays.scatter(1, sources, 0)
-            rank = stays.cumsum(1) - 1
-            # Sources write into one spare slot behind the survivors: no data-dependent shape,
-            # hence no host synchronisation on an accelerator.
-            slot = torch.where(stays.bool(), rank, n_out)
-            order = index.new_empty(batch, n_out + 1).scatter(1, slot, index)[:, :n_out]
-        else:
-            places = torch.arange(n_out, device=device).expand(batch, n_out)
-            rank = torch.zeros_like(index).scatter(1, order, places)
-        assign = rank.scatter(1, sources, rank.gather(1, destinations))
-        return cls(assign, order, prune, [sources])
-
-    @classmethod
-    def from_assignment(cls, assign: Tensor, n_out: int) -> MergePlan:
-        """Groups given directly; each is named after its first member.
-
-        Args:
-            assign: [B, N] int64 with every value of 0..n_out-1 present in every row.
-            n_out: M.
-        """
-        batch, n_tokens = assign.shape
-        index = torch.arange(n_tokens, device=assign.device).expand(batch, n_tokens)
-        first = torch.full((batch, n_out), n_tokens, dtype=torch.int64, device=assign.device)
-        return cls(assign, first.scatter_reduce(1, assign, index, "amin"))
-
-    def then(self, later: MergePlan) -> MergePlan:
-        """This plan followed by another one on its output, as one plan."""
-        return MergePlan(
-            later.assign.gather(1, self.assign),
-            self.kept.gather(1, later.kept),
-            self.prune or later.prune,
-        )
-
-    def with_leading(self, n_leading: int) -> MergePlan:
-        """The same plan with `n_leading` untouched tokens (CLS) put in front."""
-        if n_leading == 0:
-            return self
-        batch, device = self.assign.shape[0], self.assign.device
-        front = torch.arange(n_leading, device=device).expand(batch, n_leading)
-        moved = [part + n_leading for part in self._moved]
-        return MergePlan(
-            torch.cat([front, self.assign + n_leading], 1),
-            torch.cat([front, self.kept + n_leading], 1),
-            self.prune,
-            moved,
-        )
-
-    def sources(self) -> Tensor:
-        """[B, N - M] int64, the tokens that give up their place."""
-        if not self._moved:
-            stays = torch.ones_like(self.assign).scatter(1, self.kept, 0)
-            order = stays.argsort(dim=1, descending=True, stable=True)
-            self._moved.append(order[:, : self.n_in - self.n_out])
-        return self._moved[0]
-
-    def merge_sizes(self, sizes: Tensor | None) -> Tensor:
-        """Patches behind every group: [B, N] sizes (None means all one) to [B, M] float32."""
-        if sizes is None:
-            sizes = torch.ones(self.assign.shape, dtype=torch.float32, device=self.assign.device)
-        moved = self.sources()
-        kept = sizes.gather(1, self.kept)
-        return kept.scatter_add(1, self.assign.gather(1, moved), sizes.gather(1, moved))
-
-    def apply(
-        self, x: Tensor, sizes: Tensor | None = None, *, weighted: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Merge token values (paper Algorithm 1, lines 11-13).
-
-        Args:
-            x: [B, N, C] floating point, any dtype; gradients flow through the means.
-            sizes: [B, N] float32 patches each token stands for, None for all one.
-            weighted: weight by size; otherwise every token of a group counts the same.
-
-        Returns:
-            ([B, M, C] in x's dtype, [B, M] float32 new sizes). A group of one keeps its value
-            bit for bit.
-        """
-        new_sizes = self.merge_sizes(sizes)
-        channels = x.shape[-1]
-        kept = x.gather(1, self.kept[..., None].expand(-1, -1, channels))
-        if self.prune or self.n_in == self.n_out:
-            return kept, new_sizes
-        moved = self.sources()
-        target = self.assign.gather(1, moved)
-        # Sums of many half-precision values lose bits; groups are small, so float32 costs little.
-        exact = torch.promote_types(x.dtype, torch.float32)
-        weights = sizes.to(exact) if weighted and sizes is not None else None
-        share_kept, share_moved = self._shares(weights, moved, target, exact)
-        merged = kept.to(exact) * share_kept[..., None]
-        values = x.gather(1, moved[..., None].expand(-1, -1, channels)).to(exact)
-        values = values * share_moved[..., None]
-        merged = merged.scatter_add(1, target[..., None].expand(-1, -1, channels), values)
-        return merged.to(x.dtype), new_sizes
-
-    def _shares(
-        self, weights: Tensor | None, moved: Tensor, target: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Each token's share of its group's mean, for kept [B, M] and moved [B, N - M] tokens."""
-        if weights is None:
-            weights = torch.ones(self.assign.shape, dtype=dtype, device=self.assign.device)
-        total = self.merge_sizes(weights)
-        return (
-            weights.gather(1, self.kept) / total,
-            weights.gather(1, moved) / total.gather(1, target),
-        )
-
-    def unmerge(self, y: Tensor) -> Tensor:
-        """Spread group values back over their tokens: [B, M, C] to [B, N, C]."""
-        return y.gather(1, self.assign[..., None].expand(-1, -1, y.shape[-1]))
+    calibrated: bool = True
+    compares: bool = True
+    resamples: bool = False
 
 
 @torch.no_grad()
@@ -282,8 +157,8 @@ def make_plan(
         while n_in > n_out:
             n_in = max(n_out, (n_in + 1) // 2) if algorithm.pairwise else n_out
             # Later steps compare the means of the groups made so far.
-            means = body if plan is None else plan.apply(body, weights)[0]
-            step = algorithm.plan(means, n_in, ctx=ctx)
+            means, grown = (body, weights) if plan is None else plan.apply(body, weights)
+            step = algorithm.plan(means, n_in, ctx=dataclasses.replace(ctx, sizes=grown))
             if step.n_out != n_in:
                 raise ValueError(
                     f"algorithm {algorithm.name!r} left {step.n_out} tokens, not {n_in}"

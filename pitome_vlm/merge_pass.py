@@ -9,11 +9,13 @@ backward pass.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from .adaptive import Adapted, adapt
 from .config import MergeConfig
 from .merge import Algorithm, MergeContext, MergePlan, group_positions, make_plan
 from .schedule import Schedule
@@ -30,6 +32,8 @@ class MergePass:
         grid: (rows, columns) of the patches, None where the tokens are no whole grid.
         plans: plan made in each tower layer.
         sizes: [B, N] float32 after each tower layer that has seen a merge.
+        projector_plans: plans of the steps on the features.
+        adapted: what came of every image where each has a count of its own.
     """
 
     config: MergeConfig
@@ -39,6 +43,7 @@ class MergePass:
     plans: dict[int, MergePlan] = field(default_factory=dict)
     sizes: dict[int, Tensor] = field(default_factory=dict)
     projector_plans: list[MergePlan] = field(default_factory=list)
+    adapted: list[Adapted] | None = None
     _after: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,17 +63,34 @@ class MergePass:
         wanted = self.config.proportional_attention
         return self.algorithm.proportional_attention if wanted is None else wanted
 
+    @property
+    def compares_keys(self) -> bool:
+        """Whether tokens are compared by attention keys, otherwise by hidden states."""
+        return (self.config.metric or self.algorithm.metric) == "keys"
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the leading token is a class token and not the first patch."""
+        return self.schedule.n_leading > 0 and self.grid is not None
+
+    def wants_attention(self, layer: int) -> bool:
+        """Whether the plan made in a layer needs the class token's attention."""
+        return self.algorithm.needs_attention and layer in self._after
+
     def touches(self, layer: int) -> bool:
         """Whether a layer differs from the untouched one in any way."""
         return layer in self._after or self.sizes_before(layer) is not None
 
-    def merge_in_layer(self, layer: int, hidden: Tensor, metric: Tensor) -> Tensor:
+    def merge_in_layer(
+        self, layer: int, hidden: Tensor, metric: Tensor, cls_attention: Tensor | None = None
+    ) -> Tensor:
         """Merge the tokens of one tower layer as scheduled and book the sizes.
 
         Args:
             layer: 0-based tower layer.
             hidden: [B, n_leading + N, C].
             metric: [B, n_leading + N, D], what tokens are compared by.
+            cls_attention: [B, n_leading + N] float32, see `MergeContext`.
 
         Returns:
             [B, n_leading + M, C].
@@ -81,6 +103,9 @@ class MergePass:
         if layer not in self.plans:
             whole = before is None and not self.plans
             context = self._context(layer, self.schedule.n_leading, whole)
+            if cls_attention is not None:
+                body = cls_attention[:, self.schedule.n_leading :].detach()
+                context = dataclasses.replace(context, cls_attention=body)
             self.plans[layer] = make_plan(
                 self.algorithm, metric, self._after[layer], ctx=context, sizes=before
             )
@@ -103,11 +128,14 @@ class MergePass:
                 )
         return state
 
-    def merge_features(self, features: Tensor) -> Tensor:
+    def merge_features(self, features: Tensor) -> list[Tensor]:
         """Merge what the projector reads, in the scheduled steps.
 
         Args:
             features: [B, leading_kept + N, C].
+
+        Returns:
+            [n_i, C] of every image; all of one length unless every image has its own count.
         """
         leading = self.schedule.leading_kept
         sizes = self._feature_sizes()
@@ -117,14 +145,26 @@ class MergePass:
             plan = make_plan(self.algorithm, features, count, ctx=context, sizes=sizes)
             features, sizes = plan.apply(features, sizes, weighted=self.config.weighted)
             self.projector_plans.append(plan)
-        return features
+        if not self.config.is_adaptive:
+            return list(features)
+        step = self.schedule.used_layers + len(self.schedule.projector)
+        self.adapted = adapt(
+            features,
+            sizes,
+            self.schedule.ladder,
+            self.config.quality,
+            algorithm=self.algorithm,
+            ctx=self._context(step, leading, False),
+            weighted=self.config.weighted,
+        )
+        return [one.features for one in self.adapted]
 
-    def source_map(self, batch: int, device: torch.device) -> Tensor:
+    def source_maps(self, batch: int, device: torch.device) -> list[Tensor]:
         """Which output token every input token went into.
 
         Returns:
-            [B, tokens_in] int64 with values 0..tokens_out-1; both count a leading token only
-            where it reaches the language model.
+            [tokens_in] int64 of every image, with values 0..n_i-1; both count a leading token
+            only where it reaches the language model.
         """
         schedule = self.schedule
         dropped = schedule.n_leading - schedule.leading_kept
@@ -135,7 +175,28 @@ class MergePass:
         source = source[:, dropped:] - dropped
         for plan in self.projector_plans:
             source = plan.assign.gather(1, source)
-        return source
+        if self.adapted is None:
+            return list(source)
+        return [one.assign[own] for one, own in zip(self.adapted, source, strict=True)]
+
+    def anchors(self, batch: int, device: torch.device) -> list[Tensor]:
+        """The input token every output token is named after.
+
+        Returns:
+            [n_i] int64 of every image with values 0..tokens_in-1, counted as in `source_maps`.
+        """
+        schedule = self.schedule
+        dropped = schedule.n_leading - schedule.leading_kept
+        total = schedule.n_tokens + schedule.n_leading
+        anchors = torch.arange(total, device=device).expand(batch, total)
+        for layer in sorted(self.plans):
+            anchors = anchors.gather(1, self.plans[layer].kept)
+        anchors = anchors[:, dropped:] - dropped
+        for plan in self.projector_plans:
+            anchors = anchors.gather(1, plan.kept)
+        if self.adapted is None:
+            return list(anchors)
+        return [own[one.kept] for one, own in zip(self.adapted, anchors, strict=True)]
 
     def _context(self, layer: int, n_leading: int, whole_grid: bool) -> MergeContext:
         return MergeContext(
@@ -161,11 +222,13 @@ class VisualTokens:
         features: one [n_i, C] tensor per image, after the projector.
         source_maps: one [tokens_in] int64 tensor per image, the output token of every input one.
         full_counts: tokens each image would have had without merging.
+        anchors: one [n_i] int64 tensor per image, the input token every output one is named after.
     """
 
     features: list[Tensor]
     source_maps: list[Tensor]
     full_counts: list[int]
+    anchors: list[Tensor]
 
     @property
     def counts(self) -> list[int]:

@@ -147,29 +147,3 @@ def compact_positions(position_ids: Tensor, drop: Tensor) -> Tensor:
     restarts[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
     before = torch.where(restarts, gone - drop.long(), torch.zeros_like(gone)).cummax(1).values
     return position_ids - (gone - drop.long() - before)
-
-
-def token_positions(
-    placeholders: Tensor, full_counts: list[int], group_positions: list[Tensor]
-) -> Tensor:
-    """Where every kept column sat before anything was dropped, as a mean for merged tokens.
-
-    Args:
-        placeholders: [B, T] bool before compaction.
-        full_counts: placeholders per image.
-        group_positions: per image the mean raster position of every visual token, [n_i] float32.
-
-    Returns:
-        [B, T] float32; meaningful at columns that stay. Text keeps its unreduced position.
-    """
-    batch, width = placeholders.shape
-    device = placeholders.device
-    column = torch.arange(width, dtype=torch.float32, device=device).expand(batch, width)
-    # The k-th kept placeholder of an image stands where its group's mean raster position falls,
-    # counted from the image's first placeholder.
-    shift = []
-    for full, means in zip(full_counts, group_positions, strict=True):
-        offsets = means.to(device) - torch.arange(len(means), device=device)
-        shift.append(torch.nn.functional.pad(offsets, (0, full - len(means))))
-    moved = torch.zeros(batch, width, device=device).masked_scatter(placeholders, torch.cat(shift))
-    return column + moved

@@ -126,6 +126,13 @@ def geometric_counts(n_tokens: int, n_steps: int, target: int) -> tuple[int, ...
     return tuple(counts)
 
 
+def falling_counts(most: int, fewest: int, steps: int = 12) -> tuple[int, ...]:
+    """Counts from `most` down to `fewest` in (about) equal ratios, each once."""
+    log_ratio = math.log(fewest / most) / steps
+    counts = (math.floor(most * math.exp(log_ratio * step) + 0.5) for step in range(steps + 1))
+    return tuple(dict.fromkeys(counts))
+
+
 def halving_steps(n_tokens: int, target: int) -> int:
     """Fewest steps from `n_tokens` to `target` when one step can at most pair tokens up."""
     steps = 0
@@ -147,6 +154,8 @@ class Schedule:
         tower: (layer index, mergeable tokens after it) for every merging layer, in order.
         projector: mergeable tokens after each step on the features the projector reads.
         leading_kept: leading tokens that reach the language model (0 or `n_leading`).
+        fewest: mergeable tokens an image keeps at least where every image has its own count;
+            `tokens_out` is then the most. None where all have the same.
     """
 
     n_tokens: int
@@ -156,11 +165,24 @@ class Schedule:
     tower: tuple[tuple[int, int], ...] = ()
     projector: tuple[int, ...] = ()
     leading_kept: int = 0
+    fewest: int | None = None
+
+    @property
+    def ladder(self) -> tuple[int, ...]:
+        """Mergeable tokens an image may end with where every image has its own count, falling."""
+        most = self.tokens_out - self.leading_kept
+        return (most,) if self.fewest is None else falling_counts(most, self.fewest)
 
     @property
     def tokens_in(self) -> int:
         """Visual tokens per image that reach the language model without merging."""
         return self.n_tokens + self.leading_kept
+
+    @property
+    def tower_out(self) -> int:
+        """Visual tokens per image that the tower hands on."""
+        counts = [count for _, count in self.tower]
+        return (counts[-1] if counts else self.n_tokens) + self.leading_kept
 
     @property
     def tokens_out(self) -> int:
@@ -171,7 +193,7 @@ class Schedule:
     @property
     def is_identity(self) -> bool:
         """True where nothing is merged, so that the untouched code path is taken."""
-        return self.tokens_out == self.tokens_in
+        return self.tokens_out == self.tokens_in and len(self.ladder) == 1
 
     def layer_lengths(self) -> tuple[int, ...]:
         """Sequence length, leading tokens included, after every layer that is run."""
@@ -239,6 +261,7 @@ def build_schedule(
     projector_steps: int | None = None,
     one_step: bool = False,
     pairwise: bool = True,
+    fewest: Budget | None = None,
 ) -> Schedule:
     """Lay a budget out over tower and projector.
 
@@ -252,6 +275,7 @@ def build_schedule(
         projector_steps: see `MergeConfig`.
         one_step: reduce once, at the last merging layer.
         pairwise: one step can at most halve the tokens.
+        fewest: smallest budget of an image where every image has its own; `budget` is the largest.
 
     Raises:
         ValueError: the budget cannot be met, with the smallest or largest value that can.
@@ -276,11 +300,11 @@ def build_schedule(
         middle = {"tower": target, "projector": n}.get(stage)
         middle = split_target(n, target, tower_share) if middle is None else middle
         tower = geometric_counts(n, len(tower_layers), middle)
-        fewest = (halving_steps(middle, target) if pairwise else 1) if stage != "tower" else 0
-        steps = fewest if projector_steps is None else projector_steps
-        if stage != "tower" and steps < fewest:
+        needed = (halving_steps(middle, target) if pairwise else 1) if stage != "tower" else 0
+        steps = needed if projector_steps is None else projector_steps
+        if stage != "tower" and steps < needed:
             raise ValueError(
-                f"projector_steps must be at least {fewest} to get from {middle} to {target} "
+                f"projector_steps must be at least {needed} to get from {middle} to {target} "
                 f"tokens (one step can at most halve them), got {steps}"
             )
         projector = geometric_counts(middle, steps if stage != "tower" else 0, target)
@@ -294,4 +318,11 @@ def build_schedule(
         tower=tuple((layer, after) for layer, after, entering in merging if after < entering),
         projector=projector,
         leading_kept=shape.leading_kept,
+        fewest=None if fewest is None else max(1, _total(fewest, shape) - shape.leading_kept),
     )
+
+
+def _total(budget: Budget, shape: TowerShape) -> int:
+    total = budget.target(shape.n_tokens + shape.leading_kept)
+    assert total is not None
+    return total

@@ -15,24 +15,29 @@ import transformers
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from .generation import (
+from .cached_images import (
+    CachedImages,
+    cached_images,
     cached_length,
+    calibrated,
     check_cache,
+    first_position,
     mark_cache,
-    shorter_limits,
-    with_full_prompt,
-    with_prompt,
+    query_of,
+    with_prompt_images,
 )
+from .calibration import later_positions
+from .generation import shorter_limits, with_full_prompt, with_prompt
 from .inputs import (
     FEATURE_OPTIONS,
     SEQUENCE_INPUTS,
     CompactPrompt,
-    Merging,
     compact_attention_mask,
     drop_stale_placeholders,
     image_token_id,
     prepare,
 )
+from .merging import Merging
 from .prompt import compaction
 from .schedule import Schedule
 
@@ -45,7 +50,7 @@ class WrappedLlava:
 
     # Methods whose signature callers read (Trainer's column names, generate's validation): the
     # swapped class shows the signature of the original ones.
-    _pitome_mirrored = ("forward", "generate", "save_pretrained")
+    _pitome_mirrored = ("forward", "generate", "prepare_inputs_for_generation", "save_pretrained")
 
     _pitome: Merging
 
@@ -53,9 +58,10 @@ class WrappedLlava:
         """The model's own forward on the shortened prompt; logits and loss are of that length."""
         original = super().forward  # type: ignore[misc]
         call = _named_arguments(original, args, kwargs)
+        sizes = call.pop("token_sizes", None)
         if call.get("pixel_values") is None:
             self._refuse_stale_inputs(call)
-            return original(**call)
+            return original(**calibrated(self, self._pitome, call, sizes))
         schedule, cache = self._pitome_schedule(call), call.get("past_key_values")
         if schedule.is_identity:
             return original(**call)
@@ -65,15 +71,20 @@ class WrappedLlava:
                 "logits_to_keep must be a number where images are merged: indices would point "
                 "into the prompt as it was before"
             )
-        check_cache(cache, None, tokens_in=schedule.tokens_in, tokens_out=schedule.tokens_out)
-        prompt = prepare(self, self._pitome, call, cached=cached_length(cache))
+        check_cache(self, self._pitome, cache, None, schedule)
+        cached = cached_length(cache)
+        start = first_position(cache, call.get("attention_mask"), self.device)  # type: ignore[attr-defined]
+        prompt = prepare(self, self._pitome, call, cached=cached, start=start)
         call = _without_images(call, prompt) | {
             name: getattr(prompt, name) for name in ("attention_mask", "labels", "position_ids")
         }
-        output = original(inputs_embeds=prompt.inputs_embeds, **call)
+        call["inputs_embeds"] = prompt.inputs_embeds
+        images = with_prompt_images(cache, prompt, self._pitome.config, schedule.tokens_out)
+        call = calibrated(self, self._pitome, call, images.sizes, prompt.packed_positions)
+        output = original(**call)
         if getattr(output, "image_hidden_states", 0) is None:
             output["image_hidden_states"] = torch.cat(prompt.visual.features)
-        mark_cache(getattr(output, "past_key_values", None), schedule.tokens_out)
+        mark_cache(getattr(output, "past_key_values", None), images)
         return output
 
     @torch.no_grad()
@@ -92,9 +103,7 @@ class WrappedLlava:
             return original(**call)
         self._refuse_unsupported(call)
         placeholders = None if ids is None else ids == image_token_id(self)
-        check_cache(
-            cache, placeholders, tokens_in=schedule.tokens_in, tokens_out=schedule.tokens_out
-        )
+        check_cache(self, self._pitome, cache, placeholders, schedule)
         if call.get("pixel_values") is None:
             return self._continue_chat(original, ids, call)
         prompt = prepare(self, self._pitome, call, left=_pad_left(call))
@@ -106,11 +115,54 @@ class WrappedLlava:
             "attention_mask": prompt.compaction.valid.long() if mask is None else mask,
             "input_ids": prompt.input_ids,
             "position_ids": prompt.position_ids,
+            "token_sizes": prompt.sizes,
+            "token_positions": prompt.position_ids,
+            "image_token_counts": prompt.visual.counts,
         }
-        output = self._run(original, call, short, ids, prompt.inputs_embeds.shape[1])
-        for filled in (cache, getattr(output, "past_key_values", None)):
-            mark_cache(filled, schedule.tokens_out)
-        return output
+        return self._run(original, call, short, ids, prompt.inputs_embeds.shape[1])
+
+    def prepare_inputs_for_generation(
+        self,
+        *args: Any,
+        token_sizes: Tensor | None = None,
+        token_positions: Tensor | None = None,
+        image_token_counts: list[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's own inputs of one step, with sizes and positions of merged tokens in them.
+
+        Args:
+            *args: as of the model's own method.
+            token_sizes: [B, S] float32, patches behind every column of the prompt.
+            token_positions: [B, S] float32 positions of the prompt, None for the model's own.
+            image_token_counts: visual tokens of every image.
+            **kwargs: as of the model's own method.
+        """
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        if token_sizes is None:
+            return inputs
+        cache, mask = inputs.get("past_key_values"), kwargs.get("attention_mask")
+        images = CachedImages(
+            self._pitome.config,
+            self._pitome.schedule(self).tokens_out,
+            image_token_counts or [],
+            self._pitome.calibration(self),
+            token_sizes,
+            token_positions,
+        )
+        mark_cache(cache, images)
+        # The mask with two axes: one made for a compiled step knows nothing of sizes.
+        step = inputs if mask is None else inputs | {"attention_mask": mask}
+        if token_positions is not None:
+            queries = query_of(inputs).shape[1]
+            total = cached_length(cache) + queries if mask is None else mask.shape[1]
+            positions = later_positions(token_positions, mask, total)[:, -queries:]
+            step, inputs = step | {"position_ids": positions}, inputs | {"position_ids": positions}
+        return (
+            calibrated(self, self._pitome, step, token_sizes)
+            if images.calibration.size_bias
+            else inputs
+        )
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save the untouched checkpoint with `pitome_config.json` beside it."""
@@ -185,7 +237,9 @@ class WrappedLlava:
 
     def _continue_chat(self, original: Any, ids: Any, call: dict[str, Any]) -> Any:
         """A later turn on a cache whose images were merged when they were encoded."""
-        placeholders, drop = drop_stale_placeholders(self, self._pitome, ids)
+        images = cached_images(call["past_key_values"])
+        counts = None if images is None else images.counts
+        placeholders, drop = drop_stale_placeholders(self, self._pitome, ids, counts)
         if not bool(placeholders.any()):
             return original(**call)
         mask, positions = call.get("attention_mask"), call.get("position_ids")
@@ -206,6 +260,9 @@ class WrappedLlava:
         short = call | {
             "input_ids": compact,
             "attention_mask": moves.valid.long() if compact_mask is None else compact_mask,
+            "token_sizes": None if images is None else images.sizes,
+            "token_positions": None if images is None else images.positions,
+            "image_token_counts": None if images is None else images.counts,
         }
         return self._run(original, call, short, ids, compact.shape[1])
 

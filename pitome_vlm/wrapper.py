@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from .adapters import find_adapter
 from .adapters.swap import is_swapped, swap_in, swap_out
+from .calibration import Calibration
 from .config import CONFIG_NAME, MergeConfig
-from .inputs import Merging, prepare, schedule_for, stage_of
+from .inputs import prepare
 from .merge_pass import VisualTokens
+from .merging import Merging, schedule_for, stage_of
 from .schedule import Schedule
 from .wrapped_model import WrappedLlava
+from .wrapped_peft import WrappedPeft, can_remember
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -63,6 +66,7 @@ def wrap(
         raise TypeError("wrap() the model first and compile it then, not the other way round")
     adapter = find_adapter(base)
     schedule_for(config, adapter.tower_shape(base))
+    planned_calibration(base, config)
     fresh = not is_wrapped(base)
     try:
         adapter.install(base, inside_tower=stage_of(config) != "projector")
@@ -72,6 +76,9 @@ def wrap(
             adapter.uninstall(base)
         raise
     base.__dict__[_STATE] = Merging(config, adapter)
+    if can_remember(model):
+        # From now on what is saved of a PeftModel says how it was merged.
+        swap_in(model, WrappedPeft)
     return model
 
 
@@ -81,6 +88,8 @@ def unwrap(model: Model) -> Model:
     if is_wrapped(base):
         swap_out(base)
         base.__dict__.pop(_STATE).adapter.uninstall(base)
+    if model is not base:
+        swap_out(model)
     return model
 
 
@@ -183,6 +192,17 @@ def planned_schedule(model: nn.Module, config: MergeConfig) -> Schedule:
     return schedule_for(config, find_adapter(base).tower_shape(base))
 
 
+def planned_calibration(model: nn.Module, config: MergeConfig) -> Calibration:
+    """What `wrap(model, config=config)` would tell the language model; nothing is changed.
+
+    Raises:
+        TypeError: not a supported model.
+        ValueError: the language model cannot be told what the config asks for.
+    """
+    base = base_model(model)
+    return Merging(config, find_adapter(base)).calibration(base)
+
+
 def encode_images(model: nn.Module, pixel_values: Tensor, **feature_options: Any) -> VisualTokens:
     """The visual tokens a wrapped model's language model sees, with sizes and source maps.
 
@@ -211,8 +231,10 @@ def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
 
     Returns:
         `inputs_embeds` [B, S, C] and the shortened others, without `input_ids` and
-        `pixel_values`. Gradients reach projector and tower. A batch without images comes back
-        unchanged.
+        `pixel_values`. `position_ids` are float32 where tokens keep their unreduced places, and
+        `token_sizes` [B, S] float32 (what every column stands for) is there where the model's
+        attention uses it; the model takes both. Gradients reach projector and tower. A
+        batch without images comes back unchanged.
 
     Raises:
         ValueError: the model is not wrapped, or placeholders and images do not match.
@@ -223,6 +245,8 @@ def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
     prompt = prepare(base, merging, inputs)
     known = ("inputs_embeds", "attention_mask", "labels", "position_ids")
     compact = {name: getattr(prompt, name) for name in known if getattr(prompt, name) is not None}
+    if prompt.calibration.size_bias:
+        compact["token_sizes"] = prompt.sizes
     shape = prompt.compaction.keep.shape
     for name, value in inputs.items():
         if name in (*known, "input_ids", "pixel_values"):

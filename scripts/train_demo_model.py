@@ -4,6 +4,7 @@
     python scripts/train_demo_model.py all --folder /tmp/demo_train
     python scripts/train_demo_model.py tower --folder /tmp/demo_train     # goes on where it was
     python scripts/train_demo_model.py all --smoke --folder /tmp/smoke    # a few steps of each
+    python scripts/train_demo_model.py all --seed 1000 --vision-layers 6 --folder /tmp/second
 
 Needs two CPU cores and about 6 GB of memory; each training stage runs as two single-thread
 processes (two threads in one process are much slower on these small matrices). A stage that was
@@ -41,6 +42,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--target", type=Path, help="where export writes; FOLDER/checkpoint")
     parser.add_argument("--weights", choices=("language", "joint"), default="joint")
     parser.add_argument("--notes", default="", help="a sentence about the run, for the card")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
+    parser.add_argument("--vision-layers", type=int, default=8, help="layers of the tower")
+    parser.add_argument("--vision-width", type=int, default=128, help="channels of the tower")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, a few steps, under 60 s")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -51,6 +55,8 @@ def launch(stage: str, options: argparse.Namespace) -> None:
     command = [sys.executable, __file__, stage, "--folder", str(options.folder), "--worker"]
     if options.minutes is not None:
         command += ["--minutes", str(options.minutes)]
+    for name in ("seed", "vision_layers", "vision_width"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     if options.smoke:
         command.append("--smoke")
     common = {
@@ -74,20 +80,35 @@ def launch(stage: str, options: argparse.Namespace) -> None:
         raise SystemExit(f"stage {stage} failed: exit codes {codes}")
 
 
+def model_sizes(options: argparse.Namespace) -> dict[str, int]:
+    """The architecture that was asked for, as arguments of `build_model`."""
+    if options.smoke:
+        return SMOKE_SIZES
+    return {"vision_layers": options.vision_layers, "vision_width": options.vision_width}
+
+
 def work(stage: str, options: argparse.Namespace) -> None:
     """One rank's part of a training stage."""
     from demo_model.language import train_language
     from demo_model.tower import train_tower
 
     minutes = options.minutes or (0.05 if options.smoke else MINUTES[stage])
-    sizes = SMOKE_SIZES if options.smoke else {}
+    sizes = model_sizes(options)
     batch = 4 if options.smoke else BATCH[stage]
     if stage == "tower":
-        train_tower(options.folder, minutes, batch, sizes, RATES[stage])
+        train_tower(options.folder, minutes, batch, sizes, RATES[stage], options.seed)
         return
     layer = 1 if options.smoke else 3
     train_language(
-        options.folder, stage, minutes, batch, QUESTIONS_PER_PICTURE, sizes, RATES[stage], layer
+        options.folder,
+        stage,
+        minutes,
+        batch,
+        QUESTIONS_PER_PICTURE,
+        sizes,
+        RATES[stage],
+        layer,
+        options.seed,
     )
 
 
@@ -101,7 +122,7 @@ def run_stage(stage: str, options: argparse.Namespace) -> None:
     elif stage == "export":
         from demo_model.card import export_with_card
 
-        sizes, limit = (SMOKE_SIZES, 12) if options.smoke else ({}, None)
+        sizes, limit = model_sizes(options), 12 if options.smoke else None
         target = options.target or options.folder / "checkpoint"
         export_with_card(options.folder, target, sizes, options.weights, limit, options.notes)
     else:

@@ -1,4 +1,4 @@
-"""PiToMe's Algorithm 1 and ToMe's matching as loops over Python floats.
+"""PiToMe's Algorithm 1, ToMe's matching and the baselines as loops over Python floats.
 
 Written from the papers, independently of the package: no torch, no vectorisation, one token at a
 time, so that it can be checked against the paper line by line.
@@ -73,3 +73,75 @@ def weighted_mean(values, sizes, group):
     total = sum(sizes[i] for i in group)
     width = len(values[0])
     return [sum(sizes[i] * values[i][c] for i in group) / total for c in range(width)]
+
+
+def with_nearest(keys, survivors, others):
+    """Groups {survivor: members} where every other token joins its most similar survivor."""
+    groups = {i: [i] for i in survivors}
+    for i in others:
+        groups[max(survivors, key=lambda j: cosine(keys[i], keys[j]))].append(i)
+    return groups
+
+
+def mlerp(values, group):
+    """ToFu's merge: the direction of the mean, as long as the longest member."""
+    mean = weighted_mean(values, [1.0] * len(values), group)
+    longest = max(math.sqrt(sum(v * v for v in values[i])) for i in group)
+    length = math.sqrt(sum(v * v for v in mean))
+    return [v / length * longest for v in mean]
+
+
+def dct_truncated(values, n_out):
+    """One channel: DCT-II, the first n_out coefficients, inverse DCT of that length."""
+    n = len(values)
+
+    def norm(k, points):
+        return math.sqrt((1 if k == 0 else 2) / points)
+
+    spectrum = [
+        norm(k, n)
+        * sum(values[i] * math.cos(math.pi * (2 * i + 1) * k / (2 * n)) for i in range(n))
+        for k in range(n_out)
+    ]
+    return [
+        math.sqrt(n_out / n)
+        * sum(
+            norm(k, n_out) * spectrum[k] * math.cos(math.pi * (2 * i + 1) * k / (2 * n_out))
+            for k in range(n_out)
+        )
+        for i in range(n_out)
+    ]
+
+
+def diffrate_groups(keys, attention, n_out):
+    """Groups by kept token, and the members that are pruned instead of merged."""
+    ranked = sorted(range(len(keys)), key=lambda i: -attention[i])
+    kept, removed = ranked[:n_out], ranked[n_out:]
+    n_merged = len(removed) - len(removed) // 2
+    return with_nearest(keys, kept, removed), set(removed[n_merged:])
+
+
+def visionzip_groups(keys, attention, n_out):
+    """Groups by dominant token (alone) and by contextual target."""
+    n_context = max(1, int(n_out * 10 / 64 + 0.5))
+    ranked = sorted(range(len(keys)), key=lambda i: -attention[i])
+    dominant = ranked[: n_out - n_context]
+    rest = [i for i in range(len(keys)) if i not in dominant]
+    targets = [rest[place * len(rest) // n_context] for place in range(n_context)]
+    groups = with_nearest(keys, targets, [i for i in rest if i not in targets])
+    return {**{i: [i] for i in dominant}, **groups}
+
+
+def divprune_choice(keys, n_out):
+    """Max-min diversity, greedily: the tokens in the order of choice."""
+    n = len(keys)
+    distance = [[1 - cosine(keys[i], keys[j]) for j in range(n)] for i in range(n)]
+
+    def isolation(i):
+        return min((distance[i][j] for j in range(n) if j != i), default=math.inf)
+
+    chosen = [max(range(n), key=isolation)]
+    while len(chosen) < n_out:
+        left = [i for i in range(n) if i not in chosen]
+        chosen.append(max(left, key=lambda i: min(distance[i][j] for j in chosen)))
+    return chosen

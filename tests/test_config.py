@@ -140,7 +140,10 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_presets():
-    assert MergeConfig.preset("paper", keep=0.5) == MergeConfig(keep=0.5)
+    paper = MergeConfig(
+        keep=0.5, algorithm="pitome", metric="keys", size_bias=False, positions="compact"
+    )
+    assert MergeConfig.preset("paper", keep=0.5) == paper
     released = MergeConfig.preset("released", ratio=0.9)
     assert (released.energy, released.metric, released.weighted) == ("elu", "hidden", False)
     assert MergeConfig.preset("released", keep=0.5, energy="paper").energy == "paper"

@@ -39,6 +39,11 @@ OPTIONS = {
     "hidden, after the layer": {"keep": 0.3, "metric": "hidden", "placement": "after_layer"},
     "tome": {"keep": 0.5, "algorithm": "tome"},
     "random": {"keep": 0.25, "algorithm": "random"},
+    "dct in front of the projector": {"keep": 0.3, "algorithm": "dct", "stage": "projector"},
+    **{
+        name: {"keep": 0.3, "algorithm": name}
+        for name in ("tofu", "dct", "diffrate", "visionzip", "divprune", "energy_select")
+    },
 }
 
 

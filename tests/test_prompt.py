@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pitome_vlm.prompt import compact_positions, compaction, surplus_placeholders, token_positions
+from pitome_vlm.prompt import compact_positions, compaction, surplus_placeholders
 
 FULL, KEPT, IMAGE = 6, 2, -1
 
@@ -70,14 +70,6 @@ def test_masked_columns_inside_a_row_stay():
     mask = torch.tensor([[0, 0, 1, 0, 1, 1], [0, 1, 1, 1, 1, 0]])
     moves = compaction(drop, drop, mask)
     assert moves.take(mask, 0).tolist() == [[0, 1, 0, 1, 1], [1, 1, 1, 1, 0]]
-
-
-def test_token_positions_are_means_for_merged_and_unreduced_for_text():
-    placeholders = torch.tensor([[False, True, True, True, True, False]])
-    means = [torch.tensor([0.5, 2.5])]
-    positions = token_positions(placeholders, [4], means)
-    assert positions[0, :3].tolist() == [0, 1.5, 3.5]
-    assert positions[0, 5] == 5
 
 
 def test_matching_counts_pass_and_others_name_both_numbers():

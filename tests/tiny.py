@@ -25,7 +25,14 @@ def _spread(name: str) -> float:
     return 0.4 if "language_model" in name else 0.2
 
 
-def tiny_model(kind: str = "clip", *, seed: int = 0, layers: int = 6, attention: str = "sdpa"):
+def tiny_model(
+    kind: str = "clip",
+    *,
+    seed: int = 0,
+    layers: int = 6,
+    attention: str = "sdpa",
+    text_layers: int = 2,
+):
     """A LLaVA of 12 x 12 patches. Weights are large enough for outputs to differ by input."""
     torch.manual_seed(seed)
     size = {
@@ -42,7 +49,7 @@ def tiny_model(kind: str = "clip", *, seed: int = 0, layers: int = 6, attention:
         vocab_size=128,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=text_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,

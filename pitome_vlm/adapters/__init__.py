@@ -36,6 +36,10 @@ class Adapter(Protocol):
         """Undo `install`, leaving nothing behind."""
         ...
 
+    def text_config(self, model: Any) -> Any:
+        """Configuration of the language model, the object its attention layers read."""
+        ...
+
     def encode_images(
         self, model: Any, pixel_values: Tensor, merge_pass: MergePass, **feature_options: Any
     ) -> VisualTokens:

@@ -109,18 +109,30 @@ class HFLlavaAdapter:
         carried = [merge_pass.carry(states[depth], depth) for depth in depths]
         if strategy == "default":
             carried = [state[:, 1:] for state in carried]
-        features = merge_pass.merge_features(torch.cat(carried, dim=-1))
-        projected = core.multi_modal_projector(features)
-        if projected.shape[1] != merge_pass.schedule.tokens_out:
+        joined = torch.cat(carried, dim=-1)
+        if joined.shape[1] != merge_pass.schedule.tower_out:
             raise RuntimeError(
-                f"the vision tower gave {projected.shape[1]} visual tokens per image where "
-                f"{merge_pass.schedule.tokens_out} were scheduled; pixel_values of another size, "
+                f"the vision tower gave {joined.shape[1]} visual tokens per image where "
+                f"{merge_pass.schedule.tower_out} were scheduled; pixel_values of another size, "
                 "or a module that hides the tower, are the usual reasons"
             )
-        sources = merge_pass.source_map(len(projected), projected.device)
+        features = merge_pass.merge_features(joined)
+        counts = [len(feature) for feature in features]
+        # Projectors work token by token: images of different length go through as one row.
+        same = len(set(counts)) == 1
+        batch = torch.stack(features) if same else torch.cat(features)[None]
+        projected = core.multi_modal_projector(batch)
+        images, device = len(features), projected.device
         return VisualTokens(
-            list(projected), list(sources), [merge_pass.schedule.tokens_in] * len(projected)
+            list(projected) if same else list(torch.split(projected[0], counts)),
+            merge_pass.source_maps(images, device),
+            [merge_pass.schedule.tokens_in] * images,
+            merge_pass.anchors(images, device),
         )
+
+    def text_config(self, model: Any) -> Any:
+        """Configuration of the language model, the object its attention layers read."""
+        return model.model.language_model.config
 
     def _features(self, model: Any, options: dict[str, Any]) -> tuple[int | list[int], str]:
         config = model.config

@@ -9,6 +9,7 @@ instance-level `forward` attributes. Does not know: what the new class does.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from typing import Any
 
@@ -39,7 +40,21 @@ def _mirrored(original: Any, replacement: Any) -> Any:
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return replacement(self, *args, **kwargs)
 
+    method.__signature__ = _with_added(original, replacement)  # type: ignore[attr-defined]
     return method
+
+
+def _with_added(original: Any, replacement: Any) -> inspect.Signature:
+    """The signature of `original` and the keyword-only parameters `replacement` has besides."""
+    signature = inspect.signature(original)
+    added = [
+        parameter
+        for parameter in inspect.signature(replacement).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
+    own = list(signature.parameters.values())
+    behind = len(own) - sum(parameter.kind is parameter.VAR_KEYWORD for parameter in own)
+    return signature.replace(parameters=own[:behind] + added + own[behind:])
 
 
 def _reduce_swapped(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
@@ -86,7 +101,9 @@ def swap_out(module: nn.Module) -> None:
 
 def _exchange(module: nn.Module, new: type[nn.Module]) -> None:
     own, old = module.__dict__, type(module)
-    if "_old_forward" in own:
+    if new.forward is old.forward:
+        pass  # whoever replaced forward on the instance is not in the way
+    elif "_old_forward" in own:
         # accelerate's hooks keep the real forward here and call it.
         if getattr(own["_old_forward"], "__func__", None) is not old.forward:
             raise RuntimeError(_foreign(module))

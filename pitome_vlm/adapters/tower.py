@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
@@ -146,51 +147,92 @@ class MergingLayer:
 
 
 def _merged_forward(layer: Any, hidden: Tensor, merge_pass: MergePass) -> Tensor:
-    index, config = layer._pitome_layer, merge_pass.config
+    index, placement = layer._pitome_layer, merge_pass.config.placement
     bias = log_size_bias(merge_pass.attention_sizes(index), hidden.dtype)
-    attended, keys = _attend(layer.self_attn, layer.layer_norm1(hidden), bias)
-    hidden = hidden + attended
-    if config.placement == "after_attention":
-        metric = keys if config.metric == "keys" else hidden
-        hidden = merge_pass.merge_in_layer(index, hidden, metric)
+    parts = _project(layer.self_attn, layer.layer_norm1(hidden))
+    hidden = hidden + _attend(layer.self_attn, parts, bias)
+    received = None
+    if merge_pass.wants_attention(index):
+        received = attention_received(
+            parts[0], parts[1], bias, layer.self_attn.scale, merge_pass.has_class_token
+        )
+    # The keys averaged over heads (paper eq. 3; 64-d for CLIP-L).
+    keys = parts[1].mean(1) if merge_pass.compares_keys else None
+    if placement == "after_attention":
+        metric = hidden if keys is None else keys
+        hidden = merge_pass.merge_in_layer(index, hidden, metric, received)
     hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-    if config.placement == "after_layer":
-        metric = keys if config.metric == "keys" else hidden
-        hidden = merge_pass.merge_in_layer(index, hidden, metric)
+    if placement == "after_layer":
+        metric = hidden if keys is None else keys
+        hidden = merge_pass.merge_in_layer(index, hidden, metric, received)
     return hidden
 
 
-def _attend(attention: Any, normed: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The layer's own attention with an additive bias; also its keys, averaged over heads.
+def _project(attention: Any, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of [B, N, C], each [B, heads, N, head_dim].
 
-    The keys come from the live projection, so that LoRA and quantised layers are seen as they
-    are, and from the same call that attention uses, so that nothing is computed twice.
-
-    Args:
-        attention: CLIPAttention or SiglipAttention.
-        normed: [B, N, C].
-        bias: [B, 1, 1, N] or None.
-
-    Returns:
-        [B, N, C] output and [B, N, head_dim] mean keys (paper eq. 3; 64-d for CLIP-L).
+    From the live projections, so that LoRA and quantised layers are seen as they are, and once,
+    so that what tokens are compared by is what attention uses.
     """
     shape = (*normed.shape[:-1], -1, attention.head_dim)
     query, key, value = (
         projection(normed).view(shape).transpose(1, 2)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
+    return query, key, value
+
+
+def _attend(attention: Any, parts: tuple[Tensor, Tensor, Tensor], bias: Tensor | None) -> Tensor:
+    """The layer's own attention with an additive bias.
+
+    Args:
+        attention: CLIPAttention or SiglipAttention.
+        parts: queries, keys and values.
+        bias: [B, 1, 1, N] or None.
+
+    Returns:
+        [B, N, C].
+    """
     output, _ = _kernel(attention, bias)(
         attention,
-        query,
-        key,
-        value,
+        *parts,
         bias,
         scaling=attention.scale,
         dropout=attention.dropout if attention.training else 0.0,
         is_causal=False,
     )
-    output = output.reshape(*normed.shape[:-1], -1).contiguous()
-    return attention.out_proj(output), key.mean(1)
+    merged: Tensor = attention.out_proj(output.flatten(2).contiguous())
+    return merged
+
+
+@torch.no_grad()
+def attention_received(
+    query: Tensor, key: Tensor, bias: Tensor | None, scale: float, has_class_token: bool
+) -> Tensor:
+    """How much attention every token gets, averaged over heads.
+
+    From the class token, as one row q_cls K^T; from all tokens where there is no class token
+    (SigLIP; VisionZip, arXiv 2412.04467, section 3), head by head. Never by asking the layer for
+    its attention map, which would take the fast kernels away.
+
+    Args:
+        query: [B, heads, N, head_dim].
+        key: [B, heads, N, head_dim].
+        bias: [B, 1, 1, N] or None.
+        scale: of the logits.
+        has_class_token: token 0 is a class token.
+
+    Returns:
+        [B, N] float32, rows sum to one.
+    """
+    query = query[:, :, :1] if has_class_token else query
+    total = torch.zeros(key.shape[0], key.shape[2], dtype=torch.float32, device=key.device)
+    for head in range(key.shape[1]):
+        logits = (query[:, head] @ key[:, head].transpose(1, 2)).float() * scale
+        if bias is not None:
+            logits = logits + bias[:, 0].float()
+        total += logits.softmax(-1).mean(1)
+    return total / key.shape[1]
 
 
 def _kernel(attention: Any, bias: Tensor | None) -> Any:

@@ -6,9 +6,22 @@ models, or how a plan is applied (`merge.py`).
 
 from __future__ import annotations
 
-from ..config import suggest
+from ..checks import suggest
 from ..merge import Algorithm
-from . import none, pitome, pool, random_drop, tome
+from . import (
+    dct,
+    diffrate,
+    divprune,
+    energy_select,
+    none,
+    pitome,
+    pitome_plus,
+    pool,
+    random_drop,
+    tofu,
+    tome,
+    visionzip,
+)
 
 _REGISTRY: dict[str, Algorithm] = {}
 
@@ -44,5 +57,18 @@ def available() -> list[str]:
     return sorted(_REGISTRY)
 
 
-for _module in (pitome, tome, random_drop, pool, none):
+for _module in (
+    pitome,
+    pitome_plus,
+    tome,
+    tofu,
+    dct,
+    diffrate,
+    visionzip,
+    divprune,
+    energy_select,
+    random_drop,
+    pool,
+    none,
+):
     register(_module.ALGORITHM)

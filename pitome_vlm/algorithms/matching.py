@@ -36,6 +36,27 @@ def match_most_similar(
     return side_a.gather(1, chosen), side_b.gather(1, partner.gather(1, chosen))
 
 
+def complement(chosen: Tensor, n_tokens: int) -> Tensor:
+    """The tokens that are not chosen [B, k], in raster order: [B, n_tokens - k] int64."""
+    taken = torch.zeros(chosen.shape[0], n_tokens, dtype=torch.int64, device=chosen.device)
+    order = taken.scatter(1, chosen, 1).argsort(dim=-1, stable=True)
+    return order[:, : n_tokens - chosen.shape[1]]
+
+
+def keep_only(similarity: Tensor, survivors: Tensor, others: Tensor) -> MergePlan:
+    """Keep the survivors as they are and drop the others, each booked on its most similar one.
+
+    Args:
+        similarity: [B, N, N].
+        survivors: [B, m] token indices, m >= 1.
+        others: [B, N - m] token indices, all the rest.
+    """
+    nearest = take_similarity(similarity, others, survivors).argmax(-1)
+    return MergePlan.from_pairs(
+        similarity.shape[1], others, survivors.gather(1, nearest), prune=True
+    )
+
+
 def match_alternating(similarity: Tensor, n_merge: int, *, offset: int = 0) -> MergePlan:
     """ToMe's matching: every second token in raster order is a possible source.
 

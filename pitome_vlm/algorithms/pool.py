@@ -72,4 +72,6 @@ ALGORITHM = Algorithm(
     pairwise=False,
     default_stage="projector",
     one_step=True,
+    needs_grid=True,
+    compares=False,
 )

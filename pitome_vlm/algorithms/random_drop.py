@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..merge import Algorithm, MergeContext, MergePlan, cosine_similarity
-from .matching import take_similarity
+from .matching import keep_only
 
 
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
@@ -23,9 +23,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     """
     batch, n_tokens = keys.shape[:2]
     order = ctx.random_order(n_tokens, keys.device).expand(batch, n_tokens)
-    survivors, dropped = order[:, :n_out], order[:, n_out:]
-    nearest = take_similarity(cosine_similarity(keys), dropped, survivors).argmax(-1)
-    return MergePlan.from_pairs(n_tokens, dropped, survivors.gather(1, nearest), prune=True)
+    return keep_only(cosine_similarity(keys), order[:, :n_out], order[:, n_out:])
 
 
 ALGORITHM = Algorithm(

@@ -20,6 +20,9 @@ from .demo import demo
 from .eval import evaluate
 from .info import info
 from .terminal import one_line, say
+from .train import train
+from .tune import tune
+from .verify import verify
 from .visualize import visualize
 
 EXIT_ERROR = 2
@@ -125,7 +128,7 @@ def root(
         typer.echo(context.get_help())
 
 
-for _command in (demo, ask, chat, info, visualize):
+for _command in (demo, ask, chat, info, visualize, tune, verify, train):
     app.command()(_command)
 app.command("eval")(evaluate)
 

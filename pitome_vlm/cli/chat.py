@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import suggest
+from ..checks import suggest
 from . import options as o
 from .terminal import one_line, quiet, say, write
 

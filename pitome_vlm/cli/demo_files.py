@@ -67,7 +67,7 @@ def _figures(run: Demo, scene_id: int) -> list[Figure]:
         groups = run.groups(setting, model_input)
         drawn = overlay(image, groups, size=PICTURE_SIZE)
         caption = f"{setting.name}, {groups.tokens} tokens"
-        figures.append(Figure(drawn, caption, _kept(setting.config.keep or 1.0)))
+        figures.append(Figure(drawn, caption, _kept(setting.config.budget.keep or 1.0)))
     return figures
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from .. import algorithms
 from ..checkpoints import torch_dtype
-from ..config import PRESETS, MergeConfig, suggest
+from ..checks import suggest
+from ..config import PRESETS, MergeConfig
 
 BUDGET = ("keep", "tokens", "ratio")
 MERGING = tuple(item.name for item in dataclasses.fields(MergeConfig))

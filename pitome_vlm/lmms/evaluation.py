@@ -20,7 +20,7 @@ from lmms_eval import utils
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager, get_task_dict
 
-from ..config import suggest
+from ..checks import suggest
 from ..demo.benchmark import provenance
 from ..measure import describe, time_prefill
 from ..wrapper import planned_schedule

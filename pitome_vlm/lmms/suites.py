@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from ..config import PRESETS, MergeConfig, suggest
+from ..checks import suggest
+from ..config import PRESETS, MergeConfig
 
 MODEL_ID = "pitome_llava"
 BASELINE = "none"

@@ -32,7 +32,7 @@ class SourceMap:
         groups: [rows, columns] int64, the output token every patch went into.
         tokens: visual tokens that reach the language model, a kept CLS included.
         seen: [rows, columns] bool, False for patches that were dropped instead of averaged
-            (random selection); None means all are seen.
+            (selection and pruning); None means all are seen.
         box: the part of the picture that the patches cover (left, upper, right, lower) as
             fractions of its width and height; outside of 0..1 where the processor pads.
     """
@@ -121,22 +121,28 @@ def _pixel_values(image_processor: Any, image: Image.Image) -> torch.Tensor:
 
 
 def _seen_patches(merge_pass: MergePass, grid: tuple[int, int]) -> npt.NDArray[np.bool_] | None:
-    """Patches whose content is part of some output token, None where all of them are."""
+    """Patches whose content is part of some output token, None where all of them are.
+
+    A resampling (`MergePlan.blend`) uses them all.
+    """
     schedule = merge_pass.schedule
     tower = [merge_pass.plans[layer] for layer in sorted(merge_pass.plans)]
-    if not any(plan.prune for plan in [*tower, *merge_pass.projector_plans]):
+    plans = [*tower, *merge_pass.projector_plans]
+    if not any(plan.prune or plan.dropped is not None for plan in plans):
         return None
     token = torch.arange(schedule.n_leading + schedule.n_tokens)
     seen = torch.ones_like(token, dtype=torch.bool)
-    dropped = schedule.n_leading - schedule.leading_kept
-    for step, plan in enumerate([*tower, *merge_pass.projector_plans]):
+    n_dropped = schedule.n_leading - schedule.leading_kept
+    for step, plan in enumerate(plans):
         if step == len(tower):
-            token = token - dropped
+            token = token - n_dropped
         # A leading token that ends with the tower has no place in the plans behind it.
         inside = token.clamp(min=0)
         assign, kept = plan.assign[0].cpu(), plan.kept[0].cpu()
         if plan.prune:
             seen &= kept[assign[inside]] == inside
+        if plan.dropped is not None:
+            seen &= ~plan.dropped[0].cpu()[inside]
         token = assign[inside]
     return seen[schedule.n_leading :].numpy().reshape(grid)
 

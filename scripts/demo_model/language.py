@@ -220,10 +220,11 @@ def train_language(
     sizes: dict[str, int],
     rates: tuple[float, float],
     grounding_layer: int = 3,
+    seed: int = 0,
 ) -> None:
     """Train `stage` ("language": tower frozen; "joint": everything) for some wall-clock time."""
     rank, _ = parallel.start()
-    torch.manual_seed(1)
+    torch.manual_seed(seed + 1)
     trained = open_stage(folder, stage, sizes, grounding_layer)
     model, tower = trained.model, trained.model.model.vision_tower
     data = folder / "data"
@@ -232,7 +233,7 @@ def train_language(
     if stage == "language":
         _initialise_projector(model, features(np.arange(min(64, len(arrays)))))
     loop = parallel.Loop(folder / f"{stage}.pt", trained.modules(), rates)
-    rng = random.Random(f"{loop.step}/{rank}")
+    rng = random.Random(f"{seed}/{loop.step}/{rank}" if seed else f"{loop.step}/{rank}")
 
     def loss(scenes: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
         packed = pack(arrays, scenes, per_scene, rng)

@@ -190,11 +190,16 @@ def tower_scores(
 
 
 def train_tower(
-    folder: Path, minutes: float, batch: int, sizes: dict[str, int], rates: tuple[float, float]
+    folder: Path,
+    minutes: float,
+    batch: int,
+    sizes: dict[str, int],
+    rates: tuple[float, float],
+    seed: int = 0,
 ) -> None:
     """Train the tower for `minutes` of wall-clock time; resumes from tower.pt if it is there."""
     rank, _ = parallel.start()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tower = build_model(**sizes).model.vision_tower
     heads = TowerHeads(tower.config.hidden_size)
     data = folder / "data"

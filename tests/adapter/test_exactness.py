@@ -11,7 +11,7 @@ import torch
 from tiny import KINDS, tiny_batch, tiny_model, tokens_per_image
 
 import pitome_vlm
-from pitome_vlm import MergeConfig
+from pitome_vlm import MergeConfig, algorithms
 from pitome_vlm.adapters.tower import find_encoder_layers
 from pitome_vlm.wrapper import encode_images, is_wrapped, planned_schedule, schedule_of
 
@@ -106,10 +106,20 @@ def test_context_manager_restores_after_an_error_and_nests():
     assert snapshot(model) == plain
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stage", ["tower", "projector", "both"])
-@pytest.mark.parametrize("algorithm", ["pitome", "tome", "random", "pool"])
-def test_predicted_counts_are_observed_counts(kind, stage, algorithm):
+EVERYWHERE = ("pitome", "tome", "random", "pool")
+# The others share the code of those; each in its own place, on the kinds that differ most.
+PLACES = [(name, stage, KINDS) for name in EVERYWHERE for stage in ("tower", "projector", "both")]
+PLACES += [
+    (name, algorithms.get(name).default_stage, ("clip_full", "siglip_default", "clip_list"))
+    for name in algorithms.available()
+    if name not in (*EVERYWHERE, "none")
+]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "stage", "kind"), [(*place, kind) for *place, kinds in PLACES for kind in kinds]
+)
+def test_predicted_counts_are_observed_counts(algorithm, stage, kind):
     model, batch = tiny_model(kind), tiny_batch(kind)
     for budget in BUDGETS:
         config = MergeConfig(**budget, algorithm=algorithm, stage=stage)
@@ -146,21 +156,20 @@ def duplicated_picture(model):
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("algorithm", ["pitome", "tome"])
+@pytest.mark.parametrize("algorithm", ["pitome", "tome", "tofu", "divprune"])
 def test_merging_exact_duplicates_equals_not_merging(kind, attention, algorithm):
     model = tiny_model(kind, attention=attention)
     pixels = duplicated_picture(model)
     pitome_vlm.wrap(model, keep=1.0)
     full = encode_images(model, pixels).features[0]
-    pitome_vlm.wrap(model, tokens=72, algorithm=algorithm, layers=(1,))
+    options = {"algorithm": algorithm, "stage": "tower", "layers": (1,)}
+    pitome_vlm.wrap(model, tokens=72, **options, proportional_attention=True)
     merged = encode_images(model, pixels)
     assert merged.sizes()[0].tolist() == [2.0] * 72
     spread = merged.features[0][merged.source_maps[0]]
     assert (spread - full).abs().max() <= 1e-5 * full.abs().max().clamp(min=1)
     # Without log(size) the merged tokens would weigh half: the oracle must be able to fail.
-    pitome_vlm.wrap(
-        model, tokens=72, algorithm=algorithm, layers=(1,), proportional_attention=False
-    )
+    pitome_vlm.wrap(model, tokens=72, **options, proportional_attention=False)
     unweighted = encode_images(model, pixels)
     spread = unweighted.features[0][unweighted.source_maps[0]]
     # (in SigLIP all groups are equally large, so that a missing weight changes nothing; groups of

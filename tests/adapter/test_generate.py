@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tiny import IMAGE, KINDS, PATCHES, tiny_batch, tiny_model
@@ -9,7 +11,6 @@ from transformers import TextStreamer
 from transformers.cache_utils import DynamicCache
 
 import pitome_vlm
-from pitome_vlm.wrapper import schedule_of
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 STAGES = ["tower", "projector", "both"]
@@ -20,22 +21,38 @@ def model():
     return pitome_vlm.wrap(tiny_model(), keep=0.25)
 
 
+def told(mask, sizes):
+    """Causal mask with log(size) on the keys, written out: [B, 1, S, S]."""
+    batch, width = mask.shape
+    floats = torch.full((batch, 1, width, width), torch.finfo(torch.float32).min)
+    for row in range(batch):
+        for query in range(width):
+            for key in range(query + 1):
+                # A padded query sees itself: nobody reads what comes out.
+                if mask[row, key] or key == query:
+                    floats[row, 0, query, key] = math.log(sizes[row, key])
+    return floats
+
+
 def recompute(model, batch, steps):
     """Greedy decoding without cache and without generate: the whole sequence at every step."""
     compact = pitome_vlm.compact_inputs(model, **batch)
-    embeds = compact["inputs_embeds"]
+    embeds, positions, sizes = (
+        compact[name] for name in ("inputs_embeds", "position_ids", "token_sizes")
+    )
     mask = compact.get("attention_mask", torch.ones(embeds.shape[:2], dtype=torch.long))
     chosen = []
     with torch.no_grad():
         for _ in range(steps):
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
             logits = model(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=positions
+                inputs_embeds=embeds, attention_mask=told(mask, sizes), position_ids=positions
             ).logits[:, -1]
             chosen.append(logits.argmax(-1))
             new = model.get_input_embeddings()(chosen[-1])[:, None]
             embeds = torch.cat([embeds, new], 1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            sizes = torch.cat([sizes, sizes.new_ones(len(mask), 1)], 1)
+            positions = torch.cat([positions, positions[:, -1:] + 1], 1)
     return torch.stack(chosen, 1)
 
 
@@ -269,7 +286,8 @@ def test_output_carries_the_merged_image_states(model):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_labels_and_positions_move_with_their_tokens(model, side):
+def test_labels_and_positions_move_with_their_tokens(side):
+    model = pitome_vlm.wrap(tiny_model(), keep=0.25, positions="compact")
     batch = tiny_batch(side=side)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     labels = ids.masked_fill((ids == IMAGE) | (mask == 0), -100)
@@ -310,7 +328,8 @@ def test_what_cannot_be_shortened_is_refused(model):
     assert model(**batch, logits_to_keep=1).logits.shape[1] == 1
 
 
-def test_packed_samples_keep_their_own_positions(model):
+def test_packed_samples_keep_their_own_positions():
+    model = pitome_vlm.wrap(tiny_model(), keep=0.25, positions="compact")
     n = PATCHES
     one = [1] + [IMAGE] * n + [5, 6]
     ids = torch.tensor([one + one])
@@ -320,19 +339,3 @@ def test_packed_samples_keep_their_own_positions(model):
         model, input_ids=ids, pixel_values=pixels, position_ids=positions
     )["position_ids"]
     assert moved.tolist() == [list(range(1 + 36 + 2)) * 2]
-
-
-def test_sizes_and_positions_travel_with_the_prompt(model):
-    from pitome_vlm.inputs import prepare
-    from pitome_vlm.wrapper import merging_of
-
-    batch = tiny_batch(images=(2,), texts=(4,))
-    base, merging = merging_of(model)
-    prompt = prepare(base, merging, batch)
-    total = batch["input_ids"].shape[1]
-    assert prompt.sizes().sum() == total  # every column of the original is accounted for
-    assert prompt.positions()[0, -4:].tolist() == list(range(total - 4, total))
-    assert prompt.positions()[0, 0] == 0
-    first = prompt.positions()[0, 4:40]
-    assert bool(((first >= 4) & (first < 4 + PATCHES)).all())
-    assert schedule_of(model).tokens_out == 36

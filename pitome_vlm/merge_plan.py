@@ -1,0 +1,228 @@
+"""What a merge is and how it is carried out.
+
+Knows: groups of tokens, size-weighted means, sizes, source maps. Does not know: who decided the
+groups and why, and nothing about models.
+
+Axes: B images, N tokens before, M tokens after a merge, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A partition of N tokens into M groups, the same shape for every image of a batch.
+
+    Attributes:
+        assign: [B, N] int64, the group of every token, 0..M-1.
+        kept: [B, M] int64, the token each group is named after; its place is the group's place.
+        prune: the group's value is its named token alone instead of the mean. The other members
+            are still booked on it, so that sizes count every patch.
+        dropped: [B, N] bool, members that are booked on their group and give nothing to its mean;
+            None for none. A group's named token always gives.
+        keep_norm: means are scaled to the largest norm in their group (MLERP).
+        blend: [M, N] float, the new tokens as fixed combinations of all old ones instead of means
+            of groups (a resampling); `assign` then says whom each one mostly stands for.
+    """
+
+    assign: Tensor
+    kept: Tensor
+    prune: bool = False
+    dropped: Tensor | None = None
+    keep_norm: bool = False
+    blend: Tensor | None = None
+    _moved: list[Tensor] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def n_in(self) -> int:
+        """Tokens before."""
+        return self.assign.shape[1]
+
+    @property
+    def n_out(self) -> int:
+        """Tokens after."""
+        return self.kept.shape[1]
+
+    @classmethod
+    def identity(cls, keys: Tensor) -> MergePlan:
+        """Every token its own group, for keys [B, N, ...]."""
+        index = torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[0], -1)
+        return cls(index, index)
+
+    @classmethod
+    def from_pairs(
+        cls,
+        n_tokens: int,
+        sources: Tensor,
+        destinations: Tensor,
+        *,
+        order: Tensor | None = None,
+        prune: bool = False,
+    ) -> MergePlan:
+        """Every source joins the group of its destination.
+
+        Args:
+            n_tokens: N.
+            sources: [B, r] int64, distinct token indices per image.
+            destinations: [B, r] int64, token indices that are no sources.
+            order: [B, N - r] the surviving tokens in the order they are to come out; None keeps
+                them in raster order.
+            prune: see `MergePlan`.
+        """
+        batch, device = sources.shape[0], sources.device
+        n_out = n_tokens - sources.shape[1]
+        index = torch.arange(n_tokens, device=device).expand(batch, n_tokens)
+        if order is None:
+            stays = torch.ones(batch, n_tokens, dtype=torch.int64, device=device)
+            stays = stays.scatter(1, sources, 0)
+            rank = stays.cumsum(1) - 1
+            # Sources write into one spare slot behind the survivors: no data-dependent shape,
+            # hence no host synchronisation on an accelerator.
+            slot = torch.where(stays.bool(), rank, n_out)
+            order = index.new_empty(batch, n_out + 1).scatter(1, slot, index)[:, :n_out]
+        else:
+            places = torch.arange(n_out, device=device).expand(batch, n_out)
+            rank = torch.zeros_like(index).scatter(1, order, places)
+        assign = rank.scatter(1, sources, rank.gather(1, destinations))
+        return cls(assign, order, prune, _moved=[sources])
+
+    @classmethod
+    def from_assignment(cls, assign: Tensor, n_out: int) -> MergePlan:
+        """Groups given directly; each is named after its first member.
+
+        Args:
+            assign: [B, N] int64 with every value of 0..n_out-1 present in every row.
+            n_out: M.
+        """
+        batch, n_tokens = assign.shape
+        index = torch.arange(n_tokens, device=assign.device).expand(batch, n_tokens)
+        first = torch.full((batch, n_out), n_tokens, dtype=torch.int64, device=assign.device)
+        return cls(assign, first.scatter_reduce(1, assign, index, "amin"))
+
+    def then(self, later: MergePlan) -> MergePlan:
+        """This plan followed by another one on its output, as one plan.
+
+        Raises:
+            ValueError: a resampling is no partition and has to be applied on its own.
+        """
+        if self.blend is not None or later.blend is not None:
+            raise ValueError("a plan with `blend` cannot be chained; apply one after the other")
+        dropped = self.dropped
+        if later.dropped is not None:
+            carried = later.dropped.gather(1, self.assign)
+            dropped = carried if dropped is None else dropped | carried
+        return MergePlan(
+            later.assign.gather(1, self.assign),
+            self.kept.gather(1, later.kept),
+            self.prune or later.prune,
+            dropped,
+            self.keep_norm or later.keep_norm,
+        )
+
+    def with_leading(self, n_leading: int) -> MergePlan:
+        """The same plan with `n_leading` untouched tokens (CLS) put in front."""
+        if n_leading == 0:
+            return self
+        batch, device = self.assign.shape[0], self.assign.device
+        front = torch.arange(n_leading, device=device).expand(batch, n_leading)
+        dropped, blend = self.dropped, self.blend
+        if dropped is not None:
+            dropped = torch.nn.functional.pad(dropped, (n_leading, 0))
+        if blend is not None:
+            blend = torch.nn.functional.pad(blend, (n_leading, 0, n_leading, 0))
+            blend[:n_leading, :n_leading].fill_diagonal_(1.0)
+        return MergePlan(
+            torch.cat([front, self.assign + n_leading], 1),
+            torch.cat([front, self.kept + n_leading], 1),
+            self.prune,
+            dropped,
+            self.keep_norm,
+            blend,
+            [part + n_leading for part in self._moved],
+        )
+
+    def sources(self) -> Tensor:
+        """[B, N - M] int64, the tokens that give up their place."""
+        if not self._moved:
+            stays = torch.ones_like(self.assign).scatter(1, self.kept, 0)
+            order = stays.argsort(dim=1, descending=True, stable=True)
+            self._moved.append(order[:, : self.n_in - self.n_out])
+        return self._moved[0]
+
+    def merge_sizes(self, sizes: Tensor | None) -> Tensor:
+        """Patches behind every group: [B, N] sizes (None means all one) to [B, M] float32."""
+        if sizes is None:
+            sizes = torch.ones(self.assign.shape, dtype=torch.float32, device=self.assign.device)
+        moved = self.sources()
+        kept = sizes.gather(1, self.kept)
+        return kept.scatter_add(1, self.assign.gather(1, moved), sizes.gather(1, moved))
+
+    def apply(
+        self, x: Tensor, sizes: Tensor | None = None, *, weighted: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Merge token values (paper Algorithm 1, lines 11-13).
+
+        Args:
+            x: [B, N, C] floating point, any dtype; gradients flow through the means.
+            sizes: [B, N] float32 patches each token stands for, None for all one.
+            weighted: weight by size; otherwise every token of a group counts the same.
+
+        Returns:
+            ([B, M, C] in x's dtype, [B, M] float32 new sizes). A group of one keeps its value
+            bit for bit.
+        """
+        new_sizes = self.merge_sizes(sizes)
+        channels = x.shape[-1]
+        exact = torch.promote_types(x.dtype, torch.float32)
+        if self.blend is not None:
+            # Autocast would take the product in half precision.
+            with torch.autocast(x.device.type, enabled=False):
+                return (self.blend.to(exact) @ x.to(exact)).to(x.dtype), new_sizes
+        kept = x.gather(1, self.kept[..., None].expand(-1, -1, channels))
+        if self.prune or self.n_in == self.n_out:
+            return kept, new_sizes
+        moved = self.sources()
+        target = self.assign.gather(1, moved)
+        # Sums of many half-precision values lose bits; groups are small, so float32 costs little.
+        weights = sizes.to(exact) if weighted and sizes is not None else None
+        share_kept, share_moved = self._shares(weights, moved, target, exact)
+        merged = kept.to(exact) * share_kept[..., None]
+        values = x.gather(1, moved[..., None].expand(-1, -1, channels)).to(exact)
+        into = target[..., None].expand(-1, -1, channels)
+        merged = merged.scatter_add(1, into, values * share_moved[..., None])
+        if self.keep_norm:
+            merged = self._with_largest_norm(merged, kept.to(exact), values, target)
+        return merged.to(x.dtype), new_sizes
+
+    def _with_largest_norm(
+        self, merged: Tensor, kept: Tensor, values: Tensor, target: Tensor
+    ) -> Tensor:
+        """Means [B, M, C] scaled to the largest norm among their group's members."""
+        largest = kept.norm(dim=-1).scatter_reduce(1, target, values.norm(dim=-1), "amax")
+        alone = torch.ones_like(largest).scatter(1, target, 0.0).bool()
+        scaled = merged * (largest / merged.norm(dim=-1).clamp(min=1e-12))[..., None]
+        # A token on its own keeps its value bit for bit.
+        return torch.where(alone[..., None], kept, scaled)
+
+    def _shares(
+        self, weights: Tensor | None, moved: Tensor, target: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Each token's share of its group's mean, for kept [B, M] and moved [B, N - M] tokens."""
+        if weights is None:
+            weights = torch.ones(self.assign.shape, dtype=dtype, device=self.assign.device)
+        if self.dropped is not None:
+            weights = weights.masked_fill(self.dropped, 0.0)
+        total = self.merge_sizes(weights)
+        return (
+            weights.gather(1, self.kept) / total,
+            weights.gather(1, moved) / total.gather(1, target),
+        )
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """Spread group values back over their tokens: [B, M, C] to [B, N, C]."""
+        return y.gather(1, self.assign[..., None].expand(-1, -1, y.shape[-1]))

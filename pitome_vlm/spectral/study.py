@@ -1,0 +1,273 @@
+"""Many runs on synthetic clusters and on pictures, averaged, and what must hold in all of them.
+
+Knows: which cases are compared and how runs become rows. Does not know: how a run is made
+(`synthetic.py`, `features.py`), nor how rows are shown (`report.py`, `plots.py`).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .features import TowerChange
+from .graph import SpectralChange
+from .synthetic import LAYOUTS, RATIO, Clusters, Run, merge_clusters
+
+# Sizes far apart, as the theorem wants them, one after the other; one cluster so large that sizes
+# stay ordered over four steps of PiToMe; sizes near each other, where a few merges make ties.
+DEFAULT_SIZES = ((32, 16, 8, 5, 3), (50, 8, 4, 2), (20, 16, 12, 9, 7))
+DEFAULT_SIGMAS = (0.3, 0.1, 0.03, 0.01)
+STEPS = (1, 4)
+# Rounding of float64 eigenvalues of a few hundred nodes, with room to spare.
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a row is about, but for the algorithm and the noise."""
+
+    sizes: tuple[int, ...]
+    layout: str
+    steps: int
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One algorithm on one case at one noise, over several draws."""
+
+    case: Case
+    sigma: float
+    algorithm: str
+    runs: tuple[Run, ...]
+
+    @property
+    def distance(self) -> float:
+        """Mean SD."""
+        return statistics.fmean(run.distance for run in self.runs)
+
+    @property
+    def bound(self) -> float:
+        """Mean Weyl bound."""
+        return statistics.fmean(run.bound for run in self.runs)
+
+    @property
+    def mixed(self) -> float:
+        """Mean fraction of groups that mix labels."""
+        return statistics.fmean(run.mixed for run in self.runs)
+
+    @property
+    def ordered(self) -> int:
+        """Draws in which A3 held at every step."""
+        return sum(run.assumptions.strictly_ordered for run in self.runs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; lists hold one value per draw."""
+        facts = [run.assumptions for run in self.runs]
+        return {
+            "sizes": list(self.case.sizes),
+            "layout": self.case.layout,
+            "steps": self.case.steps,
+            "sigma": self.sigma,
+            "algorithm": self.algorithm,
+            "groups": self.runs[0].n_groups,
+            "distance": [_short(run.distance) for run in self.runs],
+            "weyl_bound": [_short(run.bound) for run in self.runs],
+            "mixed": [_short(run.mixed) for run in self.runs],
+            "a2_separated": [fact.separated for fact in facts],
+            "a2_eq4_margin_separates": [fact.own_margin_separates for fact in facts],
+            "a3_strictly_ordered": [fact.strictly_ordered for fact in facts],
+            "within_cosine_min": [_short(fact.within) for fact in facts],
+            "across_cosine_max": [_short(fact.across) for fact in facts],
+            "largest_size_ratio": [_short(fact.largest_ratio) for fact in facts],
+            "sizes_before_each_step": [[list(s) for s in fact.step_sizes] for fact in facts],
+        }
+
+
+def _short(value: float) -> float:
+    """Six digits: enough to compare, and the file stays readable."""
+    return float(f"{value:.6g}")
+
+
+def cases(
+    sizes: Sequence[tuple[int, ...]] = DEFAULT_SIZES, steps: Sequence[int] = STEPS
+) -> list[Case]:
+    """Every size in every layout, with few and with many steps."""
+    return [Case(one, layout, count) for one in sizes for layout in LAYOUTS for count in steps]
+
+
+def synthetic_study(
+    chosen: Sequence[Case],
+    algorithms: Sequence[str],
+    sigmas: Sequence[float],
+    seeds: int,
+    *,
+    advance: Callable[[], object] = lambda: None,
+) -> list[CaseResult]:
+    """Every algorithm on every case at every noise, `seeds` draws each.
+
+    All algorithms and layouts see the same tokens for a seed.
+
+    Args:
+        chosen: see `cases`.
+        algorithms: registry names.
+        sigmas: noise, see `Clusters`.
+        seeds: draws, at least one; their seeds are 0, 1, ...
+        advance: called after every draw.
+
+    Raises:
+        ValueError: a value out of range, or an algorithm that needs more than tokens.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    results = []
+    for case in chosen:
+        for sigma in sigmas:
+            clusters = Clusters(case.sizes, case.layout, sigma)
+            for name in algorithms:
+                runs = []
+                for seed in range(seeds):
+                    runs.append(
+                        merge_clusters(clusters, name, steps=case.steps, ratio=RATIO, seed=seed)
+                    )
+                    advance()
+                results.append(CaseResult(case, sigma, name, tuple(runs)))
+    return results
+
+
+@dataclass(frozen=True)
+class FeatureRow:
+    """One merge of one algorithm, over all pictures.
+
+    Attributes:
+        algorithm: its name.
+        layer: 0-based tower layer; None for all merges as one partition.
+        n_tokens: N.
+        n_groups: n.
+        distance: SD / N of every picture.
+        bound: ||L - L_lifted||_2 of every picture, the Weyl bound of SD / N.
+        shuffled: SD / N of every picture where the members of the groups are drawn blindly; only
+            where `layer` is None.
+    """
+
+    algorithm: str
+    layer: int | None
+    n_tokens: int
+    n_groups: int
+    distance: tuple[float, ...]
+    bound: tuple[float, ...]
+    shuffled: tuple[float, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; lists hold one value per picture."""
+        values = dict(vars(self))
+        for name in ("distance", "bound", "shuffled"):
+            values[name] = [_short(value) for value in values[name]]
+        values["distance_per_token"] = values.pop("distance")
+        values["weyl_bound_per_token"] = values.pop("bound")
+        values["distance_per_token_shuffled"] = values.pop("shuffled")
+        return values
+
+
+def feature_rows(changes: Sequence[dict[str, TowerChange]]) -> list[FeatureRow]:
+    """Rows from one `merge_changes` per batch of pictures, algorithm by algorithm, in layer order.
+
+    Args:
+        changes: all with the same settings.
+    """
+    rows = []
+    for name, first in changes[0].items():
+        towers = [change[name] for change in changes]
+        for index, layer in enumerate(first.layers):
+            merges = [tower.layers[index].change for tower in towers]
+            rows.append(FeatureRow(name, layer.layer, *_per_token(merges)))
+        composed = _per_token([tower.composed for tower in towers])
+        shuffled = _per_token([tower.shuffled for tower in towers])
+        rows.append(FeatureRow(name, None, *composed, shuffled[2]))
+    return rows
+
+
+def _per_token(
+    changes: Sequence[SpectralChange],
+) -> tuple[int, int, tuple[float, ...], tuple[float, ...]]:
+    n_tokens = changes[0].n_tokens
+    distance, bound = (
+        tuple((torch.cat([getattr(change, name) for change in changes]) / n_tokens).tolist())
+        for name in ("distance", "bound")
+    )
+    return n_tokens, changes[0].n_groups, distance, bound
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What is proven, looked at in every measurement.
+
+    Attributes:
+        partitions: how many were measured.
+        weyl_violations: in how many SD exceeded N ||L - L_lifted||_2.
+        lemma1_sum: largest error of Lemma 1 with sum weights; 0 where nothing synthetic was run.
+        lemma1_average: the same with the paper's average weights, which is not proven.
+    """
+
+    partitions: int
+    weyl_violations: int
+    lemma1_sum: float
+    lemma1_average: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything that must hold did."""
+        return self.weyl_violations == 0 and self.lemma1_sum < TOLERANCE
+
+
+def check(results: Sequence[CaseResult], rows: Sequence[FeatureRow]) -> Checks:
+    """Look for violations in everything that was measured."""
+    runs = [run for result in results for run in result.runs]
+    pairs: Iterator[tuple[float, float]] = (
+        pair for row in rows for pair in zip(row.distance, row.bound, strict=True)
+    )
+    compared = [(run.distance, run.bound) for run in runs] + list(pairs)
+    return Checks(
+        partitions=len(compared),
+        weyl_violations=sum(distance > bound + TOLERANCE for distance, bound in compared),
+        lemma1_sum=max((run.lemma1_sum for run in runs), default=0.0),
+        lemma1_average=max((run.lemma1_average for run in runs), default=0.0),
+    )
+
+
+@dataclass(frozen=True)
+class Under:
+    """One algorithm at one noise, in those draws in which A2 and A3 held at every step.
+
+    Attributes:
+        sigma: the noise.
+        algorithm: its name.
+        runs: how many of all draws.
+        draws: all draws.
+        mixed: in how many of `runs` a group mixed labels.
+        distance: largest SD among them, 0 where there are none.
+    """
+
+    sigma: float
+    algorithm: str
+    runs: int
+    draws: int
+    mixed: int
+    distance: float
+
+
+def under_assumptions(results: Sequence[CaseResult]) -> list[Under]:
+    """How every algorithm did where the theorem's assumptions could be seen to hold."""
+    groups: dict[tuple[float, str], list[Run]] = {}
+    for result in results:
+        groups.setdefault((result.sigma, result.algorithm), []).extend(result.runs)
+    summary = []
+    for (sigma, name), runs in groups.items():
+        held = [run for run in runs if run.assumptions.hold]
+        mixed = sum(run.mixed > 0 for run in held)
+        largest = max((run.distance for run in held), default=0.0)
+        summary.append(Under(sigma, name, len(held), len(runs), mixed, largest))
+    return summary

@@ -1,0 +1,136 @@
+"""`TrainingArguments` with the recipe's defaults, on every supported release of transformers.
+
+Knows: names that differ between releases, and what a run must not change when it goes on. Does
+not know: models or data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ..checks import suggest
+from ..quantization import compute_dtype
+
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_ratio": 0.03,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 8,
+    "logging_steps": 10,
+    "save_strategy": "steps",
+    "save_steps": 0.1,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "seed": 0,
+}
+# Release 5 calls these otherwise.
+RENAMED = {
+    "warmup_ratio": "warmup_steps",
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+# What the result depends on; a run goes on with the same values only.
+IDENTITY = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "num_train_epochs",
+    "max_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "seed",
+    "data_seed",
+    "bf16",
+    "fp16",
+)
+_PACKAGES = ("wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "clearml", "neptune")
+
+
+def training_arguments(
+    output_dir: str | os.PathLike[str], device: torch.device, *, progress: bool, **given: Any
+) -> TrainingArguments:
+    """The arguments of a run.
+
+    Args:
+        output_dir: where checkpoints go.
+        device: of the model; on "cpu" the Trainer stays there.
+        progress: show a bar.
+        **given: fields of `TrainingArguments`; `warmup_ratio` and `gradient_checkpointing` are
+            understood on every release. `bf16` (else, on accelerators, `fp16`) is on by default
+            where the hardware has it.
+
+    Raises:
+        ValueError: an unknown field, or a value that `TrainingArguments` refuses.
+        ImportError: `report_to` names a package that is not installed.
+    """
+    known = {item.name for item in dataclasses.fields(TrainingArguments) if item.init}
+    values = DEFAULTS | {name: value for name, value in given.items() if value is not None}
+    if values.get("gradient_checkpointing"):
+        # Reentrant checkpoints lose gradients where a region's inputs need none, as here.
+        values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+    if values.get("bf16") is None and values.get("fp16") is None:
+        mixed = compute_dtype(device)
+        values |= {"bf16": mixed == torch.bfloat16, "fp16": mixed == torch.float16}
+    values = {_name(name, known): value for name, value in values.items()}
+    for name in values:
+        if name not in known:
+            raise ValueError(f"unknown training argument {name!r}.{suggest(name, sorted(known))}")
+    _check_report(values["report_to"])
+    arguments = TrainingArguments(
+        **{
+            "output_dir": os.fspath(output_dir),
+            "use_cpu": device.type == "cpu",
+            "remove_unused_columns": False,
+            "label_names": ["labels"],
+            "disable_tqdm": not progress,
+        }
+        | values
+    )
+    # With several GPUs and one process the Trainer would copy the model to all of them at every
+    # step (DataParallel); torchrun is the way to use them.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def identity(arguments: TrainingArguments) -> dict[str, Any]:
+    """The values that must not change when a run goes on, as plain JSON."""
+    values = {name: getattr(arguments, name) for name in IDENTITY}
+    values = {name: getattr(value, "value", value) for name, value in values.items()}
+    return values | {
+        "warmup": getattr(arguments, "warmup_ratio", None) or arguments.warmup_steps,
+        "batch": global_batch(arguments),
+    }
+
+
+def global_batch(arguments: TrainingArguments) -> int:
+    """Conversations per optimiser step, over all processes."""
+    per_process = arguments.per_device_train_batch_size * max(1, arguments.n_gpu)
+    return int(per_process * arguments.gradient_accumulation_steps * arguments.world_size)
+
+
+def _name(name: str, known: set[str]) -> str:
+    new = RENAMED.get(name)
+    if name == "warmup_ratio":
+        return name if name in known else "warmup_steps"
+    return new if new in known else name
+
+
+def _check_report(report_to: Any) -> None:
+    wanted = [report_to] if isinstance(report_to, str) else list(report_to or ())
+    for name in wanted:
+        if name in _PACKAGES and importlib.util.find_spec(name) is None:
+            if name == "tensorboard" and importlib.util.find_spec("tensorboardX"):
+                continue
+            raise ImportError(f"report_to={name} needs {name}; install it with: pip install {name}")

@@ -1,0 +1,188 @@
+"""From conversations to tensors: chat template, pictures, and labels on answers only.
+
+Knows: chat templates and tokenizers' character offsets. Does not know: models or merging; the
+placeholders are as many as the processor writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .conversations import ASSISTANT, IMAGE_MARK, USER, Conversation, DataError, Message
+from .sources import Example
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as the model reads it.
+
+    Attributes:
+        text: with one image token per picture.
+        answers: [start, end) of every answer in the text, its end token included.
+    """
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+
+
+class Collator:
+    """A batch for the model from examples: `input_ids`, `attention_mask`, `pixel_values`, `labels`.
+
+    Labels are the tokens of answers (and the token that ends them), -100 everywhere else. Rows are
+    padded on the right. A batch without pictures has no `pixel_values`.
+    """
+
+    def __init__(self, processor: Any, *, max_length: int | None = None) -> None:
+        """Take a LLaVA's processor.
+
+        Args:
+            processor: of the model; its tokenizer must be a fast one.
+            max_length: longest row in tokens, every placeholder of a picture counted (before
+                merging); what is longer is cut off at its end, None cuts nothing.
+
+        Raises:
+            ValueError: the tokenizer gives no character offsets.
+        """
+        tokenizer = processor.tokenizer
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                f"{type(tokenizer).__name__} gives no character offsets, which labels need; load "
+                "the processor with use_fast=True"
+            )
+        self.processor, self.max_length = processor, max_length
+        # Not `tokenizer`: a Trainer would save an attribute of that name, without the processor.
+        self._tokenizer = tokenizer
+        self.image_token = str(getattr(processor, "image_token", None) or IMAGE_MARK)
+        self.image_id = int(tokenizer.convert_tokens_to_ids(self.image_token))
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """[B, T] ids, mask and labels, and the pictures of all rows in order."""
+        rendered = [self.render(example.conversation) for example in examples]
+        images = [image for example in examples for image in example.images]
+        texts = [one.text for one in rendered]
+        # Some chat templates write the first token themselves; the tokenizer would add another.
+        begin = self._tokenizer.bos_token
+        special = not (begin and all(text.startswith(begin) for text in texts))
+        batch = dict(
+            self.processor(
+                text=texts,
+                **({"images": images} if images else {}),
+                padding=True,
+                padding_side="right",
+                add_special_tokens=special,
+                return_tensors="pt",
+            )
+        )
+        batch.pop("token_type_ids", None)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        batch["labels"] = torch.stack(
+            [
+                self._labels(row, attended, one, special, example.conversation.where)
+                for row, attended, one, example in zip(ids, mask, rendered, examples, strict=True)
+            ]
+        )
+        return self._cut(batch, examples)
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """The text of a conversation, and where its answers are.
+
+        The processor's chat template writes it, LLaVA-1.5's format where there is none. An answer
+        ends with the end token; where a template leaves that out it is put in, because a model
+        that never sees it never stops.
+
+        Raises:
+            DataError: the template rewrites earlier turns when later ones come.
+        """
+        messages, end = conversation.messages, self._tokenizer.eos_token or ""
+        whole, text, answers, done = self._template(messages, False), "", [], 0
+        for index, message in enumerate(messages):
+            if message.role != ASSISTANT:
+                continue
+            asked = self._template(messages[:index], True)
+            told = self._template(messages[: index + 1], False)
+            if not (whole.startswith(told) and told.startswith(asked)):
+                raise DataError(
+                    f"{conversation.where}: the processor's chat template writes a turn "
+                    "differently once others follow, so answers cannot be told from questions"
+                )
+            answer = told[len(asked) :]
+            body = answer.split(end)[0] + end if end and end in answer else answer.rstrip() + end
+            text += whole[done : len(asked)]
+            answers.append((len(text), len(text) + len(body)))
+            rest = (
+                answer[len(body) :] if answer.startswith(body) else answer[len(body) - len(end) :]
+            )
+            text, done = text + body + rest, len(told)
+        return Rendered(text + whole[done:], tuple(answers))
+
+    def _template(self, messages: Sequence[Message], ask: bool) -> str:
+        if getattr(self.processor, "chat_template", None):
+            chat = [message.chat() for message in messages]
+            text = self.processor.apply_chat_template(
+                chat, add_generation_prompt=ask, tokenize=False
+            )
+            return str(text)
+        return self._llava_format(messages, ask)
+
+    def _llava_format(self, messages: Sequence[Message], ask: bool) -> str:
+        text = ""
+        for message in messages:
+            words = message.text.replace(IMAGE_MARK, self.image_token)
+            if message.role == USER:
+                text += f"USER: {words} "
+            elif message.role == ASSISTANT:
+                text += f"ASSISTANT: {words}{self._tokenizer.eos_token or ''}"
+            else:
+                text += f"{words} "
+        return f"{text}ASSISTANT:" if ask else text
+
+    def _labels(
+        self, ids: Tensor, mask: Tensor, rendered: Rendered, special: bool, where: str
+    ) -> Tensor:
+        """[T] labels of one padded row.
+
+        The text is tokenised once more without pictures: there, characters and tokens correspond.
+        Both have the same tokens apart from placeholders.
+        """
+        plain = self._tokenizer(
+            rendered.text, add_special_tokens=special, return_offsets_mapping=True
+        )
+        words = [
+            (token, any(first < end and last > start for start, end in rendered.answers))
+            for token, (first, last) in zip(
+                plain["input_ids"], plain["offset_mapping"], strict=True
+            )
+            if token != self.image_id
+        ]
+        text = (ids != self.image_id) & (mask != 0)
+        if ids[text].tolist() != [token for token, _ in words]:
+            raise DataError(
+                f"{where}: the processor tokenises the text differently with pictures than "
+                "without, so answers cannot be found in it"
+            )
+        wanted = torch.zeros_like(text)
+        wanted[text] = torch.tensor([answer for _, answer in words], dtype=torch.bool)
+        return ids.masked_fill(~wanted, IGNORED)
+
+    def _cut(self, batch: dict[str, Tensor], examples: Sequence[Example]) -> dict[str, Tensor]:
+        width = batch["input_ids"].shape[1]
+        if self.max_length is None or width <= self.max_length:
+            return batch
+        beyond = batch["input_ids"][:, self.max_length :] == self.image_id
+        if bool(beyond.any()):
+            row = int(beyond.any(1).nonzero()[0])
+            raise DataError(
+                f"{examples[row].conversation.where}: max_length={self.max_length} would cut a "
+                "picture in two; raise it, or leave the record out"
+            )
+        return {
+            name: value[:, : self.max_length] if value.dim() == 2 else value
+            for name, value in batch.items()
+        }

@@ -1,0 +1,180 @@
+"""Training conversations: LLaVA's JSON records and chat messages in one checked form.
+
+Knows: both formats, and everything that can be wrong with a record. Does not know: files, tokens
+or models. Pictures are only counted here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+IMAGE_MARK = "<image>"
+USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
+_ROLES = {
+    "human": USER,
+    "user": USER,
+    "gpt": ASSISTANT,
+    "assistant": ASSISTANT,
+    "system": SYSTEM,
+}
+
+
+class DataError(ValueError):
+    """A record that cannot be trained on; the message begins with where it is."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn.
+
+    Attributes:
+        role: "user", "assistant" or "system".
+        text: with `<image>` where a picture stands.
+    """
+
+    role: str
+    text: str
+
+    def chat(self) -> dict[str, Any]:
+        """The message as chat templates take it: a list of text and image parts."""
+        if IMAGE_MARK not in self.text:
+            return {"role": self.role, "content": [{"type": "text", "text": self.text}]}
+        content: list[dict[str, Any]] = []
+        for index, part in enumerate(self.text.split(IMAGE_MARK)):
+            if index:
+                content.append({"type": "image"})
+            if part.strip():
+                content.append({"type": "text", "text": part.strip()})
+        return {"role": self.role, "content": content}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What is trained on: pictures, questions and answers.
+
+    Attributes:
+        where: for messages, for instance "train.jsonl line 12".
+        messages: at least one of the user and one answer.
+        images: number of pictures, equal to the number of `<image>` in the messages.
+    """
+
+    where: str
+    messages: tuple[Message, ...]
+    images: int
+
+
+def parse(record: Any, where: str, *, text_only: bool = False) -> tuple[Conversation, list[Any]]:
+    """A checked conversation and its pictures as the record names them.
+
+    Args:
+        record: LLaVA's form (`image` and `conversations` of `from` and `value`) or messages
+            (`images` and `messages` of `role` and `content`, a text or a list of parts).
+        where: for error messages.
+        text_only: accept records without a picture.
+
+    Returns:
+        The conversation; and its pictures: paths, PIL pictures, or what a dataset stores.
+
+    Raises:
+        DataError: no picture, another number of pictures than `<image>`, no answer, turns in
+            another order than question and answer, or a wrong type.
+    """
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where}: must be a JSON object, got {type(record).__name__}")
+    images = _images(record, where)
+    messages = _messages(record, where, len(images))
+    found = sum(message.text.count(IMAGE_MARK) for message in messages)
+    if not images and not found and not text_only:
+        raise DataError(
+            f"{where}: has no image; leave such records out, or allow them with text_only=True "
+            "(--text-only)"
+        )
+    if found != len(images):
+        raise DataError(
+            f"{where}: {found} {IMAGE_MARK} in the text, but {len(images)} image"
+            f"{'' if len(images) == 1 else 's'}"
+        )
+    _check_turns(messages, where)
+    return Conversation(where, tuple(messages), len(images)), images
+
+
+def _images(record: Mapping[str, Any], where: str) -> list[Any]:
+    given = [name for name in ("image", "images") if record.get(name) is not None]
+    if len(given) > 1:
+        raise DataError(f"{where}: has both image and images; give one of them")
+    value = record[given[0]] if given else []
+    images = list(value) if isinstance(value, (list, tuple)) else [value]
+    for image in images:
+        if image is None or image == "":
+            raise DataError(f"{where}: {given[0]} is empty")
+    return images
+
+
+def _messages(record: Mapping[str, Any], where: str, images: int) -> list[Message]:
+    form = next((name for name in ("conversations", "messages") if name in record), None)
+    if form is None:
+        keys = ", ".join(map(str, record)) or "none"
+        raise DataError(f"{where}: has neither conversations nor messages; its keys: {keys}")
+    turns = record[form]
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+        raise DataError(f"{where}: {form} must be a list of turns, got {_shown(turns)}")
+    messages = [_message(turn, f"{where}: {form}[{i}]") for i, turn in enumerate(turns)]
+    marked = any(IMAGE_MARK in message.text for message in messages)
+    if form == "messages" and images and not marked:
+        # Plain text beside a list of pictures: they belong in front of the first question.
+        first = next((i for i, m in enumerate(messages) if m.role == USER), None)
+        if first is not None:
+            text = IMAGE_MARK * images + messages[first].text
+            messages[first] = Message(USER, text)
+    return messages
+
+
+def _message(turn: Any, where: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise DataError(f"{where} must be an object, got {_shown(turn)}")
+    role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if role not in _ROLES:
+        raise DataError(f"{where}: the speaker must be one of {', '.join(_ROLES)}, got {role!r}")
+    if isinstance(text, (list, tuple)):
+        text = "".join(_part(part, where) for part in text)
+    if not isinstance(text, str):
+        raise DataError(f"{where}: the text must be a string, got {_shown(text)}")
+    if not text.strip():
+        raise DataError(f"{where}: the text is empty")
+    if IMAGE_MARK in text and _ROLES[role] != USER:
+        raise DataError(f"{where}: only the user shows pictures, but the text has {IMAGE_MARK}")
+    return Message(_ROLES[role], text)
+
+
+def _part(part: Any, where: str) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "image":
+        return IMAGE_MARK
+    if kind == "text" and isinstance(part.get("text"), str):
+        if IMAGE_MARK in part["text"]:
+            raise DataError(f"{where}: {IMAGE_MARK} stands in a text part beside image parts")
+        return str(part["text"])
+    raise DataError(f"{where}: a part must be a text or an image, got {_shown(part)}")
+
+
+def _check_turns(messages: list[Message], where: str) -> None:
+    turns = [m.role for m in messages]
+    if SYSTEM in turns[1:]:
+        raise DataError(f"{where}: a system turn may only come first")
+    turns = turns[turns[0] == SYSTEM :]
+    wanted = [(USER, ASSISTANT)[i % 2] for i in range(len(turns))]
+    if turns != wanted or len(turns) < 2:
+        raise DataError(
+            f"{where}: turns must be question and answer in turn, beginning with a question, got "
+            f"{', '.join(turns) or 'none'}"
+        )
+    if turns[-1] != ASSISTANT:
+        raise DataError(f"{where}: the last turn must be an answer")
+
+
+def _shown(value: Any) -> str:
+    text = re.sub(r"\s+", " ", repr(value))
+    return text if len(text) <= 60 else text[:57] + "..."

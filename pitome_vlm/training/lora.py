@@ -1,0 +1,191 @@
+"""LoRA on a wrapped LLaVA: which layers get an adapter, and a model that is ready to train.
+
+Knows: the parts of a LLaVA and PEFT. Does not know: data, losses or trainers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from ..adapters import find_adapter
+from ..adapters.tower import find_encoder_layers
+from ..config import MergeConfig
+from ..quantization import QUANTISED_CLASSES, allow_gradients
+from ..wrapper import base_model, is_wrapped, merge_config, wrap
+
+PARTS = ("language_model", "projector", "vision_tower")
+_MODULES = {
+    "language_model": "language_model",
+    "projector": "multi_modal_projector",
+    "vision_tower": "vision_tower",
+}
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Size and place of the adapter.
+
+    Attributes:
+        rank: of the two matrices, >= 1.
+        alpha: scale; the update is multiplied by alpha / rank. > 0.
+        dropout: of the adapter's input, in [0, 1).
+        parts: of `PARTS`; every linear layer of them gets an adapter, in the vision tower those
+            of layers whose features are read (the others would never see a gradient).
+    """
+
+    rank: int = 32
+    alpha: float = 64.0
+    dropout: float = 0.0
+    parts: tuple[str, ...] = ("language_model",)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank must be a whole number of at least 1, got {self.rank!r}")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be above 0, got {self.alpha!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        object.__setattr__(self, "parts", tuple(self.parts))
+        unknown = [part for part in self.parts if part not in PARTS]
+        if unknown or not self.parts:
+            raise ValueError(
+                f"parts must be some of {', '.join(PARTS)}, got {', '.join(self.parts) or 'none'}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self) | {"parts": list(self.parts)}
+
+    def __str__(self) -> str:
+        drop = f", dropout {self.dropout:g}" if self.dropout else ""
+        return f"rank {self.rank}, alpha {self.alpha:g}{drop}, on {', '.join(self.parts)}"
+
+
+def target_modules(model: nn.Module, parts: tuple[str, ...] = ("language_model",)) -> str:
+    """A regular expression for PEFT's `target_modules`: the linear layers of some parts.
+
+    Plain names such as "q_proj" would also hit the vision tower, whose layers are called alike.
+
+    Args:
+        model: a LLaVA, wrapped or not.
+        parts: of `PARTS`.
+
+    Raises:
+        TypeError: not a supported model.
+        ValueError: a part has no linear layer.
+    """
+    base: Any = base_model(model)
+    shape = find_adapter(base).tower_shape(base)
+    unread: set[nn.Module] = set()
+    if "vision_tower" in parts:
+        for layers in find_encoder_layers(base.model.vision_tower):
+            unread |= {
+                module for layer in layers[shape.used_layers :] for module in layer.modules()
+            }
+            unread |= _outside(base.model.vision_tower, layers)
+    patterns = []
+    for part in parts:
+        inside = re.compile(rf"(?:^|\.){_MODULES[part]}\.")
+        names = [
+            name
+            for name, module in base.named_modules()
+            if inside.search(name) and _is_linear(module) and module not in unread
+        ]
+        if not names:
+            raise ValueError(f"{part} has no linear layer that could get an adapter")
+        patterns.append(_pattern(names, numbered=part == "vision_tower"))
+    return "|".join(patterns)
+
+
+def prepare(model: Any, options: LoraOptions | None = None) -> Any:
+    """A wrapped LLaVA with an adapter open for training, as a `PeftModel`; in place.
+
+    The merge settings of a model that is wrapped stay. Everything but the adapter is frozen.
+    4-bit layers are made to pass gradients on (`quantization.allow_gradients`). Whatever saves
+    the result (`save_pretrained`, `Trainer`, `push_to_hub`) writes the merge settings beside it.
+
+    Args:
+        model: a wrapped LLaVA, or a `PeftModel` of one: its adapter is trained on.
+        options: of a new adapter.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ValueError: the model is not wrapped, or has an adapter and options are given.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError('training needs PEFT; install it with: pip install "pitome-vlm[train]"')
+    import peft
+
+    if not is_wrapped(model):
+        raise ValueError(
+            "the model is not wrapped; call pitome_vlm.wrap(model, keep=0.25) first (keep=1.0 to "
+            "train without merging)"
+        )
+    config: MergeConfig = merge_config(model)
+    allow_gradients(model)
+    if isinstance(model, peft.PeftModel):
+        if options is not None:
+            raise ValueError("the model has an adapter already, so lora options have no effect")
+        model.base_model.set_adapter(model.active_adapters)
+    else:
+        chosen = options or LoraOptions()
+        model = peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=chosen.rank,
+                lora_alpha=chosen.alpha,
+                lora_dropout=chosen.dropout,
+                target_modules=target_modules(model, chosen.parts),
+            ),
+        )
+    return wrap(model, config=config)
+
+
+def save_adapter(model: Any, folder: Any) -> None:
+    """Save an adapter with its merge settings, however model and adapter were put together.
+
+    `peft_model.save_pretrained(folder)` does the same once `wrap` has seen the `PeftModel` (as
+    `prepare` and `load` see to). Where the LLaVA was wrapped first and PEFT put around it by
+    hand, only this, or calling `wrap` again on the `PeftModel`, knows of the merging.
+
+    Raises:
+        ValueError: the model is not wrapped.
+        TypeError: not a `PeftModel`.
+    """
+    if not hasattr(type(model), "peft_config"):
+        raise TypeError(f"a PeftModel is needed, got {type(model).__name__}")
+    wrap(model, config=merge_config(model)).save_pretrained(folder)
+
+
+def _outside(tower: nn.Module, layers: nn.ModuleList) -> set[nn.Module]:
+    """What of a tower is no encoder layer: embeddings, and a pooling head that nothing reads."""
+    inside = {module for layer in layers for module in layer.modules()}
+    return {module for module in tower.modules() if module not in inside}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    names = {cls.__name__ for cls in type(module).__mro__}
+    return isinstance(module, nn.Linear) or bool(names & set(QUANTISED_CLASSES))
+
+
+def _pattern(names: list[str], *, numbered: bool) -> str:
+    """One expression for paths that differ in their last names and the numbers of their layers."""
+    leaves: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    layers: dict[str, set[int]] = {}
+    for name in names:
+        shape = re.sub(r"\.\d+\.", ".#.", name)
+        layers.setdefault(shape, set()).update(int(p) for p in name.split(".") if p.isdigit())
+    for shape, found_in in layers.items():
+        parent, _, leaf = shape.rpartition(".")
+        leaves.setdefault((parent, tuple(sorted(found_in))), []).append(leaf)
+    found = []
+    for (parent, numbers), last in leaves.items():
+        wanted = f"(?:{'|'.join(map(str, numbers))})" if numbered else r"\d+"
+        path = re.escape(parent).replace(r"\#", wanted)
+        found.append(rf"(?:.*\.)?{path}\.(?:{'|'.join(map(re.escape, last))})")
+    return "|".join(found)

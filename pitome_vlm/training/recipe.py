@@ -1,0 +1,248 @@
+"""`train`: supervised fine-tuning of an adapter with merging on, from data to saved result.
+
+Knows: in which order everything happens, and that nothing is written before everything is
+checked. Does not know: how any part works.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+
+from ..config import MergeConfig
+from ..quantization import recorded
+from ..version import __version__
+from ..wrapped_peft import remember_training
+from ..wrapper import base_model, merge_config, planned_schedule
+from .arguments import global_batch, identity, training_arguments
+from .collate import Collator
+from .lora import LoraOptions, prepare
+from .run_files import RunFolder
+from .sources import Conversations, open_conversations
+from .trainer import MergingTrainer, ProgressLine, with_budget
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What `train` leaves behind.
+
+    Attributes:
+        model: the `PeftModel`, in eval mode, wrapped as before.
+        output_dir: the saved adapter, for `pitome_vlm.load`.
+        steps: optimiser steps.
+        before: `loss`, `answer_accuracy`, `token_accuracy` and `answers` of the merged, untrained
+            model on the validation data; None without any.
+        after: the same with the adapter.
+        history: the Trainer's log, one dict per entry.
+    """
+
+    model: Any
+    output_dir: Path
+    steps: int
+    before: dict[str, float] | None
+    after: dict[str, float] | None
+    history: list[dict[str, Any]]
+
+
+def train(
+    model: Any,
+    processor: Any,
+    train_data: Any,
+    output_dir: str | os.PathLike[str],
+    *,
+    val_data: Any = None,
+    val_fraction: float | None = None,
+    image_folder: str | os.PathLike[str] | None = None,
+    split: str = "train",
+    text_only: bool = False,
+    lora: LoraOptions | None = None,
+    budgets: Sequence[float] = (),
+    max_length: int | None = None,
+    resume: bool = False,
+    progress: bool = False,
+    callbacks: Sequence[Any] = (),
+    **arguments: Any,
+) -> TrainingResult:
+    """Train a LoRA adapter on a wrapped LLaVA, merging as it will merge in use.
+
+    LoRA on a model as it is, QLoRA on one loaded with `load_in_4bit` (or `load_in_8bit`). The loss
+    is taken on answers only. Nothing is written before data, options and output folder are checked.
+
+    Under `torchrun` or `accelerate launch` every process calls this with the same arguments.
+
+    Args:
+        model: wrapped with the budget to train for, for instance from
+            `pitome_vlm.load(path, keep=0.25, load_in_4bit=True)`; a `PeftModel` is trained on.
+        processor: its processor.
+        train_data: see `open_conversations`: a LLaVA JSON or JSONL file, a Hugging Face dataset or
+            its name, a list of records.
+        output_dir: a new or empty folder; with `resume` that of the run to go on with.
+        val_data: the same, held out: accuracy is measured on it before and after.
+        val_fraction: hold out this share of the training data instead.
+        image_folder: what picture paths in files are relative to; None for the file's folder.
+        split: of a dataset that has several.
+        text_only: accept records without a picture.
+        lora: size and place of a new adapter.
+        budgets: draw one of these at every step instead of the model's own (whole numbers are
+            tokens per image, others fractions to keep), so that one adapter serves all of them.
+        max_length: longest row in tokens before merging; None takes the language model's.
+        resume: go on with the run in the folder; from the start where it has no checkpoint yet.
+        progress: show a progress bar on stderr.
+        callbacks: further callbacks for the Trainer.
+        **arguments: fields of `TrainingArguments` (`learning_rate`, `num_train_epochs`,
+            `per_device_train_batch_size`, `gradient_checkpointing`, `bf16`, `report_to`,
+            `push_to_hub`, ...); see `arguments.DEFAULTS` for ours.
+
+    Returns:
+        The trained model, its accuracies and the log.
+
+    Raises:
+        DataError: a record is wrong; the message names its line.
+        FileExistsError: the output folder holds something.
+        ValueError: an option is out of range, the model is not wrapped, or the folder holds
+            another run.
+        ImportError: PEFT, or a package that an option needs, is not installed.
+    """
+    folder = RunFolder(output_dir)
+    folder.check(resume=resume)
+    opening = {"image_folder": image_folder, "split": split, "text_only": text_only}
+    data, held_out = _data(train_data, val_data, val_fraction, opening)
+    config = merge_config(model)
+    base: Any = base_model(model)
+    for budget in budgets:
+        planned_schedule(model, with_budget(config, budget))
+    longest = max_length or getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    collator = Collator(processor, max_length=longest)
+    # Batches without pictures leave an adapter on tower or projector without gradients.
+    arguments = {"ddp_find_unused_parameters": data.has_text_only} | arguments
+    settings = training_arguments(folder.root, base.device, progress=progress, **arguments)
+    run = {
+        "base_model": getattr(base, "name_or_path", None),
+        "quantization": recorded(base),
+        "merging": {k: v for k, v in config.to_dict().items() if k != "pitome_vlm_version"},
+        "budgets": list(budgets),
+        "max_length": longest,
+        "lora": str(lora or ("continued" if model is not base else LoraOptions())),
+        "data": {"train": data.fingerprint, "val": held_out and held_out.fingerprint},
+        "arguments": identity(settings),
+    }
+    folder.compare(run)
+    # Ranks and repetitions begin with the same adapter.
+    transformers.set_seed(settings.seed)
+    model = prepare(model, lora)
+    trainer = MergingTrainer(
+        model=model,
+        args=settings,
+        train_dataset=data,
+        eval_dataset=held_out,
+        data_collator=collator,
+        budgets=budgets,
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback):
+        trainer.add_callback(ProgressLine)
+    # All processes have looked at the folder before the first one writes into it.
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        folder.begin(run)
+    last = folder.last_checkpoint() if resume else None
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    before, after = _accuracies(trainer)
+    facts = _facts(trainer, data, held_out, run, config)
+    return _finish(trainer, folder, facts, before, after)
+
+
+def _data(
+    train_data: Any, val_data: Any, val_fraction: float | None, opening: dict[str, Any]
+) -> tuple[Conversations, Conversations | None]:
+    if val_data is not None and val_fraction is not None:
+        raise ValueError("only one of val_data and val_fraction can be given")
+    data = open_conversations(train_data, **opening)
+    if val_fraction is not None:
+        return data.split(val_fraction)
+    return data, None if val_data is None else open_conversations(val_data, **opening)
+
+
+def _accuracies(trainer: Any) -> tuple[dict[str, float] | None, dict[str, float] | None]:
+    """Of the validation data without and with the adapter, at the model's own budget."""
+    if trainer.eval_dataset is None:
+        return None, None
+    with trainer.model.disable_adapter():
+        before = trainer.evaluate(metric_key_prefix="before")
+    after = trainer.evaluate(metric_key_prefix="after")
+    names = ("loss", "answer_accuracy", "token_accuracy", "answers")
+    return (
+        {name: before[f"before_{name}"] for name in names},
+        {name: after[f"after_{name}"] for name in names},
+    )
+
+
+def _facts(
+    trainer: Any,
+    data: Conversations,
+    held_out: Conversations | None,
+    run: dict[str, Any],
+    config: MergeConfig,
+) -> dict[str, Any]:
+    """What the adapter remembers of its training, for the card."""
+    settings: TrainingArguments = trainer.args
+    rate, schedule = settings.learning_rate, identity(settings)["lr_scheduler_type"]
+    return {
+        "data": f"{data.name}, {len(data)} conversations",
+        "validation": "" if held_out is None else held_out.name,
+        "lora": run["lora"],
+        "budgets": run["budgets"],
+        "algorithm": config.algorithm,
+        "recipe": (
+            f"{trainer.state.global_step} steps of {global_batch(settings)} conversations, "
+            f"learning rate {rate:g} ({schedule}), seed {settings.seed}"
+        ),
+        "versions": _versions(),
+    }
+
+
+def _finish(
+    trainer: Any,
+    folder: RunFolder,
+    facts: dict[str, Any],
+    before: dict[str, float] | None,
+    after: dict[str, float] | None,
+) -> TrainingResult:
+    # Mixed precision patches forward on the model; off again, for whoever goes on with it.
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    remember_training(model, facts | {"before": before, "after": after})
+    trainer.save_state()
+    trainer.save_model()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.wait_for_everyone()
+    return TrainingResult(
+        model=model.eval(),
+        output_dir=folder.root,
+        steps=trainer.state.global_step,
+        before=before,
+        after=after,
+        history=list(trainer.state.log_history),
+    )
+
+
+def _versions() -> dict[str, str]:
+    import peft
+
+    found = {
+        "pitome_vlm": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+    return found

@@ -1,0 +1,339 @@
+"""Where training conversations come from: LLaVA's JSON files, Hugging Face datasets, lists.
+
+Knows: files, folders of pictures, and the `datasets` library. Does not know: what a conversation
+looks like inside (`conversations.py`), tokens or models. Everything is checked when a source is
+opened; pictures are read when they are needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+
+from ..images import ImageError, load_image
+from .conversations import Conversation, DataError, parse
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation with its pictures, read."""
+
+    conversation: Conversation
+    images: tuple[Image.Image, ...]
+
+
+class Conversations(Dataset[Example]):
+    """Checked conversations, a map-style dataset for any loader.
+
+    Attributes:
+        name: for people: file or dataset name.
+        fingerprint: changes with the content; says whether a run can be continued with it.
+        conversations: all of them, without pictures.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        fingerprint: str,
+        conversations: Sequence[Conversation],
+        pictures: Callable[[int], Sequence[Any]],
+    ) -> None:
+        self.name, self.fingerprint = name, fingerprint
+        self.conversations = conversations
+        self._pictures = pictures
+        if not conversations:
+            raise DataError(f"{name}: holds no conversation")
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, index: int) -> Example:
+        conversation = self.conversations[index]
+        try:
+            images = tuple(_picture(value) for value in self._pictures(index))
+        except ImageError as error:
+            raise DataError(f"{conversation.where}: {error}") from error
+        return Example(conversation, images)
+
+    @property
+    def has_text_only(self) -> bool:
+        """Whether some conversation has no picture."""
+        return any(not conversation.images for conversation in self.conversations)
+
+    def split(self, fraction: float, seed: int = 0) -> tuple[Conversations, Conversations]:
+        """(rest, held out), drawn at random; the same seed draws the same.
+
+        Args:
+            fraction: share to hold out, in (0, 1).
+            seed: of the drawing.
+
+        Raises:
+            ValueError: the fraction is out of range, or leaves one side empty.
+        """
+        import random
+
+        if not 0 < fraction < 1:
+            raise ValueError(f"val_fraction must be between 0 and 1, got {fraction}")
+        held = max(1, round(fraction * len(self)))
+        if held >= len(self):
+            raise ValueError(f"val_fraction={fraction} leaves nothing to train on of {len(self)}")
+        order = list(range(len(self)))
+        random.Random(f"pitome-vlm/{seed}").shuffle(order)
+        return (
+            self._part(sorted(order[held:]), f"{self.name} without {held} held out"),
+            self._part(sorted(order[:held]), f"{held} held out of {self.name}"),
+        )
+
+    def _part(self, chosen: list[int], name: str) -> Conversations:
+        digest = hashlib.sha256(f"{self.fingerprint} {chosen}".encode()).hexdigest()
+        rows = [self.conversations[index] for index in chosen]
+        return Conversations(name, digest, rows, lambda i: self._pictures(chosen[i]))
+
+
+def open_conversations(
+    source: Any,
+    *,
+    image_folder: str | os.PathLike[str] | None = None,
+    split: str = "train",
+    text_only: bool = False,
+) -> Conversations:
+    """Conversations from whatever holds them, checked to the last record.
+
+    Args:
+        source: a LLaVA JSON or JSONL file; a folder written by `Dataset.save_to_disk`; a dataset
+            name on the hub; a `datasets.Dataset`; a list of records; or `Conversations`.
+        image_folder: what picture paths are relative to; None for the file's own folder.
+        split: of a dataset that has several.
+        text_only: accept records without a picture.
+
+    Raises:
+        DataError: a record is wrong; the message names its line.
+        FileNotFoundError: no such file.
+        ImportError: the `datasets` library is needed and not installed.
+    """
+    if isinstance(source, Conversations):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source).expanduser()
+        if path.is_file():
+            return read_llava(path, image_folder=image_folder, text_only=text_only)
+        return from_dataset(
+            _load_dataset(path, os.fspath(source), split), text_only=text_only, name=str(source)
+        )
+    if hasattr(source, "column_names"):
+        return from_dataset(source, text_only=text_only)
+    return from_records(source, image_folder=image_folder, text_only=text_only)
+
+
+def read_llava(
+    path: str | os.PathLike[str],
+    *,
+    image_folder: str | os.PathLike[str] | None = None,
+    text_only: bool = False,
+) -> Conversations:
+    """LLaVA's instruction format: a JSON list of records, or one record per line (JSONL).
+
+    Args:
+        path: the file.
+        image_folder: what picture paths are relative to; None for the file's own folder.
+        text_only: accept records without a picture.
+
+    Raises:
+        DataError: the file or a record is wrong, or a picture is not there.
+        FileNotFoundError: no such file or folder.
+    """
+    file = Path(path)
+    folder = Path(image_folder) if image_folder is not None else file.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"image_folder {folder} is no folder")
+    try:
+        content = file.read_bytes()
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: is no UTF-8 text: {error}") from error
+    digest = hashlib.sha256(content).hexdigest()
+    return _checked(file.name, digest, _records(file, text), folder, text_only)
+
+
+def from_records(
+    records: Iterable[Any],
+    *,
+    image_folder: str | os.PathLike[str] | None = None,
+    text_only: bool = False,
+    name: str = "records",
+) -> Conversations:
+    """Conversations from records in memory; pictures are paths or PIL pictures.
+
+    Raises:
+        DataError: a record is wrong; the message names its number, from 0.
+    """
+    numbered = ((f"{name}[{index}]", record) for index, record in enumerate(records))
+    folder = Path(image_folder) if image_folder is not None else Path()
+    return _checked(name, None, numbered, folder, text_only)
+
+
+def from_dataset(
+    dataset: Any, *, text_only: bool = False, name: str | None = None
+) -> Conversations:
+    """A Hugging Face dataset with `messages` (or `conversations`) and `images` (or `image`).
+
+    Args:
+        dataset: a `datasets.Dataset`; one that streams has no length and cannot be used.
+        text_only: accept rows without a picture.
+        name: for people.
+
+    Raises:
+        DataError: the columns or a row are wrong; the message names the row, from 0.
+        TypeError: a dataset dict, or one that streams.
+    """
+    columns: Any = getattr(dataset, "column_names", None)
+    if not isinstance(columns, list) or not hasattr(dataset, "__len__"):
+        raise TypeError(
+            "a dataset with one split and a known length is needed, for instance "
+            f"load_dataset(name, split='train'); got {type(dataset).__name__}"
+        )
+    name = name or getattr(dataset.info, "dataset_name", None) or "dataset"
+    turns = next((c for c in ("messages", "conversations") if c in columns), None)
+    pictures = next((c for c in ("images", "image") if c in columns), None)
+    if turns is None or (pictures is None and not text_only):
+        raise DataError(
+            f"{name}: needs a column messages (or conversations) and a column images (or image), "
+            f"has {', '.join(columns)}"
+        )
+    # Arrow gives pictures as they are stored: bytes or paths, which our own limits then apply to.
+    stored = dataset.with_format("arrow")
+    rows = []
+    for index, (talk, files) in enumerate(_rows(stored, turns, pictures)):
+        where = f"{name} row {index}"
+        record = {turns: talk, "images": [...] * len(files)}
+        rows.append(parse(record, where, text_only=text_only)[0])
+        for file in files:
+            if file is not None:
+                _located(file, Path(), where)
+
+    def read(index: int) -> list[Any]:
+        value = stored[index].column(pictures)[0].as_py() if pictures else None
+        return [] if value is None else value if isinstance(value, list) else [value]
+
+    return Conversations(name, str(dataset._fingerprint), rows, read)
+
+
+def _checked(
+    name: str,
+    digest: str | None,
+    records: Iterable[tuple[str, Any]],
+    folder: Path,
+    text_only: bool,
+) -> Conversations:
+    rows, pictures, content = [], [], hashlib.sha256()
+    for where, record in records:
+        conversation, images = parse(record, where, text_only=text_only)
+        found = [_located(image, folder, where) for image in images]
+        rows.append(conversation)
+        pictures.append(found)
+        content.update(repr((conversation.messages, [str(image) for image in found])).encode())
+    return Conversations(name, digest or content.hexdigest(), rows, pictures.__getitem__)
+
+
+def _located(image: Any, folder: Path, where: str) -> Any:
+    if not isinstance(image, (str, os.PathLike)):
+        return image
+    path = folder / Path(image).expanduser()
+    if not path.is_file():
+        raise DataError(f"{where}: no image file {path}")
+    return path
+
+
+def _records(file: Path, text: str) -> Iterator[tuple[str, Any]]:
+    if text.lstrip()[:1] == "[":
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{file} line {error.lineno}: is no valid JSON ({error.msg})"
+            ) from error
+        for index, value in enumerate(values):
+            own = value.get("id") if isinstance(value, dict) else None
+            yield f"{file} record {index}" + (f" (id {own})" if own is not None else ""), value
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{file} line {number}: is no valid JSON ({error.msg})") from error
+        yield f"{file} line {number}", value
+
+
+def _load_dataset(path: Path, name: str, split: str) -> Any:
+    if path.exists() and not path.is_dir():
+        raise FileNotFoundError(f"{name} is no regular file")
+    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or path.suffix):
+        raise FileNotFoundError(f"no such file: {name}")
+    if importlib.util.find_spec("datasets") is None:
+        raise ImportError(
+            f'{name} is no file; for Hugging Face datasets: pip install "pitome-vlm[train]"'
+        )
+    import datasets
+
+    try:
+        if path.is_dir() and (path / "state.json").is_file():
+            return datasets.load_from_disk(str(path))
+        if path.is_dir() and (path / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(str(path))[split]
+        return datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, KeyError) as error:
+        message = " ".join(str(error).split())[:200]
+        raise DataError(f"{name}: cannot be loaded as a dataset: {message}") from error
+
+
+def _rows(stored: Any, turns: str, pictures: str | None) -> Iterator[tuple[Any, list[Any]]]:
+    """Turns of every row, and per picture its path where it is not in the dataset itself."""
+    wanted = [turns] if pictures is None else [turns, pictures]
+    for batch in stored.select_columns(wanted).iter(batch_size=1000):
+        talks = batch.column(turns).to_pylist()
+        if pictures is None:
+            yield from ((talk, []) for talk in talks)
+            continue
+        column = batch.column(pictures).combine_chunks()
+        if hasattr(column, "value_lengths"):
+            counts = [length or 0 for length in column.value_lengths().to_pylist()]
+            column = column.flatten()
+        else:
+            counts = [int(there) for there in column.is_valid().to_pylist()]
+            column = column.drop_null()
+        files = iter(_files(column))
+        for talk, count in zip(talks, counts, strict=True):
+            yield talk, [next(files) for _ in range(count)]
+
+
+def _files(column: Any) -> list[str | None]:
+    """The path behind every picture, None where its bytes are stored."""
+    fields = [field.name for field in column.type] if column.type.num_fields else []
+    if "bytes" not in fields:
+        return list(column.to_pylist())
+    stored = column.field("bytes").is_valid().to_pylist()
+    paths = column.field("path").to_pylist()
+    return [None if there else path or "" for there, path in zip(stored, paths, strict=True)]
+
+
+def _picture(value: Any) -> Image.Image:
+    if isinstance(value, Image.Image):
+        return ImageOps.exif_transpose(value).convert("RGB")
+    if isinstance(value, dict) and value.get("bytes") is not None:
+        return load_image(io.BytesIO(value["bytes"]))
+    path = value.get("path") if isinstance(value, dict) else value
+    if not isinstance(path, (str, os.PathLike)):
+        raise ImageError(f"is no picture: {type(value).__name__}")
+    return load_image(path)

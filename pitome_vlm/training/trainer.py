@@ -1,0 +1,145 @@
+"""A transformers `Trainer` for wrapped LLaVAs, and callbacks for Trainers of one's own.
+
+Knows: where a Trainer assumes that logits are as long as labels. Does not know: data formats,
+LoRA, files. DDP, FSDP, DeepSpeed, mixed precision, logging and resuming are the Trainer's.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LabelSmoother
+
+from ..config import MergeConfig
+from ..wrapper import is_wrapped, merge_config, planned_schedule, wrap, wrapped
+from .metrics import answer_metrics, most_likely
+from .shorten import shorten
+
+# What LLaVA returns beside logits; gathering it over an evaluation would fill the memory.
+NOT_GATHERED = ["past_key_values", "hidden_states", "attentions", "image_hidden_states"]
+
+
+class MergingTrainer(Trainer):
+    """`Trainer` with shortened batches, and where wanted a random budget at every step.
+
+    Labels and logits have one length, so label smoothing, `compute_metrics`, `predict` and losses
+    of one's own work as without merging. Evaluation always uses the model's own budget.
+    """
+
+    def __init__(self, *args: Any, budgets: Sequence[float] = (), **kwargs: Any) -> None:
+        """Take what a Trainer takes.
+
+        Args:
+            *args: as of `Trainer`.
+            budgets: one of them, drawn by seed and step, is in force during every optimiser
+                step: whole numbers are tokens per image, others fractions to keep. Empty for
+                the model's own budget. All processes draw the same.
+            **kwargs: as of `Trainer`; metrics are those of `answer_metrics` unless given.
+
+        Raises:
+            ValueError: the model is not wrapped, or a budget does not fit it.
+        """
+        kwargs.setdefault("compute_metrics", answer_metrics)
+        kwargs.setdefault("preprocess_logits_for_metrics", most_likely)
+        super().__init__(*args, **kwargs)
+        config = merge_config(self.model)
+        self.budgets = tuple(with_budget(config, budget) for budget in budgets)
+        for one in self.budgets:
+            planned_schedule(self.model, one)
+        if self.args.label_smoothing_factor:
+            self.label_smoother: Any = ShiftedLabelSmoother(
+                epsilon=self.args.label_smoothing_factor
+            )
+
+    def step_config(self, step: int) -> MergeConfig | None:
+        """The settings of an optimiser step, None for the model's own."""
+        if not self.budgets:
+            return None
+        return random.Random(f"pitome-vlm/{self.args.seed}/{step}").choice(self.budgets)
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward pass, under the budget of this step."""
+        config = self.step_config(self.state.global_step)
+        if config is None:
+            loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+            return loss
+        with wrapped(self.model, config=config):
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        return loss
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: Any,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """As of `Trainer`; of the outputs only the logits are gathered."""
+        ignored = [*NOT_GATHERED, *(ignore_keys or ())]
+        return super().prediction_step(model, inputs, prediction_loss_only, ignored)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The adapter's own card instead of the Trainer's."""
+        if not hasattr(type(self.model), "peft_config"):
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            self.model.create_or_update_model_card(self.args.output_dir)
+
+    def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
+        batch = super()._prepare_inputs(inputs)
+        return shorten(self.model, batch)
+
+
+class ShiftedLabelSmoother(LabelSmoother):
+    """Label smoothing that compares a position with the next token.
+
+    The Trainer shifts by the name of the model's class, and LLaVA's is not on its list.
+    """
+
+    def __call__(
+        self, model_output: Any, labels: torch.Tensor, shift_labels: bool = True, **kwargs: Any
+    ) -> Any:
+        """The smoothed loss."""
+        del shift_labels
+        return super().__call__(model_output, labels, shift_labels=True, **kwargs)
+
+
+class KeepMerging(TrainerCallback):
+    """For Trainers of one's own (TRL too): adapters they save carry the merge settings.
+
+    Needed where the LLaVA was wrapped first and the Trainer puts PEFT around it.
+    """
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Let the `PeftModel` know of the merging inside."""
+        del args, state, control, kwargs
+        if model is not None and is_wrapped(model):
+            wrap(model, config=merge_config(model))
+
+
+class ProgressLine(ProgressCallback):
+    """The Trainer's progress bar with the loss in it, instead of a printed line per log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the newest loss."""
+        del args, control, kwargs
+        bar = self.training_bar
+        if state.is_world_process_zero and bar is not None and logs and "loss" in logs:
+            bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+def with_budget(config: MergeConfig, budget: float) -> MergeConfig:
+    """The same settings with another budget: a whole number of tokens, or a fraction.
+
+    Raises:
+        ValueError: out of range.
+    """
+    if isinstance(budget, int) and not isinstance(budget, bool):
+        return config.replace(tokens=budget)
+    return config.replace(keep=budget)

@@ -1,0 +1,184 @@
+"""Vary one merge option at a time around the recommended settings and write the table.
+
+    python scripts/demo_ablation.py --split val --output eval/results/ablation   # for choosing
+    python scripts/demo_ablation.py --split test --output eval/results/ablation  # for reporting
+
+Every row is the default `MergeConfig` with one thing changed, at 1/2, 1/4, 1/8 and 1/16 of the
+tokens; both together ("calibration") is crossed in full, because each part alone hurts. Differences
+are paired with the default on the same questions, intervals resample pictures. A run that was
+stopped goes on with the rows that are missing. Writes ablation_<split>.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from demo_benchmark import load_model, measure_part
+from tqdm import tqdm
+
+from pitome_vlm import MergeConfig
+from pitome_vlm.demo import checkpoint_path, load_split
+from pitome_vlm.demo.benchmark import Setting, concatenate, interval, provenance
+from pitome_vlm.files import write_text
+
+BUDGETS = (72, 36, 18, 9)
+# (what is varied, its value, the options that differ from the default)
+ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("default", "pitome_plus, hidden states, calibrated", {}),
+    ("calibration", "neither", {"size_bias": False, "positions": "compact"}),
+    ("calibration", "size bias alone", {"size_bias": True, "positions": "compact"}),
+    ("calibration", "mean positions alone", {"size_bias": False, "positions": "mean"}),
+    ("calibration", "original positions alone", {"size_bias": False, "positions": "original"}),
+    ("calibration", "size bias, original positions", {"size_bias": True, "positions": "original"}),
+    ("metric", "keys", {"metric": "keys"}),
+    ("proportional attention", "off", {"proportional_attention": False}),
+    ("means", "unweighted", {"weighted": False}),
+    ("order", "energy order", {"restore_order": False}),
+    ("placement", "after the layer", {"placement": "after_layer"}),
+    ("stage", "projector", {"stage": "projector"}),
+    ("stage", "both", {"stage": "both"}),
+    ("energy", "elu", {"energy": "elu"}),
+    ("energy", "gaussian", {"energy": "gaussian"}),
+    ("margin", "0", {"margin": 0.0}),
+    ("margin", "0.45", {"margin": 0.45}),
+    ("margin", "0.9", {"margin": 0.9}),
+    ("algorithm", "tome", {"algorithm": "tome"}),
+    ("algorithm", "tome, hidden states", {"algorithm": "tome", "metric": "hidden"}),
+    ("algorithm", "pitome", {"algorithm": "pitome"}),
+    ("algorithm", "pitome, hidden states", {"algorithm": "pitome", "metric": "hidden"}),
+    ("split", "pitome, random", {"algorithm": "pitome", "metric": "hidden", "split": "random"}),
+    ("split", "pitome, high/low", {"algorithm": "pitome", "metric": "hidden", "split": "high_low"}),
+    ("protect", "pitome, none", {"algorithm": "pitome", "metric": "hidden", "protect": False}),
+)
+BASELINE = MergeConfig(keep=1.0, algorithm="none")
+
+
+def settings() -> Iterator[tuple[str, Setting]]:
+    """Every cell of the table with the key it is stored under; the unreduced model first."""
+    yield "unreduced", Setting("no reduction", BASELINE)
+    for group, value, options in ROWS:
+        for tokens in BUDGETS:
+            config = MergeConfig.from_dict({"tokens": tokens, **options})
+            yield f"{group}/{value}/{tokens}", Setting(f"{group}: {value}", config)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--split", choices=("val", "test"), default="val")
+    parser.add_argument("--limit", type=int, help="first questions only")
+    parser.add_argument("--batch-size", type=int, default=48)
+    parser.add_argument("--model", type=Path, default=None, help="another checkpoint folder")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--rows", type=int, default=8, help="cells measured between two saves")
+    parser.add_argument("--rewrite", action="store_true", help="the table again, without a run")
+    return parser.parse_args()
+
+
+def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
+    """Measure the cells that are not stored yet, saving after every few."""
+    split, size = wanted.split, wanted.batch_size
+    path, samples = wanted.model or checkpoint_path(), load_split(split, wanted.limit)
+    results: dict[str, Any] = {"cells": {}, "minutes": 0.0}
+    if stored.is_file():
+        results = json.loads(stored.read_text())
+        if results["provenance"]["questions"] != len(samples):
+            raise SystemExit(
+                f"{stored} holds {results['provenance']['questions']} questions per cell, not "
+                f"{len(samples)}; give the same --limit, or another --output"
+            )
+    todo = [cell for cell in settings() if cell[0] not in results["cells"]]
+    parts = [samples[i : i + size] for i in range(0, len(samples), size)]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(wanted.jobs, initializer=load_model, initargs=(path,)) as pool:
+        for begin in tqdm(range(0, len(todo), wanted.rows), unit="save"):
+            cells, start = todo[begin : begin + wanted.rows], time.time()
+            worker = functools.partial(
+                measure_part, settings=[s for _, s in cells], split=split, batch_size=size
+            )
+            outcomes = concatenate(list(pool.imap(worker, parts)))
+            for (key, setting), outcome in zip(cells, outcomes, strict=True):
+                correct = "".join("01"[int(right)] for right in outcome.correct)
+                results["cells"][key] = {
+                    "config": setting.config.to_dict(),
+                    "tokens": outcome.tokens,
+                    "correct": correct,
+                }
+            results["minutes"] += (time.time() - start) / 60
+            facts = provenance(
+                load_model(path)[0], split=split, questions=len(samples), batch_size=size
+            )
+            results["provenance"] = facts | {"processes": wanted.jobs, "cores": os.cpu_count()}
+            write_text(stored, json.dumps(results, separators=(",", ":")) + "\n")
+    return results
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """The cells as markdown: accuracy of the default, then differences to it."""
+    samples = load_split(results["provenance"]["split"], results["provenance"]["questions"])
+    right = {
+        key: np.array([int(bit) for bit in cell["correct"]], dtype=float)
+        for key, cell in results["cells"].items()
+    }
+    heads = [f"{tokens} tokens" for tokens in BUDGETS]
+    lines = [f"| varied | value | {' | '.join(heads)} |", "|---|---|" + "---|" * len(BUDGETS)]
+    whole = f"{100 * right['unreduced'].mean():.1f}"
+    lines.append(f"| no reduction | all 144 tokens | {' | '.join([whole] * len(BUDGETS))} |")
+    for group, value, options in ROWS:
+        cells = []
+        for tokens in BUDGETS:
+            own, default = (
+                right[f"{group}/{value}/{tokens}"],
+                right[f"default/{ROWS[0][1]}/{tokens}"],
+            )
+            if not options:
+                cells.append(f"**{100 * own.mean():.1f}**")
+                continue
+            low, high = interval(samples, 100 * (own - default))
+            cells.append(f"{100 * (own - default).mean():+.1f} ({low:+.1f} to {high:+.1f})")
+        lines.append(f"| {group} | {value} | {' | '.join(cells)} |")
+    return lines
+
+
+def report(results: dict[str, Any]) -> str:
+    """The whole page."""
+    facts = results["provenance"]
+    shown = ", ".join(f"{name} {value}" for name, value in facts.items())
+    text = [
+        f"# Ablation on the demo {facts['split']} split",
+        "",
+        f"Made by `python scripts/demo_ablation.py --split {facts['split']} --output "
+        "eval/results/ablation`. The first rows are percent right; every other row is its "
+        "difference to the default in points, with the 95 % interval of the paired difference "
+        "(bootstrap over pictures). An interval that holds 0 shows no difference.",
+        "",
+        *table(results),
+        "",
+        f"{shown}; {results['minutes']:.0f} minutes.",
+        "",
+    ]
+    return "\n".join(text)
+
+
+def main() -> None:
+    """Measure what is missing and write the table."""
+    wanted = arguments()
+    wanted.output.mkdir(parents=True, exist_ok=True)
+    stored = wanted.output / f"ablation_{wanted.split}.json"
+    results = json.loads(stored.read_text()) if wanted.rewrite else measure(wanted, stored)
+    write_text(stored.with_suffix(".md"), report(results))
+    print("\n".join(table(results)))
+
+
+if __name__ == "__main__":
+    main()
