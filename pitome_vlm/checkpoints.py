@@ -124,8 +124,8 @@ def _check_folder(folder: Path) -> None:
         return
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
-            f"{folder} holds a PEFT adapter, no model; load its base model and then "
-            "peft.PeftModel.from_pretrained(model, folder)"
+            f"{folder} holds a PEFT adapter, no model; give the folder of its base model here, or "
+            "load both with pitome_vlm.load"
         )
     raise ValueError(f"{folder} holds no config.json; give the folder of a complete checkpoint")
 

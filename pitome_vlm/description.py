@@ -55,8 +55,8 @@ class Description:
     def summary(self) -> str:
         """One line: algorithm, options, budget, tokens in and out."""
         return (
-            f"{self.config.summary()}: {self.tokens_in} -> {self.tokens_out} visual tokens per "
-            f"image"
+            f"{self.config.summary()}: {self.tokens_in} -> {self.schedule.counts_out} visual "
+            "tokens per image"
         )
 
     @property
@@ -66,7 +66,7 @@ class Description:
 
     @property
     def tokens_out(self) -> int:
-        """Visual tokens per image with merging."""
+        """Visual tokens per image with merging; the most, where every image has its own count."""
         return self.schedule.tokens_out
 
     @property
@@ -156,8 +156,9 @@ class Description:
         return _folded(f"weights {_bytes(parts.total)}", sizes)
 
     def _footnote(self) -> str:
+        most = "" if self.schedule.fewest is None else " that keeps the most tokens"
         return (
-            f"computed for one image and {self.before.text_tokens} text tokens, batch 1; one "
+            f"computed for one image{most} and {self.before.text_tokens} text tokens, batch 1; one "
             "multiply-add is 2 FLOP"
         )
 

@@ -59,8 +59,8 @@ def load(
     dtype: str | torch.dtype | None = "auto",
     device_map: Any = None,
     attn_implementation: str | None = None,
-    load_in_4bit: bool | None = None,
-    load_in_8bit: bool | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
     quantization_config: Any = None,
     max_memory: dict[Any, Any] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
@@ -94,11 +94,11 @@ def load(
             Parts that a dict puts on "cpu" or "disk" beside an accelerator are not quantised.
         attn_implementation: as for `from_pretrained`.
         load_in_4bit: quantise the language model to 4 bits (bitsandbytes nf4, double
-            quantisation); tower and projector are left alone. False loads an adapter's base
-            model unquantised.
+            quantisation); tower and projector are left alone.
         load_in_8bit: the same to 8 bits.
         quantization_config: a quantisation config of your own, taken as it is. The loaded model
-            is checked against its `llm_int8_skip_modules`.
+            is checked against its `llm_int8_skip_modules`. False loads the base model of an
+            adapter unquantised, however it was trained.
         max_memory: as for `from_pretrained`: how much each device may hold.
         offload_folder: as for `from_pretrained`: where parts on "disk" go.
         base: the model an adapter belongs to, where it is not where it was.
@@ -202,14 +202,14 @@ def complete_processor(processor: Any, model: Any) -> Any:
 
 
 def _quantization(
-    adapter: SavedAdapter | None, bits: dict[str, bool | None], config: Any, device_map: Any
+    adapter: SavedAdapter | None, bits: dict[str, bool], config: Any, device_map: Any
 ) -> Any:
     """What the caller asks for, else how the adapter was trained."""
-    asked = config is not None or any(value is not None for value in bits.values())
+    asked = config is not None or any(bits.values())
     if adapter is not None and adapter.record.quantization and not asked:
         return recorded_quantization(adapter.record.quantization, device_map)
-    on = {name: bool(value) for name, value in bits.items()}
-    return quantization(**on, quantization_config=config, device_map=device_map)
+    own = None if config is False else config
+    return quantization(**bits, quantization_config=own, device_map=device_map)
 
 
 def _merging(

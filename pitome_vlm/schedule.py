@@ -191,6 +191,12 @@ class Schedule:
         return (counts[-1] if counts else self.n_tokens) + self.leading_kept
 
     @property
+    def counts_out(self) -> str:
+        """`tokens_out` for people: "36", or "9 to 72" where every image has its own count."""
+        fewest = self.ladder[-1] + self.leading_kept
+        return str(fewest) if self.fewest is None else f"{fewest} to {self.tokens_out}"
+
+    @property
     def is_identity(self) -> bool:
         """True where nothing is merged, so that the untouched code path is taken."""
         return self.tokens_out == self.tokens_in and len(self.ladder) == 1

@@ -178,7 +178,7 @@ class WrappedLlava:
         note = f"pitome: {self._pitome.config.summary()}"
         try:
             schedule = self._pitome.schedule(self)
-            note += f", {schedule.tokens_in} -> {schedule.tokens_out} visual tokens per image"
+            note += f", {schedule.tokens_in} -> {schedule.counts_out} visual tokens per image"
         except (TypeError, ValueError) as error:
             # The model's config was changed after wrap; printing a model must not fail for it.
             note += f", not applicable: {error}"

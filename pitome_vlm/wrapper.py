@@ -218,6 +218,22 @@ def encode_images(model: nn.Module, pixel_values: Tensor, **feature_options: Any
     return merging.encode(base, pixel_values, **feature_options)
 
 
+def visual_token_counts(model: nn.Module, pixel_values: Tensor) -> list[int]:
+    """Visual tokens of every image of a wrapped model; the tower is run where images differ.
+
+    Args:
+        model: a wrapped model.
+        pixel_values: [images, 3, H, W].
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    if not merge_config(model).is_adaptive:
+        return [schedule_of(model).tokens_out] * len(pixel_values)
+    with torch.no_grad():
+        return encode_images(model, pixel_values).counts
+
+
 def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
     """What `model(**inputs)` turns its inputs into, for training loops of one's own.
 

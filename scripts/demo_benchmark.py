@@ -21,8 +21,11 @@ import numpy as np
 import torch
 from demo_report import (
     BASELINE,
+    BASELINES,
     BUDGETS,
+    CALIBRATED,
     RANDOM_SEEDS,
+    RECOMMENDED,
     TIMED_BATCH,
     TIMED_ROUNDS,
     from_raw,
@@ -49,29 +52,31 @@ from pitome_vlm.measure import describe, time_prefill
 
 
 def methods(tokens: int) -> list[Setting]:
-    """Everything compared at one budget."""
+    """Everything compared at one budget, calibrated alike unless the name says otherwise."""
     settings = [
-        Setting("PiToMe", MergeConfig(tokens=tokens)),
+        Setting(RECOMMENDED, MergeConfig(tokens=tokens)),
+        Setting("PiToMe, calibrated", MergeConfig(tokens=tokens, algorithm="pitome")),
+        Setting("PiToMe (paper)", MergeConfig.preset("paper", tokens=tokens)),
         Setting("PiToMe (released code)", MergeConfig.preset("released", tokens=tokens)),
-        Setting("PiToMe at the projector", MergeConfig(tokens=tokens, stage="projector")),
-        Setting("ToMe", MergeConfig(tokens=tokens, algorithm="tome")),
-        Setting("pool", MergeConfig(tokens=tokens, algorithm="pool")),
     ]
+    for name, algorithm in BASELINES.items():
+        config = MergeConfig(tokens=tokens, algorithm=algorithm, **CALIBRATED)
+        settings.append(Setting(name, config))
     for seed in RANDOM_SEEDS:
-        config = MergeConfig(tokens=tokens, algorithm="random", seed=seed)
+        config = MergeConfig(tokens=tokens, algorithm="random", seed=seed, **CALIBRATED)
         settings.append(Setting("random", config))
     return settings
 
 
 def cost_rows(model: Any, processor: Any, split: str) -> list[dict[str, Any]]:
-    """What each budget saves with PiToMe: counted FLOPs and KV bytes, measured first-token time.
+    """What each budget saves by default: counted FLOPs and KV bytes, measured first-token time.
 
     The budgets take turns, so that whatever else the machine does falls on all of them; the first
     round warms up.
     """
     batch = next(batches(processor, load_split(split, TIMED_BATCH), split, TIMED_BATCH))
     settings = [Setting(BASELINE, MergeConfig(keep=1.0, algorithm="none"))]
-    settings += [Setting("PiToMe", MergeConfig(tokens=tokens)) for tokens in BUDGETS]
+    settings += [Setting(RECOMMENDED, MergeConfig(tokens=tokens)) for tokens in BUDGETS]
     times: list[list[float]] = [[] for _ in settings]
     rows: list[dict[str, Any]] = [{} for _ in settings]
     for turn in range(1 + TIMED_ROUNDS):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -263,7 +264,7 @@ def test_a_check_that_fails_steps_up_with_a_wider_interval_and_says_so():
     assert result.config.tokens == 36
     assert result.verdict == "met"
     assert "98.3 % interval" in result.statement
-    assert "missed by 2 smaller budget(s)" in result.statement
+    assert "(missed by the 2 smaller budgets checked before) is met." in result.statement
     assert result.report().count("missed") >= 2
 
 
@@ -647,6 +648,15 @@ def test_rows_are_read_relative_to_the_file(tmp_path):
     assert len(read_rows(file, limit=1)) == 1
 
 
+def test_a_row_takes_tuples_because_a_text_is_a_sequence_of_letters():
+    with pytest.raises(TypeError, match="images must be a tuple, got str 'cat"):
+        Row("cat.png", "what?")
+    with pytest.raises(TypeError, match="answers must be a tuple, got str 'cat'"):
+        Row(("cat.png",), "what?", "cat")
+    with pytest.raises(ValueError, match="at least one picture"):
+        Row((), "what?")
+
+
 GOOD = {"image": "a.png", "question": "what?", "answer": "cat"}
 
 
@@ -888,3 +898,30 @@ def test_divergence_is_kullback_leibler_and_counts_no_mass_as_nothing():
     q = torch.tensor([[0.25, 0.25, 0.5], [0.2, 0.3, 0.5]])
     found = kl_divergence(p.log(), q.log())
     assert found.tolist() == pytest.approx([math.log(2), 0.0], abs=1e-6)
+
+
+# --- the guide
+
+
+def test_the_guide_s_python_and_data_are_true(demo, tmp_path, monkeypatch):
+    guide = (Path(__file__).resolve().parents[1] / "docs" / "tune.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    (lines,) = re.findall(r"```json\n(.*?)```", guide, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("my.jsonl").write_text(lines)
+    assert [len(row.images) for row in read_rows("my.jsonl")] == [1, 1, 2]
+    written = []
+    for i, sample in enumerate(load_split("val", 24)[::2]):
+        picture(sample.scene_id, "val").save(f"{i}.png")
+        written.append({"image": f"{i}.png", "question": sample.question, "answer": sample.answer})
+    write(tmp_path, *written)
+    model, processor = demo
+    scope = {"model": model, "processor": processor, "pitome_vlm": pitome_vlm}
+    try:
+        exec(code, scope)
+        assert pitome_vlm.wrapper.merge_config(model) == scope["result"].config
+    finally:
+        pitome_vlm.unwrap(model)
+    table = guide.split("## Files", 1)[1]
+    for file in Path("tuned").iterdir():
+        assert re.sub(r"(unreduced)_.*", r"\1_*.npy", file.name) in table

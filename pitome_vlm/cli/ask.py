@@ -23,6 +23,7 @@ def ask(
     ratio: o.Ratio = None,
     algorithm: o.Algorithm = None,
     preset: o.Preset = None,
+    quality: o.Quality = None,
     load_4bit: o.Load4Bit = False,
     load_8bit: o.Load8Bit = False,
     dtype: o.Dtype = None,
@@ -37,7 +38,7 @@ def ask(
     Example: `pitome-vlm ask --model demo --image scene.png --keep 0.25 "how many stars are there?"`
     """
     del debug  # read by the command group
-    merging = o.MergeOptions(keep, tokens, ratio, algorithm, preset).given()
+    merging = o.MergeOptions(keep, tokens, ratio, algorithm, preset, quality).given()
     from .session import load_images, load_model, merging_line
 
     pictures = load_images(image)

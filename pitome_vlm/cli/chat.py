@@ -42,6 +42,7 @@ def chat(
     ratio: o.Ratio = None,
     algorithm: o.Algorithm = None,
     preset: o.Preset = None,
+    quality: o.Quality = None,
     load_4bit: o.Load4Bit = False,
     load_8bit: o.Load8Bit = False,
     dtype: o.Dtype = None,
@@ -57,7 +58,7 @@ def chat(
 
     Example: `pitome-vlm chat --model demo --image scene.png --keep 0.25`
     """
-    merging = o.MergeOptions(keep, tokens, ratio, algorithm, preset).given()
+    merging = o.MergeOptions(keep, tokens, ratio, algorithm, preset, quality).given()
     from .session import load_images, load_model, merging_line
 
     pictures = load_images(image or [])

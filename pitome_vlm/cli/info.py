@@ -34,6 +34,7 @@ def info(
     ratio: o.Ratio = None,
     algorithm: o.Algorithm = None,
     preset: o.Preset = None,
+    quality: o.Quality = None,
     text_tokens: Annotated[
         int, typer.Option(min=0, help="Length of the prompt beside the picture.")
     ] = 64,
@@ -48,7 +49,7 @@ def info(
     Example: `pitome-vlm info --model demo --tokens 36`
     """
     del debug  # read by the command group
-    merging = o.MergeOptions(keep, tokens, ratio, algorithm, preset).given()
+    merging = o.MergeOptions(keep, tokens, ratio, algorithm, preset, quality).given()
     with quiet(verbose):
         description = _described(model, merging, text_tokens)
     write(json.dumps(description.to_dict(), indent=2) if as_json else str(description))

@@ -27,9 +27,38 @@ Model = Annotated[
         help="Folder or Hub name of a LLaVA checkpoint, or `demo` for the bundled one.",
     ),
 ]
+
+
+def _fraction_or_auto(text: str) -> float | str:
+    """What --keep takes.
+
+    Raises:
+        BadParameter: neither a number nor "auto".
+    """
+    if str(text) == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is neither a number nor 'auto'") from error
+
+
 Keep = Annotated[
+    Any,
+    typer.Option(
+        metavar="F",
+        parser=_fraction_or_auto,
+        help="Fraction of the visual tokens to keep, 0 to 1, or auto: as few as each picture "
+        "allows.",
+        rich_help_panel=_BUDGET,
+    ),
+]
+Quality = Annotated[
     float | None,
-    typer.Option(help="Fraction of the visual tokens to keep, 0 to 1.", rich_help_panel=_BUDGET),
+    typer.Option(
+        help="With --keep auto: share of a picture's variance to keep, 0 to 1.",
+        rich_help_panel=_BUDGET,
+    ),
 ]
 Tokens = Annotated[
     int | None,
@@ -44,7 +73,9 @@ Ratio = Annotated[
 Algorithm = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="pitome (default), tome, random, pool, none.", rich_help_panel=_BUDGET
+        metavar="NAME",
+        help="pitome_plus (default), pitome, tome, visionzip, ...; a wrong name lists all.",
+        rich_help_panel=_BUDGET,
     ),
 ]
 Preset = Annotated[
@@ -114,11 +145,12 @@ MaybeImages = Annotated[
 class MergeOptions:
     """What the user said about merging; all None means nothing at all."""
 
-    keep: float | None = None
+    keep: float | str | None = None
     tokens: int | None = None
     ratio: float | None = None
     algorithm: str | None = None
     preset: str | None = None
+    quality: float | None = None
 
     def given(self, default_keep: float | None = None) -> dict[str, Any]:
         """What to hand to `load` and `wrap`, checked as far as it can be without a model.
@@ -138,6 +170,10 @@ class MergeOptions:
         values: dict[str, Any] = dict(budget)
         if self.algorithm is not None:
             values["algorithm"] = self.algorithm
+        if self.quality is not None:
+            if self.keep != "auto":
+                raise ValueError("--quality belongs to --keep auto; leave it out, or add that")
+            values["quality"] = self.quality
         if self.preset is not None:
             return {"config": MergeConfig.preset(self.preset, **values)}
         if budget:

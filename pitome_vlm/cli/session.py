@@ -86,4 +86,4 @@ def merging_line(model: Any) -> str:
         return "no merging"
     schedule = schedule_of(model)
     name = merge_config(model).algorithm
-    return f"{name}: {schedule.tokens_in} -> {schedule.tokens_out} visual tokens per image"
+    return f"{name}: {schedule.tokens_in} -> {schedule.counts_out} visual tokens per image"

@@ -114,9 +114,8 @@ def _load(plan: Plan) -> tuple[Any, Any]:
         dtype = str(compute_dtype(device)).removeprefix("torch.")
     return load(
         path,
-        # Not given is not False: an adapter's base is quantised as it was.
-        load_in_4bit=loading.load_4bit or None,
-        load_in_8bit=loading.load_8bit or None,
+        load_in_4bit=loading.load_4bit,
+        load_in_8bit=loading.load_8bit,
         dtype=dtype,
         device_map=device,
         base=plan.base,

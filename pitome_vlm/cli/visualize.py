@@ -32,6 +32,7 @@ def visualize(
     ratio: o.Ratio = None,
     algorithm: o.Algorithm = None,
     preset: o.Preset = None,
+    quality: o.Quality = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Picture and all algorithms side by side.")
     ] = False,
@@ -48,7 +49,7 @@ def visualize(
     Example: `pitome-vlm visualize --model demo --image scene.png --tokens 36 --compare`
     """
     del debug
-    merging = o.MergeOptions(keep, tokens, ratio, algorithm, preset).given(DEFAULT_KEEP)
+    merging = o.MergeOptions(keep, tokens, ratio, algorithm, preset, quality).given(DEFAULT_KEEP)
     check_picture_name(output)
     from .session import load_images, load_model, merging_line
 

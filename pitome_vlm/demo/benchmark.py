@@ -20,7 +20,7 @@ import transformers
 
 from ..config import MergeConfig
 from ..version import __version__
-from ..wrapper import schedule_of, wrapped
+from ..wrapper import visual_token_counts, wrapped
 from .dataset import SPLIT_SCENES, Sample, picture
 
 # One word and the end token; a second word would be a wrong answer anyway.
@@ -48,13 +48,14 @@ class Outcome:
 
     Attributes:
         setting: what was measured.
-        tokens: visual tokens per image that reached the language model.
+        tokens: visual tokens per image that reached the language model, a mean where pictures
+            have counts of their own.
         answers: one per question, in the order of the samples.
         correct: [questions] bool.
     """
 
     setting: Setting
-    tokens: int
+    tokens: float
     answers: list[str]
     correct: np.ndarray = field(repr=False)
 
@@ -133,19 +134,25 @@ def run(
         One outcome per setting.
     """
     answers: list[list[str]] = [[] for _ in settings]
-    tokens = [0] * len(settings)
+    tokens: list[list[int]] = [[] for _ in settings]
     for batch in batches(processor, samples, split, batch_size):
         for index, setting in enumerate(settings):
             with wrapped(model, config=setting.config):
-                tokens[index] = schedule_of(model).tokens_out
+                tokens[index] += visual_token_counts(model, batch["pixel_values"])
                 answers[index] += ask(model, processor, batch)
             if advance:
                 advance(len(batch["input_ids"]))
     truth = np.array([sample.answer for sample in samples])
     return [
-        Outcome(setting, count, given, np.array(given) == truth)
-        for setting, count, given in zip(settings, tokens, answers, strict=True)
+        Outcome(setting, _average(counts), given, np.array(given) == truth)
+        for setting, counts, given in zip(settings, tokens, answers, strict=True)
     ]
+
+
+def _average(counts: Sequence[float]) -> float:
+    """An int where all pictures have the same count."""
+    mean = sum(counts) / len(counts)
+    return int(mean) if mean.is_integer() else mean
 
 
 def concatenate(parts: Sequence[Sequence[Outcome]]) -> list[Outcome]:
@@ -153,7 +160,7 @@ def concatenate(parts: Sequence[Sequence[Outcome]]) -> list[Outcome]:
     return [
         Outcome(
             pieces[0].setting,
-            pieces[0].tokens,
+            _average([piece.tokens for piece in pieces for _ in piece.answers]),
             [answer for piece in pieces for answer in piece.answers],
             np.concatenate([piece.correct for piece in pieces]),
         )

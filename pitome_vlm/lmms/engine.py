@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import image_token_id
-from ..wrapper import base_model, is_wrapped, schedule_of
+from ..wrapper import base_model, is_wrapped, schedule_of, visual_token_counts
 from .requests import Prompt, RequestError
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,8 @@ class Work:
     requests: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
+    images: int = 0
+    visual_tokens: int = 0
 
 
 def generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,10 +205,16 @@ class Engine:
         """Tokens of every row as the language model sees them."""
         lengths = batch["attention_mask"].sum(1)
         if is_wrapped(self.model):
-            schedule = schedule_of(self.model)
-            token = image_token_id(base_model(self.model))
-            images = (batch["input_ids"] == token).sum(1) // schedule.tokens_in
-            lengths = lengths - images * (schedule.tokens_in - schedule.tokens_out)
+            full, token = schedule_of(self.model).tokens_in, image_token_id(base_model(self.model))
+            images = ((batch["input_ids"] == token).sum(1) // full).tolist()
+            pixels = batch.get("pixel_values")
+            counts = [] if pixels is None else visual_token_counts(self.model, pixels)
+            self.work.visual_tokens += sum(counts)
+            self.work.images += len(counts)
+            saved = [full - count for count in counts]
+            first = [sum(images[:row]) for row in range(len(images))]
+            removed = [sum(saved[i : i + n]) for i, n in zip(first, images, strict=True)]
+            lengths = lengths - torch.tensor(removed, device=lengths.device)
         return [int(length) for length in lengths]
 
     def _clock(self) -> float:

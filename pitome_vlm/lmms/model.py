@@ -23,7 +23,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
 from ..config import MergeConfig
-from ..wrapper import is_wrapped, schedule_of, unwrap, wrap
+from ..wrapper import is_wrapped, unwrap, wrap
 from .arguments import ModelArguments, combined
 from .engine import Engine, Work
 from .loader import load_model
@@ -227,8 +227,9 @@ class PitomeLlava(lmms):
             "processes": len(parts),
             "input_tokens": sum(part.input_tokens for part in parts) / requests,
         }
-        if is_wrapped(self.model):
-            details["visual_tokens"] = schedule_of(self.model).tokens_out
+        images = sum(part.images for part in parts)
+        if is_wrapped(self.model) and images:
+            details["visual_tokens"] = sum(part.visual_tokens for part in parts) / images
         log_metrics(
             total_elapsed_time=seconds,
             total_gen_tokens=written,

@@ -219,6 +219,8 @@ def _finish(
 ) -> TrainingResult:
     # Mixed precision patches forward on the model; off again, for whoever goes on with it.
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    if getattr(model.__dict__.get("forward"), "__func__", None) is type(model).forward:
+        del model.forward
     remember_training(model, facts | {"before": before, "after": after})
     trainer.save_state()
     trainer.save_model()

@@ -31,6 +31,7 @@ def circumstances(model: Any) -> dict[str, Any]:
         "hardware": _hardware(device),
         "device": device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantisation": _quantisation(model),
         "attention": str(model.config._attn_implementation),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -57,6 +58,14 @@ def fingerprint(model: Any) -> str:
             picked = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES]
             digest.update(picked.double().cpu().numpy().tobytes())
     return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def _quantisation(model: Any) -> str:
+    for bits in (4, 8):
+        if getattr(model, f"is_loaded_in_{bits}bit", False):
+            return f"{bits} bit"
+    method = getattr(model, "quantization_method", None)
+    return "none" if method is None else str(getattr(method, "value", method))
 
 
 def _hardware(device: torch.device) -> str:

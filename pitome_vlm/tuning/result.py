@@ -22,8 +22,8 @@ from .journal import write_file
 from .search import within
 
 Verdict = Literal["met", "not_shown", "unreduced"]
-# Times as many images as there are, beyond which a number of images is no advice.
-_MOST_TIMES = 50
+# Closer to the target than this share of it, a number of images would be no advice.
+_CLOSE = 0.25
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ def judge(
     what = "the loss of accuracy" if answered else "the loss of agreement with the unreduced model"
     sentence = f"On {about} {what} is {_with_interval(loss)}: {target}"
     if len(checks) > 1:
-        sentence += f", missed by {len(checks) - 1} smaller budget(s) before,"
+        before = "smaller budget" if len(checks) == 2 else f"{len(checks) - 1} smaller budgets"
+        sentence += f" (missed by the {before} checked before)"
     if within(loss.high, max_loss):
         return "met", f"{sentence} is met."
     sentence += f" is not shown to be met: the interval reaches {percent(loss.high)}."
@@ -191,7 +192,7 @@ def _plain_zero(value: float) -> float:
 def _wanted(loss: Loss, max_loss: float) -> str:
     """How many images would have been enough, where that can be said."""
     wide, room = loss.high - loss.value, max_loss - loss.value
-    if wide**2 > _MOST_TIMES * max(room, 0.0) ** 2:
+    if room <= _CLOSE * max_loss:
         return " The loss is too close to the target for more images to settle it soon."
     images = math.ceil(loss.images * (wide / room) ** 2)
     # Two figures: this is an extrapolation.

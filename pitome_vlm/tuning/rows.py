@@ -42,6 +42,15 @@ class Row:
     answers: tuple[str, ...] = ()
     source: str = ""
 
+    def __post_init__(self) -> None:
+        # A text is a sequence too, of letters.
+        for name in ("images", "answers"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple):
+                raise TypeError(f"{name} must be a tuple, got {type(value).__name__} {value!r}")
+        if not self.images:
+            raise ValueError("images must hold at least one picture")
+
     def load(self, limits: ImageLimits) -> list[Image.Image]:
         """The pictures in RGB.
 

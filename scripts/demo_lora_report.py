@@ -1,0 +1,139 @@
+"""Table and raw answers of scripts/demo_lora.py.
+
+Knows: Markdown, and what is compared with what. Does not know: training or models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pitome_vlm import MergeConfig
+from pitome_vlm.demo import Sample
+from pitome_vlm.demo.benchmark import interval
+from pitome_vlm.files import write_text
+
+TITLES = {
+    "base": "untrained",
+    "base-nf4": "untrained, nf4",
+    "lora": "LoRA, merging on",
+    "lora-default": "LoRA, merging on",
+    "lora-unmerged": "LoRA, trained without merging",
+    "qlora-nf4": "QLoRA (nf4), merging on",
+}
+METHODS = {"none": "no merging", "pitome": "PiToMe (paper)", "pitome_plus": "pitome_plus (default)"}
+
+
+def write_report(
+    folder: Path, samples: Sequence[Sample], results: list[dict[str, Any]], recipe: dict[str, Any]
+) -> None:
+    """results.json and report.md."""
+    raw = {"recipe": recipe, "samples": [vars(sample) for sample in samples], "trials": results}
+    write_text(folder / "results.json", json.dumps(raw) + "\n")
+    write_text(folder / "report.md", report(samples, results, recipe))
+
+
+def report(samples: Sequence[Sample], results: list[dict[str, Any]], recipe: dict[str, Any]) -> str:
+    """The whole report.md."""
+    rows = list(_rows(samples, results))
+    facts = results[0]["facts"]
+    shown = ", ".join(f"{key} {value}" for key, value in facts.items())
+    steps = -(-recipe["scenes"] // recipe["batch_size"]) * recipe["epochs"]
+    return "\n".join(
+        [
+            "# LoRA and QLoRA with merging on",
+            "",
+            f"The bundled model on {len(samples)} {facts['split']} questions, greedy, exact match. "
+            "Intervals resample whole pictures (4,000 bootstrap draws). *won back* is the paired "
+            "difference to the same model untrained at the same tokens; *of the loss* the share of "
+            "what merging had cost (untrained without merging minus untrained with it).",
+            "",
+            *_table(rows),
+            "",
+            f"Adapters: rank {recipe['rank']}, all linear layers of the language model. Data: "
+            f"{recipe['scenes']} freshly drawn scenes that are in no split, {recipe['per_scene']} "
+            f"questions each as one LLaVA-format conversation, {recipe['epochs']:g} epochs, "
+            f"{steps:.0f} steps of {recipe['batch_size']}, learning rate "
+            f"{recipe['learning_rate']:g} (cosine), seed {recipe['seed']}. Options were chosen on "
+            "the validation split; the test questions were asked once.",
+            "",
+            *_costs(results),
+            "",
+            f"Measured on: {shown}.",
+            "",
+            "Regenerate with `python scripts/demo_lora.py --output eval/results/lora`.",
+            "",
+        ]
+    )
+
+
+def _rows(samples: Sequence[Sample], results: list[dict[str, Any]]) -> Any:
+    truth = np.array([sample.answer for sample in samples])
+    for trial in results:
+        for outcome in trial["outcomes"]:
+            config = MergeConfig.from_dict(outcome["config"])
+            yield {
+                "trial": trial["trial"],
+                "bits": trial["bits"],
+                "trained": trial["trained"] is not None,
+                "method": config.algorithm,
+                "tokens": outcome["tokens"],
+                "right": (np.array(outcome["answers"]) == truth).astype(float),
+                "samples": samples,
+            }
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| visual tokens | merging | model | accuracy % | 95 % | won back | 95 % | of the loss |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        samples, right = row["samples"], row["right"]
+        low, high = interval(samples, right)
+        cells = [
+            str(row["tokens"]),
+            METHODS.get(row["method"], row["method"]),
+            TITLES.get(row["trial"], row["trial"]),
+            f"{100 * right.mean():.1f}",
+            f"{100 * low:.1f} to {100 * high:.1f}",
+        ]
+        before = _untrained(rows, row, row["method"])
+        whole = _untrained(rows, row, "none")
+        if row["trained"] and before is not None:
+            gained = right - before
+            low, high = interval(samples, gained)
+            cells += [f"{100 * gained.mean():+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"]
+            lost = 0.0 if whole is None else whole.mean() - before.mean()
+            cells.append(f"{100 * gained.mean() / lost:.0f} %" if lost > 0 else "")
+        else:
+            cells += ["", "", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _untrained(rows: list[dict[str, Any]], row: dict[str, Any], method: str) -> Any:
+    """The answers of the same base without an adapter, None where it was not asked."""
+    found = [
+        other["right"]
+        for other in rows
+        if not other["trained"] and other["bits"] == row["bits"] and other["method"] == method
+    ]
+    return found[0] if found else None
+
+
+def _costs(results: list[dict[str, Any]]) -> list[str]:
+    lines = ["| run | training, one core | adapter | weights |", "|---|---|---|---|"]
+    for trial in results:
+        parts = trial["weights"]
+        total = sum(value for value in parts.values() if isinstance(value, int))
+        size = trial["adapter_bytes"]
+        lines.append(
+            f"| {trial['trial']} | {trial['seconds']} s | "
+            f"{'' if not size else f'{size / 1024:.0f} KiB'} | {total / 1024:.0f} KiB |"
+        )
+    return lines
