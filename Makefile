@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 MATRIX_VENV ?= .venv-transformers-4.57
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types layers unit test-matrix bench-demo eval-demo wheel clean
+.PHONY: help demo test lint types layers unit test-matrix bench-demo bench-ablation eval-demo wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -58,9 +58,13 @@ test-matrix: ## adapter tests on the oldest supported transformers, in an enviro
 bench-demo: $(VENV)/.base ## regenerate eval/results/demo (all held-out questions)
 	$(BIN)/python scripts/demo_benchmark.py --output eval/results/demo --readme README.md
 
+bench-ablation: $(VENV)/.base ## regenerate eval/results/ablation on both splits; goes on where it was
+	$(BIN)/python scripts/demo_ablation.py --split val --limit 1200 --output eval/results/ablation
+	$(BIN)/python scripts/demo_ablation.py --split test --limit 1200 --output eval/results/ablation
+
 eval-demo: $(VENV)/.dev ## regenerate eval/results/demo_vqa with lmms-eval; RESUME=1 goes on
 	test -n "$(RESUME)" || rm -rf eval/results/demo_vqa
-	$(BIN)/pitome-vlm eval --suite demo --algorithms pitome,released,tome,random,pool \
+	$(BIN)/pitome-vlm eval --suite demo --algorithms pitome_plus,paper,tome,random,pool \
 		--output eval/results/demo_vqa --resume
 
 wheel: $(VENV)/.dev ## build the wheel into dist/

@@ -111,7 +111,7 @@ class MergeConfig:
     keep: float | Literal["auto"] | None = None
     tokens: int | None = None
     ratio: float | None = None
-    quality: float = 0.9
+    quality: float = 0.8
     keep_range: tuple[float, float] = (0.0625, 0.5)
     algorithm: str = "pitome_plus"
     stage: Stage | None = None

@@ -136,6 +136,8 @@ def find_adapter_at(path: Any, *, allow_pickle: bool = False, **source: Any) -> 
 
     try:
         config = PeftConfig.from_pretrained(name, **source)
+        if config.peft_type is None:
+            raise ValueError("it names no peft_type")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{name} holds a PEFT adapter whose {ADAPTER_CONFIG} cannot be used "

@@ -270,7 +270,11 @@ def _is_quantised(module: nn.Module) -> bool:
 
 
 def _is_a(module: nn.Module, class_name: str) -> bool:
-    return any(cls.__name__ == class_name for cls in type(module).__mro__)
+    # PEFT's layers around quantised ones have the same names.
+    return any(
+        cls.__name__ == class_name and cls.__module__.startswith("bitsandbytes")
+        for cls in type(module).__mro__
+    )
 
 
 def _offloads(device_map: Any) -> bool:

@@ -27,7 +27,7 @@ from pitome_vlm.cli import app
 from pitome_vlm.config import MergeConfig
 from pitome_vlm.version import __version__
 
-COMMANDS = ("demo", "ask", "chat", "info", "visualize", "eval")
+COMMANDS = ("demo", "ask", "chat", "info", "visualize", "eval", "tune", "verify", "train")
 PYTHON = (sys.executable, "-m", "pitome_vlm")
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -127,7 +127,7 @@ def test_ask_tells_details_when_asked(checkpoint, picture):
     result = run(
         "ask", "-m", checkpoint, "-i", picture, "--keep", 0.25, "--max-new-tokens", 2, "-v", "a"
     )
-    assert "pitome: 144 -> 36 visual tokens per image" in result.stderr
+    assert "pitome_plus: 144 -> 36 visual tokens per image" in result.stderr
     assert len(result.stdout.splitlines()) == 1
 
 
@@ -170,7 +170,9 @@ def test_temperature_samples(checkpoint, picture):
 BAD = [
     (["ask", "--image", "PICTURE", "--keep", "0", "q"], "keep must be in (0, 1], got 0"),
     (["ask", "--image", "PICTURE", "--keep", "1.5", "q"], "keep must be in (0, 1], got 1.5"),
-    (["ask", "--image", "PICTURE", "--keep", "half", "q"], "--keep"),
+    (["ask", "--image", "PICTURE", "--keep", "half", "q"], "neither a number nor 'auto'"),
+    (["ask", "--image", "PICTURE", "--keep", "0.5", "--quality", "0.9", "q"], "--keep auto"),
+    (["ask", "--image", "PICTURE", "--keep", "auto", "--quality", "2", "q"], "quality must be in"),
     (["ask", "--image", "PICTURE", "--ratio", "-1", "q"], "ratio must be in (0, 1], got -1"),
     (["ask", "--image", "PICTURE", "--tokens", "0", "q"], "tokens must be a whole number"),
     (["ask", "--image", "PICTURE", "--tokens", "145", "q"], "tokens must be in 1..144"),
@@ -327,7 +329,7 @@ def test_chat_answers_and_survives_bad_lines(checkpoint, picture, files):
         ("72", "2", "0"),
         ("72", "2", "0"),
     ]
-    assert "pitome: 144 -> 9 visual tokens per image" in told
+    assert "pitome_plus: 144 -> 9 visual tokens per image" in told
     assert any("/image PATH" in line for line in told[-8:])
 
 
@@ -570,9 +572,9 @@ def test_demo_tells_the_whole_story(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_run, "TIMED_RUNS", 2)
     result = run("demo", "--questions", 9, "--output", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
-    rows = re.findall(r"(no merging|PiToMe|ToMe|random|pool) +(\d+) +[\d.]+ %", result.stdout)
+    rows = re.findall(r"(no merging|PiToMe\+|ToMe|random|pool) +(\d+) +[\d.]+ %", result.stdout)
     merged = [
-        (name, n) for n in ("72", "36", "16") for name in ("PiToMe", "ToMe", "random", "pool")
+        (name, n) for n in ("72", "36", "16") for name in ("PiToMe+", "ToMe", "random", "pool")
     ]
     assert rows == [("no merging", "144"), *merged]
     assert "A small sample" in result.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -102,8 +103,7 @@ def test_loss_falls_and_every_gradient_arrives_also_after_an_evaluation(
         with torch.no_grad():
             model.eval()(**batch)
             model.train()
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < 0.95 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def packed(model) -> int:
@@ -123,7 +123,19 @@ def claim_avx512(model):
             module.support_avx512bf16_for_cpu = True
 
 
+def kernel_of_such_a_cpu(inputs, weight, out=None, state=None):
+    """The product with a repacked weight as that CPU's kernel gives it: without a gradient."""
+    unpack = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse
+    plain, plain_state = unpack(weight.clone(), copy.copy(state))
+    matrix = bitsandbytes.functional.dequantize_4bit(plain, plain_state)
+    return (inputs @ matrix.t().to(inputs.dtype)).detach()
+
+
 class TestRepackedWeights:
+    @pytest.fixture(autouse=True)
+    def such_a_cpu(self, monkeypatch):
+        monkeypatch.setattr(bitsandbytes.functional, "gemv_4bit", kernel_of_such_a_cpu)
+
     def test_the_trap_is_there(self, checkpoint, data):
         # Without our help: an evaluation, and then layers in front of others get no gradient.
         model, processor = loaded(checkpoint, "nf4")
@@ -398,30 +410,33 @@ def schedule_with(model, config) -> int:
 # --- train()
 
 
-class TestTrain:
-    @pytest.fixture(scope="class")
-    def result(self, checkpoint, data, tmp_path_factory):
-        model, processor = loaded(checkpoint)
-        return train(
-            model,
-            processor,
-            data,
-            tmp_path_factory.mktemp("run") / "out",
-            val_data=data,
-            lora=LoraOptions(rank=16, parts=PARTS),
-            learning_rate=1e-2,
-            num_train_epochs=14,
-            bf16=False,
-            eval_strategy="steps",
-            eval_steps=20,
-        )
+@pytest.fixture(scope="module")
+def result(checkpoint, data, tmp_path_factory):
+    model, processor = loaded(checkpoint)
+    return train(
+        model,
+        processor,
+        data,
+        tmp_path_factory.mktemp("run") / "out",
+        val_data=data,
+        lora=LoraOptions(rank=16, parts=PARTS),
+        learning_rate=1e-2,
+        num_train_epochs=8,
+        per_device_train_batch_size=6,
+        eval_strategy="steps",
+        eval_steps=8,
+        logging_steps=2,
+        save_strategy="no",
+    )
 
+
+class TestTrain:
     def test_loss_falls(self, result):
         losses = [entry["loss"] for entry in result.history if "loss" in entry]
         assert losses[-1] < 0.6 * losses[0]
         evaluated = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
-        assert len(evaluated) == 2
-        assert result.steps == 42
+        assert len(evaluated) == 3  # twice on the way, once at the end
+        assert result.steps == 16
 
     def test_before_is_the_merged_untrained_model(self, result, checkpoint, data, tmp_path):
         model, processor = loaded(checkpoint)

@@ -32,7 +32,7 @@ BATCH = 45
 TIMED_RUNS = 20
 TIMED_BATCH = 2
 UNMERGED = Setting("no merging", MergeConfig(keep=1.0, algorithm="none"))
-TITLES = {"pitome": "PiToMe", "tome": "ToMe", "random": "random", "pool": "pool"}
+TITLES = {"pitome_plus": "PiToMe+", "tome": "ToMe", "random": "random", "pool": "pool"}
 KEEPS = (0.5, 0.25, 0.11)
 SHOWN_KEEP = 0.25
 # Kinds with several objects: there is something to look at.

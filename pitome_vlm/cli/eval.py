@@ -51,7 +51,7 @@ Algorithms = Annotated[
     str | None,
     typer.Option(
         metavar="A,B",
-        help="pitome, released, tome, random, pool, or NAME:field=value; default: the suite's. "
+        help="pitome_plus, paper, released, tome, ..., or NAME:field=value; default: the suite's. "
         "The unreduced model is always measured.",
         rich_help_panel=_WHAT,
     ),
@@ -202,7 +202,7 @@ def _settings(suite: Suite, algorithms: str | None, tokens: str | None) -> tuple
         return suite.settings
     reduced = [s for s in suite.settings if s.method != suites.BASELINE]
     methods = _names("algorithms", algorithms) if algorithms is not None else []
-    methods = methods or list(dict.fromkeys(s.method for s in reduced)) or ["pitome"]
+    methods = methods or list(dict.fromkeys(s.method for s in reduced)) or ["pitome_plus"]
     if tokens is not None:
         return suites.grid(methods, [_count(word) for word in _names("tokens", tokens)])
     return suites.grid(methods, [s.config.tokens for s in reduced if s.config.tokens])

@@ -17,7 +17,7 @@ from .terminal import quiet, say, write
 if TYPE_CHECKING:
     from PIL import Image
 
-COMPARED = ("pitome", "tome", "random", "pool")
+COMPARED = ("pitome_plus", "pitome", "tome", "random", "pool")
 DEFAULT_KEEP = 0.25
 
 

@@ -22,6 +22,7 @@ MODEL_ID = "pitome_llava"
 BASELINE = "none"
 SUITES = Path(__file__).resolve().parent / "suites"
 _MERGE_FIELDS = tuple(field.name for field in dataclasses.fields(MergeConfig))
+_PRESET = "preset"
 _BUDGETS = ("keep", "tokens", "ratio")
 # The keys of an lmms-eval config that a sweep uses; those it replaces are simply not read.
 _SHARED = ("model", "tasks", "batch_size", "gen_kwargs")
@@ -245,7 +246,8 @@ def _suite(name: str, runs: list[dict[str, Any]]) -> Suite:
     if not all(tasks):
         raise ValueError("tasks must be names separated by commas")
     arguments = [parse_model_args(str(run.get("model_args") or "")) for run in runs]
-    plain = [{k: v for k, v in a.items() if k not in _MERGE_FIELDS} for a in arguments]
+    merging = {*_MERGE_FIELDS, _PRESET}
+    plain = [{k: v for k, v in a.items() if k not in merging} for a in arguments]
     if any(other != plain[0] for other in plain):
         raise ValueError("the model_args of a suite's runs may differ in merge options only")
     settings = [_run_setting(a) for a in arguments]
@@ -275,6 +277,9 @@ def check_batch_size(value: Any) -> int:
 
 def _run_setting(arguments: dict[str, str]) -> Setting:
     values = {key: _scalar(arguments[key]) for key in _MERGE_FIELDS if key in arguments}
+    preset = arguments.get(_PRESET)
+    if preset is not None:
+        return Setting(preset, MergeConfig.preset(preset, **values))
     if not values or values.get("algorithm") == BASELINE or values == {"keep": 1}:
         return baseline()
     config = MergeConfig.from_dict(values)

@@ -15,7 +15,7 @@ from torch import nn
 from ..adapters import find_adapter
 from ..adapters.tower import find_encoder_layers
 from ..config import MergeConfig
-from ..quantization import QUANTISED_CLASSES, allow_gradients
+from ..quantization import allow_gradients
 from ..wrapper import base_model, is_wrapped, merge_config, wrap
 
 PARTS = ("language_model", "projector", "vision_tower")
@@ -94,7 +94,7 @@ def target_modules(model: nn.Module, parts: tuple[str, ...] = ("language_model",
         names = [
             name
             for name, module in base.named_modules()
-            if inside.search(name) and _is_linear(module) and module not in unread
+            if inside.search(name) and isinstance(module, nn.Linear) and module not in unread
         ]
         if not names:
             raise ValueError(f"{part} has no linear layer that could get an adapter")
@@ -166,11 +166,6 @@ def _outside(tower: nn.Module, layers: nn.ModuleList) -> set[nn.Module]:
     """What of a tower is no encoder layer: embeddings, and a pooling head that nothing reads."""
     inside = {module for layer in layers for module in layer.modules()}
     return {module for module in tower.modules() if module not in inside}
-
-
-def _is_linear(module: nn.Module) -> bool:
-    names = {cls.__name__ for cls in type(module).__mro__}
-    return isinstance(module, nn.Linear) or bool(names & set(QUANTISED_CLASSES))
 
 
 def _pattern(names: list[str], *, numbered: bool) -> str:
