@@ -82,7 +82,7 @@ class MergeConfig:
             takes the algorithm's own place.
         layers: tower layers that merge (0-based); None means every layer that is run.
         tower_share: with stage="both", the share of the (logarithmic) reduction done in the
-            tower, in (0, 1).
+            tower, in (0, 1). None takes the algorithm's own.
         projector_steps: steps at the projector; None means the fewest possible.
         metric: what tokens are compared by: attention "keys" averaged over heads (PiToMe paper),
             or "hidden" states. None takes the algorithm's own. At the projector it is always the
@@ -116,7 +116,7 @@ class MergeConfig:
     algorithm: str = "pitome_plus"
     stage: Stage | None = None
     layers: tuple[int, ...] | None = None
-    tower_share: float = 0.5
+    tower_share: float | None = None
     projector_steps: int | None = None
     metric: Metric | None = None
     placement: Placement = "after_attention"
@@ -148,7 +148,8 @@ class MergeConfig:
                 raise ValueError(
                     f"{field} must be one of {', '.join(allowed)}, got {value!r}.{hint}"
                 )
-        check_range("tower_share", self.tower_share, 0, 1, open_ends=True)
+        if self.tower_share is not None:
+            check_range("tower_share", self.tower_share, 0, 1, open_ends=True)
         check_range("alpha", self.alpha, 0, float("inf"))
         check_range("early_matching", self.early_matching, 0, 1)
         if self.margin is not None:

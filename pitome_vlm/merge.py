@@ -41,6 +41,7 @@ class MergeContext:
         depth: l / L, the layer's relative depth in [0, 1]; 1 only behind the last layer.
         n_leading: protected tokens (CLS) in front. They are removed before an algorithm is
             called; ToMe needs their number for its parity.
+        at_projector: the step is on the features that the projector reads, behind the tower.
         grid: (rows, columns) while the tokens are still the whole patch grid, else None.
         sizes: [B, N] float32 patches behind every token the algorithm is shown, None for all one.
         cls_attention: [B, N] float32, how much of the class token's attention (mean over heads)
@@ -51,6 +52,7 @@ class MergeContext:
     layer: int = 0
     depth: float = 0.0
     n_leading: int = 0
+    at_projector: bool = False
     grid: tuple[int, int] | None = None
     sizes: Tensor | None = None
     cls_attention: Tensor | None = None
@@ -96,6 +98,8 @@ class Algorithm:
         source: paper and section it follows.
         pairwise: one call can at most halve the tokens; larger reductions are chained.
         default_stage: where its authors put it.
+        tower_share: with stage "both", share of the (logarithmic) reduction done in the tower
+            when the user does not say.
         one_step: reduces once, at the last merging layer.
         needs_grid: works on the whole patch grid only.
         needs_attention: reads `MergeContext.cls_attention`, hence works inside the tower only.
@@ -111,6 +115,7 @@ class Algorithm:
     source: str
     pairwise: bool = True
     default_stage: Stage = "tower"
+    tower_share: float = 0.5
     one_step: bool = False
     needs_grid: bool = False
     needs_attention: bool = False

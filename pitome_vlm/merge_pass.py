@@ -142,6 +142,7 @@ class MergePass:
         for step, count in enumerate(self.schedule.projector):
             whole = not self.plans and step == 0
             context = self._context(self.schedule.used_layers + step, leading, whole)
+            context = dataclasses.replace(context, at_projector=True)
             plan = make_plan(self.algorithm, features, count, ctx=context, sizes=sizes)
             features, sizes = plan.apply(features, sizes, weighted=self.config.weighted)
             self.projector_plans.append(plan)
@@ -154,7 +155,7 @@ class MergePass:
             self.schedule.ladder,
             self.config.quality,
             algorithm=self.algorithm,
-            ctx=self._context(step, leading, False),
+            ctx=dataclasses.replace(self._context(step, leading, False), at_projector=True),
             weighted=self.config.weighted,
         )
         return [one.features for one in self.adapted]

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import algorithms
 from .adapters import Adapter
 from .calibration import Calibration, resolve
-from .config import MergeConfig
+from .config import MergeConfig, Stage
 from .merge_pass import MergePass, VisualTokens
 from .schedule import Budget, Schedule, TowerShape, build_schedule
 
@@ -60,9 +60,15 @@ class Merging:
         return self.adapter.encode_images(model, pixel_values, merge_pass, **feature_options)
 
 
-def stage_of(config: MergeConfig) -> str:
-    """Where a config merges: its own stage, else the algorithm's."""
-    return config.stage or algorithms.get(config.algorithm).default_stage
+def stage_of(config: MergeConfig) -> Stage:
+    """Where a config merges: its own stage, else the algorithm's.
+
+    `ratio` is about every merging layer of the tower (the paper's r), so it stays there.
+    """
+    default = algorithms.get(config.algorithm).default_stage
+    if config.ratio is not None and default == "both":
+        default = "tower"
+    return config.stage or default
 
 
 def schedule_for(config: MergeConfig, shape: TowerShape) -> Schedule:
@@ -99,7 +105,7 @@ def schedule_for(config: MergeConfig, shape: TowerShape) -> Schedule:
         config.budget,
         stage=stage,
         layers=config.layers,
-        tower_share=config.tower_share,
+        tower_share=config.tower_share or algorithm.tower_share,
         projector_steps=1 if algorithm.one_step else config.projector_steps,
         one_step=algorithm.one_step,
         pairwise=algorithm.pairwise,

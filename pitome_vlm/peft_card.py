@@ -61,7 +61,7 @@ def card_section(
     training = record.training or {}
     lines = [
         f"Trained with [PiToMe](https://arxiv.org/abs/2405.16148) token merging on (pitome-vlm "
-        f"{__version__}): {schedule.tokens_out} of {schedule.tokens_in} visual tokens per image "
+        f"{__version__}): {schedule.counts_out} of {schedule.tokens_in} visual tokens per image "
         "reach the language model.",
         "",
         "```python",
@@ -91,7 +91,7 @@ def _facts(
     facts = [
         ("base model", f"`{_shown(record.base_model)}`"),
         ("base revision", record.base_revision or ""),
-        ("visual tokens", f"{schedule.tokens_in} -> {schedule.tokens_out} per image"),
+        ("visual tokens", f"{schedule.tokens_in} -> {schedule.counts_out} per image"),
         ("budget", _budget(config)),
         ("algorithm", config.algorithm),
         ("options", ", ".join(f"{k}={v}" for k, v in options.items() if k != "algorithm")),

@@ -13,6 +13,7 @@ import argparse
 import functools
 import json
 import multiprocessing
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def methods(tokens: int) -> list[Setting]:
     return settings
 
 
-def cost_rows(model: Any, processor: Any, split: str) -> list[dict[str, Any]]:
+def cost_rows(model: Any, processor: Any, split: str, budgets: list[int]) -> list[dict[str, Any]]:
     """What each budget saves by default: counted FLOPs and KV bytes, measured first-token time.
 
     The budgets take turns, so that whatever else the machine does falls on all of them; the first
@@ -76,7 +77,7 @@ def cost_rows(model: Any, processor: Any, split: str) -> list[dict[str, Any]]:
     """
     batch = next(batches(processor, load_split(split, TIMED_BATCH), split, TIMED_BATCH))
     settings = [Setting(BASELINE, MergeConfig(keep=1.0, algorithm="none"))]
-    settings += [Setting(RECOMMENDED, MergeConfig(tokens=tokens)) for tokens in BUDGETS]
+    settings += [Setting(RECOMMENDED, MergeConfig(tokens=tokens)) for tokens in budgets]
     times: list[list[float]] = [[] for _ in settings]
     rows: list[dict[str, Any]] = [{} for _ in settings]
     for turn in range(1 + TIMED_ROUNDS):
@@ -125,6 +126,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="first questions only, for a quick look")
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--model", type=Path, default=None, help="another checkpoint folder")
+    parser.add_argument("--model-name", help="how to call it in the report")
+    parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS), metavar="N")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--readme", type=Path, help="file whose table to bring up to date")
     parser.add_argument(
@@ -137,7 +140,7 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
     """The content of results.json, from a run."""
     path, split, size = wanted.model or checkpoint_path(), wanted.split, wanted.batch_size
     settings = [Setting(BASELINE, MergeConfig(keep=1.0, algorithm="none"))]
-    settings += [setting for tokens in BUDGETS for setting in methods(tokens)]
+    settings += [setting for tokens in wanted.budgets for setting in methods(tokens)]
     start, samples = time.time(), load_split(split, wanted.limit)
     parts = [samples[i : i + size] for i in range(0, len(samples), size)]
     worker = functools.partial(measure_part, settings=settings, split=split, batch_size=size)
@@ -152,7 +155,11 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
     facts = provenance(model, split=split, questions=len(samples), batch_size=size)
     facts["processes"] = wanted.jobs
     facts["minutes"] = round((time.time() - start) / 60, 1)
-    return raw(samples, concatenate(done), cost_rows(model, processor, split), facts)
+    if wanted.model_name:
+        facts["model"] = wanted.model_name
+        facts["command"] = f"Made by `python {' '.join(sys.argv)}`."
+    costs = cost_rows(model, processor, split, wanted.budgets)
+    return raw(samples, concatenate(done), costs, facts)
 
 
 def main() -> None:

@@ -60,6 +60,11 @@ def rows_of(outcomes: list[Outcome]) -> list[Row]:
     return list(rows.values())
 
 
+def budgets_of(rows: list[Row]) -> list[int]:
+    """Token counts that were measured, falling."""
+    return sorted({row.tokens for row in rows if row.name == RECOMMENDED}, reverse=True)
+
+
 def table(samples: list[Any], rows: list[Row]) -> list[str]:
     """Markdown lines: accuracy and the paired difference to no merging."""
     base = next(row for row in rows if row.name == BASELINE)
@@ -86,17 +91,18 @@ def against_recommended(samples: list[Any], rows: list[Row]) -> list[str]:
     """Markdown lines: the default minus every other method, paired, at every budget."""
     found = {(row.name, row.tokens): row.correct for row in rows}
     names = [name for name in dict.fromkeys(row.name for row in rows) if name != BASELINE]
+    budgets = budgets_of(rows)
     lines = [
         f"## {RECOMMENDED} minus the others",
         "",
-        "| method | " + " | ".join(f"{tokens} tokens" for tokens in BUDGETS) + " |",
-        "|---" * (1 + len(BUDGETS)) + "|",
+        "| method | " + " | ".join(f"{tokens} tokens" for tokens in budgets) + " |",
+        "|---" * (1 + len(budgets)) + "|",
     ]
     for name in names:
         if name == RECOMMENDED:
             continue
         cells = [name]
-        for tokens in BUDGETS:
+        for tokens in budgets:
             paired = 100 * (found[RECOMMENDED, tokens] - found[name, tokens])
             low, high = interval(samples, paired)
             sign = "" if low > 0 else " (not shown)" if high >= 0 else " (worse)"
@@ -167,11 +173,12 @@ def report(
 ) -> str:
     """The whole report.md."""
     shown = ", ".join(f"{key} {value}" for key, value in facts.items())
+    title = f": {facts['model'].lower()}" if "model" in facts else ""
     head = [
-        "# Demo benchmark",
+        f"# Demo benchmark{title}",
         "",
-        f"The bundled model on {facts['questions']} {facts['split']} questions, greedy, exact "
-        "match. Intervals resample whole pictures (4,000 bootstrap draws); differences are "
+        f"{facts.get('model', 'The bundled model')} on {facts['questions']} {facts['split']} "
+        "questions, greedy, exact match. Intervals resample whole pictures (4,000 bootstrap draws); differences are "
         "paired by question. `random` is the mean of seeds "
         + ", ".join(map(str, RANDOM_SEEDS))
         + ". Every method acts where its authors put it: most merge in the vision tower, DivPrune, "
@@ -185,7 +192,7 @@ def report(
     parts = kept_share(samples, rows) + against_recommended(samples, rows) + cost_table(costs)
     parts += breakdown(samples, rows, "question_type", "question type")
     parts += breakdown(samples, rows, "kind", "kind of scene")
-    command = "Regenerate with `make bench-demo`."
+    command = facts.get("command", "Regenerate with `make bench-demo`.")
     return "\n".join(
         [*head, *table(samples, rows), "", *parts, f"Measured on: {shown}.", "", command, ""]
     )
@@ -205,11 +212,11 @@ def readme_table(
         f"{base.tokens} visual tokens. All but the rows (paper) and (released code) have the same "
         "calibration:",
         "",
-        "| visual tokens | " + " | ".join(map(str, BUDGETS)) + " |",
-        "|---" * (1 + len(BUDGETS)) + "|",
+        "| visual tokens | " + " | ".join(map(str, budgets_of(rows))) + " |",
+        "|---" * (1 + len(budgets_of(rows))) + "|",
     ]
     for name in names:
-        lines.append(f"| {name} | " + " | ".join(shown[name, t] for t in BUDGETS) + " |")
+        lines.append(f"| {name} | " + " | ".join(shown[name, t] for t in budgets_of(rows)) + " |")
     first = [row["first_token_ms"] / costs[0]["first_token_ms"] for row in costs[1:]]
     lines.append(
         "| *default: time to first token* | " + " | ".join(f"{100 * r:.0f} %" for r in first) + " |"
@@ -276,7 +283,7 @@ def plot(samples: list[Any], rows: list[Row], path: Path) -> None:
     axes.annotate(f"no merging, {base.tokens} tokens: {level:.1f} %", (9, level), va="bottom")
     axes.set_ylim(top=min(103.0, level + 5))
     axes.set_xscale("log")
-    axes.set_xticks(BUDGETS, [str(count) for count in BUDGETS])
+    axes.set_xticks(budgets_of(rows), [str(count) for count in budgets_of(rows)])
     axes.minorticks_off()
     axes.set_xlabel("visual tokens per image (log scale)")
     axes.set_ylabel("accuracy %")

@@ -208,7 +208,7 @@ class TestCosts:
 
 class TestDescribe:
     def test_wrapped(self):
-        model = wrap(tiny_model(), keep=0.25, stage="both")
+        model = wrap(tiny_model(), keep=0.25, stage="both", tower_share=0.5)
         told = describe(model, text_tokens=10)
         assert told.wrapped
         assert told.schedule == schedule_of(model)

@@ -1,4 +1,4 @@
-"""pitome_plus: against plain loops, and the two things it was made for."""
+"""pitome_plus: against plain loops, and what it was made for."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import math
 
 import pytest
 import torch
+from tiny import tiny_model
 
+import pitome_vlm
 from pitome_vlm import MergeConfig, algorithms
 from pitome_vlm.algorithms.pitome import margin_at
 from pitome_vlm.merge import MergeContext, make_plan
+from pitome_vlm.wrapper import schedule_of
 
 PLUS = algorithms.get("pitome_plus")
 
@@ -118,6 +121,51 @@ def test_energy_order_is_an_option():
     torch.testing.assert_close(scrambled.apply(values)[0].gather(1, order), raster.apply(values)[0])
 
 
-def test_too_many_at_once_is_refused():
-    with pytest.raises(ValueError, match=r"n_out must be in 6\.\.12, got 3"):
-        PLUS.plan(torch.randn(1, 12, 4), 3, ctx=context())
+def slow_coverage(keys, n_out):
+    """Greedy k-center by plain loops, then everyone to the nearest centre."""
+    n = len(keys)
+    far = [[1 - cosine(a, b) for b in keys] for a in keys]
+    first = max(range(n), key=lambda i: min(far[i][j] for j in range(n) if j != i))
+    centres = [first]
+    while len(centres) < n_out:
+        rest = [i for i in range(n) if i not in centres]
+        centres.append(max(rest, key=lambda i: min(far[i][c] for c in centres)))
+    groups = {c: {c} for c in centres}
+    for i in range(n):
+        if i not in groups:
+            groups[min(centres, key=lambda c: far[i][c])].add(i)
+    return {frozenset(group) for group in groups.values()}
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_behind_the_tower_it_covers(seed):
+    generator = torch.Generator().manual_seed(seed)
+    n = int(torch.randint(3, 40, (1,), generator=generator))
+    n_out = int(torch.randint(1, n, (1,), generator=generator))
+    keys = torch.randn(2, n, 6, generator=generator, dtype=torch.float64)
+    ctx = MergeContext(config=MergeConfig(keep=0.5), depth=1.0, at_projector=True)
+    plan = make_plan(PLUS, keys, n_out, ctx=ctx)
+    assert plan.n_out == n_out
+    for row in range(2):
+        found: dict[int, set[int]] = {}
+        for token, group in enumerate(plan.assign[row].tolist()):
+            found.setdefault(group, set()).add(token)
+        fast = {frozenset(group) for group in found.values()}
+        assert fast == slow_coverage(keys[row].tolist(), n_out)
+
+
+def test_more_than_half_at_once_is_coverage_too():
+    keys = torch.randn(1, 12, 4)
+    inside = make_plan(PLUS, keys, 3, ctx=context())
+    behind = make_plan(
+        PLUS, keys, 3, ctx=MergeContext(config=MergeConfig(keep=0.5), at_projector=True)
+    )
+    assert torch.equal(inside.assign, behind.assign)
+
+
+def test_two_thirds_of_the_reduction_happen_in_the_tower():
+    schedule = schedule_of(pitome_vlm.wrap(tiny_model(), tokens=18))
+    assert schedule.tower[-1][1] == round(144 * (18 / 144) ** (2 / 3))
+    assert schedule.projector == (18,)
+    by_ratio = schedule_of(pitome_vlm.wrap(tiny_model(), ratio=0.8))
+    assert by_ratio.projector == ()  # the paper's r is about the layers of the tower

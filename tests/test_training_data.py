@@ -394,7 +394,8 @@ class TestShorten:
         plain, whole = tiny_model(), pitome_vlm.wrap(tiny_model(), keep=1.0)
         model = pitome_vlm.wrap(tiny_model(), tokens=30)
         text = labelled("clip", images=(0,), texts=(4,))
-        for one, same in ((plain, batch), (whole, batch), (model, text)):
+        auto = pitome_vlm.wrap(tiny_model(), keep="auto")
+        for one, same in ((plain, batch), (whole, batch), (model, text), (auto, batch)):
             assert shorten(one, same) == same
         twice = shorten(model, shorten(model, batch))
         assert torch.equal(twice["input_ids"], shorten(model, batch)["input_ids"])

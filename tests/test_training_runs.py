@@ -15,8 +15,7 @@ import pytest
 import torch
 from checkpoint import edit_weights, save_checkpoint
 from safetensors.torch import load_file
-from test_training import louder
-from training_data import records, write_lines
+from training_data import louder, records, write_lines
 
 import pitome_vlm
 from pitome_vlm.training import DataError, LoraOptions, train
@@ -79,6 +78,7 @@ def same_adapter(one: Path, other: Path, **tolerance) -> None:
         torch.testing.assert_close(tensor, second[name], msg=name, **tolerance)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_end(place, tmp_path):
     folder, whole = place
     process = subprocess.Popen(
@@ -105,6 +105,7 @@ def test_a_killed_run_goes_on_to_the_same_end(place, tmp_path):
     same_adapter(tmp_path / "out", whole.output_dir, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_two_processes_follow_one_with_the_same_global_batch(place, tmp_path):
     folder, whole = place
     with socket.socket() as free:

@@ -110,18 +110,14 @@ class HFLlavaAdapter:
         if strategy == "default":
             carried = [state[:, 1:] for state in carried]
         joined = torch.cat(carried, dim=-1)
-        if joined.shape[1] != merge_pass.schedule.tower_out:
-            raise RuntimeError(
-                f"the vision tower gave {joined.shape[1]} visual tokens per image where "
-                f"{merge_pass.schedule.tower_out} were scheduled; pixel_values of another size, "
-                "or a module that hides the tower, are the usual reasons"
-            )
+        _check_count(joined.shape[1], merge_pass.schedule.tower_out)
         features = merge_pass.merge_features(joined)
         counts = [len(feature) for feature in features]
         # Projectors work token by token: images of different length go through as one row.
         same = len(set(counts)) == 1
         batch = torch.stack(features) if same else torch.cat(features)[None]
         projected = core.multi_modal_projector(batch)
+        _check_count(projected.shape[1], batch.shape[1])
         images, device = len(features), projected.device
         return VisualTokens(
             list(projected) if same else list(torch.split(projected[0], counts)),
@@ -151,3 +147,12 @@ class HFLlavaAdapter:
                 f"got {strategy!r}"
             )
         return (layer if isinstance(layer, int) else list(layer)), strategy
+
+
+def _check_count(found: int, scheduled: int) -> None:
+    if found != scheduled:
+        raise RuntimeError(
+            f"the vision tower gave {found} visual tokens per image where {scheduled} were "
+            "scheduled; pixel_values of another size, or a module that hides the tower, are the "
+            "usual reasons"
+        )

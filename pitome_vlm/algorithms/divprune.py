@@ -13,36 +13,10 @@ nearest survivor, so that sizes count every patch.
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
 from ..merge import Algorithm, MergeContext, MergePlan, cosine_similarity
-from .matching import complement, keep_only
-
-
-def farthest_first(distance: Tensor, n_out: int) -> Tensor:
-    """Greedy max-min selection, in the order of choice. Ties go to the earlier token.
-
-    Args:
-        distance: [B, N, N].
-        n_out: 1..N.
-
-    Returns:
-        [B, n_out] int64, distinct.
-    """
-    itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
-    choice = distance.masked_fill(itself, math.inf).amin(-1).argmax(-1)[:, None]
-    to_chosen = torch.full_like(distance[:, 0], math.inf)
-    chosen = [choice]
-    for _ in range(n_out - 1):
-        row = distance.take_along_dim(choice[:, :, None], 1)[:, 0]
-        # What is chosen stays at minus infinity and is never the farthest again.
-        to_chosen = torch.minimum(to_chosen, row).scatter(1, choice, -math.inf)
-        choice = to_chosen.argmax(-1)[:, None]
-        chosen.append(choice)
-    return torch.cat(chosen, 1)
+from .matching import complement, farthest_first, keep_only
 
 
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:

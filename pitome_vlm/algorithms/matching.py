@@ -1,9 +1,11 @@
-"""Bipartite soft matching, the step ToMe and the variants of PiToMe share.
+"""Steps that algorithms share: bipartite soft matching, and choosing tokens far from each other.
 
-Knows: two sets of tokens and their similarities. Does not know: how the sets were chosen.
+Knows: sets of tokens and their similarities. Does not know: how the sets were chosen.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -55,6 +57,29 @@ def keep_only(similarity: Tensor, survivors: Tensor, others: Tensor) -> MergePla
     return MergePlan.from_pairs(
         similarity.shape[1], others, survivors.gather(1, nearest), prune=True
     )
+
+
+def farthest_first(distance: Tensor, n_out: int) -> Tensor:
+    """Greedy max-min selection, in the order of choice. Ties go to the earlier token.
+
+    Args:
+        distance: [B, N, N].
+        n_out: 1..N.
+
+    Returns:
+        [B, n_out] int64, distinct.
+    """
+    itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
+    choice = distance.masked_fill(itself, math.inf).amin(-1).argmax(-1)[:, None]
+    to_chosen = torch.full_like(distance[:, 0], math.inf)
+    chosen = [choice]
+    for _ in range(n_out - 1):
+        row = distance.take_along_dim(choice[:, :, None], 1)[:, 0]
+        # What is chosen stays at minus infinity and is never the farthest again.
+        to_chosen = torch.minimum(to_chosen, row).scatter(1, choice, -math.inf)
+        choice = to_chosen.argmax(-1)[:, None]
+        chosen.append(choice)
+    return torch.cat(chosen, 1)
 
 
 def match_alternating(similarity: Tensor, n_merge: int, *, offset: int = 0) -> MergePlan:

@@ -1,20 +1,24 @@
-"""pitome_plus: PiToMe's energy and ToMe's choice of edges, joined (ours, issue 4).
+"""pitome_plus: energy-weighted matching in the tower, coverage behind it (ours, issue 4).
 
 Knows: keys and options. Does not know: what the keys were computed from, nor how the plan is
 applied.
 
 PiToMe merges all of its 2k redundant tokens pairwise, however different the partners are, because
 it has no floor on similarity; ToMe takes the most similar pairs, wherever they are, and so merges
-one object with its twin. Here every edge between the two halves is scored by how similar its ends
-are *and* how redundant they are,
+one object with its twin. In the tower every edge between two halves is scored here by how similar
+its ends are *and* how redundant they are,
 
     score(a, b) = cos(a, b) + (E(a) + E(b)) / 2,
 
 and the r best edges are merged: a pair of twins on an empty background loses against two patches
 of that background. Nothing is protected beforehand; isolated tokens have no good edge.
 
-Chosen on the demo model's validation split (eval/results/ablation): energy of both ends against
-none, of the source alone, other weights, protection and raster-order halves.
+Pairs run out when few tokens are left: at 1/16 of the tokens some layer has to merge what should
+stay apart. So the tower does two thirds of the (logarithmic) reduction, and the last third is one
+step on finished features: the tokens farthest from each other stay (the greedy max-min selection
+of k-center, as in DivPrune, arXiv 2503.02175), and every other one is averaged into its nearest.
+
+Chosen on the demo model's validation split (eval/results/ablation).
 """
 
 from __future__ import annotations
@@ -23,29 +27,33 @@ import torch
 from torch import Tensor
 
 from ..merge import Algorithm, MergeContext, MergePlan, cosine_similarity
-from .matching import take_similarity
+from .matching import complement, farthest_first, take_similarity
 from .pitome import energy_score, margin_at
 
 
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
-    """The r best edges between tokens that alternate in energy order.
+    """Matching in the tower; coverage at the projector, and where more than half have to go.
 
     Args:
         keys: [B, N, D].
-        n_out: N - r with 2 r <= N.
+        n_out: 1..N.
         ctx: relative depth, and of the options `energy`, `alpha`, `margin`, `restore_order`.
-
-    Raises:
-        ValueError: more than half of the tokens would have to go in one step.
     """
-    config, n_tokens = ctx.config, keys.shape[1]
-    n_merge = n_tokens - n_out
-    if 2 * n_merge > n_tokens:
-        raise ValueError(
-            "pitome_plus merges at most half of the tokens in one step: n_out must be in "
-            f"{(n_tokens + 1) // 2}..{n_tokens}, got {n_out}"
-        )
     similarity = cosine_similarity(keys)
+    if ctx.at_projector or 2 * n_out < keys.shape[1]:
+        return _coverage(similarity, n_out)
+    return _matching(similarity, n_out, ctx)
+
+
+def _matching(similarity: Tensor, n_out: int, ctx: MergeContext) -> MergePlan:
+    """The r best edges between tokens that alternate in energy order.
+
+    Args:
+        similarity: [B, N, N].
+        n_out: N - r with 2 r <= N.
+        ctx: see `plan`.
+    """
+    config, n_tokens = ctx.config, similarity.shape[1]
     margin = margin_at(ctx.depth) if config.margin is None else config.margin
     energy = energy_score(similarity, margin, form=config.energy, alpha=config.alpha)
     by_energy = energy.argsort(dim=-1, descending=True, stable=True)
@@ -54,7 +62,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     edges = take_similarity(similarity, side_a, side_b)
     redundancy = energy.gather(1, side_a)[:, :, None] + energy.gather(1, side_b)[:, None, :]
     best, partner = (edges + redundancy / 2).max(-1)
-    chosen = best.argsort(dim=-1, descending=True, stable=True)[:, :n_merge]
+    chosen = best.argsort(dim=-1, descending=True, stable=True)[:, : n_tokens - n_out]
     sources = side_a.gather(1, chosen)
     destinations = side_b.gather(1, partner.gather(1, chosen))
     order = None
@@ -66,9 +74,26 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     return MergePlan.from_pairs(n_tokens, sources, destinations, order=order)
 
 
+def _coverage(similarity: Tensor, n_out: int) -> MergePlan:
+    """Tokens far from each other stay, every other one joins the most similar of them.
+
+    Args:
+        similarity: [B, N, N].
+        n_out: 1..N.
+    """
+    centres = farthest_first(1 - similarity, n_out)
+    others = complement(centres, similarity.shape[1])
+    nearest = take_similarity(similarity, others, centres).argmax(-1)
+    return MergePlan.from_pairs(similarity.shape[1], others, centres.gather(1, nearest))
+
+
 ALGORITHM = Algorithm(
     name="pitome_plus",
     plan=plan,
-    source="pitome_vlm issue 4: energy-weighted matching of PiToMe (arXiv 2405.16148) and ToMe",
+    source="pitome_vlm issue 4: energy-weighted matching of PiToMe (arXiv 2405.16148) and ToMe, "
+    "then k-center coverage",
+    pairwise=False,
+    default_stage="both",
+    tower_share=2 / 3,
     metric="hidden",
 )

@@ -70,6 +70,7 @@ def _source(model: str) -> tuple[Any, MergeConfig | None]:
     """What `from_config` takes, and the merge config saved beside it."""
     from transformers import AutoConfig
 
+    from ..peft_loading import find_adapter_at
     from .session import model_path
 
     name = model_path(model)
@@ -77,4 +78,7 @@ def _source(model: str) -> tuple[Any, MergeConfig | None]:
     if path.is_file():
         return AutoConfig.from_pretrained(name), None
     saved = (path / CONFIG_NAME).is_file()
+    adapter = find_adapter_at(name)
+    if adapter is not None:
+        name = adapter.base(None)
     return name, MergeConfig.from_pretrained(path) if saved else None

@@ -82,9 +82,16 @@ Base = Annotated[
         rich_help_panel="Loading",
     ),
 ]
-Rank = Annotated[int, typer.Option(min=1, help="Rank of LoRA.", rich_help_panel=_LORA)]
-Alpha = Annotated[float, typer.Option(help="Scale of LoRA (alpha / rank).", rich_help_panel=_LORA)]
-Dropout = Annotated[float, typer.Option(help="Dropout of LoRA.", rich_help_panel=_LORA)]
+Rank = Annotated[
+    int | None, typer.Option(min=1, help="Rank of LoRA; default 32.", rich_help_panel=_LORA)
+]
+Alpha = Annotated[
+    float | None,
+    typer.Option(help="Scale of LoRA (alpha / rank); default 64.", rich_help_panel=_LORA),
+]
+Dropout = Annotated[
+    float | None, typer.Option(help="Dropout of LoRA; default 0.", rich_help_panel=_LORA)
+]
 Projector = Annotated[
     bool, typer.Option("--projector", help="Adapt the projector too.", rich_help_panel=_LORA)
 ]
@@ -144,9 +151,9 @@ def train(
     algorithm: o.Algorithm = None,
     preset: o.Preset = None,
     budgets: Budgets = None,
-    rank: Rank = 32,
-    alpha: Alpha = 64.0,
-    dropout: Dropout = 0.0,
+    rank: Rank = None,
+    alpha: Alpha = None,
+    dropout: Dropout = None,
     projector: Projector = False,
     vision_tower: Tower = False,
     epochs: Epochs = None,
@@ -179,7 +186,8 @@ def train(
     if find_spec("peft") is None:
         raise ImportError('train needs PEFT; install it with: pip install "pitome-vlm[train]"')
     merging = o.MergeOptions(keep, tokens, ratio, algorithm, preset).given()
-    parts = ("language_model", *(("projector",) * projector), *(("vision_tower",) * vision_tower))
+    more = [*(["projector"] * projector), *(["vision_tower"] * vision_tower)]
+    parts = ("language_model", *more) if more else None
     plan = Plan(
         loading=o.LoadOptions(model, load_4bit, load_8bit, dtype, device),
         base=base,

@@ -33,7 +33,7 @@ class Plan:
         output: the adapter's folder.
         data: training and validation data.
         opening: arguments of `open_conversations`.
-        lora: fields of `LoraOptions`.
+        lora: fields of `LoraOptions`, None where not given.
         resume: go on with the run in the folder.
         rest: further arguments of `pitome_vlm.training.train`.
     """
@@ -54,7 +54,8 @@ def carry_through(plan: Plan) -> TrainingResult:
     from ..training import LoraOptions, open_conversations, train
     from ..training.run_files import RunFolder
 
-    lora = LoraOptions(**plan.lora)
+    given = {name: value for name, value in plan.lora.items() if value is not None}
+    lora = LoraOptions(**given)
     RunFolder(plan.output).check(resume=plan.resume)
     data, val_data = (
         None if source is None else open_conversations(source, **plan.opening)
@@ -70,7 +71,8 @@ def carry_through(plan: Plan) -> TrainingResult:
         data,
         plan.output,
         val_data=val_data,
-        lora=None if hasattr(model, "peft_config") else lora,
+        # An adapter that is trained on has its options already; others are refused by `train`.
+        lora=lora if given or not hasattr(model, "peft_config") else None,
         resume=plan.resume,
         progress=bar,
         callbacks=() if bar else (_lines(),),

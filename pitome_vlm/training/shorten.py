@@ -35,7 +35,8 @@ def shorten(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         A new mapping with tensors [B, S]. Unchanged: batches without pictures, of an unwrapped
-        model, and (rare) where merged pictures that touch each other would fill the room of
+        model, with keep="auto" (only looking at a picture tells its count; `compact_inputs`
+        does), and (rare) where merged pictures that touch each other would fill the room of
         unmerged ones exactly, so that nobody could tell which they are.
 
     Raises:
@@ -47,7 +48,7 @@ def shorten(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         return given
     base, merging = merging_of(model)
     schedule = merging.schedule(base)
-    if schedule.is_identity:
+    if schedule.is_identity or merging.config.is_adaptive:
         return given
     if given.get("position_ids") is not None:
         raise ValueError(

@@ -15,7 +15,14 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ..config import MergeConfig
-from ..wrapper import is_wrapped, merge_config, planned_schedule, wrap, wrapped
+from ..wrapper import (
+    compact_inputs,
+    is_wrapped,
+    merge_config,
+    planned_schedule,
+    wrap,
+    wrapped,
+)
 from .metrics import answer_metrics, most_likely
 from .shorten import shorten
 
@@ -91,6 +98,10 @@ class MergingTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
         batch = super()._prepare_inputs(inputs)
+        compared = self.args.label_smoothing_factor or not self.model.training
+        if compared and merge_config(self.model).is_adaptive:
+            # How many tokens a picture keeps is known once it is encoded.
+            return compact_inputs(self.model, **batch)
         return shorten(self.model, batch)
 
 
@@ -132,6 +143,13 @@ class ProgressLine(ProgressCallback):
         bar = self.training_bar
         if state.is_world_process_zero and bar is not None and logs and "loss" in logs:
             bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """Say what the second bar is, and take it away afterwards."""
+        super().on_prediction_step(*args, **kwargs)
+        if self.prediction_bar is not None:
+            self.prediction_bar.leave = False
+            self.prediction_bar.set_description("evaluating", refresh=False)
 
 
 def with_budget(config: MergeConfig, budget: float) -> MergeConfig:

@@ -117,7 +117,11 @@ def test_the_trainer_trains_and_evaluates(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"layers": (1,), "stage": "projector"}, {"projector_steps": 3}, {"layers": ()}],
+    [
+        {"layers": (1,), "stage": "projector"},
+        {"projector_steps": 3, "stage": "tower"},
+        {"layers": ()},
+    ],
     ids=str,
 )
 def test_options_without_effect_are_refused(options):
@@ -183,7 +187,7 @@ def test_signatures_are_the_model_s_own():
 
 def test_repr_says_what_is_on():
     model = pitome_vlm.wrap(tiny_model(), keep=0.25, energy="elu")
-    assert "pitome keep=0.25 energy=elu, 144 -> 36 visual tokens per image" in repr(model)
+    assert "pitome_plus keep=0.25 energy=elu, 144 -> 36 visual tokens per image" in repr(model)
     assert "pitome layer 2" in repr(model)
     assert "pitome" not in repr(pitome_vlm.unwrap(model))
 

@@ -133,12 +133,12 @@ def test_projector_merging_after_the_tower_stays_size_weighted():
         lambda _, inputs: caught.append(inputs[0])
     )
     share = {"stage": "both", "tower_share": 0.5}
-    pitome_vlm.wrap(model, tokens=20, **share)
+    pitome_vlm.wrap(model, tokens=20, algorithm="pitome", **share)
     middle = schedule_of(model).tower[-1][1]
     assert middle == round(math.sqrt(144 * 20))
     both = pitome_vlm.encode_images(model, pixels)
     merged = caught.pop()[0]
-    pitome_vlm.wrap(model, tokens=middle)
+    pitome_vlm.wrap(model, tokens=middle, algorithm="pitome")
     tower = pitome_vlm.encode_images(model, pixels)
     before, weights = caught.pop()[0], tower.sizes()[0].double()
     # Which final token every token of the tower went into follows from the two source maps.

@@ -1,0 +1,117 @@
+"""`pitome-vlm train`: every kind of bad input, Ctrl-C, and an adapter that other commands take."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from checkpoint import save_checkpoint
+from training_data import records, write_lines
+from typer.testing import CliRunner
+
+from pitome_vlm.cli import app
+from pitome_vlm.training import MergingTrainer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return write_lines(folder / "train.jsonl", records(folder, 12))
+
+
+def cli(*words):
+    return CliRunner().invoke(app, ["train", *map(str, words)])
+
+
+class TestCommand:
+    def test_train_and_ask(self, checkpoint, data, tmp_path):
+        done = cli(
+            *("--model", checkpoint, "--data", data, "--val-fraction", 0.25, "--load-4bit"),
+            *("-o", tmp_path / "out", "--tokens", 16, "--max-steps", 2, "--rank", 4),
+            *("--budgets", "8,0.5", "--training-args", "weight_decay=0.01,bf16=False"),
+        )
+        assert done.exit_code == 0, done.output
+        assert done.stdout.strip() == str(tmp_path / "out")
+        assert "144 -> 16 visual tokens" in done.stderr
+        assert "answers right: " in done.stderr
+        run = json.loads((tmp_path / "out" / "training_run.json").read_text())
+        assert run["arguments"]["weight_decay"] == 0.01
+        assert run["budgets"] == [8, 0.5]
+        picture = data.parent / "0.png"
+        words = ["ask", "-m", tmp_path / "out", "-i", picture, "-v", "what is it ?"]
+        asked = CliRunner().invoke(app, [str(word) for word in words])
+        assert asked.exit_code == 0, asked.output
+        assert "144 -> 16 visual tokens" in asked.stderr
+        again = cli(
+            *("--model", tmp_path / "out", "--data", data, "-o", tmp_path / "more"),
+            *("--max-steps", 1),
+        )
+        assert again.exit_code == 0, again.output
+        twice = cli(
+            *("--model", tmp_path / "out", "--data", data, "-o", tmp_path / "x", "--rank", 8)
+        )
+        assert twice.exit_code == 2
+        assert "adapter already" in twice.stderr
+        record = json.loads((tmp_path / "more" / "pitome_adapter.json").read_text())
+        assert record["quantization"]["load_in_4bit"]
+        assert record["training"]["lora"] == "continued"
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            ([], "give one of --keep"),
+            (["--tokens", 16, "--keep", 0.5], "exactly one"),
+            (["--tokens", 1000], "1000"),
+            (["--tokens", 16, "--budgets", "a"], "budgets"),
+            (["--tokens", 16, "--training-args", "x"], "K=V"),
+            (["--tokens", 16, "--training-args", "lerning_rate=1"], "learning_rate"),
+            (["--tokens", 16, "--alpha", "-1"], "alpha"),
+            (["--tokens", 16, "--base", "x"], "base"),
+            (["--tokens", 16, "--image-folder", "nowhere"], "nowhere"),
+            (["--tokens", 16, "--load-4bit", "--load-8bit"], "only one of load_in_4bit"),
+            (["--tokens", 16, "--algorithm", "tme"], "tome"),
+        ],
+        ids=str,
+    )
+    def test_errors_are_one_line_and_code_2(self, checkpoint, data, tmp_path, words, said):
+        given = ["--model", checkpoint, "--data", data, "-o", tmp_path / "out", *words]
+        done = cli(*given)
+        assert done.exit_code == 2
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ")
+        assert said in last
+        assert "Traceback" not in done.output
+        assert not (tmp_path / "out").exists()
+
+    def test_a_bad_line_is_named_before_the_model_is_loaded(self, data, tmp_path):
+        rows = records(data.parent, 2)
+        rows[1]["image"] = "gone.png"
+        bad = write_lines(data.parent / "bad.jsonl", rows)
+        done = cli("--model", "no/such", "--data", bad, "-o", tmp_path / "out", "--tokens", 16)
+        assert done.exit_code == 2
+        assert "bad.jsonl line 2: no image file" in done.stderr
+
+    def test_ctrl_c_is_interrupted_130(self, checkpoint, data, tmp_path, monkeypatch):
+        def stop(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(MergingTrainer, "training_step", stop)
+        done = cli(*("--model", checkpoint, "--data", data, "-o", tmp_path / "out", "--tokens", 16))
+        assert done.exit_code == 130
+        assert done.stderr.strip().splitlines()[-1] == "interrupted"
+        assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+    def test_help_does_not_import_torch(self):
+        script = (
+            "import sys\nfrom typer.testing import CliRunner\nfrom pitome_vlm.cli import app\n"
+            "assert CliRunner().invoke(app, ['train', '--help']).exit_code == 0\n"
+            "assert not {'torch', 'transformers', 'peft'} & sys.modules.keys()\n"
+        )
+        subprocess.run([sys.executable, "-c", script], check=True)
