@@ -59,8 +59,8 @@ bench-demo: $(VENV)/.base ## regenerate eval/results/demo (all held-out question
 	$(BIN)/python scripts/demo_benchmark.py --output eval/results/demo --readme README.md
 
 bench-ablation: $(VENV)/.base ## regenerate eval/results/ablation on both splits; goes on where it was
-	$(BIN)/python scripts/demo_ablation.py --split val --limit 1200 --output eval/results/ablation
-	$(BIN)/python scripts/demo_ablation.py --split test --limit 1200 --output eval/results/ablation
+	$(BIN)/python scripts/demo_ablation.py --split val --limit 600 --output eval/results/ablation
+	$(BIN)/python scripts/demo_ablation.py --split test --limit 600 --output eval/results/ablation
 
 eval-demo: $(VENV)/.dev ## regenerate eval/results/demo_vqa with lmms-eval; RESUME=1 goes on
 	test -n "$(RESUME)" || rm -rf eval/results/demo_vqa

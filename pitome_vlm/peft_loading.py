@@ -99,7 +99,8 @@ class SavedAdapter:
         if own or result.unexpected_keys:
             where = f"it lacks {own[0]}" if own else f"no place for {result.unexpected_keys[0]}"
             raise ValueError(self._no_fit(base, where))
-        remember_training(model, self.record.training)
+        # Who trains on with a loop of their own must not inherit accuracies of before.
+        remember_training(model, None if trainable else self.record.training)
         return model.train(trainable)
 
     def _no_fit(self, base: Any, why: str) -> str:

@@ -172,7 +172,8 @@ def report(
     samples: list[Any], rows: list[Row], costs: list[dict[str, Any]], facts: dict[str, Any]
 ) -> str:
     """The whole report.md."""
-    shown = ", ".join(f"{key} {value}" for key, value in facts.items())
+    hidden = ("model", "command")
+    shown = ", ".join(f"{key} {value}" for key, value in facts.items() if key not in hidden)
     title = f": {facts['model'].lower()}" if "model" in facts else ""
     head = [
         f"# Demo benchmark{title}",

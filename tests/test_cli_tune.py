@@ -147,7 +147,7 @@ def test_a_real_ctrl_c_leaves_whole_lines_only(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        cells, deadline = tmp_path / "out" / "cells.jsonl", time.monotonic() + 120
+        cells, deadline = tmp_path / "out" / "cells.jsonl", time.monotonic() + 200
         while not cells.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.3)

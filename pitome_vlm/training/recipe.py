@@ -124,22 +124,22 @@ def train(
     # Batches without pictures leave an adapter on tower or projector without gradients.
     arguments = {"ddp_find_unused_parameters": data.has_text_only} | arguments
     settings = training_arguments(folder.root, base.device, progress=progress, **arguments)
+    lora_text = str(lora or ("continued" if model is not base else LoraOptions()))
     run = {
         "base_model": getattr(base, "name_or_path", None),
         "quantization": recorded(base),
         "merging": {k: v for k, v in config.to_dict().items() if k != "pitome_vlm_version"},
         "budgets": list(budgets),
         "max_length": longest,
-        "lora": str(lora or ("continued" if model is not base else LoraOptions())),
+        "lora": lora_text,
         "data": {"train": data.fingerprint, "val": held_out and held_out.fingerprint},
         "arguments": identity(settings),
     }
     folder.compare(run)
     # Ranks and repetitions begin with the same adapter.
     transformers.set_seed(settings.seed)
-    model = prepare(model, lora)
     trainer = MergingTrainer(
-        model=model,
+        model=prepare(model, lora),
         args=settings,
         train_dataset=data,
         eval_dataset=held_out,
@@ -147,6 +147,12 @@ def train(
         budgets=budgets,
         callbacks=list(callbacks),
     )
+    _fit(trainer, folder, run, resume)
+    return _finish(trainer, folder, _facts(trainer, data, held_out, run, config))
+
+
+def _fit(trainer: Any, folder: RunFolder, run: dict[str, Any], resume: bool) -> None:
+    """Train, from the last complete checkpoint where there is one."""
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(ProgressLine)
@@ -156,9 +162,6 @@ def train(
         folder.begin(run)
     last = folder.last_checkpoint() if resume else None
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    before, after = _accuracies(trainer)
-    facts = _facts(trainer, data, held_out, run, config)
-    return _finish(trainer, folder, facts, before, after)
 
 
 def _data(
@@ -210,13 +213,9 @@ def _facts(
     }
 
 
-def _finish(
-    trainer: Any,
-    folder: RunFolder,
-    facts: dict[str, Any],
-    before: dict[str, float] | None,
-    after: dict[str, float] | None,
-) -> TrainingResult:
+def _finish(trainer: Any, folder: RunFolder, facts: dict[str, Any]) -> TrainingResult:
+    """Measure, save the adapter with what it has to remember, and give the model back."""
+    before, after = _accuracies(trainer)
     # Mixed precision patches forward on the model; off again, for whoever goes on with it.
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     if getattr(model.__dict__.get("forward"), "__func__", None) is type(model).forward:
