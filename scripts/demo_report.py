@@ -179,8 +179,8 @@ def report(
         f"# Demo benchmark{title}",
         "",
         f"{facts.get('model', 'The bundled model')} on {facts['questions']} {facts['split']} "
-        "questions, greedy, exact match. Intervals resample whole pictures (4,000 bootstrap draws); differences are "
-        "paired by question. `random` is the mean of seeds "
+        "questions, greedy, exact match. Intervals resample whole pictures (4,000 bootstrap "
+        "draws); differences are paired by question. `random` is the mean of seeds "
         + ", ".join(map(str, RANDOM_SEEDS))
         + ". Every method acts where its authors put it: most merge in the vision tower, DivPrune, "
         "pool and random act on the features the projector reads. All but the two rows PiToMe "
