@@ -225,9 +225,11 @@ class Bench:
 
     def _looks_before(self, key: str) -> int:
         """How many other settings were checked on the check part before this one."""
-        unreduced = self._key("check", UNREDUCED)
-        looked = [k for k, r in self.journal.cells.items() if r["part"] == "check"]
-        looked = [k for k in looked if k != unreduced]
+        looked = [
+            other
+            for other, record in self.journal.cells.items()
+            if record["part"] == "check" and record["recipe"] != UNREDUCED_NAME
+        ]
         return looked.index(key) if key in looked else len(looked)
 
     def _key(self, part: Part, config: MergeConfig) -> str:
