@@ -20,6 +20,7 @@ from .calibration import Calibration, additive_mask, extended, later_positions
 from .config import MergeConfig
 from .inputs import CompactPrompt
 from .merging import Merging
+from .releases import CACHE_NAME
 from .schedule import Schedule
 
 # The attribute of a cache that holds its `CachedImages`.
@@ -71,7 +72,7 @@ def check_cache(
     Args:
         model: the wrapped model itself.
         merging: what `wrap` put on it.
-        cache: what was passed as past_key_values.
+        cache: the caller's cache.
         placeholders: [B, T] bool over the whole conversation, None where it is not at hand.
         schedule: token counts of this call.
 
@@ -89,7 +90,7 @@ def check_cache(
         cached = schedule.tokens_in if holds_image else schedule.tokens_out
     if cached != schedule.tokens_out:
         raise ValueError(
-            f"past_key_values hold images of {cached} visual tokens each, but the model now makes "
+            f"{CACHE_NAME} holds images of {cached} visual tokens each, but the model now makes "
             f"{schedule.tokens_out}; start a new cache after changing the merge settings"
         )
     if images is None:
@@ -97,13 +98,13 @@ def check_cache(
     calibration = merging.calibration(model)
     if images.calibration != calibration:
         raise ValueError(
-            f"past_key_values were computed with {images.calibration}, but the model now uses "
+            f"{CACHE_NAME} was computed with {images.calibration}, but the model now uses "
             f"{calibration}; start a new cache after changing the merge settings"
         )
     adaptive = images.config.is_adaptive or merging.config.is_adaptive
     if adaptive and images.config != merging.config:
         raise ValueError(
-            f"past_key_values hold images merged with {images.config.summary()!r}, but the model "
+            f"{CACHE_NAME} holds images merged with {images.config.summary()!r}, but the model "
             f"now merges with {merging.config.summary()!r}; start a new cache after changing the "
             "merge settings"
         )
@@ -120,7 +121,7 @@ def first_position(cache: Any, mask: Any, device: torch.device) -> Tensor | None
     """[B] or [1] position of the first column behind a cache; None for an empty one.
 
     Args:
-        cache: what was passed as past_key_values.
+        cache: the caller's cache.
         mask: [B, cached + Q] or [B, Q] or None.
         device: of the result.
     """
@@ -172,7 +173,7 @@ def calibrated(
         sizes: [B, S] of the columns from the first cached one on; None takes the cache's.
         packed: [B, Q] integer positions that restart where samples share a row.
     """
-    mask, cache = call.get("attention_mask"), call.get("past_key_values")
+    mask, cache = call.get("attention_mask"), call.get(CACHE_NAME)
     images = cached_images(cache) if sizes is None else None
     ready = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.dim() == 4)
     if ready or (sizes is None and images is None):
@@ -212,11 +213,11 @@ def _continued(call: dict[str, Any], images: CachedImages, query: Tensor) -> dic
     """
     if images.sizes.shape[0] != query.shape[0]:
         raise ValueError(
-            f"past_key_values hold {images.sizes.shape[0]} rows with merged images, but the new "
+            f"{CACHE_NAME} holds {images.sizes.shape[0]} rows with merged images, but the new "
             f"inputs have {query.shape[0]}; pass the same rows, or start a new cache"
         )
     if images.positions is None or call.get("position_ids") is not None:
         return call
-    total = cached_length(call["past_key_values"]) + query.shape[1]
+    total = cached_length(call[CACHE_NAME]) + query.shape[1]
     positions = later_positions(images.positions, call.get("attention_mask"), total)
     return call | {"position_ids": positions[:, -query.shape[1] :]}

@@ -25,6 +25,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import logging
 
 from .config import MergeConfig, Positions
+from .releases import CACHE_NAME
 
 logger = logging.get_logger(__name__)
 
@@ -267,7 +268,7 @@ def additive_mask(
         "inputs_embeds": shape,
         "input_embeds": shape,
         "attention_mask": attention_mask,
-        "past_key_values": cache,
+        CACHE_NAME: cache,
         "position_ids": packed_positions,
         "cache_position": torch.arange(total - queries, total, device=device),
     }

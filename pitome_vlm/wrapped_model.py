@@ -39,6 +39,7 @@ from .inputs import (
 )
 from .merging import Merging
 from .prompt import compaction
+from .releases import CACHE_NAME, cache_of, fill_image_states, with_cache_name
 from .schedule import Schedule
 
 # Before release 5 generate reads ids instead of embeddings once a cache holds something.
@@ -62,7 +63,7 @@ class WrappedLlava:
         if call.get("pixel_values") is None:
             self._refuse_stale_inputs(call)
             return original(**calibrated(self, self._pitome, call, sizes))
-        schedule, cache = self._pitome_schedule(call), call.get("past_key_values")
+        schedule, cache = self._pitome_schedule(call), call.get(CACHE_NAME)
         if schedule.is_identity:
             return original(**call)
         keep = call.get("logits_to_keep")
@@ -82,9 +83,8 @@ class WrappedLlava:
         images = with_prompt_images(cache, prompt, self._pitome.config, schedule.tokens_out)
         call = calibrated(self, self._pitome, call, images.sizes, prompt.packed_positions)
         output = original(**call)
-        if getattr(output, "image_hidden_states", 0) is None:
-            output["image_hidden_states"] = torch.cat(prompt.visual.features)
-        mark_cache(getattr(output, "past_key_values", None), images)
+        fill_image_states(output, prompt.visual.features)
+        mark_cache(cache_of(output), images)
         return output
 
     @torch.no_grad()
@@ -95,7 +95,7 @@ class WrappedLlava:
         ids = call.pop("inputs", None)
         if ids is not None:
             call["input_ids"] = ids
-        ids, cache = call.get("input_ids"), call.get("past_key_values")
+        ids, cache = call.get("input_ids"), call.get(CACHE_NAME)
         schedule = self._pitome_schedule(call)
         if schedule.is_identity or (
             call.get("pixel_values") is None and (ids is None or not cached_length(cache))
@@ -141,7 +141,7 @@ class WrappedLlava:
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         if token_sizes is None:
             return inputs
-        cache, mask = inputs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask = inputs.get(CACHE_NAME), kwargs.get("attention_mask")
         images = CachedImages(
             self._pitome.config,
             self._pitome.schedule(self).tokens_out,
@@ -190,9 +190,7 @@ class WrappedLlava:
 
     def _refuse_stale_inputs(self, call: dict[str, Any]) -> None:
         """Old placeholders or an old mask beside a shortened cache would be silently wrong."""
-        ids, cache, mask = (
-            call.get(name) for name in ("input_ids", "past_key_values", "attention_mask")
-        )
+        ids, cache, mask = (call.get(name) for name in ("input_ids", CACHE_NAME, "attention_mask"))
         # Other caches are only filled inside generate, which keeps all lengths consistent, and
         # asking a static cache for its length costs a device synchronisation per decoded token.
         cached = cache.get_seq_length() if isinstance(cache, DynamicCache) else 0
@@ -232,12 +230,12 @@ class WrappedLlava:
             raise ValueError(
                 f"transformers {transformers.__version__} cannot add an image to a cache that is "
                 "already filled (unwrapped, it reads the placeholders as words); leave out "
-                "past_key_values for this turn, or use transformers 5"
+                f"{CACHE_NAME} for this turn, or use transformers 5"
             )
 
     def _continue_chat(self, original: Any, ids: Any, call: dict[str, Any]) -> Any:
         """A later turn on a cache whose images were merged when they were encoded."""
-        images = cached_images(call["past_key_values"])
+        images = cached_images(call[CACHE_NAME])
         counts = None if images is None else images.counts
         placeholders, drop = drop_stale_placeholders(self, self._pitome, ids, counts)
         if not bool(placeholders.any()):
@@ -245,7 +243,7 @@ class WrappedLlava:
         mask, positions = call.get("attention_mask"), call.get("position_ids")
         moves = compaction(placeholders, drop, mask, left=_pad_left(call))
         compact = moves.take(ids, 0)
-        cached = cached_length(call["past_key_values"])
+        cached = cached_length(call[CACHE_NAME])
         if bool(moves.take(placeholders, False)[:, cached:].any()):
             raise ValueError(
                 "the conversation holds an image that the cache does not; pass the pixel_values "
@@ -297,7 +295,7 @@ def _named_arguments(function: Any, args: Any, kwargs: dict[str, Any]) -> dict[s
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             named |= named.pop(name, {})
-    return named
+    return with_cache_name(named)
 
 
 def _without_images(call: dict[str, Any], prompt: CompactPrompt) -> dict[str, Any]:

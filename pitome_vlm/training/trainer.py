@@ -15,6 +15,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ..config import MergeConfig
+from ..releases import CACHE_NAME
 from ..wrapper import (
     compact_inputs,
     is_wrapped,
@@ -27,7 +28,13 @@ from .metrics import answer_metrics, most_likely
 from .shorten import shorten
 
 # What LLaVA returns beside logits; gathering it over an evaluation would fill the memory.
-NOT_GATHERED = ["past_key_values", "hidden_states", "attentions", "image_hidden_states"]
+NOT_GATHERED = [
+    CACHE_NAME,
+    "hidden_states",
+    "attentions",
+    "image_hidden_states",
+    "image_outputs",
+]
 
 
 class MergingTrainer(Trainer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import TextStreamer
 from transformers.cache_utils import DynamicCache
 
 import pitome_vlm
+from pitome_vlm.releases import CACHE_NAME
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 STAGES = ["tower", "projector", "both"]
@@ -276,9 +278,24 @@ def test_forward_refuses_old_placeholders_and_old_masks(model):
     assert step.logits.shape[1] == 1
 
 
+def test_a_cache_is_taken_under_either_name(model):
+    first, out, ids = turns(model)
+    cache = out.get(CACHE_NAME)
+    expected = model.generate(input_ids=ids, pixel_values=first["pixel_values"], **GREEDY)
+    for name in ("cache", "past_key_values"):
+        again = copy.deepcopy(cache)
+        assert torch.equal(model.generate(input_ids=ids, **{name: again}, **GREEDY), expected)
+        step = model(input_ids=torch.tensor([[3]]), **{name: again})
+        assert step.logits.shape[1] == 1
+    with pytest.raises(ValueError, match="both cache and past_key_values"):
+        model(input_ids=torch.tensor([[3]]), cache=cache, past_key_values=cache)
+
+
 def test_output_carries_the_merged_image_states(model):
     batch = tiny_batch()
-    states = model(**batch).image_hidden_states
+    output = model(**batch)
+    newer = hasattr(output, "image_outputs")  # transformers 5.24: one tensor for every image
+    states = torch.cat(output.image_outputs.pooler_output) if newer else output.image_hidden_states
     expected = torch.cat(pitome_vlm.encode_images(model, batch["pixel_values"]).features)
     assert torch.equal(states, expected)
     as_tuple = model(**batch, return_dict=False)

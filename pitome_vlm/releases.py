@@ -1,0 +1,57 @@
+"""What releases of transformers call differently: the cache, the image features of an output.
+
+Knows: names of arguments and of output fields, old and new. Does not know: what is in a cache or
+how images are encoded. Nothing here changes what is computed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+# Release 5.24 renamed the argument and the output field; the old name is understood until 5.40.
+_CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAME = next(
+    name for name in _CACHE_NAMES if name in inspect.signature(create_masks_for_generate).parameters
+)
+
+
+def with_cache_name(call: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with the cache under this release's own name, whichever one the caller used.
+
+    Raises:
+        ValueError: both names are given.
+    """
+    found = [name for name in _CACHE_NAMES if call.get(name) is not None]
+    if len(found) > 1:
+        raise ValueError(f"both {' and '.join(found)} are given; pass {CACHE_NAME} alone")
+    named = {name: value for name, value in call.items() if name not in _CACHE_NAMES}
+    if found:
+        named[CACHE_NAME] = call[found[0]]
+    return named
+
+
+def cache_of(output: Any) -> Any:
+    """The cache of a model's output, None for none."""
+    return output.get(CACHE_NAME) if isinstance(output, dict) else None
+
+
+def fill_image_states(output: Any, features: list[Tensor]) -> None:
+    """Put the features of the images into an output that has room for them and holds none.
+
+    Args:
+        output: of a model's forward; a tuple is left alone.
+        features: [n_i, C] of every image, after the projector.
+    """
+    if not isinstance(output, dict):
+        return
+    if hasattr(output, "image_outputs"):
+        if output.image_outputs is None:
+            output["image_outputs"] = BaseModelOutputWithPooling(pooler_output=features)
+    elif getattr(output, "image_hidden_states", 0) is None:
+        output["image_hidden_states"] = torch.cat(features)
