@@ -47,27 +47,9 @@ class HFLlavaAdapter:
             TypeError: the tower's number of patches depends on the picture.
             ValueError: unknown select strategy, or a feature layer outside of the tower.
         """
-        layer, strategy = self._features(model, feature_options)
-        vision, tower = model.config.vision_config, model.model.vision_tower
-        if vision.model_type in VARIABLE_GRID:
-            raise TypeError(
-                f"a {vision.model_type} vision tower is not supported yet: its number of patches "
-                "depends on the picture, so no count can be promised"
-            )
-        grid = patch_grid(vision)
-        patches = grid[0] * grid[1]
-        class_tokens = int(has_class_token(tower))
-        # "default" cuts off the first token whatever it is; on a tower without a class token that
-        # is the first patch, which then must not be merged into anything that stays.
-        n_leading = max(class_tokens, int(strategy == "default"))
-        return TowerShape(
-            n_tokens=patches + class_tokens - n_leading,
-            n_leading=n_leading,
-            leading_kept=n_leading if strategy == "full" else 0,
-            n_layers=vision.num_hidden_layers,
-            used_layers=max(feature_depth(layer, vision.num_hidden_layers)),
-            grid=grid if n_leading == class_tokens else None,
-        )
+        layer, strategy = feature_choice(model.config, feature_options)
+        class_tokens = int(has_class_token(model.model.vision_tower))
+        return tower_shape_of(model.config.vision_config, layer, strategy, class_tokens)
 
     def install(self, model: Any, *, inside_tower: bool) -> None:
         """Swap the classes of the tower's layers.
@@ -98,7 +80,7 @@ class HFLlavaAdapter:
             merge_pass: a fresh pass; holds the plans afterwards.
             **feature_options: `vision_feature_layer`, `vision_feature_select_strategy`.
         """
-        layer, strategy = self._features(model, feature_options)
+        layer, strategy = feature_choice(model.config, feature_options)
         core = model.model
         with encoding(core.vision_tower, merge_pass):
             outputs = core.vision_tower(pixel_values, output_hidden_states=True)
@@ -130,23 +112,60 @@ class HFLlavaAdapter:
         """Configuration of the language model, the object its attention layers read."""
         return model.model.language_model.config
 
-    def _features(self, model: Any, options: dict[str, Any]) -> tuple[int | list[int], str]:
-        config = model.config
-        layer = options.get("vision_feature_layer")
-        for name in ("vision_feature_layer", "vision_feature_layers"):
-            layer = getattr(config, name, None) if layer is None else layer
-        if layer is None:
-            raise ValueError("the model's config names no vision_feature_layer")
-        strategy = options.get("vision_feature_select_strategy")
-        if strategy is None:
-            # ViP-LLaVA has no such option: it always drops the first token.
-            strategy = getattr(config, "vision_feature_select_strategy", None) or "default"
-        if strategy not in STRATEGIES:
-            raise ValueError(
-                f"vision_feature_select_strategy must be one of {', '.join(STRATEGIES)}, "
-                f"got {strategy!r}"
-            )
-        return (layer if isinstance(layer, int) else list(layer)), strategy
+
+def feature_choice(config: Any, options: dict[str, Any]) -> tuple[int | list[int], str]:
+    """The feature layer (or layers) and the select strategy: of one call, else of the config.
+
+    Raises:
+        ValueError: there is no feature layer, or the strategy is unknown.
+    """
+    layer = options.get("vision_feature_layer")
+    for name in ("vision_feature_layer", "vision_feature_layers"):
+        layer = getattr(config, name, None) if layer is None else layer
+    if layer is None:
+        raise ValueError("the model's config names no vision_feature_layer")
+    strategy = options.get("vision_feature_select_strategy")
+    if strategy is None:
+        # ViP-LLaVA has no such option: it always drops the first token.
+        strategy = getattr(config, "vision_feature_select_strategy", None) or "default"
+    if strategy not in STRATEGIES:
+        raise ValueError(
+            f"vision_feature_select_strategy must be one of {', '.join(STRATEGIES)}, "
+            f"got {strategy!r}"
+        )
+    return (layer if isinstance(layer, int) else list(layer)), strategy
+
+
+def tower_shape_of(
+    vision_config: Any, layer: int | list[int], strategy: str, class_tokens: int
+) -> TowerShape:
+    """Numbers of a vision tower from its configuration; see `HFLlavaAdapter.tower_shape`.
+
+    Args:
+        vision_config: configuration of the tower.
+        layer: see `feature_choice`.
+        strategy: see `feature_choice`.
+        class_tokens: class tokens that the tower puts in front of its patches, 0 or 1.
+    """
+    if vision_config.model_type in VARIABLE_GRID:
+        raise TypeError(
+            f"a {vision_config.model_type} vision tower is not supported yet: its number of "
+            "patches depends on the picture, so no count can be promised"
+        )
+    grid = patch_grid(vision_config)
+    patches = grid[0] * grid[1]
+    # "default" cuts off the first token whatever it is; on a tower without a class token that
+    # is the first patch, which then must not be merged into anything that stays.
+    n_leading = max(class_tokens, int(strategy == "default"))
+    n_layers = vision_config.num_hidden_layers
+    return TowerShape(
+        n_tokens=patches + class_tokens - n_leading,
+        n_leading=n_leading,
+        leading_kept=n_leading if strategy == "full" else 0,
+        n_layers=n_layers,
+        used_layers=max(feature_depth(layer, n_layers)),
+        grid=grid if n_leading == class_tokens else None,
+    )
 
 
 def _check_count(found: int, scheduled: int) -> None:
