@@ -165,6 +165,7 @@ def train(trial: Trial, options: argparse.Namespace, data: Path) -> Path | None:
         per_device_train_batch_size=options.batch_size,
         seed=options.seed,
         logging_steps=20,
+        bf16=False,  # or the result would depend on what the hardware multiplies
     )
     print(f"{trial.name}: {result.steps} steps in {time.time() - begin:.0f} s", file=sys.stderr)
     (folder / "seconds.json").write_text(json.dumps({"seconds": round(time.time() - begin)}))
