@@ -29,6 +29,7 @@ from .images import FORMATS, ImageError, ImageLimits, load_image
 from .peft_loading import SavedAdapter, find_adapter_at
 from .quantization import (
     check_quantised,
+    keep_unpackable,
     quantization,
     recorded_quantization,
     unquantised_dtype,
@@ -144,6 +145,7 @@ def load(
     extra |= {"dtype": plain, "allow_pickle": allow_pickle}
     model = load_weights(name, model_config, **source, **placed, **extra)
     check_quantised(model, language_model_only=ours)
+    keep_unpackable(model)
     processor = complete_processor(_load_processor(name, source), model)
     if adapter is not None:
         model = adapter.attach(model, trainable=trainable)

@@ -21,6 +21,8 @@ from transformers import BitsAndBytesConfig
 UNQUANTISED = ("vision_tower", "multi_modal_projector")
 SKIPPED = ("lm_head", *UNQUANTISED, *(f"model.{name}" for name in UNQUANTISED))
 QUANTISED_CLASSES = ("Linear4bit", "Linear8bitLt")
+# Rows that bitsandbytes' kernel for AVX512-BF16 takes at once.
+_PACKED_ROWS = 32
 
 
 def quantization(
@@ -231,6 +233,31 @@ def allow_gradients(model: nn.Module) -> int:
             stacklevel=2,
         )
     return repacked
+
+
+def keep_unpackable(model: nn.Module) -> int:
+    """Let 4-bit layers that bitsandbytes cannot repack be computed as they are; in place.
+
+    On CPUs with AVX512-BF16 the first forward pass repacks every `Linear4bit` row by row. Rows
+    that are no whole number of quantisation blocks, and a number of rows that is no multiple of
+    the kernel's, make bitsandbytes (0.50) fail there with a shape error.
+
+    Args:
+        model: with or without quantised layers.
+
+    Returns:
+        How many layers are kept as they are.
+    """
+    kept = 0
+    layers: list[Any] = [module for module in model.modules() if _is_a(module, "Linear4bit")]
+    for module in layers:
+        state = getattr(module.weight, "quant_state", None)
+        if state is None or not getattr(module, "support_avx512bf16_for_cpu", False):
+            continue
+        if module.in_features % state.blocksize or module.out_features % _PACKED_ROWS:
+            module.support_avx512bf16_for_cpu = False
+            kept += 1
+    return kept
 
 
 def _check_all_quantised(model: nn.Module, skipped: list[str]) -> None:

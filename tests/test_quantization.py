@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from checkpoint import edit_json, save_checkpoint
@@ -15,11 +16,13 @@ from typer.testing import CliRunner
 
 import pitome_vlm
 from pitome_vlm.cli import app
+from pitome_vlm.demo import checkpoint_path
 from pitome_vlm.lmms.arguments import ModelArguments
 from pitome_vlm.loading import load
 from pitome_vlm.quantization import (
     check_quantised,
     compute_dtype,
+    keep_unpackable,
     quantised_modules,
     quantization,
     recorded,
@@ -68,6 +71,24 @@ class TestWhatIsQuantised:
         from pitome_vlm.training import LoraOptions, prepare
 
         assert len(quantised_modules(prepare(model, LoraOptions(rank=2)))) == LANGUAGE_LAYERS
+
+    def test_layers_that_the_packed_kernel_cannot_take_are_computed_all_the_same(self):
+        # Rows of 160 are two and a half quantisation blocks; on CPUs with AVX512-BF16
+        # bitsandbytes repacks in the first forward pass and fails there.
+        model, processor = load(checkpoint_path(), tokens=36, load_in_4bit=True)
+        layers = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
+        assert any(layer.in_features % 64 for layer in layers)
+        out = model.generate(**inputs(processor, model), max_new_tokens=2, do_sample=False)
+        assert out.shape[1] > 144
+
+    def test_only_unpackable_layers_are_kept_from_the_packed_kernel(self):
+        shapes = {(128, 64): True, (160, 64): False, (128, 40): False}
+        layers = [bnb.nn.Linear4bit(*shape, quant_type="nf4") for shape in shapes]
+        model = torch.nn.Sequential(*layers).to("cpu")
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = True
+        assert keep_unpackable(model) == 2
+        assert [layer.support_avx512bf16_for_cpu for layer in layers] == list(shapes.values())
 
     def test_a_config_of_one_s_own_is_taken_as_it_is(self, checkpoint):
         own = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
@@ -226,7 +247,8 @@ class TestBytes:
         assert told.weights.quantisation == {"none": "", "nf4": "nf4", "int8": "int8"}[bits]
 
     def test_four_bits_are_an_eighth_and_scales(self, checkpoint):
-        sizes = {bits: weights_of(load(checkpoint, **BITS[bits])[0]) for bits in BITS}
+        loaded = {bits: load(checkpoint, dtype="float32", **BITS[bits])[0] for bits in BITS}
+        sizes = {bits: weights_of(model) for bits, model in loaded.items()}
         plain, nf4, int8 = sizes["none"], sizes["nf4"], sizes["int8"]
         assert nf4.vision_tower == plain.vision_tower == int8.vision_tower
         assert nf4.projector == plain.projector

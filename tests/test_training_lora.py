@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 import pitome_vlm
 from pitome_vlm.quantization import allow_gradients
+from pitome_vlm.releases import CACHE_NAME
 from pitome_vlm.training import (
     PARTS,
     Collator,
@@ -351,7 +352,7 @@ class TestTrainer:
             data_collator=ShorteningCollator(model, Collator(processor)),
         )
         result = trainer.predict(
-            conversations, ignore_keys=["past_key_values", "image_hidden_states"]
+            conversations, ignore_keys=[CACHE_NAME, "image_hidden_states", "image_outputs"]
         )
         logits = result.predictions
         logits = logits[0] if isinstance(logits, tuple) else logits

@@ -30,12 +30,14 @@ OPTIONS = {
     "logging_steps": 1,
     "save_steps": 2,
     "budgets": [8, 36],
+    # Sums in another order differ by more than the tolerances in half precision.
+    "bf16": False,
 }
 WORDS = (
     *("--tokens", "16", "--max-steps", str(STEPS), "--lr", "5e-3", "--rank", "4", "--alpha", "64"),
     *("--dropout", "0.1", "--budgets", "8,36", "--dtype", "float32", "--device", "cpu"),
 )
-FIELDS = "logging_steps=1,save_steps=2"
+FIELDS = "logging_steps=1,save_steps=2,bf16=false"
 
 
 @pytest.fixture(scope="module")

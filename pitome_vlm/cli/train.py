@@ -231,14 +231,17 @@ def _budgets(text: str | None) -> list[float]:
 
 
 def _pairs(text: str) -> dict[str, Any]:
-    """`K=V,K=V` with Python values where they are some."""
+    """`K=V,K=V` with Python values where they are some; true and false in any case."""
     pairs: dict[str, Any] = {}
     for item in filter(None, (piece.strip() for piece in text.split(","))):
         name, equals, value = item.partition("=")
         if not equals or not name:
             raise ValueError(f"training_args must be K=V,K=V, got {item!r}")
+        # As a string "false" would count as true.
+        value = value.strip()
+        value = value.capitalize() if value.lower() in ("true", "false") else value
         try:
-            pairs[name.strip()] = ast.literal_eval(value.strip())
+            pairs[name.strip()] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            pairs[name.strip()] = value.strip()
+            pairs[name.strip()] = value
     return pairs
