@@ -62,7 +62,9 @@ def _described(model: str, merging: dict[str, Any], text_tokens: int) -> Descrip
 
     check_algorithm(merging)
     source, saved = _source(model)
-    config = make_config(saved, **merging) if saved or merging else None
+    if "config" in merging:  # a preset; nothing of what was saved goes into it
+        saved, merging = None, dict(merging)
+    config = make_config(merging.pop("config", saved), **merging) if saved or merging else None
     return from_config(source, config, text_tokens=text_tokens)
 
 
