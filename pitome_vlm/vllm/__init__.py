@@ -7,9 +7,18 @@ package can be imported, and `options` and `command` used.
 
 from __future__ import annotations
 
+import importlib
 import logging
+import os
 
-from .options import ARCHITECTURE, PlannedServing, hf_overrides, plan_serving, served_config
+from .options import (
+    ARCHITECTURE,
+    MEDIA_CONNECTOR,
+    PlannedServing,
+    hf_overrides,
+    plan_serving,
+    served_config,
+)
 
 __all__ = [
     "ARCHITECTURE",
@@ -20,6 +29,7 @@ __all__ = [
     "served_config",
 ]
 
+CONNECTOR_VARIABLE = "VLLM_MEDIA_CONNECTOR"
 logger = logging.getLogger("vllm.pitome_vlm")
 
 
@@ -39,3 +49,6 @@ def register() -> None:
         logger.debug("this vLLM has no hook for checks of a model's options: %s", error)
     else:
         register_check()
+    if os.environ.get(CONNECTOR_VARIABLE) == MEDIA_CONNECTOR:
+        # Registers itself; asked for by name, so a vLLM that lacks the hook may say so.
+        importlib.import_module(".pictures", __name__)

@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 
 from ..config import MergeConfig
 from ..images import ImageLimits
-from .options import hf_overrides
+from . import CONNECTOR_VARIABLE
+from .options import MEDIA_CONNECTOR, hf_overrides
 
 OVERRIDES = "--hf-overrides"
 PIXEL_LIMIT = "VLLM_MAX_IMAGE_PIXELS"
@@ -72,7 +73,7 @@ def _entry(model: str) -> list[str]:
 
 
 def server_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What to start the server with: the caller's environment and our limit on pictures.
+    """What to start the server with: the caller's environment, and how pictures are read.
 
     Args:
         environment: to add to, None for this process's.
@@ -87,4 +88,5 @@ def server_environment(environment: Mapping[str, str] | None = None) -> dict[str
             f"{PLUGINS}={allowed!r} keeps vLLM from loading this plugin; add {PLUGIN} to it or "
             "unset it"
         )
-    return {PIXEL_LIMIT: str(ImageLimits().max_pixels), **given}
+    pictures = {PIXEL_LIMIT: str(ImageLimits().max_pixels), CONNECTOR_VARIABLE: MEDIA_CONNECTOR}
+    return pictures | given

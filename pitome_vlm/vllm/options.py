@@ -22,6 +22,7 @@ from ..schedule import Schedule, TowerShape
 
 ARCHITECTURE = "PiToMeLlavaForConditionalGeneration"
 OPTIONS_KEY = "pitome"
+MEDIA_CONNECTOR = "pitome_vlm"
 # Class tokens in front of the patches, by the kind of tower that vLLM's LLaVA can have.
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
