@@ -6,30 +6,18 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from served_models import ANSWER_TOKENS, save_tiny
+from served_models import ANSWER_TOKENS, environment, save_tiny
 
 from pitome_vlm.demo import checkpoint_path, picture
 from pitome_vlm.vllm import hf_overrides
 
 HERE = Path(__file__).resolve().parent
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-
-
-def environment(**more: str) -> dict[str, str]:
-    """Of a process with vLLM in it; this checkout is the one that is tested."""
-    return {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(HERE.parents[1]), **more}
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -21,7 +22,19 @@ from pitome_vlm import MergeConfig
 from pitome_vlm.demo.processor import BOS, EOS, IMAGE, PAD, build_processor, vocabulary
 from pitome_vlm.wrapper import schedule_of
 
+HERE = Path(__file__).resolve().parent
 ANSWER_TOKENS = 8
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a process with vLLM in it; this checkout is the one that is tested."""
+    return {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(HERE.parents[1]), **more}
 
 
 def save_tiny(folder: Path, kind: str) -> str:

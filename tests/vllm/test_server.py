@@ -20,8 +20,8 @@ pytest.importorskip("vllm", reason="make test-vllm builds an environment with vL
 import httpx
 import psutil
 import torch
-from conftest import environment
 from PIL import Image
+from served_models import environment
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import pitome_vlm
@@ -33,8 +33,10 @@ KEEP = 0.25
 ANSWER_TOKENS = 3
 QUESTIONS = 60
 START_SECONDS = 240
-# What requests may leave behind: caches are bounded and full after the first pass.
-GROWTH = 60 * 2**20
+# What a thousand requests may leave behind: pictures and prompts live in the front end. The worker
+# keeps one kernel for every shape of a batch, in stock vLLM as well (eval/results/serving/memory.md).
+FRONT_END_GROWTH = 20 * 2**20
+WORKER_GROWTH = 100 * 2**20
 
 
 @pytest.fixture(scope="module")
@@ -172,15 +174,16 @@ def test_a_thousand_requests_some_broken(server, questions, broken):
     }
     # Answers that hang on the last bit may differ: 2 of 2400 do (eval/results/serving).
     assert len(wrong) <= 1, wrong
-    assert after - before < GROWTH
+    assert after["front end"] - before["front end"] < FRONT_END_GROWTH
+    assert after["worker"] - before["worker"] < WORKER_GROWTH
     assert httpx.get(f"{address}/health").status_code == 200
 
 
-def memory(process) -> int:
-    """Bytes held by the server and all processes it started."""
-    family = [psutil.Process(process.pid)]
-    family += family[0].children(recursive=True)
-    return sum(one.memory_info().rss for one in family)
+def memory(process) -> dict[str, int]:
+    """Bytes held by the front end, and by all processes it started."""
+    front = psutil.Process(process.pid)
+    started = [child.memory_info().rss for child in front.children(recursive=True)]
+    return {"front end": front.memory_info().rss, "worker": sum(started)}
 
 
 def test_tokens_are_counted_after_merging(server, questions):
