@@ -17,8 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..inputs import image_token_id
-from ..wrapper import base_model, is_wrapped, schedule_of, visual_token_counts
+from ..wrapper import base_model, is_wrapped, prompt_images
 from .requests import Prompt, RequestError
 
 logger = logging.getLogger(__name__)
@@ -205,16 +204,10 @@ class Engine:
         """Tokens of every row as the language model sees them."""
         lengths = batch["attention_mask"].sum(1)
         if is_wrapped(self.model):
-            full, token = schedule_of(self.model).tokens_in, image_token_id(base_model(self.model))
-            images = ((batch["input_ids"] == token).sum(1) // full).tolist()
-            pixels = batch.get("pixel_values")
-            counts = [] if pixels is None else visual_token_counts(self.model, pixels)
-            self.work.visual_tokens += sum(counts)
-            self.work.images += len(counts)
-            saved = [full - count for count in counts]
-            first = [sum(images[:row]) for row in range(len(images))]
-            removed = [sum(saved[i : i + n]) for i, n in zip(first, images, strict=True)]
-            lengths = lengths - torch.tensor(removed, device=lengths.device)
+            for image in prompt_images(self.model, batch):
+                self.work.visual_tokens += image.count
+                self.work.images += 1
+                lengths[image.row] -= image.full - image.count
         return [int(length) for length in lengths]
 
     def _clock(self) -> float:
