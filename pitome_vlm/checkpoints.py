@@ -79,7 +79,8 @@ def check_model_type(model_type: Any, source: str) -> None:
     if model_type not in model_types():
         raise TypeError(
             f"{source} has model_type {model_type!r}; supported: {', '.join(model_types())} "
-            "(LLaVA-1.5, ViP-LLaVA and their fine-tunes in the format of transformers)"
+            "(LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, ViP-LLaVA and their fine-tunes in the format "
+            "of transformers)"
         )
 
 

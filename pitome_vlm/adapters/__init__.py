@@ -31,6 +31,8 @@ class Adapter(Protocol):
         vision_inputs: all arguments that `encode` consumes, those included; the language model
             does not see them.
         feature_options: arguments that change how features are read.
+        default_image_size: (height, width) of a typical picture, for what is only printed; None
+            where every picture is brought to one size.
     """
 
     model_types: tuple[str, ...]
@@ -39,6 +41,7 @@ class Adapter(Protocol):
     pixel_inputs: Mapping[str, str]
     vision_inputs: tuple[str, ...]
     feature_options: tuple[str, ...]
+    default_image_size: tuple[int, int] | None
 
     def matches(self, model: Any) -> bool:
         """Whether this adapter serves the model."""
@@ -69,7 +72,7 @@ class Adapter(Protocol):
     ) -> Footprint:
         """Counts of one picture (height, width) in pixels; nothing is run.
 
-        None is a typical picture. Models that bring every picture to one size ignore it.
+        None is `default_image_size`. Models that bring every picture to one size ignore it.
         """
         ...
 

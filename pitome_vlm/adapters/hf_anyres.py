@@ -23,9 +23,6 @@ from .features import FEATURE_OPTIONS, checked_pixels, feature_choice, read_feat
 from .hf_llava import HFLlavaAdapter
 from .swap import base_class
 
-# A photo; only what is printed depends on it.
-DEFAULT_IMAGE_SIZE = (768, 1024)
-
 
 class HFAnyResAdapter(HFLlavaAdapter):
     """LlavaNextForConditionalGeneration and LlavaOnevisionForConditionalGeneration, images."""
@@ -34,6 +31,8 @@ class HFAnyResAdapter(HFLlavaAdapter):
     counted_per = "tile"
     vision_inputs: tuple[str, ...] = ("pixel_values", "image_sizes", "batch_num_images")
     feature_options: tuple[str, ...] = (*FEATURE_OPTIONS, "vision_aspect_ratio")
+    # A photo.
+    default_image_size: tuple[int, int] | None = (768, 1024)
 
     def matches(self, model: Any) -> bool:
         """By model type and parts."""
@@ -61,7 +60,8 @@ class HFAnyResAdapter(HFLlavaAdapter):
     ) -> Footprint:
         """See `Adapter`; by the model's own functions, on shapes alone."""
         shape = self.tower_shape(model, **feature_options)
-        size = DEFAULT_IMAGE_SIZE if image_size is None else image_size
+        size = image_size or self.default_image_size
+        assert size is not None
         tiles = _tiles(model, size)
         return _footprint(model, shape, size, tiles, feature_options)
 
@@ -96,13 +96,13 @@ class HFAnyResAdapter(HFLlavaAdapter):
         grid = merge_pass.grid
         assert grid is not None
         items = [
-            PackedItem(footprint, _canvases(model, size, footprint.tiles, grid))
+            PackedItem(footprint, canvases_of(model, size, footprint.tiles, grid))
             for (size, _), footprint in zip(pictures, footprints, strict=True)
         ]
         sizes = [size for size, _ in pictures]
 
         def pack(tiles: list[Tensor], newline: Tensor) -> Sequence[Tensor]:
-            return _pack(model, tiles, sizes, newline, inputs)
+            return pack_tiles(model, tiles, sizes, newline, inputs)
 
         visual = merge_packed(projected, items, pack, core.image_newline, merge_pass)
         return [Encoded("image", self.placeholder_ids(model)["image"], visual)]
@@ -175,7 +175,7 @@ def _flat_tiles(pixel_values: Any, tiles: list[int]) -> Tensor:
     return torch.cat([own[:count] for own, count in zip(pixels, tiles, strict=True)])
 
 
-def _pack(
+def pack_tiles(
     model: Any,
     tiles: list[Tensor],
     sizes: list[tuple[int, int]],
@@ -209,12 +209,13 @@ def _footprint(
     blank = torch.empty(tiles, shape.n_tokens, 1, device="meta")
     newline = torch.empty(1, device="meta")
     full, bare = (
-        len(_pack(model, [blank], [size], separator, options)[0]) for separator in (newline, None)
+        len(pack_tiles(model, [blank], [size], separator, options)[0])
+        for separator in (newline, None)
     )
     return Footprint(full, tiles, full - bare)
 
 
-def _canvases(
+def canvases_of(
     model: Any, size: tuple[int, int], tiles: int, grid: tuple[int, int]
 ) -> tuple[Tensor, ...]:
     """The overview, and the other tiles side by side, as cells (`packed.PackedItem`)."""

@@ -39,6 +39,7 @@ class HFLlavaAdapter:
     pixel_inputs: Mapping[str, str] = {"pixel_values": "image"}
     vision_inputs: tuple[str, ...] = ("pixel_values", "image_sizes")
     feature_options: tuple[str, ...] = FEATURE_OPTIONS
+    default_image_size: tuple[int, int] | None = None
 
     def matches(self, model: Any) -> bool:
         """By model type and parts, not by class path, which differs between releases."""

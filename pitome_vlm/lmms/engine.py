@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..wrapper import base_model, is_wrapped, prompt_images
+from ..wrapper import base_model, is_wrapped, merge_config, prompt_images, schedule_of
 from .requests import Prompt, RequestError
 
 logger = logging.getLogger(__name__)
@@ -163,13 +163,24 @@ class Engine:
             RequestError: one of them cannot be scored; the message names it.
         """
         scores: dict[int, Score] = {}
-        # Rows with different numbers of pictures shrink by different amounts, and their ends
-        # would not be aligned any more.
-        for count in sorted({len(prompt.images) for prompt in prompts}):
-            places = [i for i, prompt in enumerate(prompts) if len(prompt.images) == count]
+        # Rows whose pictures shrink by different amounts would not end at the same place.
+        shrinking = [self._shrinking(prompt, place) for place, prompt in enumerate(prompts)]
+        for kind in dict.fromkeys(shrinking):
+            places = [i for i, own in enumerate(shrinking) if own == kind]
             part = self._named(self._score, [prompts[i] for i in places])
             scores |= dict(zip(places, part, strict=True))
         return [scores[index] for index in range(len(prompts))]
+
+    def _shrinking(self, prompt: Prompt, place: int) -> tuple[Any, ...]:
+        """What decides how much merging shortens a prompt; equal for prompts that go together."""
+        if not is_wrapped(self.model):
+            return ()
+        if merge_config(self.model).is_adaptive:
+            # Only the tower can tell.
+            return ("alone", place) if prompt.images else ()
+        if schedule_of(self.model).packed:
+            return tuple(image.size for image in prompt.images)
+        return (len(prompt.images),)
 
     def _named(
         self, work: Callable[[Sequence[Prompt]], list[Result]], prompts: Sequence[Prompt]
