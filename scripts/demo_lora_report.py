@@ -50,7 +50,8 @@ def report(samples: Sequence[Sample], results: list[dict[str, Any]], recipe: dic
             f"The bundled model on {len(samples)} {facts['split']} questions, greedy, exact match. "
             "Intervals resample whole pictures (4,000 bootstrap draws). *won back* is the paired "
             "difference to the same model untrained at the same tokens; *of the loss* the share of "
-            "what merging had cost (untrained without merging minus untrained with it).",
+            "what merging had cost (untrained without merging minus untrained with it), left out "
+            "where that cost is not shown (its interval reaches 0): there is nothing to win back.",
             "",
             *_table(rows),
             "",
@@ -109,12 +110,18 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             gained = right - before
             low, high = interval(samples, gained)
             cells += [f"{100 * gained.mean():+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"]
-            lost = 0.0 if whole is None else whole.mean() - before.mean()
-            cells.append(f"{100 * gained.mean() / lost:.0f} %" if lost > 0 else "")
+            cells.append(_share_of_loss(samples, gained, whole, before))
         else:
             cells += ["", "", ""]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _share_of_loss(samples: Any, gained: Any, whole: Any, before: Any) -> str:
+    """Gain over loss in percent; nothing where a loss is not shown, and nothing to win back."""
+    if whole is None or interval(samples, whole - before)[0] <= 0:
+        return ""
+    return f"{100 * gained.mean() / (whole - before).mean():.0f} %"
 
 
 def _untrained(rows: list[dict[str, Any]], row: dict[str, Any], method: str) -> Any:

@@ -58,7 +58,9 @@ def test_the_table_compares_with_the_same_base(tmp_path):
     truth = [sample.answer for sample in samples]
 
     def answers(right):
-        return [*truth[:right], *["wrong"] * (20 - right)]
+        # Spread over the pictures, so that a loss shows in all of them.
+        wrong = {round(place * 20 / (20 - right)) for place in range(20 - right)}
+        return ["wrong" if index in wrong else answer for index, answer in enumerate(truth)]
 
     def trial(name, bits, trained, *outcomes):
         return {
@@ -90,6 +92,10 @@ def test_the_table_compares_with_the_same_base(tmp_path):
     qlora = next(line for line in lines if "QLoRA" in line and line.startswith("| 16"))
     assert qlora.endswith("| 50 % |")
     assert json.loads((tmp_path / "results.json").read_text())["recipe"] == recipe
+    results[0]["outcomes"][1] = outcome(paper, answers(19))  # a loss that may be chance
+    demo_lora_report.write_report(tmp_path, samples, results, recipe)
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert next(line for line in lines if "LoRA, merging on" in line).endswith("|  |")
 
 
 @pytest.mark.parametrize("trial", demo_lora.TRIALS, ids=lambda trial: trial.name)
