@@ -78,6 +78,7 @@ def costs(
     *,
     config: MergeConfig | None = None,
     image_size: tuple[int, int] | None = None,
+    frames: int | None = None,
 ) -> Costs:
     """Costs of one prompt, nothing is run.
 
@@ -91,6 +92,7 @@ def costs(
             merge costs); None takes those in force, else the defaults.
         image_size: (height, width) of every picture in pixels, None for a typical one; models
             that bring every picture to one size ignore it.
+        frames: the prompt shows videos of so many frames instead of pictures.
 
     Raises:
         TypeError: not a supported model.
@@ -101,14 +103,16 @@ def costs(
     base: Any = base_model(model)
     adapter = find_adapter(base)
     size = None if image_size is None else checked_size(image_size)
-    footprint = adapter.footprint(base, image_size=size)
+    footprint = adapter.footprint(base, image_size=size, frames=frames)
     if config is None:
         config = merge_config(model) if is_wrapped(model) else MergeConfig(keep=1.0)
     if schedule is None:
         schedule = schedule_of(model) if is_wrapped(model) else planned_schedule(model, config)
     layers, around, tower_merging = tower_flops(base, schedule, config)
     projector, projector_merging = projector_flops(base, schedule, config, footprint)
-    visual, tiles = count_tokens(schedule, config.budget, footprint).out, footprint.tiles
+    together = config.frames_together
+    visual = count_tokens(schedule, config.budget, footprint, frames_together=together).out
+    tiles = footprint.tiles
     per_token = kv_bytes_per_token(base, dtype)
     prompt = text_tokens + images * visual
     return Costs(

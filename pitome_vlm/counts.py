@@ -20,16 +20,28 @@ class Footprint:
         full: tokens without merging, the placeholders that the processor writes for it.
         tiles: pictures the vision tower is run on for it (tiles, frames).
         newlines: of `full`, separators that are no patches.
+        frames: of a video; 0 for a picture.
     """
 
     full: int
     tiles: int = 1
     newlines: int = 0
+    frames: int = 0
 
-    @property
-    def smallest(self) -> int:
-        """The fewest tokens it can be merged to: a patch and, where there are any, a separator."""
-        return min(self.full, 1 + (self.newlines > 0))
+    def windows(self, frames_together: int = 1) -> list[int]:
+        """Frames of every window of a video; a picture is one window."""
+        starts = range(0, self.frames, frames_together)
+        return [min(frames_together, self.frames - start) for start in starts] or [1]
+
+    def smallest(self, frames_together: int = 1) -> int:
+        """The fewest tokens it can be merged to: a patch and, where there are any, a separator.
+
+        Of a video a patch of every window, because windows are merged on their own.
+
+        Args:
+            frames_together: frames of a window.
+        """
+        return min(self.full, len(self.windows(frames_together)) + (self.newlines > 0))
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,11 @@ def scaled(count: int, part: int, whole: int) -> int:
 
 
 def count_tokens(
-    schedule: Schedule, budget: Budget, footprint: Footprint, fewest: Budget | None = None
+    schedule: Schedule,
+    budget: Budget,
+    footprint: Footprint,
+    fewest: Budget | None = None,
+    frames_together: int = 1,
 ) -> TokenCount:
     """Tokens of one picture under a budget, exact and known before anything runs.
 
@@ -75,12 +91,16 @@ def count_tokens(
         budget: what the schedule was laid out for; the largest where every picture has its own.
         footprint: the picture.
         fewest: the smallest budget where every picture has its own.
+        frames_together: frames of a video that are merged with each other.
     """
     if footprint == Footprint(schedule.tokens_in):
         least = None if schedule.fewest is None else schedule.ladder[-1] + schedule.leading_kept
         return TokenCount(schedule.tokens_in, schedule.tokens_out, least)
-    out = _left(schedule, budget, footprint)
-    least = None if fewest is None else min(out, _left(schedule, fewest, footprint))
+    smallest = footprint.smallest(frames_together)
+    out = max(smallest, _left(schedule, budget, footprint))
+    least = None
+    if fewest is not None:
+        least = min(out, max(smallest, _left(schedule, fewest, footprint)))
     return TokenCount(footprint.full, out, least)
 
 
@@ -88,9 +108,8 @@ def _left(schedule: Schedule, budget: Budget, footprint: Footprint) -> int:
     if budget.keep is not None:
         left = budget.target(footprint.full)
         assert left is not None
-    else:
-        left = scaled(footprint.full, schedule.tokens_out, schedule.tokens_in)
-    return max(footprint.smallest, left)
+        return left
+    return scaled(footprint.full, schedule.tokens_out, schedule.tokens_in)
 
 
 def newline_share(footprint: Footprint, total: int) -> int:
@@ -101,7 +120,7 @@ def newline_share(footprint: Footprint, total: int) -> int:
 
     Args:
         footprint: the picture.
-        total: `footprint.smallest` .. `footprint.full`.
+        total: `footprint.smallest()` .. `footprint.full`.
     """
     if footprint.newlines == 0:
         return 0
@@ -109,3 +128,24 @@ def newline_share(footprint: Footprint, total: int) -> int:
     share = scaled(total, footprint.newlines, footprint.full)
     most = min(footprint.newlines, total - 1)
     return min(most, max(1, share, total - patches))
+
+
+def shared_out(total: int, lengths: list[int]) -> list[int]:
+    """`total` in proportion to `lengths`, at least one each and never more than a length.
+
+    Raises:
+        ValueError: less than one each.
+    """
+    if total < len(lengths):
+        raise ValueError(
+            f"the budget leaves {total} tokens for {len(lengths)} parts (grids of a picture, "
+            "windows of a video) that are merged on their own and need one each; give a larger "
+            "budget"
+        )
+    left, whole, shares = total, sum(lengths), []
+    for index, length in enumerate(lengths):
+        behind = lengths[index + 1 :]
+        share = scaled(left, length, whole)
+        shares.append(min(length, left - len(behind), max(1, share, left - sum(behind))))
+        left, whole = left - shares[-1], whole - length
+    return shares

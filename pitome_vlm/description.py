@@ -71,10 +71,16 @@ class Description:
         """One line: algorithm, options, budget, tokens in and out."""
         return (
             f"{self.config.summary()}: {self.tokens_in} -> {self.count.shown} visual tokens per "
-            f"image{self._of_size()}"
+            f"{self._thing}{self._of_size()}"
         )
 
+    @property
+    def _thing(self) -> str:
+        return "video" if self.footprint.frames else "image"
+
     def _of_size(self) -> str:
+        if self.footprint.frames:
+            return f" of {self.footprint.frames} frame{'s' * (self.footprint.frames > 1)}"
         if self.image_size is None:
             return ""
         height, width = self.image_size
@@ -131,6 +137,7 @@ class Description:
             "tokens_out": self.tokens_out,
             "image_size": None if self.image_size is None else list(self.image_size),
             "tiles": self.footprint.tiles,
+            "frames": self.footprint.frames or None,
             "tower_steps": [list(step) for step in self.tower_steps],
             "projector_steps": [list(step) for step in self.projector_steps],
             "calibration": dataclasses.asdict(self.calibration),
@@ -202,8 +209,8 @@ class Description:
     def _footnote(self) -> str:
         most = "" if self.schedule.fewest is None else " that keeps the most tokens"
         return (
-            f"computed for one image{self._of_size()}{most} and {self.before.text_tokens} text "
-            "tokens, batch 1; one multiply-add is 2 FLOP"
+            f"computed for one {self._thing}{self._of_size()}{most} and "
+            f"{self.before.text_tokens} text tokens, batch 1; one multiply-add is 2 FLOP"
         )
 
 
@@ -216,6 +223,7 @@ def describe(
     text_tokens: int = 64,
     config: MergeConfig | None = None,
     image_size: tuple[int, int] | None = None,
+    frames: int | None = None,
 ) -> Description:
     """What merging does to a model: tokens per layer, FLOPs and cache without and with it.
 
@@ -226,6 +234,7 @@ def describe(
             takes those in force, and keep=0.25 as an example on an unwrapped model.
         image_size: (height, width) of the image in pixels, for models whose number of tokens
             depends on it; None for a typical photo, 768 x 1024. Others ignore it.
+        frames: describe a video of so many frames instead of an image.
 
     Raises:
         TypeError: not a supported model.
@@ -238,8 +247,9 @@ def describe(
     nothing = MergeConfig(keep=1.0)
     untouched = planned_schedule(model, nothing)
     default = find_adapter(base_model(model)).default_image_size
-    size = default and (image_size or default)
-    footprint, count = planned_count(model, config, image_size=size)
+    size = None if frames else default and (image_size or default)
+    shown: dict[str, Any] = {"image_size": size, "frames": frames}
+    footprint, count = planned_count(model, config, **shown)
     return Description(
         config=config,
         schedule=schedule,
@@ -247,8 +257,8 @@ def describe(
         count=count,
         image_size=size,
         wrapped=in_force,
-        before=costs(model, untouched, text_tokens, config=nothing, image_size=size),
-        after=costs(model, schedule, text_tokens, config=config, image_size=size),
+        before=costs(model, untouched, text_tokens, config=nothing, **shown),
+        after=costs(model, schedule, text_tokens, config=config, **shown),
         calibration=planned_calibration(model, config),
         weights=weights_of(model),
     )
@@ -260,6 +270,7 @@ def from_config(
     *,
     text_tokens: int = 64,
     image_size: tuple[int, int] | None = None,
+    frames: int | None = None,
 ) -> Description:
     """`describe` for a checkpoint whose weights are not loaded (nor downloaded).
 
@@ -268,6 +279,7 @@ def from_config(
         merging: the options to describe, None for keep=0.25 as an example.
         text_tokens: tokens of the prompt beside the image's.
         image_size: see `describe`.
+        frames: see `describe`.
 
     Raises:
         TypeError: not the config of a supported model.
@@ -282,7 +294,9 @@ def from_config(
         check_model_type(getattr(config, "model_type", None), type(config).__name__)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    return describe(model, text_tokens=text_tokens, config=merging, image_size=image_size)
+    return describe(
+        model, text_tokens=text_tokens, config=merging, image_size=image_size, frames=frames
+    )
 
 
 def _folded(title: str, steps: list[str]) -> list[str]:

@@ -18,9 +18,10 @@ from typing import Any
 from torch import nn
 
 from . import algorithms
+from .adapters import find_adapter
 from .adapters.tower import feature_depth, find_encoder_layers, has_class_token, patch_grid
 from .config import MergeConfig
-from .counts import Footprint, count_tokens, newline_share
+from .counts import Footprint, count_tokens, newline_share, shared_out
 from .merge import Algorithm
 from .merging import FINISHER
 from .schedule import Schedule
@@ -104,7 +105,7 @@ def tower_flops(
         FLOPs of every layer that is run; FLOPs of patch embedding and pooling head; the part of
         both that is there for merging alone.
     """
-    tower, vision = base.model.vision_tower, base.config.vision_config
+    tower, vision = find_adapter(base).towers(base)[-1], base.config.vision_config
     try:
         blocks: list[Any] = list(find_encoder_layers(tower)[0])
     except TypeError:
@@ -159,10 +160,13 @@ def projector_flops(
     projector = base.model.multi_modal_projector
     algorithm = algorithms.get(config.algorithm)
     merging = _carrying_flops(base.config, schedule, algorithm)
-    if schedule.packed and footprint is not None:
-        per_tile = merging + schedule.tower_out * linear_flops(projector)
+    if footprint is not None and (schedule.packed or footprint.frames):
         packed = _packed_flops(base, schedule, config, footprint)
-        return footprint.tiles * per_tile + packed, footprint.tiles * merging + packed
+        merging = footprint.tiles * merging + packed
+        projected = footprint.tiles * schedule.tower_out
+        if footprint.frames and find_adapter(base).videos_pooled_first:
+            projected = _out(schedule, config, footprint)
+        return merging + projected * linear_flops(projector), merging
     width = base.config.vision_config.hidden_size * len(_feature_depths(base.config, schedule))
     entering = schedule.tower[-1][1] if schedule.tower else schedule.n_tokens
     for leaving in schedule.projector:
@@ -174,15 +178,25 @@ def projector_flops(
 def _packed_flops(base: Any, schedule: Schedule, config: MergeConfig, footprint: Footprint) -> int:
     """Merging of the packed picture, which has at most as many groups as the tower handed on.
 
-    Fewer where groups lived in padding alone, which only the picture can tell.
+    Fewer where groups lived in padding alone, or pooling left cells of other groups only, which
+    only the picture can tell. Windows of a video are compared on their own.
     """
-    out = count_tokens(schedule, config.budget, footprint).out
+    out = _out(schedule, config, footprint)
     cells, patches = footprint.full - footprint.newlines, out - newline_share(footprint, out)
     algorithm = algorithms.get(config.algorithm)
     if algorithm.needs_attention:
         algorithm = algorithms.get(FINISHER)
     entering, width = min(cells, footprint.tiles * schedule.tower_out), _text_width(base)
-    return merging_flops(entering, patches, 0, width, width, algorithm)
+    if footprint.frames and find_adapter(base).videos_pooled_first:
+        width = base.config.vision_config.hidden_size
+    lengths = [cells * frames for frames in footprint.windows(config.frames_together)]
+    shares = zip(shared_out(entering, lengths), shared_out(patches, lengths), strict=True)
+    return sum(merging_flops(n, left, 0, width, width, algorithm) for n, left in shares)
+
+
+def _out(schedule: Schedule, config: MergeConfig, footprint: Footprint) -> int:
+    together = config.frames_together
+    return count_tokens(schedule, config.budget, footprint, frames_together=together).out
 
 
 def _text_width(base: Any) -> int:

@@ -37,6 +37,7 @@ class MergePass:
         finisher: who brings a packed image to its exact count where the algorithm itself can only
             work inside the tower; None for the algorithm.
         adapted: what came of every image where each has a count of its own.
+        counted: the schedule that budgets are counted by, where it is another one.
     """
 
     config: MergeConfig
@@ -48,6 +49,7 @@ class MergePass:
     sizes: dict[int, Tensor] = field(default_factory=dict)
     projector_plans: list[MergePlan] = field(default_factory=list)
     adapted: list[Adapted] | None = None
+    counted: Schedule | None = None
     _after: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -60,7 +62,18 @@ class MergePass:
     def count(self, footprint: Footprint) -> TokenCount:
         """Tokens of a picture without and with merging."""
         fewest = Budget(keep=self.config.keep_range[0]) if self.config.is_adaptive else None
-        return count_tokens(self.schedule, self.config.budget, footprint, fewest)
+        return count_tokens(
+            self.counted or self.schedule,
+            self.config.budget,
+            footprint,
+            fewest,
+            self.config.frames_together,
+        )
+
+    def with_leading(self) -> MergePass:
+        """A fresh pass for features that keep the tower's leading tokens; budgets stay the same."""
+        kept = dataclasses.replace(self.schedule, leading_kept=self.schedule.n_leading)
+        return dataclasses.replace(self.fresh(), schedule=kept, counted=self.schedule)
 
     def sizes_before(self, layer: int) -> Tensor | None:
         """Sizes of the tokens that enter a layer, None while all are one."""

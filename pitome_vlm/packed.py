@@ -9,6 +9,8 @@ sequence came from where is learnt by sending coordinates through the same funct
 Then every picture is brought to its exact count: groups that are too many are merged further by
 the algorithm, and where too few are left (some lived in padding alone) the largest are divided
 again, into tokens of the same value that share the size, which with size bias weigh the same.
+A video is brought to its count window by window, each of one or several whole frames: what comes
+out of a window depends on its own frames alone.
 
 Knows: tiles, cells of a packed sequence, counts. Does not know: any model's way of packing
 (adapters hand it in), nor how an algorithm decides.
@@ -25,9 +27,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .counts import Footprint, TokenCount, newline_share
+from .counts import Footprint, TokenCount, newline_share, shared_out
 from .merge_pass import MergePass
-from .regroup import Groups, adapted, group_cells, merge_further, merge_on_grids, thinned
+from .regroup import (
+    Groups,
+    adapted,
+    group_cells,
+    joined,
+    merge_further,
+    merge_on_grids,
+    thinned,
+)
 from .visual_tokens import VisualTokens
 
 # Tiles [t, N, C] of every picture and a newline [C] to the packed sequence [L, C] of every picture.
@@ -43,10 +53,25 @@ class PackedItem:
         canvases: one [H, W] int64 tensor for every plane the tiles are laid out on (the overview
             tile, the tiles side by side, or the frames of a video): the cell that stands there,
             tile x N + token. Tokens are never resampled across two planes.
+        frame_of: the frame every canvas belongs to, rising; None for a picture.
     """
 
     footprint: Footprint
     canvases: tuple[Tensor, ...]
+    frame_of: tuple[int, ...] | None = None
+
+    def windows(self, planes: Tensor, frames_together: int) -> list[Tensor]:
+        """Which cells are merged with each other: [L] bool for every window, in packed order.
+
+        Args:
+            planes: [L] int64, the canvas of every cell.
+            frames_together: frames of a window; the last one may have fewer.
+        """
+        if self.frame_of is None:
+            return [torch.ones_like(planes, dtype=torch.bool)]
+        frames = torch.tensor(self.frame_of, device=planes.device)[planes]
+        own = frames // frames_together
+        return [own == window for window in range(len(self.footprint.windows(frames_together)))]
 
 
 @dataclass(frozen=True)
@@ -62,6 +87,10 @@ class Layout:
     cells: Tensor
     planes: Tensor
     columns: Tensor
+
+    def part(self, which: Tensor) -> Layout:
+        """The layout of some of the places, [L] bool."""
+        return Layout(self.cells[which], self.planes[which], self.columns[which])
 
     def grids(self) -> list[tuple[int, int]]:
         """(rows, columns) of what is left of every canvas that is not gone, in packed order."""
@@ -150,42 +179,87 @@ def merge_packed(
     first = torch.arange(len(tiles), device=tiles.device)[:, None]
     # Numbered through over all tiles of the batch; only equality counts.
     labels, named = assign + first * merged, anchors + first * n_tokens
-    start, patches, separators = 0, [], []
+    start, windows, separators = 0, [], []
     for item, values, layout, count in zip(items, packed, layouts, counts, strict=True):
         _check_length(item.footprint, layout, len(values))
         real = layout.cells >= 0
         cells = layout.cells[real] + start * n_tokens
         own = labels.flatten()[cells]
-        n_newlines = newline_share(item.footprint, count.out)
-        separators.append(thinned(values[~real], n_newlines))
-        is_anchor = named.flatten()[own] == cells
-        patches.append(group_cells(values[real], own, is_anchor, count.out - n_newlines))
+        cut = _Cells(values[real], own, named.flatten()[own] == cells, layout.part(real))
+        lines = thinned(values[~real], newline_share(item.footprint, count.out))
+        windows.append(cut.windows(item, count, lines.n, merge_pass))
+        separators.append(lines)
         start += item.footprint.tiles
-    patches = _to_counts(patches, separators, counts, layouts, merge_pass)
+    found = iter(_to_counts([one for own in windows for one in own], merge_pass))
+    patches = [joined([next(found) for _ in own]) for own in windows]
     return _tokens(items, layouts, patches, separators)
 
 
-def _to_counts(
-    patches: list[Groups],
-    separators: list[Groups],
-    counts: list[TokenCount],
-    layouts: list[Layout],
-    merge_pass: MergePass,
-) -> list[Groups]:
-    """The patches of every picture merged further, until with its separators it has its count."""
-    wanted = [count.out - lines.n for count, lines in zip(counts, separators, strict=True)]
+@dataclass(frozen=True)
+class _Window:
+    """Groups that are merged with each other, and how many are to be left.
+
+    Attributes:
+        groups: at least `wanted` of them.
+        wanted: tokens; the most, where every picture has a count of its own.
+        fewest: tokens, where every picture has a count of its own.
+        layout: of the cells of the groups.
+    """
+
+    groups: Groups
+    wanted: int
+    fewest: int
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """The cells of a packed picture that hold patches.
+
+    Attributes:
+        values: [P, C].
+        labels: [P] int64, the group of every cell.
+        anchors: [P] bool, cells that their group is named after.
+        layout: of these cells.
+    """
+
+    values: Tensor
+    labels: Tensor
+    anchors: Tensor
+    layout: Layout
+
+    def windows(
+        self, item: PackedItem, count: TokenCount, n_newlines: int, merge_pass: MergePass
+    ) -> list[_Window]:
+        """The groups of every window, each with its share of the picture's tokens."""
+        masks = item.windows(self.layout.planes, merge_pass.config.frames_together)
+        lengths = [int(mask.sum()) for mask in masks]
+        wanted = shared_out(count.out - n_newlines, lengths)
+        least = count.out if count.fewest is None else count.fewest
+        fewest = shared_out(max(len(lengths), least - n_newlines), lengths)
+        return [
+            _Window(
+                group_cells(self.values[mask], self.labels[mask], self.anchors[mask], most),
+                most,
+                min(most, less),
+                self.layout.part(mask),
+            )
+            for mask, most, less in zip(masks, wanted, fewest, strict=True)
+        ]
+
+
+def _to_counts(windows: list[_Window], merge_pass: MergePass) -> list[Groups]:
+    """The groups of every window merged further until it has its count."""
     if merge_pass.algorithm.needs_grid:
         return [
-            merge_on_grids(own, left, layout.grids(), merge_pass)
-            for own, left, layout in zip(patches, wanted, layouts, strict=True)
+            merge_on_grids(one.groups, one.wanted, one.layout.grids(), merge_pass)
+            for one in windows
         ]
-    patches = merge_further(patches, wanted, merge_pass)
+    wanted = [one.wanted for one in windows]
+    merged = merge_further([one.groups for one in windows], wanted, merge_pass)
     if not merge_pass.config.is_adaptive:
-        return patches
-    return [
-        adapted(own, max(1, (count.fewest or count.out) - lines.n), merge_pass)
-        for own, count, lines in zip(patches, counts, separators, strict=True)
-    ]
+        return merged
+    return [adapted(own, one.fewest, merge_pass) for own, one in zip(merged, windows, strict=True)]
 
 
 def _check_length(footprint: Footprint, layout: Layout, length: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .adaptive import adapt
-from .counts import scaled
+from .counts import shared_out
 from .merge import Algorithm, make_plan
 from .merge_pass import MergePass
 from .merge_plan import MergePlan
@@ -52,6 +52,20 @@ class Groups:
             sizes: [m].
         """
         return Groups(features, sizes, plan.assign[0][self.assign], self.kept[plan.kept[0]])
+
+
+def joined(parts: list[Groups]) -> Groups:
+    """Groups of consecutive stretches of cells as those of all of them."""
+    if len(parts) == 1:
+        return parts[0]
+    tokens, cells, assign, kept = 0, 0, [], []
+    for part in parts:
+        assign.append(part.assign + tokens)
+        kept.append(part.kept + cells)
+        tokens, cells = tokens + part.n, cells + len(part.assign)
+    features = torch.cat([part.features for part in parts])
+    sizes = torch.cat([part.sizes for part in parts])
+    return Groups(features, sizes, torch.cat(assign), torch.cat(kept))
 
 
 def group_cells(values: Tensor, labels: Tensor, anchors: Tensor, wanted: int) -> Groups:
@@ -167,26 +181,6 @@ def merge_on_grids(
     whole = MergePlan(torch.cat([plan.assign for plan in plans], 1), torch.cat(kept, 1))
     features, sizes = whole.apply(groups.features[None], groups.sizes[None])
     return groups.merged(whole, features[0], sizes[0])
-
-
-def shared_out(total: int, lengths: list[int]) -> list[int]:
-    """`total` in proportion to `lengths`, at least one each and never more than a length.
-
-    Raises:
-        ValueError: less than one each.
-    """
-    if total < len(lengths):
-        raise ValueError(
-            f"the budget leaves {total} tokens of a picture whose patches form {len(lengths)} "
-            "grids; an algorithm that works on grids needs one for each, so give a larger budget"
-        )
-    left, whole, shares = total, sum(lengths), []
-    for index, length in enumerate(lengths):
-        behind = lengths[index + 1 :]
-        share = scaled(left, length, whole)
-        shares.append(min(length, left - len(behind), max(1, share, left - sum(behind))))
-        left, whole = left - shares[-1], whole - length
-    return shares
 
 
 def adapted(groups: Groups, fewest: int, merge_pass: MergePass) -> Groups:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .adapters import find_adapter
 from .quantization import quantization_of
 from .wrapper import base_model
 
@@ -45,7 +46,8 @@ def weights_of(model: nn.Module) -> Weights:
     base: Any = base_model(model)
     seen: set[Any] = set()
     core = base.model
-    parts = [core.language_model, core.vision_tower, core.multi_modal_projector, base]
+    towers = nn.ModuleList(find_adapter(base).towers(base))
+    parts = [core.language_model, towers, core.multi_modal_projector, base]
     language, tower, projector, other = (_bytes(part, seen) for part in parts)
     return Weights(language, tower, projector, other, _kind(base))
 

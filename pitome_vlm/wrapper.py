@@ -208,25 +208,31 @@ def planned_calibration(model: nn.Module, config: MergeConfig) -> Calibration:
 
 
 def planned_count(
-    model: nn.Module, config: MergeConfig, *, image_size: tuple[int, int] | None = None
+    model: nn.Module,
+    config: MergeConfig,
+    *,
+    image_size: tuple[int, int] | None = None,
+    frames: int | None = None,
 ) -> tuple[Footprint, TokenCount]:
-    """Tokens of one picture under `wrap(model, config=config)`; nothing is run or changed.
+    """Tokens of one picture or video under `wrap(model, config=config)`; nothing is run or changed.
 
     Args:
         model: a supported model, wrapped or not.
         config: the options.
         image_size: (height, width) in pixels, None for a typical picture; models that bring every
             picture to one size ignore it.
+        frames: of a video, None for a picture.
 
     Raises:
         TypeError: not a supported model.
-        ValueError: the budget does not fit, or a size below one pixel.
+        ValueError: the budget does not fit, a size below one pixel, or frames of a model that
+            takes no videos.
     """
     base = base_model(model)
     adapter = find_adapter(base)
     if image_size is not None:
         image_size = checked_size(image_size)
-    footprint = adapter.footprint(base, image_size=image_size)
+    footprint = adapter.footprint(base, image_size=image_size, frames=frames)
     return footprint, Merging(config, adapter).new_pass(base).count(footprint)
 
 
@@ -259,6 +265,24 @@ def encode_images(model: nn.Module, pixel_values: Tensor, **inputs: Any) -> Visu
     base, merging = merging_of(model)
     encoded = merging.encode(base, inputs | {"pixel_values": pixel_values})
     return next(one.visual for one in encoded if one.kind == "image")
+
+
+def encode_videos(model: nn.Module, pixel_values_videos: Tensor, **inputs: Any) -> VisualTokens:
+    """`encode_images` for videos.
+
+    Args:
+        model: a wrapped model that takes videos.
+        pixel_values_videos: [videos, frames, 3, H, W] from the model's processor.
+        **inputs: `vision_feature_layer`, `vision_feature_select_strategy`.
+
+    Raises:
+        ValueError: the model is not wrapped, or takes no videos.
+    """
+    base, merging = merging_of(model)
+    if "pixel_values_videos" not in merging.adapter.pixel_inputs:
+        raise ValueError(f"{type(base).__name__} takes no videos")
+    encoded = merging.encode(base, inputs | {"pixel_values_videos": pixel_values_videos})
+    return next(one.visual for one in encoded if one.kind == "video")
 
 
 def visual_token_counts(model: nn.Module, pixel_values: Tensor, **inputs: Any) -> list[int]:

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pitome_vlm import MergeConfig, algorithms
-from pitome_vlm.counts import Footprint, count_tokens, newline_share, scaled
+from pitome_vlm.counts import Footprint, count_tokens, newline_share, scaled, shared_out
 from pitome_vlm.merge_pass import MergePass
-from pitome_vlm.regroup import divided, group_cells, merge_further, shared_out, thinned
+from pitome_vlm.regroup import divided, group_cells, merge_further, thinned
 from pitome_vlm.schedule import Budget, TowerShape, build_schedule
 
 TILE = TowerShape(n_tokens=576, n_leading=1, leading_kept=0, n_layers=24, used_layers=23,
@@ -44,7 +44,7 @@ def test_tokens_are_per_tile(footprint, tokens):
     budget = Budget(tokens=tokens)
     count = count_tokens(schedule_of(budget), budget, footprint)
     exact = footprint.full * tokens / 576
-    assert abs(count.out - exact) <= 0.5 or count.out == footprint.smallest
+    assert abs(count.out - exact) <= 0.5 or count.out == footprint.smallest()
     assert (count.out == footprint.full) >= (tokens == 576)
 
 
@@ -57,7 +57,7 @@ def test_ratio_leaves_the_fraction_that_the_tower_leaves():
 
 @given(footprints, st.data())
 def test_newlines_get_their_share_and_patches_are_never_left_out(footprint, data):
-    total = data.draw(st.integers(footprint.smallest, footprint.full))
+    total = data.draw(st.integers(footprint.smallest(), footprint.full))
     lines = newline_share(footprint, total)
     patches = footprint.full - footprint.newlines
     assert (lines >= 1) == (footprint.newlines > 0)
@@ -133,7 +133,7 @@ def test_shares_add_up(lengths, data):
 
 
 def test_fewer_tokens_than_grids_are_refused():
-    with pytest.raises(ValueError, match="1 tokens of a picture whose patches form 2 grids"):
+    with pytest.raises(ValueError, match="1 tokens for 2 parts"):
         shared_out(1, [4, 5])
 
 

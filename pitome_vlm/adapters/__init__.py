@@ -17,6 +17,7 @@ from ..schedule import TowerShape
 from ..visual_tokens import Encoded
 from .hf_anyres import HFAnyResAdapter
 from .hf_llava import HFLlavaAdapter
+from .hf_video import HFNextVideoAdapter, HFVideoAdapter, HFVideoLlavaAdapter
 
 
 class Adapter(Protocol):
@@ -33,6 +34,7 @@ class Adapter(Protocol):
         feature_options: arguments that change how features are read.
         default_image_size: (height, width) of a typical picture, for what is only printed; None
             where every picture is brought to one size.
+        videos_pooled_first: videos are pooled and merged in front of the projector.
     """
 
     model_types: tuple[str, ...]
@@ -42,6 +44,7 @@ class Adapter(Protocol):
     vision_inputs: tuple[str, ...]
     feature_options: tuple[str, ...]
     default_image_size: tuple[int, int] | None
+    videos_pooled_first: bool
 
     def matches(self, model: Any) -> bool:
         """Whether this adapter serves the model."""
@@ -49,6 +52,10 @@ class Adapter(Protocol):
 
     def tower_shape(self, model: Any, **feature_options: Any) -> TowerShape:
         """Numbers of the vision tower, from the configuration alone."""
+        ...
+
+    def towers(self, model: Any) -> tuple[Any, ...]:
+        """The vision towers: one, or one for images and one for videos."""
         ...
 
     def install(self, model: Any, *, inside_tower: bool) -> None:
@@ -68,11 +75,19 @@ class Adapter(Protocol):
         ...
 
     def footprint(
-        self, model: Any, *, image_size: tuple[int, int] | None = None, **feature_options: Any
+        self,
+        model: Any,
+        *,
+        image_size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        **feature_options: Any,
     ) -> Footprint:
-        """Counts of one picture (height, width) in pixels; nothing is run.
+        """Counts of one picture (height, width) in pixels or of a video; nothing is run.
 
-        None is `default_image_size`. Models that bring every picture to one size ignore it.
+        No size is `default_image_size`. Models that bring every picture to one size ignore it.
+
+        Raises:
+            ValueError: `frames` of a model that takes no videos.
         """
         ...
 
@@ -102,7 +117,13 @@ class Adapter(Protocol):
         ...
 
 
-ADAPTERS: tuple[Adapter, ...] = (HFLlavaAdapter(), HFAnyResAdapter())
+ADAPTERS: tuple[Adapter, ...] = (
+    HFLlavaAdapter(),
+    HFAnyResAdapter(),
+    HFVideoAdapter(),
+    HFNextVideoAdapter(),
+    HFVideoLlavaAdapter(),
+)
 
 
 def model_types() -> tuple[str, ...]:

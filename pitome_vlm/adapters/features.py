@@ -125,13 +125,16 @@ def check_count(found: int, scheduled: int) -> None:
         )
 
 
-def checked_pixels(pixel_values: Any, layout: str, dims: tuple[int, ...]) -> Tensor:
+def checked_pixels(
+    pixel_values: Any, layout: str, dims: tuple[int, ...], name: str = "pixel_values"
+) -> Tensor:
     """The pixel values, a tensor of one of the given numbers of axes with at least one picture.
 
     Args:
         pixel_values: what the caller gave.
         layout: the axes, for the message.
         dims: numbers of axes.
+        name: of the argument, for the message.
 
     Raises:
         ValueError: anything else.
@@ -146,7 +149,7 @@ def checked_pixels(pixel_values: Any, layout: str, dims: tuple[int, ...]) -> Ten
         else type(pixel_values).__name__
     )
     raise ValueError(
-        f"pixel_values must be a tensor {layout} with at least one image, as the "
+        f"{name} must be a tensor {layout} with at least one image, as the "
         f"model's processor makes them with return_tensors='pt'; got {shown}"
     )
 

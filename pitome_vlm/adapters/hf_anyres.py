@@ -1,4 +1,4 @@
-"""Hugging Face LLaVA-NeXT and LLaVA-OneVision: pictures of any size, cut into tiles.
+"""Hugging Face LLaVA-NeXT and its relatives: pictures of any size, cut into tiles.
 
 Knows: which tiles a picture becomes and that the model's own `pack_image_features` makes one
 sequence of them. Does not know: how that function unpads and resamples (it is asked), prompts,
@@ -25,9 +25,9 @@ from .swap import base_class
 
 
 class HFAnyResAdapter(HFLlavaAdapter):
-    """LlavaNextForConditionalGeneration and LlavaOnevisionForConditionalGeneration, images."""
+    """LlavaNextForConditionalGeneration, and the images of models that take videos as well."""
 
-    model_types: tuple[str, ...] = ("llava_next", "llava_onevision")
+    model_types: tuple[str, ...] = ("llava_next",)
     counted_per = "tile"
     vision_inputs: tuple[str, ...] = ("pixel_values", "image_sizes", "batch_num_images")
     feature_options: tuple[str, ...] = (*FEATURE_OPTIONS, "vision_aspect_ratio")
@@ -56,9 +56,16 @@ class HFAnyResAdapter(HFLlavaAdapter):
         return TowerShape(**vars(shape) | {"packed": True})
 
     def footprint(
-        self, model: Any, *, image_size: tuple[int, int] | None = None, **feature_options: Any
+        self,
+        model: Any,
+        *,
+        image_size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        **feature_options: Any,
     ) -> Footprint:
         """See `Adapter`; by the model's own functions, on shapes alone."""
+        if frames is not None:
+            return super().footprint(model, frames=frames)
         shape = self.tower_shape(model, **feature_options)
         size = image_size or self.default_image_size
         assert size is not None

@@ -40,12 +40,19 @@ class HFLlavaAdapter:
     vision_inputs: tuple[str, ...] = ("pixel_values", "image_sizes")
     feature_options: tuple[str, ...] = FEATURE_OPTIONS
     default_image_size: tuple[int, int] | None = None
+    # Videos are pooled and merged in front of the projector, not behind it.
+    videos_pooled_first = False
+    parts: tuple[str, ...] = PARTS
 
     def matches(self, model: Any) -> bool:
         """By model type and parts, not by class path, which differs between releases."""
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         core = getattr(model, "model", None)
-        return model_type in self.model_types and all(hasattr(core, part) for part in PARTS)
+        return model_type in self.model_types and all(hasattr(core, part) for part in self.parts)
+
+    def towers(self, model: Any) -> tuple[Any, ...]:
+        """See `Adapter`."""
+        return (model.model.vision_tower,)
 
     def tower_shape(self, model: Any, **feature_options: Any) -> TowerShape:
         """See `Adapter`; `feature_options` may override `vision_feature_layer` and strategy.
@@ -55,7 +62,7 @@ class HFLlavaAdapter:
             ValueError: unknown select strategy, or a feature layer outside of the tower.
         """
         choice = feature_choice(model.config, feature_options)
-        return shape_of_tower(model.model.vision_tower, model.config.vision_config, choice)
+        return shape_of_tower(self.towers(model)[0], model.config.vision_config, choice)
 
     def install(self, model: Any, *, inside_tower: bool) -> None:
         """Swap the classes of the tower's layers.
@@ -63,17 +70,21 @@ class HFLlavaAdapter:
         An unknown tower is an error where it has to merge. Where merging happens behind it the
         tower is left alone.
         """
+        towers = self.towers(model)
         try:
-            find_encoder_layers(model.model.vision_tower)
+            for tower in towers:
+                find_encoder_layers(tower)
         except TypeError:
             if inside_tower:
                 raise
             return
-        install_tower(model.model.vision_tower)
+        for tower in towers:
+            install_tower(tower)
 
     def uninstall(self, model: Any) -> None:
         """Give the tower its own classes back."""
-        uninstall_tower(model.model.vision_tower)
+        for tower in self.towers(model):
+            uninstall_tower(tower)
 
     def text_config(self, model: Any) -> Any:
         """Configuration of the language model, the object its attention layers read."""
@@ -84,10 +95,20 @@ class HFLlavaAdapter:
         return {kind: token_id(model.config, kind) for kind in self.pixel_inputs.values()}
 
     def footprint(
-        self, model: Any, *, image_size: tuple[int, int] | None = None, **feature_options: Any
+        self,
+        model: Any,
+        *,
+        image_size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        **feature_options: Any,
     ) -> Footprint:
         """See `Adapter`: the processor brings every picture to one size."""
         del image_size
+        if frames is not None:
+            raise ValueError(
+                f"a {model.config.model_type} model takes no videos, so frames must be left out, "
+                f"got {frames}"
+            )
         shape = self.tower_shape(model, **feature_options)
         return Footprint(shape.n_tokens + shape.leading_kept)
 
@@ -109,7 +130,7 @@ class HFLlavaAdapter:
         """
         pixels = checked_pixels(inputs["pixel_values"], "[images, 3, height, width]", (4,))
         choice, core = feature_choice(model.config, inputs), model.model
-        joined = read_features(core.vision_tower, pixels, merge_pass, choice)
+        joined = read_features(self.towers(model)[0], pixels, merge_pass, choice)
         features = merge_pass.merge_features(joined)
         counts = [len(feature) for feature in features]
         # Projectors work token by token: images of different length go through as one row.

@@ -46,6 +46,9 @@ def info(
             "1024x768.",
         ),
     ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Describe a video of so many frames instead.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
     verbose: o.Verbose = False,
     debug: o.Debug = False,
@@ -60,7 +63,7 @@ def info(
     del debug  # read by the command group
     merging = o.MergeOptions(keep, tokens, ratio, algorithm, preset, quality).given()
     with quiet(verbose):
-        description = _described(model, merging, text_tokens, parsed_size(image_size))
+        description = _described(model, merging, text_tokens, parsed_size(image_size), frames)
     write(json.dumps(description.to_dict(), indent=2) if as_json else str(description))
 
 
@@ -83,7 +86,11 @@ def parsed_size(text: str | None) -> tuple[int, int] | None:
 
 
 def _described(
-    model: str, merging: dict[str, Any], text_tokens: int, image_size: tuple[int, int] | None
+    model: str,
+    merging: dict[str, Any],
+    text_tokens: int,
+    image_size: tuple[int, int] | None,
+    frames: int | None,
 ) -> Description:
     from ..measure import from_config
     from ..wrapper import make_config
@@ -92,7 +99,9 @@ def _described(
     check_algorithm(merging)
     source, saved = _source(model)
     config = make_config(saved, **merging) if saved or merging else None
-    return from_config(source, config, text_tokens=text_tokens, image_size=image_size)
+    return from_config(
+        source, config, text_tokens=text_tokens, image_size=image_size, frames=frames
+    )
 
 
 def _source(model: str) -> tuple[Any, MergeConfig | None]:
