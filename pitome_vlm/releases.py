@@ -6,6 +6,8 @@ how images are encoded. Nothing here changes what is computed.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import inspect
 from typing import Any
 
@@ -18,6 +20,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 _CACHE_NAMES = ("cache", "past_key_values")
 CACHE_NAME = next(
     name for name in _CACHE_NAMES if name in inspect.signature(create_masks_for_generate).parameters
+)
+_CAPTURING = "transformers.utils.output_capturing"
+_KEEPS_NAMED_STATES = importlib.util.find_spec(_CAPTURING) is not None and hasattr(
+    importlib.import_module(_CAPTURING), "select_hidden_states"
 )
 
 
@@ -34,6 +40,17 @@ def with_cache_name(call: dict[str, Any]) -> dict[str, Any]:
     if found:
         named[CACHE_NAME] = call[found[0]]
     return named
+
+
+def states_to_keep(layers: int | list[int]) -> bool | list[int]:
+    """What to pass as `output_hidden_states` to get the states of some layers.
+
+    Release 5 keeps the named ones only (the others are None); with True it would hold the states
+    of all layers until the tower is done.
+    """
+    if not _KEEPS_NAMED_STATES:
+        return True
+    return [layers] if isinstance(layers, int) else list(layers)
 
 
 def cache_of(output: Any) -> Any:

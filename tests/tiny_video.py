@@ -67,10 +67,15 @@ def unmerged_videos(model, pixels):
         layer["vision_feature_select_strategy"] = model.config.vision_feature_select_strategy
     out = model.model.get_video_features(pixels, **layer)
     out = getattr(out, "pooler_output", out)
-    out = out[0] if isinstance(out, tuple) else out
-    if isinstance(out, (list, tuple)):
-        out = torch.cat([one.flatten(0, -2) for one in out])
-    return list(out.reshape(len(pixels), -1, out.shape[-1]))
+    if isinstance(out, tuple):
+        # Before release 5: (frames, number of frames), or the frames of every video.
+        out = out[0] if isinstance(out[1:] and out[1], int) else torch.cat(out)
+    found = list(out.reshape(len(pixels), -1, out.shape[-1]))
+    newline = getattr(model.model, "image_newline", None)
+    if hasattr(model.model, "apply_pooling") and not torch.equal(found[0][-1], newline):
+        # Release 4.57 adds the newline later.
+        found = [torch.cat([one, newline[None]]) for one in found]
+    return found
 
 
 def video_batch(model, pixels, *, texts=None, image=None, side="left", seed: int = 1):

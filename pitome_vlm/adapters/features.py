@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..merge_pass import MergePass
+from ..releases import states_to_keep
 from ..schedule import TowerShape
 from .tower import encoding, feature_depth, leading_tokens, patch_grid
 
@@ -98,7 +99,7 @@ def read_features(
         [B, leading_kept + M, C], features of several layers side by side.
     """
     with encoding(tower, merge_pass):
-        outputs = tower(pixel_values, output_hidden_states=True, **inputs)
+        outputs = tower(pixel_values, output_hidden_states=states_to_keep(choice.layer), **inputs)
     states = outputs.hidden_states
     depths = feature_depth(choice.layer, len(states) - 1)
     # Features of several depths are concatenated per token: the shallower ones have to go
