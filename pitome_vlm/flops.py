@@ -19,7 +19,8 @@ from torch import nn
 
 from . import algorithms
 from .adapters import find_adapter
-from .adapters.tower import feature_depth, find_encoder_layers, has_class_token, patch_grid
+from .adapters.tower import find_encoder_layers
+from .adapters.tower_tokens import feature_depth, has_class_token, patch_grid
 from .config import MergeConfig
 from .counts import Footprint, count_tokens, newline_share, shared_out
 from .merge import Algorithm
@@ -105,7 +106,8 @@ def tower_flops(
         FLOPs of every layer that is run; FLOPs of patch embedding and pooling head; the part of
         both that is there for merging alone.
     """
-    tower, vision = find_adapter(base).towers(base)[-1], base.config.vision_config
+    parts = find_adapter(base).parts(base)
+    tower, vision = parts.vision_tower, parts.vision_config
     try:
         blocks: list[Any] = list(find_encoder_layers(tower)[0])
     except TypeError:
@@ -157,9 +159,10 @@ def projector_flops(
         FLOPs, and the part of them that is there for merging alone. Tokens are compared by the
         features, as wide as the tower times the number of feature layers.
     """
-    projector = base.model.multi_modal_projector
-    algorithm = algorithms.get(config.algorithm)
-    merging = _carrying_flops(base.config, schedule, algorithm)
+    parts, algorithm = find_adapter(base).parts(base), algorithms.get(config.algorithm)
+    projector, hidden = parts.projector, parts.vision_config.hidden_size
+    depths = _feature_depths(base.config, schedule)
+    merging = _carrying_flops(depths, hidden, schedule, algorithm)
     if footprint is not None and (schedule.packed or footprint.frames):
         packed = _packed_flops(base, schedule, config, footprint)
         merging = footprint.tiles * merging + packed
@@ -167,7 +170,7 @@ def projector_flops(
         if footprint.frames and find_adapter(base).videos_pooled_first:
             projected = _out(schedule, config, footprint)
         return merging + projected * linear_flops(projector), merging
-    width = base.config.vision_config.hidden_size * len(_feature_depths(base.config, schedule))
+    width = hidden * len(depths)
     entering = schedule.tower[-1][1] if schedule.tower else schedule.n_tokens
     for leaving in schedule.projector:
         merging += merging_flops(entering, leaving, schedule.leading_kept, width, width, algorithm)
@@ -203,13 +206,13 @@ def _text_width(base: Any) -> int:
     return int(base.config.get_text_config().hidden_size)
 
 
-def _carrying_flops(config: Any, schedule: Schedule, algorithm: Algorithm) -> int:
+def _carrying_flops(depths: list[int], width: int, schedule: Schedule, algorithm: Algorithm) -> int:
     """Features of shallower layers that go through the resamplings made behind them."""
     total, entering = 0, schedule.n_tokens + schedule.n_leading
     for layer, after in schedule.tower if algorithm.resamples else ():
         leaving = after + schedule.n_leading
-        states = sum(depth <= layer for depth in _feature_depths(config, schedule))
-        total += states * blend_flops(entering, leaving, config.vision_config.hidden_size)
+        states = sum(depth <= layer for depth in depths)
+        total += states * blend_flops(entering, leaving, width)
         entering = leaving
     return total
 
@@ -219,14 +222,16 @@ def prefill_flops(base: Any, n_tokens: int) -> int:
 
     n (2 W(language model)) + L 4 n^2 (heads x head_dim) + 2 W(lm_head). Grouped-query attention
     and gated MLPs are in W; grouped keys are shared by queries, hence `heads` in the second term.
+    The original llava package computes logits for all n positions: n 2 W(lm_head) there.
     """
     text = base.config.get_text_config()
     width = text.num_attention_heads * head_dim(text)
     attention = attention_flops(n_tokens, n_tokens, width)
+    parts = find_adapter(base).parts(base)
     return (
-        n_tokens * linear_flops(base.model.language_model)
+        n_tokens * sum(map(linear_flops, parts.language_model))
         + int(text.num_hidden_layers) * attention
-        + linear_flops(base.get_output_embeddings())
+        + (n_tokens if parts.all_logits else 1) * linear_flops(base.get_output_embeddings())
     )
 
 

@@ -18,6 +18,7 @@ from ..visual_tokens import Encoded
 from .hf_anyres import HFAnyResAdapter
 from .hf_llava import HFLlavaAdapter
 from .hf_video import HFNextVideoAdapter, HFVideoAdapter, HFVideoLlavaAdapter
+from .parts import ModelParts
 
 
 class Adapter(Protocol):
@@ -54,10 +55,6 @@ class Adapter(Protocol):
         """Numbers of the vision tower, from the configuration alone."""
         ...
 
-    def towers(self, model: Any) -> tuple[Any, ...]:
-        """The vision towers: one, or one for images and one for videos."""
-        ...
-
     def install(self, model: Any, *, inside_tower: bool) -> None:
         """Prepare the vision tower; all or nothing."""
         ...
@@ -68,6 +65,10 @@ class Adapter(Protocol):
 
     def text_config(self, model: Any) -> Any:
         """Configuration of the language model, the object its attention layers read."""
+        ...
+
+    def parts(self, model: Any) -> ModelParts:
+        """Where the weights are."""
         ...
 
     def placeholder_ids(self, model: Any) -> dict[str, int]:
@@ -117,13 +118,30 @@ class Adapter(Protocol):
         ...
 
 
-ADAPTERS: tuple[Adapter, ...] = (
+ADAPTERS: list[Adapter] = [
     HFLlavaAdapter(),
     HFAnyResAdapter(),
     HFVideoAdapter(),
     HFNextVideoAdapter(),
     HFVideoLlavaAdapter(),
-)
+]
+
+
+def register(adapter: Adapter) -> Adapter:
+    """Let models be wrapped that `adapter` knows.
+
+    Raises:
+        ValueError: another adapter serves one of its model types.
+    """
+    for known in ADAPTERS:
+        taken = set(known.model_types) & set(adapter.model_types)
+        if taken and type(known) is not type(adapter):
+            raise ValueError(
+                f"model type {min(taken)!r} is already served by {type(known).__name__}"
+            )
+    if not any(type(known) is type(adapter) for known in ADAPTERS):
+        ADAPTERS.append(adapter)
+    return adapter
 
 
 def model_types() -> tuple[str, ...]:
@@ -146,6 +164,6 @@ def find_adapter(model: Any) -> Adapter:
     shown = f"{kind} (model_type {model_type!r})" if model_type else kind
     raise TypeError(
         f"cannot wrap {shown}: looked for a model of type {', '.join(model_types())} "
-        "with a vision_tower, a multi_modal_projector and a language_model; pass a "
-        "LlavaForConditionalGeneration or one of its relatives, or a PeftModel of one"
+        "with the parts that its adapter names (a vision tower, a projector, a language model); "
+        "pass a LlavaForConditionalGeneration or one of its relatives, or a PeftModel of one"
     )

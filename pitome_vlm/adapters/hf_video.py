@@ -24,6 +24,7 @@ from ..visual_tokens import Encoded, VisualTokens
 from .features import checked_pixels, feature_choice, read_features
 from .hf_anyres import HFAnyResAdapter
 from .hf_llava import HFLlavaAdapter
+from .parts import ModelParts
 
 VIDEOS = "pixel_values_videos"
 _LAYOUT = "[videos, frames, 3, height, width]"
@@ -128,7 +129,7 @@ class HFVideoAdapter(HFAnyResAdapter):
         pixels, videos, frames = _frames_of(inputs)
         choice, grid = feature_choice(model.config, inputs), merge_pass.grid
         assert grid is not None
-        features = read_features(self.towers(model)[0], pixels, merge_pass, choice)
+        features = read_features(self.parts(model).vision_tower, pixels, merge_pass, choice)
         footprint = self.footprints(model, {**inputs, "pixel_values": None})["video"][0]
         return features, PackedItem(footprint, *_grids(frames, grid)), videos
 
@@ -183,12 +184,11 @@ class HFVideoLlavaAdapter(HFLlavaAdapter):
     """
 
     model_types: tuple[str, ...] = ("video_llava",)
-    parts: tuple[str, ...] = (
-        "image_tower",
-        "video_tower",
-        "multi_modal_projector",
-        "language_model",
-    )
+    part_names: Mapping[str, str] = {
+        **HFLlavaAdapter.part_names,
+        "vision_tower": "image_tower",
+        "video_tower": "video_tower",
+    }
     # Releases call the first one by either name.
     pixel_inputs: Mapping[str, str] = {
         "pixel_values": "image",
@@ -198,9 +198,9 @@ class HFVideoLlavaAdapter(HFLlavaAdapter):
     vision_inputs: tuple[str, ...] = ("pixel_values", "pixel_values_images", VIDEOS)
     videos_pooled_first = True
 
-    def towers(self, model: Any) -> tuple[Any, ...]:
+    def parts(self, model: Any) -> ModelParts:
         """See `Adapter`."""
-        return model.model.image_tower, model.model.video_tower
+        return dataclasses.replace(super().parts(model), video_tower=model.model.video_tower)
 
     def footprint(
         self,
