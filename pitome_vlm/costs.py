@@ -95,7 +95,6 @@ def costs(
     _check_count("text_tokens", text_tokens)
     _check_count("images", images)
     base: Any = base_model(model)
-    find_adapter(base)
     if config is None:
         config = merge_config(model) if is_wrapped(model) else MergeConfig(keep=1.0)
     if schedule is None:
@@ -197,7 +196,8 @@ def tower_flops(
         FLOPs of every layer that is run; FLOPs of patch embedding and pooling head; the part of
         both that is there for merging alone.
     """
-    tower, vision = base.model.vision_tower, base.config.vision_config
+    parts = find_adapter(base).parts(base)
+    tower, vision = parts.vision_tower, parts.vision_config
     try:
         blocks: list[Any] = list(find_encoder_layers(tower)[0])
     except TypeError:
@@ -243,24 +243,26 @@ def projector_flops(base: Any, schedule: Schedule, config: MergeConfig) -> tuple
         FLOPs, and the part of them that is there for merging alone. Tokens are compared by the
         features, as wide as the tower times the number of feature layers.
     """
-    projector = base.model.multi_modal_projector
-    algorithm = algorithms.get(config.algorithm)
-    merging = _carrying_flops(base.config, schedule, algorithm)
-    width = base.config.vision_config.hidden_size * len(_feature_depths(base.config, schedule))
+    parts, algorithm = find_adapter(base).parts(base), algorithms.get(config.algorithm)
+    depths, hidden = _feature_depths(base.config, schedule), parts.vision_config.hidden_size
+    merging = _carrying_flops(depths, hidden, schedule, algorithm)
+    width = hidden * len(depths)
     entering = schedule.tower[-1][1] if schedule.tower else schedule.n_tokens
     for leaving in schedule.projector:
         merging += merging_flops(entering, leaving, schedule.leading_kept, width, width, algorithm)
         entering = leaving
-    return merging + schedule.tokens_out * linear_flops(projector), merging
+    return merging + schedule.tokens_out * linear_flops(parts.projector), merging
 
 
-def _carrying_flops(config: Any, schedule: Schedule, algorithm: Algorithm) -> int:
+def _carrying_flops(
+    depths: list[int], width: int, schedule: Schedule, algorithm: Algorithm
+) -> int:
     """Features of shallower layers that go through the resamplings made behind them."""
     total, entering = 0, schedule.n_tokens + schedule.n_leading
     for layer, after in schedule.tower if algorithm.resamples else ():
         leaving = after + schedule.n_leading
-        states = sum(depth <= layer for depth in _feature_depths(config, schedule))
-        total += states * blend_flops(entering, leaving, config.vision_config.hidden_size)
+        states = sum(depth <= layer for depth in depths)
+        total += states * blend_flops(entering, leaving, width)
         entering = leaving
     return total
 
@@ -275,7 +277,7 @@ def prefill_flops(base: Any, n_tokens: int) -> int:
     width = text.num_attention_heads * _head_dim(text)
     attention = attention_flops(n_tokens, n_tokens, width)
     return (
-        n_tokens * linear_flops(base.model.language_model)
+        n_tokens * sum(map(linear_flops, find_adapter(base).parts(base).language_model))
         + int(text.num_hidden_layers) * attention
         + linear_flops(base.get_output_embeddings())
     )

@@ -22,11 +22,15 @@ from .merge_pass import VisualTokens
 from .merging import Merging, schedule_for, stage_of
 from .schedule import Schedule
 from .wrapped_model import WrappedLlava
+from .wrapped_original import WrappedOriginalLlava
 from .wrapped_peft import WrappedPeft, can_remember
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _STATE = "_pitome"
+
+# What goes in front of a model's class, by the calling convention its adapter names.
+MIXINS: dict[str, Any] = {"transformers": WrappedLlava, "original": WrappedOriginalLlava}
 
 
 def wrap(
@@ -44,8 +48,9 @@ def wrap(
     replaces the settings. Weights, `state_dict` keys and class names are untouched.
 
     Args:
-        model: a LlavaForConditionalGeneration or VipLlavaForConditionalGeneration, on its own or
-            inside a `PeftModel`.
+        model: a LlavaForConditionalGeneration or VipLlavaForConditionalGeneration, a
+            LlavaLlamaForCausalLM of the original llava package (or its Mistral sibling), on its
+            own or inside a `PeftModel`.
         keep: fraction of an image's visual tokens to keep, in (0, 1]; 1.0 changes nothing.
         tokens: the same as a count per image.
         ratio: the paper's r, the fraction kept at every merging layer.
@@ -70,7 +75,7 @@ def wrap(
     fresh = not is_wrapped(base)
     try:
         adapter.install(base, inside_tower=stage_of(config) != "projector")
-        swap_in(base, WrappedLlava)
+        swap_in(base, MIXINS[adapter.calls])
     except BaseException:
         if fresh:
             adapter.uninstall(base)
@@ -242,7 +247,8 @@ def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
 
     Args:
         model: a wrapped model.
-        **inputs: a processor's batch: `pixel_values` and `input_ids` or `inputs_embeds`, and
+        **inputs: a processor's batch (for the original llava package `images`, `input_ids` and
+            so on, as its `forward` takes them): `pixel_values` and `input_ids` or `inputs_embeds`, and
             where wanted `attention_mask`, `labels`, `position_ids`; others are passed through.
 
     Returns:
@@ -256,6 +262,8 @@ def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
         ValueError: the model is not wrapped, or placeholders and images do not match.
     """
     base, merging = merging_of(model)
+    if isinstance(base, WrappedOriginalLlava):
+        return base._pitome_compact_inputs(inputs)
     if inputs.get("pixel_values") is None:
         return dict(inputs)
     prompt = prepare(base, merging, inputs)

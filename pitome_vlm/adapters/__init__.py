@@ -13,12 +13,21 @@ from torch import Tensor, nn
 from ..merge_pass import MergePass, VisualTokens
 from ..schedule import TowerShape
 from .hf_llava import HFLlavaAdapter
+from .original_llava import OriginalLlavaAdapter
+from .parts import ModelParts
 
 
 class Adapter(Protocol):
-    """What the wrapper asks of a model family. Adapters hold no state."""
+    """What the wrapper asks of a model family. Adapters hold no state.
+
+    Attributes:
+        name: for messages.
+        calls: the calling convention, which decides what is put in front of the model's class
+            (`wrapper.MIXINS`).
+    """
 
     name: str
+    calls: str
 
     def matches(self, model: Any) -> bool:
         """Whether this adapter serves the model."""
@@ -40,6 +49,10 @@ class Adapter(Protocol):
         """Configuration of the language model, the object its attention layers read."""
         ...
 
+    def parts(self, model: Any) -> ModelParts:
+        """Where the weights are."""
+        ...
+
     def encode_images(
         self, model: Any, pixel_values: Tensor, merge_pass: MergePass, **feature_options: Any
     ) -> VisualTokens:
@@ -47,7 +60,7 @@ class Adapter(Protocol):
         ...
 
 
-ADAPTERS: tuple[Adapter, ...] = (HFLlavaAdapter(),)
+ADAPTERS: tuple[Adapter, ...] = (HFLlavaAdapter(), OriginalLlavaAdapter())
 
 
 def find_adapter(model: Any) -> Adapter:
@@ -66,5 +79,6 @@ def find_adapter(model: Any) -> Adapter:
     raise TypeError(
         f"cannot wrap {shown}: looked for a model of type {', '.join(a.name for a in ADAPTERS)} "
         "with a vision_tower, a multi_modal_projector and a language_model; pass a "
-        "LlavaForConditionalGeneration or VipLlavaForConditionalGeneration, or a PeftModel of one"
+        "LlavaForConditionalGeneration or VipLlavaForConditionalGeneration, a model of the original "
+        "llava package, or a PeftModel of one"
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..merge_pass import MergePass, VisualTokens
 from ..schedule import TowerShape
+from .parts import ModelParts
 from .tower import (
     encoding,
     feature_depth,
@@ -33,6 +34,7 @@ class HFLlavaAdapter:
     """LlavaForConditionalGeneration and VipLlavaForConditionalGeneration."""
 
     name = " | ".join(MODEL_TYPES)
+    calls = "transformers"
 
     def matches(self, model: Any) -> bool:
         """By model type and parts, not by class path, which differs between releases."""
@@ -129,6 +131,16 @@ class HFLlavaAdapter:
     def text_config(self, model: Any) -> Any:
         """Configuration of the language model, the object its attention layers read."""
         return model.model.language_model.config
+
+    def parts(self, model: Any) -> ModelParts:
+        """See `Adapter`."""
+        core = model.model
+        return ModelParts(
+            core.vision_tower,
+            model.config.vision_config,
+            core.multi_modal_projector,
+            (core.language_model,),
+        )
 
     def _features(self, model: Any, options: dict[str, Any]) -> tuple[int | list[int], str]:
         config = model.config
