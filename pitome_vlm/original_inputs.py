@@ -73,7 +73,7 @@ def prepare_original(
     layout = layout.to(visual.features[0].device)
     place = _places_without_merging(layout.valid, start)
     places = _merged_places(layout, visual, place, merging, calibration)
-    keep = (layout.text >= 0) | places.slots | _live(layout.newline, places.slots)
+    keep = (layout.text >= 0) | places.slots | _live(layout, places.slots)
     limit = getattr(model.config, "tokenizer_model_max_length", None)
     if limit is not None:
         keep &= keep.long().cumsum(1) <= limit
@@ -155,12 +155,17 @@ def _numbered(per_tile: list[Tensor], counts: list[int]) -> Tensor:
     return torch.cat([index + start for index, start in zip(per_tile, starts, strict=True)])
 
 
-def _live(newline: Tensor, slots: Tensor) -> Tensor:
-    """Separators behind a row of patches in which a token is left: [B, L] bool."""
-    seen = slots.long().cumsum(1)
-    at_newlines = (seen * newline).cummax(1).values
-    before = torch.nn.functional.pad(at_newlines, (1, -1))
-    return newline & (seen > before)
+def _live(layout: Layout, slots: Tensor) -> Tensor:
+    """Separators, without those behind a row of patches in which no token is left: [B, L] bool."""
+
+    def since_last(columns: Tensor) -> Tensor:
+        seen = columns.long().cumsum(1)
+        at_newlines = (seen * layout.newline).cummax(1).values
+        return seen - torch.nn.functional.pad(at_newlines, (1, -1))
+
+    # A very thin picture has rows without any patch, which the package separates all the same.
+    emptied = (since_last(slots) == 0) & (since_last(layout.patch >= 0) > 0)
+    return layout.newline & ~emptied
 
 
 def _embedded(

@@ -12,17 +12,22 @@ from __future__ import annotations
 
 import copy
 import inspect
+import types
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .adapters.swap import base_class
+
 # What a column holds; 0 is padding, because the package pads with zeros.
 TEXT, PATCH, NEWLINE = 1.0, 2.0, 3.0
 # Values that `prepare_inputs_labels_for_multimodal` returns; the mask is the third, the embeddings
 # are the fifth of them.
 N_VALUES, EMBEDDINGS = 6, 4
+# Methods of these do not deal with pictures.
+LIBRARIES = ("torch.", "transformers.")
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,10 @@ class _StandIn:
         self.config.tokenizer_model_max_length = None
 
     def __getattr__(self, name: str) -> Any:
+        # Methods that the preparation is split into have to see the codes too.
+        method = inspect.getattr_static(base_class(self._model), name, None)
+        if inspect.isfunction(method) and not method.__module__.startswith(LIBRARIES):
+            return types.MethodType(method, self)
         return getattr(self._model, name)
 
     @property
