@@ -272,14 +272,16 @@ def prefill_flops(base: Any, n_tokens: int) -> int:
 
     n (2 W(language model)) + L 4 n^2 (heads x head_dim) + 2 W(lm_head). Grouped-query attention
     and gated MLPs are in W; grouped keys are shared by queries, hence `heads` in the second term.
+    The original llava package computes logits for all n positions: n 2 W(lm_head) there.
     """
     text = base.config.get_text_config()
     width = text.num_attention_heads * _head_dim(text)
     attention = attention_flops(n_tokens, n_tokens, width)
+    parts = find_adapter(base).parts(base)
     return (
-        n_tokens * sum(map(linear_flops, find_adapter(base).parts(base).language_model))
+        n_tokens * sum(map(linear_flops, parts.language_model))
         + int(text.num_hidden_layers) * attention
-        + linear_flops(base.get_output_embeddings())
+        + (n_tokens if parts.all_logits else 1) * linear_flops(base.get_output_embeddings())
     )
 
 

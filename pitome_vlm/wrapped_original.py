@@ -87,12 +87,7 @@ class WrappedOriginalLlava(WrappedLlava):
             return original(**call)
         self._refuse_unsupported(call)
         cache = call.get(CACHE_NAME)
-        if EMBEDS_NEED_EMPTY_CACHE and cached_length(cache):
-            raise ValueError(
-                f"transformers {transformers.__version__} cannot continue a filled {CACHE_NAME} "
-                "from embeddings, which is what the original llava package generates from; leave "
-                f"out {CACHE_NAME}, or use transformers 5"
-            )
+        self._refuse_filled_cache(cache)
         check_cache(self, self._pitome, cache, None, self._pitome.schedule(self))
         # Decoding goes on at the end of a row, so shorter rows are padded in front.
         prompt = self._pitome_prompt(seen, left=True)
@@ -142,6 +137,15 @@ class WrappedOriginalLlava(WrappedLlava):
             prompt.inputs_embeds,
             prompt.labels,
         )
+
+    def _refuse_filled_cache(self, cache: Any) -> None:
+        """Releases before 5 read no embeddings then; later ones must know the cache by its name."""
+        known = CACHE_NAME in inspect.signature(self.forward).parameters
+        if cached_length(cache) and (EMBEDS_NEED_EMPTY_CACHE or not known):
+            raise ValueError(
+                f"the original llava package cannot continue a filled {CACHE_NAME} in generate() "
+                f"on transformers {transformers.__version__}, wrapped or not; leave it out"
+            )
 
     def _pitome_sees_images(self, call: dict[str, Any]) -> bool:
         """Whether there is something to merge: the package ignores images while it decodes."""
@@ -219,7 +223,7 @@ def _as_named_by(method: Any, call: dict[str, Any]) -> dict[str, Any]:
     }
     if "cache_position" not in parameters:
         renamed.pop("cache_position", None)
-    return renamed
+    return {n: value for n, value in renamed.items() if value is not None or n in parameters}
 
 
 def _own_cache_name(parameters: dict[str, inspect.Parameter]) -> str:

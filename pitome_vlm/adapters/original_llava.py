@@ -7,6 +7,7 @@ pictures out (`original_layout.py`).
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -104,7 +105,9 @@ class OriginalLlavaAdapter:
         core, tower = model.get_model(), _loaded_tower(model)
         others = (tower, core.mm_projector)
         language = tuple(part for part in core.children() if all(part is not one for one in others))
-        return ModelParts(tower, tower.config, core.mm_projector, language)
+        # generate asks for the last logits alone where `forward` can be asked so.
+        all_logits = "logits_to_keep" not in inspect.signature(model.forward).parameters
+        return ModelParts(tower, tower.config, core.mm_projector, language, all_logits)
 
     def encode_images(
         self, model: Any, pixel_values: Tensor, merge_pass: MergePass, **feature_options: Any

@@ -20,9 +20,12 @@ class ModelParts:
         vision_config: its configuration: image_size, patch_size, hidden_size, num_hidden_layers.
         projector: from the width of the tower to that of the language model.
         language_model: what every token of a prompt goes through, `lm_head` not included.
+        all_logits: before the first token, logits are computed for every position of the prompt
+            and not for the last one alone.
     """
 
     vision_tower: nn.Module
     vision_config: Any
     projector: nn.Module
     language_model: tuple[nn.Module, ...]
+    all_logits: bool = False
