@@ -16,7 +16,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
-from .adapters.hf_llava import MODEL_TYPES
+from .adapters import model_types
 
 DTYPES = ("float32", "float16", "bfloat16")
 # Parts of a tower that LLaVA reads nothing from; checkpoints may leave them out.
@@ -76,10 +76,11 @@ def check_model_type(model_type: Any, source: str) -> None:
     Raises:
         TypeError: it is not; the message names `source` and the supported types.
     """
-    if model_type not in MODEL_TYPES:
+    if model_type not in model_types():
         raise TypeError(
-            f"{source} has model_type {model_type!r}; supported: {', '.join(MODEL_TYPES)} "
-            "(LLaVA-1.5, ViP-LLaVA and their fine-tunes in the format of transformers)"
+            f"{source} has model_type {model_type!r}; supported: {', '.join(model_types())} "
+            "(LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, ViP-LLaVA and their fine-tunes in the format "
+            "of transformers)"
         )
 
 

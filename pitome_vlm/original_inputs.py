@@ -3,47 +3,29 @@
 Knows: how a layout without merging, column by column, becomes a shorter one. Does not know: how the
 package makes that layout (`original_layout.py`), `forward`, `generate`, algorithms.
 
-Axes: B rows, L columns without merging, S columns with it, P visual tokens of all tiles without
+Axes: B rows, L columns without merging, S columns with it, P visual tokens of all pictures without
 merging, M with it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .calibration import Calibration
-from .inputs import CompactPrompt
-from .merge_pass import VisualTokens
+from .adapters.original_code import pictures_of
+from .calibration import Calibration, image_offsets
+from .inputs import CompactPrompt, PromptImage, PromptImages
 from .merging import Merging
 from .original_layout import Layout, lay_out
 from .prompt import IGNORED_LABEL, Compaction, compaction
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Where merged tokens sit in a layout without merging.
-
-    Attributes:
-        slots: [B, L] bool, columns that merged tokens take.
-        tokens: [slots] int64, the token of every slot in row order, an index into M.
-        sizes: [M] float32, patches behind every token that the layout shows.
-        positions: [M] float32, position of every token.
-    """
-
-    slots: Tensor
-    tokens: Tensor
-    sizes: Tensor
-    positions: Tensor
+from .visual_tokens import VisualTokens
 
 
 def prepare_original(
     model: Any,
     merging: Merging,
-    prepare: Any,
     inputs: dict[str, Any],
     *,
     calibration: Calibration,
@@ -52,13 +34,12 @@ def prepare_original(
 ) -> CompactPrompt:
     """Lay a prompt out, encode its images, and put the merged tokens in.
 
-    Where an image is several tiles, each is merged on its own. A prompt is cut to the length that
-    the model's config allows after merging, when there is less to cut.
+    A prompt is cut to the length that the model's config allows after merging, when there is less
+    to cut.
 
     Args:
         model: the wrapped model itself (no PeftModel around it).
         merging: what `wrap` put on it.
-        prepare: the model's own `prepare_inputs_labels_for_multimodal`, a bound method.
         inputs: `input_ids`, `images`, and of `attention_mask`, `labels`, `position_ids`,
             `image_sizes` what there is.
         calibration: what the language model is to be told.
@@ -66,106 +47,110 @@ def prepare_original(
         start: [B] position of the first column, None for 0.
 
     Raises:
-        ValueError: see `original_layout.lay_out`.
+        ValueError: the images are of another form, or see `original_layout.lay_out`.
     """
-    layout = lay_out(model, prepare, inputs, merging.schedule(model).tokens_in)
-    visual = merging.encode(model, layout.pixels)
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    pictures = pictures_of(inputs["images"], inputs.get("image_sizes"))
+    adapter: Any = merging.adapter
+    tokens_in = merging.schedule(model).tokens_in
+    layout = lay_out(model, pictures, adapter.items_of(pictures), tokens_in, ids, mask)
+    encoded = merging.encode(model, inputs)
+    visual = encoded[0].visual
+    images = _images_of(layout, visual, encoded[0].token_id)
     layout = layout.to(visual.features[0].device)
-    place = _places_without_merging(layout.valid, start)
-    places = _merged_places(layout, visual, place, merging, calibration)
-    keep = (layout.text >= 0) | places.slots | _live(layout, places.slots)
-    limit = getattr(model.config, "tokenizer_model_max_length", None)
-    if limit is not None:
-        keep &= keep.long().cumsum(1) <= limit
-    slots, tokens = places.slots & keep, places.tokens[keep[places.slots]]
+    at, tokens = _places(layout, visual, in_order=merging.config.restore_order)
+    slots = torch.zeros_like(layout.valid).flatten().index_fill(0, at, True).view_as(layout.valid)
+    keep = _shortened(model, (layout.text >= 0) | slots)
+    shown = keep[slots]
+    slots, tokens = slots & keep, tokens[shown]
     if left is None:
         left = getattr(model.config, "tokenizer_padding_side", "right") == "left"
     moves = compaction(slots, ~keep, None, left=left)
     if calibration.positions == "compact":
         positions = _counted(inputs.get("position_ids"), moves)
     else:
-        place = place.masked_scatter(slots, places.positions[tokens])
+        place = _places_without_merging(layout.valid, start)
+        anchors = torch.cat(visual.anchors)[tokens]
+        offsets = image_offsets(calibration, visual.positions(), visual.anchors)[tokens]
+        place = place.masked_scatter(slots, place[slots] + offsets - anchors)
         positions = _with_padding(moves.take(place, 0.0), moves.valid)
-    sizes = torch.ones_like(place).masked_scatter(slots, places.sizes[tokens])
+    ones = torch.ones(slots.shape, dtype=torch.float32, device=slots.device)
+    sizes = ones.masked_scatter(slots, torch.cat(visual.sizes())[tokens])
     features = torch.cat(visual.features)[tokens]
     return CompactPrompt(
-        inputs_embeds=_embedded(model, inputs["input_ids"], layout, moves, slots, features),
+        inputs_embeds=_embedded(model, ids, layout, moves, slots, features),
         input_ids=None,
-        attention_mask=_mask(inputs.get("attention_mask"), moves),
+        attention_mask=_mask(mask, moves),
         labels=_labels(inputs.get("labels"), layout, moves),
         position_ids=positions,
         sizes=moves.take(sizes, 1.0),
         packed_positions=None,
         calibration=calibration,
         visual=visual,
+        encoded=encoded,
+        images=images,
         compaction=moves,
         placeholders=slots,
     )
+
+
+def _images_of(layout: Layout, visual: VisualTokens, token_id: int) -> PromptImages:
+    """What the prompt shows; pictures of rows without a placeholder are not shown.
+
+    Raises:
+        ValueError: a picture has another number of columns than tokens.
+    """
+    found = []
+    for row, items in enumerate(layout.item):
+        shown, columns = items[items >= 0].unique_consecutive(return_counts=True)
+        for item, n in zip(shown.tolist(), columns.tolist(), strict=True):
+            full, count = visual.full_counts[item], visual.counts[item]
+            if n != full:
+                raise ValueError(
+                    f"image {item + 1} has {full} visual tokens, but the model's own preparation "
+                    f"of the prompt puts {n} of them in; such a model cannot be followed"
+                )
+            found.append(PromptImage(token_id, row, full, count))
+    return PromptImages(found, len(layout.item))
+
+
+def _places(layout: Layout, visual: VisualTokens, *, in_order: bool) -> tuple[Tensor, Tensor]:
+    """The columns of merged tokens, rising, and the token of each.
+
+    A token takes the column of the one it is named after. Tokens in another order than their
+    names take the columns of their picture in that order.
+
+    Returns:
+        Indices into the B L columns and into the M tokens, int64.
+    """
+    device, item = layout.item.device, layout.item.flatten()
+    full = torch.tensor(visual.full_counts, device=device)
+    starts = full.cumsum(0) - full
+    columns = (item >= 0).nonzero()[:, 0]
+    column_of = torch.full((int(sum(visual.full_counts)),), -1, device=device)
+    column_of[starts[item[columns]] + layout.place.flatten()[columns]] = columns
+    counts = torch.tensor(visual.counts, device=device)
+    owner = torch.repeat_interleave(torch.arange(len(counts), device=device), counts)
+    at = column_of[torch.cat(visual.anchors) + starts[owner]]
+    tokens = (at >= 0).nonzero()[:, 0]
+    at = at[tokens]
+    if not in_order:
+        by_column = at.argsort()
+        at = at[by_column[owner[tokens][by_column].argsort(stable=True)]]
+    order = at.argsort()
+    return at[order], tokens[order]
+
+
+def _shortened(model: Any, keep: Tensor) -> Tensor:
+    """[B, L] bool, without what is longer than the model's config allows."""
+    limit = getattr(model.config, "tokenizer_model_max_length", None)
+    return keep if limit is None else keep & (keep.long().cumsum(1) <= limit)
 
 
 def _places_without_merging(valid: Tensor, start: Tensor | None) -> Tensor:
     """[B, L] float32, the place of every column among those of its row that are not padding."""
     place = (valid.long().cumsum(1) - 1).clamp(min=0).float()
     return place if start is None else place + start.to(place.device)[:, None]
-
-
-def _merged_places(
-    layout: Layout,
-    visual: VisualTokens,
-    place: Tensor,
-    merging: Merging,
-    calibration: Calibration,
-) -> _Places:
-    """Every token at the column of the patch it is named after.
-
-    Padding around a picture is cut off by the package after encoding: a token sits at its first
-    patch that is left where the one it is named after is gone, and is gone with the last of them.
-    """
-    device, flat = place.device, layout.patch.flatten()
-    counts = torch.tensor(visual.counts, device=device)
-    tile = torch.repeat_interleave(torch.arange(len(counts), device=device), counts)
-    owner = _numbered(visual.source_maps, visual.counts)
-    columns = (flat >= 0).nonzero()[:, 0]
-    group = owner[flat[columns]]
-    total = len(tile)
-    zeros = torch.zeros(total, dtype=torch.float32, device=device)
-    sizes = zeros.index_add(0, group, torch.ones_like(group, dtype=torch.float32))
-    column_of = torch.full_like(owner, -1)
-    column_of[flat[columns]] = columns
-    named = column_of[_numbered(visual.anchors, visual.full_counts)]
-    first = torch.full_like(named, flat.numel()).scatter_reduce(0, group, columns, "amin")
-    shown = (sizes > 0).nonzero()[:, 0]
-    at = torch.where(named >= 0, named, first)[shown]
-    if calibration.positions == "original":
-        positions = zeros.index_put((shown,), place.flatten()[at])
-    else:
-        positions = zeros.index_add(0, group, place.flatten()[columns]) / sizes.clamp(min=1)
-    if not merging.config.restore_order:
-        # The order the algorithm chose, in the columns that the tile's tokens take.
-        by_column = at.argsort()
-        at = at[by_column[tile[shown][by_column].argsort(stable=True)]]
-    slots = torch.zeros_like(flat, dtype=torch.bool).index_fill(0, at, True)
-    return _Places(slots.view_as(place), shown[at.argsort()], sizes, positions)
-
-
-def _numbered(per_tile: list[Tensor], counts: list[int]) -> Tensor:
-    """Indices into the tokens of each tile as indices into those of all tiles."""
-    ends = torch.tensor(counts).cumsum(0).tolist()
-    starts = [0, *ends[:-1]]
-    return torch.cat([index + start for index, start in zip(per_tile, starts, strict=True)])
-
-
-def _live(layout: Layout, slots: Tensor) -> Tensor:
-    """Separators, without those behind a row of patches in which no token is left: [B, L] bool."""
-
-    def since_last(columns: Tensor) -> Tensor:
-        seen = columns.long().cumsum(1)
-        at_newlines = (seen * layout.newline).cummax(1).values
-        return seen - torch.nn.functional.pad(at_newlines, (1, -1))
-
-    # A very thin picture has rows without any patch, which the package separates all the same.
-    emptied = (since_last(slots) == 0) & (since_last(layout.patch >= 0) > 0)
-    return layout.newline & ~emptied
 
 
 def _embedded(
@@ -176,16 +161,13 @@ def _embedded(
     slots: Tensor,
     features: Tensor,
 ) -> Tensor:
-    """[B, S, C]: words, separators, visual tokens, and zeros for padding as the package has it."""
+    """[B, S, C]: words, visual tokens, and zeros for padding as the package has it."""
     core = model.get_model()
     words = moves.take(_at_columns(input_ids, layout.text, 0), 0)
     embeds: Tensor = core.embed_tokens(words)
     device = embeds.device
     is_word = moves.take(layout.text >= 0, False).to(device)
     embeds = embeds.masked_fill(~is_word[..., None], 0.0)
-    if getattr(core, "image_newline", None) is not None:
-        is_newline = moves.take(layout.newline, False).to(device)
-        embeds = torch.where(is_newline[..., None], core.image_newline.to(embeds), embeds)
     where = moves.take(slots, False).to(device)
     return embeds.masked_scatter(where[..., None], features.to(embeds))
 

@@ -41,17 +41,19 @@ def cache_of(output: Any) -> Any:
     return output.get(CACHE_NAME) if isinstance(output, dict) else None
 
 
-def fill_image_states(output: Any, features: list[Tensor]) -> None:
+def fill_image_states(output: Any, features: list[Tensor], kind: str = "image") -> None:
     """Put the features of the images into an output that has room for them and holds none.
 
     Args:
         output: of a model's forward; a tuple is left alone.
         features: [n_i, C] of every image, after the projector.
+        kind: "image" or "video".
     """
     if not isinstance(output, dict):
         return
-    if hasattr(output, "image_outputs"):
-        if output.image_outputs is None:
-            output["image_outputs"] = BaseModelOutputWithPooling(pooler_output=features)
-    elif getattr(output, "image_hidden_states", 0) is None:
-        output["image_hidden_states"] = torch.cat(features)
+    new, old = f"{kind}_outputs", f"{kind}_hidden_states"
+    if hasattr(output, new):
+        if getattr(output, new) is None:
+            output[new] = BaseModelOutputWithPooling(pooler_output=features)
+    elif getattr(output, old, 0) is None:
+        output[old] = torch.cat(features)

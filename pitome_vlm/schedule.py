@@ -156,6 +156,8 @@ class Schedule:
         leading_kept: leading tokens that reach the language model (0 or `n_leading`).
         fewest: mergeable tokens an image keeps at least where every image has its own count;
             `tokens_out` is then the most. None where all have the same.
+        packed: all counts are about one tile of several that are packed into one image
+            afterwards; what comes out then depends on the image (`counts.count_tokens`).
     """
 
     n_tokens: int
@@ -166,6 +168,7 @@ class Schedule:
     projector: tuple[int, ...] = ()
     leading_kept: int = 0
     fewest: int | None = None
+    packed: bool = False
 
     @property
     def ladder(self) -> tuple[int, ...]:
@@ -247,6 +250,7 @@ class TowerShape:
         n_layers: layers of the tower.
         used_layers: layers up to the deepest one whose features are read.
         grid: (rows, columns), None where the mergeable tokens are no whole grid.
+        packed: an image is several tiles, which are packed into one sequence behind the projector.
     """
 
     n_tokens: int
@@ -255,6 +259,7 @@ class TowerShape:
     n_layers: int
     used_layers: int
     grid: tuple[int, int] | None = None
+    packed: bool = False
 
 
 def build_schedule(
@@ -325,6 +330,7 @@ def build_schedule(
         projector=projector,
         leading_kept=shape.leading_kept,
         fewest=None if fewest is None else max(1, _total(fewest, shape) - shape.leading_kept),
+        packed=shape.packed,
     )
 
 

@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 from transformers.utils import logging
 
+from .adapters.original_code import PREPARE
 from .cached_images import (
     cached_length,
     calibrated,
@@ -34,7 +35,6 @@ from .wrapped_model import EMBEDS_NEED_EMPTY_CACHE, WrappedLlava
 
 logger = logging.get_logger(__name__)
 
-PREPARE = "prepare_inputs_labels_for_multimodal"
 # What becomes embeddings, and what does when they are there already.
 CONSUMED = ("input_ids", "images", "image_sizes", "attention_mask", "labels", "position_ids")
 UNCALIBRATED = Calibration(size_bias=False, positions="compact")
@@ -104,7 +104,7 @@ class WrappedOriginalLlava(WrappedLlava):
             "images": PreparedPrompt(prompt),
             "token_sizes": prompt.sizes,
             "token_positions": prompt.position_ids if prompt.calibration.is_active else None,
-            "image_token_counts": prompt.visual.counts,
+            "prompt_images": prompt.images,
         }
         known = {name: value for name, value in given.items() if value is not None}
         return original(**_without_images(call) | limits | known)
@@ -160,10 +160,7 @@ class WrappedOriginalLlava(WrappedLlava):
     ) -> CompactPrompt:
         """The prompt of a call with its images encoded and merged; see `prepare_original`."""
         calibration = calibration or self._pitome.calibration(self)
-        original = getattr(super(), PREPARE)
-        return prepare_original(
-            self, self._pitome, original, call, calibration=calibration, **options
-        )
+        return prepare_original(self, self._pitome, call, calibration=calibration, **options)
 
     def _pitome_compact_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """See `pitome_vlm.compact_inputs`; a batch without images comes back unchanged."""

@@ -205,7 +205,9 @@ class Multimodal:
         newline, side = self.model.image_newline, self.get_vision_tower().num_patches_per_side
         if len(tiles) == 1:
             return torch.cat([tiles[0], newline[None]])
-        columns, rows = best_grid(size)
+        columns, rows = get_anyres_image_grid_shape(
+            size, self.config.image_grid_pinpoints, self.get_vision_tower().config.image_size
+        )
         grid = tiles[1:].unflatten(0, (rows, columns)).unflatten(2, (side, side))
         grid = grid.permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)  # [rows, columns, C]
         grid = unpadded(grid, size)
@@ -213,15 +215,16 @@ class Multimodal:
         return torch.cat([tiles[0], torch.cat([grid, ends.to(grid)], 1).flatten(0, 1)])
 
 
-def best_grid(size):
-    """(columns, rows) of tiles for a picture of (width, height)."""
+def get_anyres_image_grid_shape(image_size, grid_pinpoints, patch_size):
+    """(columns, rows) of tiles of `patch_size` pixels for a picture of (width, height)."""
 
     def used(shape):
-        scale = min(shape[0] / size[0], shape[1] / size[1])
-        return min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
+        scale = min(shape[0] / image_size[0], shape[1] / image_size[1])
+        area = int(image_size[0] * scale) * int(image_size[1] * scale)
+        return min(area, image_size[0] * image_size[1])
 
-    best = max(PINPOINTS, key=lambda shape: (used(shape), used(shape) - shape[0] * shape[1]))
-    return best[0] // 96, best[1] // 96
+    best = max(grid_pinpoints, key=lambda shape: (used(shape), -shape[0] * shape[1]))
+    return best[0] // patch_size, best[1] // patch_size
 
 
 def unpadded(grid, size):

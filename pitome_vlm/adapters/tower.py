@@ -26,6 +26,8 @@ logger = logging.get_logger(__name__)
 LAYER_PARTS = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "out_proj", "head_dim", "scale")
 LAYER_ATTRIBUTES = ("_pitome_layer", "_pitome_slot", "_pitome_returns_tuple")
+# Towers that name an image_size but cut pictures of any size into patches.
+VARIABLE_GRID = ("pixtral",)
 # Implementations whose function in transformers adds a float mask to the logits. All others
 # (flash kernels, flex) read a mask as padding or not at all.
 TAKES_FLOAT_MASK = ("eager", "sdpa")
@@ -304,12 +306,32 @@ def encoding(tower: nn.Module, merge_pass: MergePass) -> Iterator[None]:
 
 def has_class_token(tower: nn.Module) -> bool:
     """Whether the tower puts a class token in front of the patches (CLIP does, SigLIP not)."""
-    return any(hasattr(module, "class_embedding") for module in tower.modules())
+    names = ("class_embedding", "cls_token")
+    return any(hasattr(module, name) for module in tower.modules() for name in names)
+
+
+def leading_tokens(tower: nn.Module) -> int:
+    """Tokens in front of the patches: a class token, and DINOv2's registers behind it."""
+    registers = (getattr(module, "register_tokens", None) for module in tower.modules())
+    return int(has_class_token(tower)) + sum(
+        found.shape[1] for found in registers if isinstance(found, Tensor)
+    )
 
 
 def patch_grid(vision_config: Any) -> tuple[int, int]:
-    """(rows, columns) of patches that the processor prepares pictures for."""
-    image, patch = vision_config.image_size, vision_config.patch_size
+    """(rows, columns) of patches that the processor prepares pictures for.
+
+    Raises:
+        TypeError: the config does not say, because the number depends on the picture.
+    """
+    image = getattr(vision_config, "image_size", None)
+    patch = getattr(vision_config, "patch_size", None)
+    if image is None or patch is None or vision_config.model_type in VARIABLE_GRID:
+        raise TypeError(
+            f"a {vision_config.model_type} vision tower is not supported yet: its number of "
+            "patches depends on the picture (looked for image_size and patch_size in its config), "
+            "so no count can be promised"
+        )
     rows, columns = (image, image) if isinstance(image, int) else image
     high, wide = (patch, patch) if isinstance(patch, int) else patch
     return rows // high, columns // wide

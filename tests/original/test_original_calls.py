@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 import transformers
 from original_llava import (
     IMAGE,
@@ -286,7 +286,9 @@ def test_lengths_count_the_unmerged_prompt():
     full = batch["input_ids"].shape[1] - 1 + PATCHES
     for keep in (1.0, 0.25):
         model = pitome_vlm.wrap(original_model(), keep=keep)
-        new = model.generate(batch["input_ids"], **rest(batch), max_length=full + 3, do_sample=False)
+        new = model.generate(
+            batch["input_ids"], **rest(batch), max_length=full + 3, do_sample=False
+        )
         assert new.shape == (1, 3)
     with pytest.raises(ValueError, match=rf"max_length is 20, but the prompt alone has {full}"):
         model.generate(batch["input_ids"], **rest(batch), max_length=20)
@@ -342,7 +344,7 @@ def test_a_prompt_is_cut_after_merging():
     words = batch["input_ids"][batch["input_ids"] >= 0]
     assert compact["labels"][compact["labels"] >= 0].tolist() == words[:20].tolist()
     # Without merging the picture alone is longer than that.
-    mask, embeds, _, _ = own_preparation(pitome_vlm.unwrap(model), batch)
+    _, embeds, _, _ = own_preparation(pitome_vlm.unwrap(model), batch)
     assert embeds.shape[1] == limit < 2 * PATCHES
 
 

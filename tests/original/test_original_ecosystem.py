@@ -1,4 +1,4 @@
-"""The original llava package: peft, training, files, numbers, and what is refused in which words."""
+"""The original llava package: peft, training, files, numbers, and refusals in so many words."""
 
 from __future__ import annotations
 
@@ -333,7 +333,6 @@ def test_features_read_in_an_unknown_way_are_refused():
 def test_a_fork_that_resamples_is_refused_and_one_with_helpers_is_not():
     """Forks pool tiles and split the preparation up; only moving tokens about can be followed."""
     base = type(original_model())
-
 
     class Halves(base):
         def prepare_inputs_labels_for_multimodal(

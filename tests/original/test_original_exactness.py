@@ -10,8 +10,10 @@ from original_llava import (
     IMAGE,
     KINDS,
     PATCHES,
+    PINPOINTS,
     ROTARY,
     expected_layout,
+    get_anyres_image_grid_shape,
     original_batch,
     original_model,
 )
@@ -35,11 +37,10 @@ SIZES = [
 
 def spatial_batch(sizes, texts, *, side="right"):
     """One picture of several tiles per row, as `process_images` makes them for any resolution."""
-    from original_llava import best_grid
-
     batch = original_batch(images=(1,) * len(sizes), texts=texts, side=side)
     generator = torch.Generator().manual_seed(5)
-    tiles = [1 + columns * rows for columns, rows in map(best_grid, sizes)]
+    grids = [get_anyres_image_grid_shape(size, PINPOINTS, 96) for size in sizes]
+    tiles = [1 + columns * rows for columns, rows in grids]
     images = [torch.randn(n, 3, 96, 96, generator=generator) for n in tiles]
     return batch | {"images": images, "image_sizes": sizes}
 
@@ -130,7 +131,6 @@ def identity_prompt(model, batch, labels=None, positions=None):
     return prepare_original(
         model,
         merging,
-        model.prepare_inputs_labels_for_multimodal,
         given,
         calibration=Calibration(size_bias=False, positions="compact"),
     )
@@ -163,6 +163,20 @@ def test_identity_grouping_of_tiles_is_the_package_s_own_preparation(sizes):
     assert torch.equal(found.attention_mask, mask)
 
 
+def tokens_seen(model, batch):
+    """Columns that the first layer of the language model is given."""
+    seen = []
+    layer = next(m for n, m in model.named_modules() if n.endswith("model.layers.0"))
+    handle = layer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((*args, *kwargs.values())[0].shape[1]),
+        with_kwargs=True,
+    )
+    with torch.no_grad():
+        model(**batch)
+    handle.remove()
+    return seen[0]
+
+
 @pytest.mark.parametrize("kind", ROTARY)
 @pytest.mark.parametrize("size", SIZES)
 def test_merged_tiles_are_columns_of_the_unmerged_prompt_in_their_place(kind, size):
@@ -170,30 +184,33 @@ def test_merged_tiles_are_columns_of_the_unmerged_prompt_in_their_place(kind, si
     model = spatial_model(kind)
     batch = spatial_batch([size], (6,))
     _, full, _, _ = own_preparation(model, batch)
-    newline = model.model.image_newline
-    options = {"algorithm": "random", "stage": "projector", "positions": "original"}
-    pitome_vlm.wrap(model, keep=0.3, **options)
+    pitome_vlm.wrap(model, keep=0.3, algorithm="random", stage="projector", positions="original")
     compact = pitome_vlm.compact_inputs(model, **batch)
     places = compact["position_ids"][0]
     assert bool((places.diff() > 0).all())
-    assert torch.equal(places, places.round())
     # Row by row of the projector, hence not bit for bit on every machine.
-    found, there = compact["inputs_embeds"][0], full[0][places.long()]
-    moved = (found - there).abs().amax(-1) > 1e-4
+    torch.testing.assert_close(compact["inputs_embeds"][0], full[0][places.long()])
+    assert compact["token_sizes"].sum() == full.shape[1]
+    words = places.tolist()
+    assert words[:4] == [0, 1, 2, 3]
+    assert words[-6:] == list(range(full.shape[1] - 6, full.shape[1]))
+
+
+@pytest.mark.parametrize("budget", [{"keep": 0.25}, {"tokens": 20}, {"ratio": 0.8}])
+@pytest.mark.parametrize("size", SIZES)
+def test_tiles_are_merged_to_the_count_that_describe_says(size, budget):
+    model, batch = spatial_model(), spatial_batch([size], (6,))
     words = batch["input_ids"].shape[1] - 1
-    newlines = (found == newline).all(-1), (full[0] == newline).all(-1)
-    tiles, whole = batch["images"][0], full.shape[1] - words - int(newlines[1].sum())
-    patches = len(places) - words - int(newlines[0].sum())
-    assert 0 < patches <= len(tiles) * 43  # 0.3 of 144
-    # Words, separators, and patches that merged ones stand for make up the unmerged prompt.
-    gone = int(newlines[1].sum()) - int(newlines[0].sum())
-    assert int(compact["token_sizes"].sum()) + gone == full.shape[1]
-    # Where padding is cut off, a token may stand for what is left of its patches.
-    assert not bool(moved.any()) or whole < len(tiles) * PATCHES
-    visual = torch.cat(pitome_vlm.encode_images(model, tiles).features)
-    for column in found[moved]:
-        assert (visual - column).abs().amax(-1).min() < 1e-4
-        assert (full[0] - column).abs().amax(-1).min() > 1e-4
+    unmerged = tokens_seen(model, batch) - words
+    pitome_vlm.wrap(model, **budget)
+    told = pitome_vlm.describe(model, image_size=size[::-1])
+    assert told.tokens_in == unmerged
+    assert told.footprint.tiles == len(batch["images"][0])
+    assert tokens_seen(model, batch) == words + told.tokens_out
+    if "keep" in budget:
+        assert told.tokens_out == max(2, int(0.25 * unmerged + 0.5))
+    compact = pitome_vlm.compact_inputs(model, **batch)
+    assert compact["token_sizes"].sum() == unmerged + words
 
 
 @pytest.mark.parametrize("kind", ROTARY)
@@ -233,18 +250,10 @@ def test_the_language_model_sees_what_describe_says(algorithm, stage, select):
         return
     assert expected.tokens_in == PATCHES + (select == "cls_patch")
     pitome_vlm.wrap(model, config=config)
-    seen = []
-    layer = next(m for n, m in model.named_modules() if n.endswith("model.layers.0"))
-    handle = layer.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append((*args, *kwargs.values())[0].shape[1]),
-        with_kwargs=True,
-    )
     batch = original_batch(images=(2,), texts=(5,))
-    model(**batch)
-    handle.remove()
     told = pitome_vlm.describe(model)
     assert told.tokens_out == expected.tokens_out == 20
-    assert seen == [batch["input_ids"].shape[1] - 2 + 2 * told.tokens_out]
+    assert tokens_seen(model, batch) == batch["input_ids"].shape[1] - 2 + 2 * told.tokens_out
 
 
 def test_order_of_the_algorithm_where_it_is_asked_for():
