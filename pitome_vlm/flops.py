@@ -19,7 +19,8 @@ from torch import nn
 
 from . import algorithms
 from .adapters import find_adapter
-from .adapters.tower import feature_depth, find_encoder_layers, has_class_token, patch_grid
+from .adapters.tower import find_encoder_layers
+from .adapters.tower_tokens import feature_depth, has_class_token, patch_grid
 from .config import MergeConfig
 from .counts import Footprint, count_tokens, newline_share
 from .merge import Algorithm

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoProcessor
 from transformers.utils import cached_file
 
-from .adapters.tower import has_class_token
+from .adapters.tower_tokens import has_class_token
 from .checkpoints import (
     DTYPES,
     check_model_type,

@@ -53,11 +53,12 @@ class Budget:
                 + (" at every merging step" if name == "ratio" else "")
             )
 
-    def target(self, n_tokens: int) -> int | None:
+    def target(self, n_tokens: int, unit: str = "image") -> int | None:
         """The count that must come out, or None where `ratio` decides step by step.
 
         Args:
             n_tokens: visual tokens of one image before any merging.
+            unit: what they are the tokens of, for the message.
 
         Raises:
             ValueError: `tokens` is larger than `n_tokens`.
@@ -66,7 +67,7 @@ class Budget:
             if self.tokens > n_tokens:
                 raise ValueError(
                     f"tokens must be in 1..{n_tokens} (this model makes {n_tokens} visual tokens "
-                    f"per image), got {self.tokens}"
+                    f"per {unit}), got {self.tokens}"
                 )
             return self.tokens
         if self.keep is not None:
@@ -300,7 +301,7 @@ def build_schedule(
         steps = 0 if stage == "tower" else projector_steps or 1
         projector = plan_counts(tower[-1] if tower else n, steps, budget)
     else:
-        total = budget.target(n + shape.leading_kept)
+        total = budget.target(n + shape.leading_kept, "tile" if shape.packed else "image")
         assert total is not None
         target = total - shape.leading_kept
         if target < 1:

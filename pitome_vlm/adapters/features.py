@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..merge_pass import MergePass
 from ..schedule import TowerShape
-from .tower import encoding, feature_depth, leading_tokens, patch_grid
+from .tower import encoding
+from .tower_tokens import feature_depth, leading_tokens, patch_grid
 
 STRATEGIES = ("default", "full")
 # Options of one call that change which features are read.
@@ -66,7 +67,7 @@ def shape_of_tower(tower: Any, vision_config: Any, choice: FeatureChoice) -> Tow
         ValueError: a feature layer outside of the tower.
     """
     grid = patch_grid(vision_config)
-    special = leading_tokens(tower)
+    special = leading_tokens(tower, vision_config)
     # "default" cuts off the first token whatever it is; on a tower without a class token that
     # is the first patch, which then must not be merged into anything that stays.
     n_leading = max(special, int(choice.strategy == "default"))

@@ -22,15 +22,8 @@ from ..visual_tokens import Encoded, VisualTokens
 from .features import check_count
 from .original_code import PLACEHOLDER, PREPARE, Pictures, own_function, pack, pictures_of
 from .parts import ModelParts
-from .tower import (
-    encoding,
-    feature_depth,
-    find_encoder_layers,
-    has_class_token,
-    install_tower,
-    patch_grid,
-    uninstall_tower,
-)
+from .tower import encoding, find_encoder_layers, install_tower, uninstall_tower
+from .tower_tokens import feature_depth, has_class_token, patch_grid
 
 METHODS = ("get_model", "get_vision_tower", PREPARE)
 SELECTIONS = ("patch", "cls_patch")
@@ -174,7 +167,7 @@ class OriginalAnyResAdapter(OriginalLlavaAdapter):
     """The same models with mm_patch_merge_type "spatial" or "spatial_unpad" (LLaVA-1.6)."""
 
     counted_per = "tile"
-    default_image_size = DEFAULT_IMAGE_SIZE
+    default_image_size: tuple[int, int] | None = DEFAULT_IMAGE_SIZE
 
     def matches(self, model: Any) -> bool:
         """By methods, the projector and the way tiles are put together."""

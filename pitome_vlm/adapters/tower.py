@@ -25,9 +25,13 @@ logger = logging.get_logger(__name__)
 
 LAYER_PARTS = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "out_proj", "head_dim", "scale")
+# All that a merging layer hands to attention. One that takes more (rotary positions, in MLCD) would
+# silently get less.
+ATTENTION_INPUTS = {
+    *("self", "hidden_states", "attention_mask", "causal_attention_mask"),
+    *("output_attentions", "kwargs"),
+}
 LAYER_ATTRIBUTES = ("_pitome_layer", "_pitome_slot", "_pitome_returns_tuple")
-# Towers that name an image_size but cut pictures of any size into patches.
-VARIABLE_GRID = ("pixtral",)
 # Implementations whose function in transformers adds a float mask to the logits. All others
 # (flash kernels, flex) read a mask as padding or not at all.
 TAKES_FLOAT_MASK = ("eager", "sdpa")
@@ -89,7 +93,7 @@ def find_encoder_layers(tower: nn.Module) -> list[nn.ModuleList]:
         raise TypeError(
             f"vision tower {type(tower).__name__} is not supported inside the tower: looked for "
             f"a ModuleList of layers with {', '.join(LAYER_PARTS)} whose self_attn has "
-            f"{', '.join(ATTENTION_PARTS)} (CLIP and SigLIP have); "
+            f"{', '.join(ATTENTION_PARTS)} and takes no position embeddings (CLIP and SigLIP); "
             'merge behind it with stage="projector" instead'
         )
     if any(hasattr(layer, "_checkpoint_wrapped_module") for layers in found for layer in layers):
@@ -101,9 +105,12 @@ def find_encoder_layers(tower: nn.Module) -> list[nn.ModuleList]:
 
 
 def _is_mergeable(layer: nn.Module) -> bool:
-    attention = getattr(layer, "self_attn", None)
-    return all(hasattr(layer, part) for part in LAYER_PARTS) and all(
+    attention: Any = getattr(layer, "self_attn", None)
+    parts = all(hasattr(layer, part) for part in LAYER_PARTS) and all(
         hasattr(attention, part) for part in ATTENTION_PARTS
+    )
+    return parts and ATTENTION_INPUTS.issuperset(
+        inspect.signature(base_class(attention).forward).parameters
     )
 
 
@@ -302,55 +309,3 @@ def encoding(tower: nn.Module, merge_pass: MergePass) -> Iterator[None]:
         for slot in {layer._pitome_slot[0] for layer in layers}:
             stack.enter_context(slot.encode(merge_pass))
         yield
-
-
-def has_class_token(tower: nn.Module) -> bool:
-    """Whether the tower puts a class token in front of the patches (CLIP does, SigLIP not)."""
-    names = ("class_embedding", "cls_token")
-    return any(hasattr(module, name) for module in tower.modules() for name in names)
-
-
-def leading_tokens(tower: nn.Module) -> int:
-    """Tokens in front of the patches: a class token, and DINOv2's registers behind it."""
-    registers = (getattr(module, "register_tokens", None) for module in tower.modules())
-    return int(has_class_token(tower)) + sum(
-        found.shape[1] for found in registers if isinstance(found, Tensor)
-    )
-
-
-def patch_grid(vision_config: Any) -> tuple[int, int]:
-    """(rows, columns) of patches that the processor prepares pictures for.
-
-    Raises:
-        TypeError: the config does not say, because the number depends on the picture.
-    """
-    image = getattr(vision_config, "image_size", None)
-    patch = getattr(vision_config, "patch_size", None)
-    if image is None or patch is None or vision_config.model_type in VARIABLE_GRID:
-        raise TypeError(
-            f"a {vision_config.model_type} vision tower is not supported yet: its number of "
-            "patches depends on the picture (looked for image_size and patch_size in its config), "
-            "so no count can be promised"
-        )
-    rows, columns = (image, image) if isinstance(image, int) else image
-    high, wide = (patch, patch) if isinstance(patch, int) else patch
-    return rows // high, columns // wide
-
-
-def feature_depth(vision_feature_layer: int | list[int], n_layers: int) -> list[int]:
-    """Indices into `hidden_states` (0 is the embedding) as numbers of layers passed.
-
-    Raises:
-        ValueError: an index outside of the tower.
-    """
-    wanted = (
-        [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
-    )
-    depths = [index if index >= 0 else n_layers + 1 + index for index in wanted]
-    for index, depth in zip(wanted, depths, strict=True):
-        if not 0 <= depth <= n_layers:
-            raise ValueError(
-                f"vision_feature_layer must be in {-n_layers - 1}..{n_layers} for this tower of "
-                f"{n_layers} layers, got {index}"
-            )
-    return depths

@@ -72,16 +72,13 @@ def parsed_size(text: str | None) -> tuple[int, int] | None:
     """
     if text is None:
         return None
-    parts = text.lower().replace("×", "x").split("x")
-    if len(parts) != 2 or not all(
-        part.strip().isascii() and part.strip().isdigit() for part in parts
-    ):
+    parts = [part.strip() for part in text.lower().split("x")]
+    numbers = [int(part) for part in parts if part.isascii() and part.isdigit()]
+    if len(parts) != 2 or len(numbers) != 2 or min(numbers) < 1:
         raise ValueError(
-            f"image-size must be WIDTHxHEIGHT in pixels, such as 1024x768, got {text!r}"
+            f"image-size must be WIDTHxHEIGHT in whole pixels, such as 1024x768, got {text!r}"
         )
-    width, height = (int(part) for part in parts)
-    if min(width, height) < 1:
-        raise ValueError(f"image-size must be at least 1x1, got {text!r}")
+    width, height = numbers
     return height, width
 
 
