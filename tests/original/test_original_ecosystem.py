@@ -10,15 +10,21 @@ import pickle
 import pytest
 import torch
 import transformers
-from original_llava import IMAGE, KINDS, PACKAGE, original_batch, original_model
+from original_llava import IMAGE, KINDS, PACKAGE, TOWER, original_batch, original_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_original_calls import GREEDY, recomputed, rest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig
+from typer.testing import CliRunner
 
 import pitome_vlm
+from pitome_vlm import MergeConfig
 from pitome_vlm.adapters.tower import MergingLayer
+from pitome_vlm.cli import app
 from pitome_vlm.costs import costs
+from pitome_vlm.description import from_config
+from pitome_vlm.requirements import check_transformers
 from pitome_vlm.weights import weights_of
 from pitome_vlm.wrapper import is_wrapped, merge_config
 
@@ -369,3 +375,88 @@ def test_a_fork_that_resamples_is_refused_and_one_with_helpers_is_not():
     pitome_vlm.wrap(helped, keep=0.25)
     expected = pitome_vlm.wrap(original_model(), keep=0.25)(**batch).logits
     assert torch.equal(helped(**batch).logits, expected)
+
+
+def saved_config(folder, **options):
+    """A checkpoint's config.json as the package writes it, and a folder with its tower's."""
+    tower = folder / "tower"
+    CLIPVisionConfig(**TOWER).save_pretrained(tower)
+    model = original_model(**options)
+    model.config.mm_vision_tower = str(tower)
+    model.config.save_pretrained(folder)
+    found = json.loads((folder / "config.json").read_text())
+    found["model_type"] = "llava_llama"
+    (folder / "config.json").write_text(json.dumps(found))
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mm_vision_select_feature": "cls_patch"},
+        {"mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres"},
+    ],
+    ids=["flat", "cls_patch", "spatial_unpad"],
+)
+def test_a_checkpoint_is_described_without_weights_and_without_the_package(options, tmp_path):
+    model = saved_config(tmp_path, **options)
+    merging = MergeConfig(keep=0.25)
+    for size in (None, (480, 640), (30, 1000), (1000, 30), (96, 96)):
+        found = from_config(tmp_path, merging, image_size=size)
+        told = pitome_vlm.describe(model, config=merging, image_size=size)
+        assert (found.tokens_in, found.tokens_out) == (told.tokens_in, told.tokens_out)
+        assert found.tower_steps == told.tower_steps
+        for field in ("tower_flops", "projector_flops", "kv_bytes"):
+            assert getattr(found.after, field) == getattr(told.after, field), field
+        # transformers computes the logits of one position, the package of all.
+        logits = 2 * model.lm_head.weight.numel() * (told.after.prompt_tokens - 1)
+        assert found.after.prefill_flops == told.after.prefill_flops - logits
+        assert found.weights.total == told.weights.total
+
+
+def test_info_on_the_command_line(tmp_path):
+    saved_config(tmp_path)
+    result = CliRunner().invoke(app, ["info", "--model", str(tmp_path), "--keep", "0.25"])
+    assert result.exit_code == 0, result.output
+    assert "144 -> 36 visual tokens per image" in result.output
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mm_vision_tower": "/nowhere/clip"}, "'/nowhere/clip' as its vision tower"),
+        ({"mm_projector_type": "ldpnet"}, "mm_projector_type must be linear"),
+        ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature one of patch"),
+        ({"mm_vision_select_layer": [-2, -5]}, "mm_vision_select_layer must be a number"),
+        ({"model_type": "llava_gemma"}, "model_type 'llava_gemma'"),
+        (
+            {
+                "mm_patch_merge_type": "spatial_unpad",
+                "image_aspect_ratio": "anyres",
+                "image_grid_pinpoints": "[(1, 2",
+            },
+            "image_grid_pinpoints must be",
+        ),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_described_says_why(change, words, tmp_path):
+    saved_config(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | change))
+    with pytest.raises((OSError, TypeError, ValueError), match=words):
+        from_config(tmp_path)
+
+
+def test_loading_such_a_checkpoint_points_to_the_package(tmp_path):
+    saved_config(tmp_path)
+    with pytest.raises(TypeError, match=r"original llava package.*wrap\(\) the model"):
+        pitome_vlm.load(tmp_path)
+
+
+@pytest.mark.parametrize("version", ["4.37.2", "4.56.9", "3.0"])
+def test_releases_that_are_too_old_are_named(version):
+    with pytest.raises(ImportError, match=rf"4\.57 or later, found {version}.*masking_utils"):
+        check_transformers(version)
+    for fine in ("4.57.0", "5.0.0rc1", "5.24.0", "6.0"):
+        check_transformers(fine)
