@@ -49,6 +49,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    from .requirements import check_transformers
+
+    check_transformers()
     return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
 
 

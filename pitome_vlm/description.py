@@ -23,6 +23,7 @@ from .checkpoints import check_model_type, read_config
 from .config import MergeConfig
 from .costs import Costs, costs
 from .counts import Footprint, TokenCount
+from .original_checkpoints import original_shapes
 from .schedule import Schedule
 from .weights import Weights, weights_of
 from .wrapper import (
@@ -275,7 +276,8 @@ def from_config(
     """`describe` for a checkpoint whose weights are not loaded (nor downloaded).
 
     Args:
-        config_or_path: a model's config, or a folder or hub name that has one.
+        config_or_path: a model's config, or a folder or hub name that has one; also one of a
+            checkpoint of the original llava package, which is not needed for it.
         merging: the options to describe, None for keep=0.25 as an example.
         text_tokens: tokens of the prompt beside the image's.
         image_size: see `describe`.
@@ -286,14 +288,17 @@ def from_config(
         OSError: see `pitome_vlm.checkpoints.read_config`.
         ValueError: the budget does not fit the model, or the config cannot be read.
     """
+    model: Any = None
     if isinstance(config_or_path, (str, os.PathLike)):
-        config: Any = read_config(config_or_path)
+        model = original_shapes(config_or_path)
+        config: Any = read_config(config_or_path) if model is None else None
     else:
         # Building a model writes a dtype into its config.
         config = copy.deepcopy(config_or_path)
         check_model_type(getattr(config, "model_type", None), type(config).__name__)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+    if model is None:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
     return describe(
         model, text_tokens=text_tokens, config=merging, image_size=image_size, frames=frames
     )

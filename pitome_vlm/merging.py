@@ -73,6 +73,11 @@ class Merging:
         """Whether a call brings something to look at."""
         return any(call.get(name) is not None for name in self.adapter.pixel_inputs)
 
+    @property
+    def image_input(self) -> str:
+        """The argument that holds the pixels of pictures."""
+        return next(name for name, kind in self.adapter.pixel_inputs.items() if kind == "image")
+
     def counts(self, model: Any, call: Mapping[str, Any]) -> dict[str, list[TokenCount]]:
         """Tokens of everything a call brings, by kind; nothing is run.
 

@@ -51,7 +51,12 @@ class WrappedLlava:
 
     # Methods whose signature callers read (Trainer's column names, generate's validation): the
     # swapped class shows the signature of the original ones.
-    _pitome_mirrored = ("forward", "generate", "prepare_inputs_for_generation", "save_pretrained")
+    _pitome_mirrored: tuple[str, ...] = (
+        "forward",
+        "generate",
+        "prepare_inputs_for_generation",
+        "save_pretrained",
+    )
 
     _pitome: Merging
 

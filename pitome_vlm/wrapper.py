@@ -24,13 +24,14 @@ from .merging import Merging, schedule_for, stage_of
 from .schedule import Schedule
 from .visual_tokens import VisualTokens
 from .wrapped_model import WrappedLlava
+from .wrapped_original import WrappedOriginalLlava
 from .wrapped_peft import WrappedPeft, can_remember
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _STATE = "_pitome"
 # What is put in front of a model's class, by the calling convention that its adapter names.
-MIXINS: dict[str, type] = {"transformers": WrappedLlava}
+MIXINS: dict[str, type] = {"transformers": WrappedLlava, "original": WrappedOriginalLlava}
 
 
 def wrap(
@@ -48,8 +49,8 @@ def wrap(
     replaces the settings. Weights, `state_dict` keys and class names are untouched.
 
     Args:
-        model: a LLaVA of transformers (docs/models.md lists them), on its own or inside a
-            `PeftModel`.
+        model: a LLaVA of transformers or of the original llava package (docs/models.md lists
+            them), on its own or inside a `PeftModel`.
         keep: fraction of an image's visual tokens to keep, in (0, 1]; 1.0 changes nothing.
         tokens: the same as a count per image; per tile for models that cut pictures into tiles.
         ratio: the paper's r, the fraction kept at every merging layer.
@@ -263,7 +264,7 @@ def encode_images(model: nn.Module, pixel_values: Tensor, **inputs: Any) -> Visu
         ValueError: the model is not wrapped, or an input is missing.
     """
     base, merging = merging_of(model)
-    encoded = merging.encode(base, inputs | {"pixel_values": pixel_values})
+    encoded = merging.encode(base, inputs | {merging.image_input: pixel_values})
     return next(one.visual for one in encoded if one.kind == "image")
 
 
@@ -298,7 +299,7 @@ def visual_token_counts(model: nn.Module, pixel_values: Tensor, **inputs: Any) -
     """
     base, merging = merging_of(model)
     if not merging.config.is_adaptive:
-        counts = merging.counts(base, inputs | {"pixel_values": pixel_values})
+        counts = merging.counts(base, inputs | {merging.image_input: pixel_values})
         return [count.out for count in counts["image"]]
     with torch.no_grad():
         return encode_images(model, pixel_values, **inputs).counts
@@ -354,6 +355,8 @@ def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
     base, merging = merging_of(model)
     if not merging.has_pixels(inputs):
         return dict(inputs)
+    if isinstance(base, WrappedOriginalLlava):
+        return base._pitome_compact_inputs(inputs)
     prompt = prepare(base, merging, inputs)
     known = ("inputs_embeds", "attention_mask", "labels", "position_ids")
     compact = {name: getattr(prompt, name) for name in known if getattr(prompt, name) is not None}

@@ -18,6 +18,7 @@ from ..visual_tokens import Encoded
 from .hf_anyres import HFAnyResAdapter
 from .hf_llava import HFLlavaAdapter
 from .hf_video import HFNextVideoAdapter, HFVideoAdapter, HFVideoLlavaAdapter
+from .original_llava import OriginalAnyResAdapter, OriginalLlavaAdapter
 from .parts import ModelParts
 
 
@@ -124,6 +125,8 @@ ADAPTERS: list[Adapter] = [
     HFVideoAdapter(),
     HFNextVideoAdapter(),
     HFVideoLlavaAdapter(),
+    OriginalLlavaAdapter(),
+    OriginalAnyResAdapter(),
 ]
 
 
@@ -165,5 +168,6 @@ def find_adapter(model: Any) -> Adapter:
     raise TypeError(
         f"cannot wrap {shown}: looked for a model of type {', '.join(model_types())} "
         "with the parts that its adapter names (a vision tower, a projector, a language model); "
-        "pass a LlavaForConditionalGeneration or one of its relatives, or a PeftModel of one"
+        "pass a LlavaForConditionalGeneration or one of its relatives, a model of the original "
+        "llava package, or a PeftModel of one"
     )

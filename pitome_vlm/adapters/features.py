@@ -167,3 +167,15 @@ def token_id(config: Any, kind: str) -> int:
         if value is not None:
             return int(value)
     raise ValueError(f"the model's config names no {kind}_token_id")
+
+
+def no_videos(model: Any, frames: int | None) -> None:
+    """See that nobody asks a model for videos that takes none.
+
+    Raises:
+        ValueError: `frames` is given.
+    """
+    if frames is not None:
+        raise ValueError(
+            f"{type(model).__name__} takes no videos, so frames must be left out, got {frames}"
+        )

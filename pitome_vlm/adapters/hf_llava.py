@@ -20,6 +20,7 @@ from .features import (
     check_count,
     checked_pixels,
     feature_choice,
+    no_videos,
     read_features,
     shape_of_tower,
     token_id,
@@ -115,11 +116,7 @@ class HFLlavaAdapter:
     ) -> Footprint:
         """See `Adapter`: the processor brings every picture to one size."""
         del image_size
-        if frames is not None:
-            raise ValueError(
-                f"a {model.config.model_type} model takes no videos, so frames must be left out, "
-                f"got {frames}"
-            )
+        no_videos(model, frames)
         shape = self.tower_shape(model, **feature_options)
         return Footprint(shape.n_tokens + shape.leading_kept)
 
