@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .calibration import Calibration, additive_mask, extended, later_positions
+from .calibration import (
+    Calibration,
+    additive_mask,
+    as_model_positions,
+    extended,
+    later_positions,
+)
 from .config import MergeConfig
 from .inputs import CompactPrompt, PromptImages
 from .merging import Merging
@@ -131,7 +137,8 @@ def first_position(cache: Any, mask: Any, device: torch.device) -> Tensor | None
         return None
     past = mask[:, :cached] if isinstance(mask, Tensor) and mask.shape[1] > cached else None
     if images is not None and images.positions is not None:
-        return later_positions(images.positions, past, cached)[:, -1].float() + 1
+        last = later_positions(images.positions, past, cached)[:, -1].float()
+        return (last.amax(-1) if last.dim() == 2 else last) + 1
     if past is not None:
         return past.sum(1).float()
     return torch.full((1,), float(cached), device=device)
@@ -153,6 +160,8 @@ def with_prompt_images(
         past = torch.arange(cached, device=sizes.device).expand(len(sizes), cached)
         if images is not None and images.positions is not None:
             past = later_positions(images.positions, None, cached)
+        if positions.dim() > past.dim():
+            past = past[..., None].expand(-1, -1, positions.shape[-1])
         positions = torch.cat([past.to(positions.dtype), positions], 1)
     return CachedImages(config, tokens_out, found, prompt.calibration, sizes, positions)
 
@@ -220,4 +229,4 @@ def _continued(call: dict[str, Any], images: CachedImages, query: Tensor) -> dic
         return call
     total = cached_length(call[CACHE_NAME]) + query.shape[1]
     positions = later_positions(images.positions, call.get("attention_mask"), total)
-    return call | {"position_ids": positions[:, -query.shape[1] :]}
+    return call | {"position_ids": as_model_positions(positions[:, -query.shape[1] :])}

@@ -108,7 +108,7 @@ def costs(
         config = merge_config(model) if is_wrapped(model) else MergeConfig(keep=1.0)
     if schedule is None:
         schedule = schedule_of(model) if is_wrapped(model) else planned_schedule(model, config)
-    layers, around, tower_merging = tower_flops(base, schedule, config)
+    layers, around, tower_merging = tower_flops(base, schedule, config, footprint)
     projector, projector_merging = projector_flops(base, schedule, config, footprint)
     together = config.frames_together
     visual = count_tokens(schedule, config.budget, footprint, frames_together=together).out

@@ -88,7 +88,7 @@ def merging_flops(
 
 
 def tower_flops(
-    base: Any, schedule: Schedule, config: MergeConfig
+    base: Any, schedule: Schedule, config: MergeConfig, footprint: Footprint | None = None
 ) -> tuple[tuple[int, ...], int, int]:
     """FLOPs of the vision tower for one image, or one tile of it.
 
@@ -101,12 +101,17 @@ def tower_flops(
         base: the LLaVA itself.
         schedule: token counts.
         config: algorithm, metric, placement.
+        footprint: the picture, for towers that take it as a whole.
 
     Returns:
         FLOPs of every layer that is run; FLOPs of patch embedding and pooling head; the part of
         both that is there for merging alone.
     """
-    parts = find_adapter(base).parts(base)
+    adapter = find_adapter(base)
+    whole = None if footprint is None else adapter.tower_flops(base, footprint)
+    if whole is not None:
+        return (whole,), 0, 0
+    parts = adapter.parts(base)
     tower, vision = parts.vision_tower, parts.vision_config
     try:
         blocks: list[Any] = list(find_encoder_layers(tower)[0])
@@ -189,7 +194,9 @@ def _packed_flops(base: Any, schedule: Schedule, config: MergeConfig, footprint:
     algorithm = algorithms.get(config.algorithm)
     if algorithm.needs_attention:
         algorithm = algorithms.get(FINISHER)
-    entering, width = min(cells, footprint.tiles * schedule.tower_out), _text_width(base)
+    entering, width = cells, _text_width(base)
+    if schedule.tower:
+        entering = min(cells, footprint.tiles * schedule.tower_out)
     if footprint.frames and find_adapter(base).videos_pooled_first:
         width = base.config.vision_config.hidden_size
     lengths = [cells * frames for frames in footprint.windows(config.frames_together)]

@@ -18,6 +18,7 @@ from .calibration import (
     Calibration,
     caller_positions,
     image_offsets,
+    spread_places,
     unreduced_positions,
 )
 from .merging import Merging
@@ -92,7 +93,8 @@ class CompactPrompt:
         input_ids: [B, S] or None where the caller gave embeddings.
         attention_mask: [B, S] or None where nothing is padded.
         labels: [B, S] or None.
-        position_ids: [B, S]: float32 in the unreduced layout, or with compact positions the
+        position_ids: [B, S] (or [B, S, D] where a model has D of them): float32 in the unreduced
+            layout, or with compact positions the
             caller's own, shortened, or None where there were none.
         sizes: [B, S] float32, patches behind every column (1 for text).
         packed_positions: [B, S] the caller's integer positions, shortened, or None; they tell
@@ -190,13 +192,20 @@ def prepare(
     features = torch.cat(visual.features).to(embeds.device, embeds.dtype)
     compact_mask = compact_attention_mask(moves, mask, past)
     labels, own = inputs.get("labels"), inputs.get("position_ids")
-    packed = None
+    places = merging.adapter.prompt_places(model, inputs, mask)
+    packed, own = None, own if places is None else None
     if own is not None:
         own = own.expand_as(drop).to(drop.device)
         packed = moves.take(compact_positions(own, drop), 0)
     calibration = merging.calibration(model)
     positions = packed
-    if calibration.positions != "compact":
+    if places is not None:
+        found_places = spread_places(
+            places, placeholders, visual.source_maps, visual.anchors, calibration
+        )
+        positions = moves.take(found_places, 0.0)
+        positions = positions if start is None else positions + start[:, None, None]
+    elif calibration.positions != "compact":
         positions = _layout(calibration, visual, placeholders, moves, mask, own, start)
     ones = torch.ones(slots.shape, dtype=torch.float32, device=slots.device)
     return CompactPrompt(

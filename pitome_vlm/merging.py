@@ -6,6 +6,7 @@ not know: prompts, `forward`, `generate`, or how a model gets wrapped.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,15 @@ class Merging:
             ValueError: the config asks for what this language model cannot do.
         """
         wanted = algorithms.get(self.config.algorithm).calibrated
-        return resolve(self.config, self.adapter.text_config(model), wanted=wanted)
+        found = resolve(self.config, self.adapter.text_config(model), wanted=wanted)
+        if not self.adapter.own_positions or found.positions != "compact":
+            return found
+        if self.config.positions == "compact":
+            raise ValueError(
+                "positions='compact' is not there for this model, which places tokens by the "
+                "grid of their picture; use 'mean' or 'original'"
+            )
+        return dataclasses.replace(found, positions="mean")
 
     def new_pass(self, model: Any, **feature_options: Any) -> MergePass:
         """A fresh pass for one encoding with these settings."""
@@ -128,6 +137,14 @@ def schedule_for(config: MergeConfig, shape: TowerShape) -> Schedule:
     """
     algorithm = algorithms.get(config.algorithm)
     stage = stage_of(config)
+    if shape.projector_only:
+        if config.stage in ("tower", "both") or config.ratio is not None:
+            asked = f"stage={config.stage!r}" if config.stage else f"ratio={config.ratio}"
+            raise ValueError(
+                f"{asked} merges inside the vision tower, which this model cannot; use "
+                'stage="projector" with keep or tokens'
+            )
+        stage = "projector"
     if algorithm.one_step and stage == "both":
         raise ValueError(
             f"algorithm {algorithm.name!r} reduces in one step, so stage must be 'tower' or "
@@ -171,7 +188,8 @@ def schedule_for(config: MergeConfig, shape: TowerShape) -> Schedule:
             f"these are only known behind the projector, so stage must be 'projector', got "
             f"{stage!r}"
         )
-    if algorithm.needs_grid and shape.grid is None and not schedule.is_identity:
+    gridless = shape.grid is None and not shape.packed
+    if algorithm.needs_grid and gridless and not schedule.is_identity:
         raise ValueError(
             f"algorithm {algorithm.name!r} needs the whole patch grid, but this model drops one "
             'patch (vision_feature_select_strategy="default" on a tower without a class token)'

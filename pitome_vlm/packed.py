@@ -195,6 +195,38 @@ def merge_packed(
     return _tokens(items, layouts, patches, separators)
 
 
+def merge_grids(
+    features: Sequence[Tensor], items: Sequence[PackedItem], merge_pass: MergePass
+) -> VisualTokens:
+    """The visual tokens of pictures (or videos) that need no packing: a cell is a token.
+
+    Args:
+        features: of every picture [L, C].
+        items: the pictures; their canvases hold the tokens in order, without separators.
+        merge_pass: what is asked for; the tower merged nothing.
+    """
+    layouts, windows, separators = [], [], []
+    for item, values in zip(items, features, strict=True):
+        layout = _plain_layout(item, values.device)
+        alone = torch.ones_like(layout.planes, dtype=torch.bool)
+        cut = _Cells(values, layout.cells, alone, layout)
+        windows.append(cut.windows(item, merge_pass.count(item.footprint), 0, merge_pass))
+        layouts.append(layout)
+        separators.append(thinned(values[:0], 0))
+    found = iter(_to_counts([one for own in windows for one in own], merge_pass))
+    patches = [joined([next(found) for _ in own]) for own in windows]
+    return _tokens(items, layouts, patches, separators)
+
+
+def _plain_layout(item: PackedItem, device: torch.device) -> Layout:
+    cells = torch.cat([canvas.flatten() for canvas in item.canvases])
+    planes = [torch.full_like(canvas, n).flatten() for n, canvas in enumerate(item.canvases)]
+    columns = [
+        torch.arange(canvas.shape[1]).repeat(canvas.shape[0]).float() for canvas in item.canvases
+    ]
+    return Layout(*(part.to(device) for part in (cells, torch.cat(planes), torch.cat(columns))))
+
+
 @dataclass(frozen=True)
 class _Window:
     """Groups that are merged with each other, and how many are to be left.

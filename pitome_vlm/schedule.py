@@ -252,6 +252,7 @@ class TowerShape:
         used_layers: layers up to the deepest one whose features are read.
         grid: (rows, columns), None where the mergeable tokens are no whole grid.
         packed: an image is several tiles, which are packed into one sequence behind the projector.
+        projector_only: tokens can be merged behind the tower only.
     """
 
     n_tokens: int
@@ -261,6 +262,7 @@ class TowerShape:
     used_layers: int
     grid: tuple[int, int] | None = None
     packed: bool = False
+    projector_only: bool = False
 
 
 def build_schedule(

@@ -26,7 +26,7 @@ from .cached_images import (
     query_of,
     with_prompt_images,
 )
-from .calibration import later_positions
+from .calibration import as_model_positions, later_positions
 from .generation import shorter_limits, with_full_prompt, with_prompt
 from .inputs import (
     SEQUENCE_INPUTS,
@@ -85,6 +85,7 @@ class WrappedLlava:
             name: getattr(prompt, name) for name in ("attention_mask", "labels", "position_ids")
         }
         call["inputs_embeds"] = prompt.inputs_embeds
+        call["position_ids"] = as_model_positions(prompt.position_ids)
         images = with_prompt_images(cache, prompt, self._pitome.config, schedule.tokens_out)
         call = calibrated(self, self._pitome, call, images.sizes, prompt.packed_positions)
         output = original(**call)
@@ -120,7 +121,8 @@ class WrappedLlava:
             "inputs_embeds": prompt.inputs_embeds,
             "attention_mask": prompt.compaction.valid.long() if mask is None else mask,
             "input_ids": prompt.input_ids,
-            "position_ids": prompt.position_ids,
+            # With several numbers per token they are only put in step by step (below).
+            "position_ids": None if self._pitome.adapter.own_positions else prompt.position_ids,
             "token_sizes": prompt.sizes,
             "token_positions": prompt.position_ids,
             "prompt_images": prompt.images,
@@ -162,7 +164,9 @@ class WrappedLlava:
         if token_positions is not None:
             queries = query_of(inputs).shape[1]
             total = cached_length(cache) + queries if mask is None else mask.shape[1]
-            positions = later_positions(token_positions, mask, total)[:, -queries:]
+            positions = as_model_positions(
+                later_positions(token_positions, mask, total)[:, -queries:]
+            )
             step, inputs = step | {"position_ids": positions}, inputs | {"position_ids": positions}
         return (
             calibrated(self, self._pitome, step, token_sizes)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .adapters import find_adapter
 from .adapters.swap import is_swapped, swap_in, swap_out
-from .calibration import Calibration
+from .calibration import Calibration, as_model_positions
 from .checks import whole_number
 from .config import CONFIG_NAME, MergeConfig
 from .counts import Footprint, TokenCount
@@ -360,6 +360,8 @@ def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
     prompt = prepare(base, merging, inputs)
     known = ("inputs_embeds", "attention_mask", "labels", "position_ids")
     compact = {name: getattr(prompt, name) for name in known if getattr(prompt, name) is not None}
+    if "position_ids" in compact:
+        compact["position_ids"] = as_model_positions(compact["position_ids"])
     if prompt.calibration.size_bias:
         compact["token_sizes"] = prompt.sizes
     shape = prompt.compaction.keep.shape

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..counts import Footprint
 from ..merge_pass import MergePass
@@ -20,6 +20,7 @@ from .hf_llava import HFLlavaAdapter
 from .hf_video import HFNextVideoAdapter, HFVideoAdapter, HFVideoLlavaAdapter
 from .original_llava import OriginalAnyResAdapter, OriginalLlavaAdapter
 from .parts import ModelParts
+from .qwen_vl import QwenVLAdapter
 
 
 class Adapter(Protocol):
@@ -37,6 +38,7 @@ class Adapter(Protocol):
         default_image_size: (height, width) of a typical picture, for what is only printed; None
             where every picture is brought to one size.
         videos_pooled_first: videos are pooled and merged in front of the projector.
+        own_positions: the model places tokens by the grid of their picture (`prompt_places`).
     """
 
     model_types: tuple[str, ...]
@@ -47,6 +49,7 @@ class Adapter(Protocol):
     feature_options: tuple[str, ...]
     default_image_size: tuple[int, int] | None
     videos_pooled_first: bool
+    own_positions: bool
 
     def matches(self, model: Any) -> bool:
         """Whether this adapter serves the model."""
@@ -93,6 +96,22 @@ class Adapter(Protocol):
         """
         ...
 
+    def prompt_places(
+        self, model: Any, inputs: Mapping[str, Any], mask: Tensor | None
+    ) -> Tensor | None:
+        """[B, T, D] places of every token of the unmerged prompt; None where they count up.
+
+        Args:
+            model: the model.
+            inputs: of a call, before anything is merged.
+            mask: [B, T] over the prompt, or None.
+        """
+        ...
+
+    def tower_flops(self, model: Any, footprint: Footprint) -> int | None:
+        """FLOPs of a tower that merging leaves alone; None where its layers are counted."""
+        ...
+
     def footprints(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Footprint]]:
         """Counts of every picture of a call by kind, in the order of the placeholders.
 
@@ -127,6 +146,7 @@ ADAPTERS: list[Adapter] = [
     HFVideoLlavaAdapter(),
     OriginalLlavaAdapter(),
     OriginalAnyResAdapter(),
+    QwenVLAdapter(),
 ]
 
 

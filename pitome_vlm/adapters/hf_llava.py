@@ -27,9 +27,10 @@ from .features import (
 )
 from .parts import ModelParts
 from .tower import find_encoder_layers, install_tower, uninstall_tower
+from .usual import UsualModel
 
 
-class HFLlavaAdapter:
+class HFLlavaAdapter(UsualModel):
     """LlavaForConditionalGeneration and VipLlavaForConditionalGeneration."""
 
     model_types: tuple[str, ...] = ("llava", "vipllava")
@@ -46,8 +47,6 @@ class HFLlavaAdapter:
     vision_inputs: tuple[str, ...] = ("pixel_values", "image_sizes")
     feature_options: tuple[str, ...] = FEATURE_OPTIONS
     default_image_size: tuple[int, int] | None = None
-    # Videos are pooled and merged in front of the projector, not behind it.
-    videos_pooled_first = False
 
     def matches(self, model: Any) -> bool:
         """By model type and parts, not by class path, which differs between releases."""

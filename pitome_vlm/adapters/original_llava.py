@@ -24,6 +24,7 @@ from .original_code import PLACEHOLDER, PREPARE, Pictures, own_function, pack, p
 from .parts import ModelParts
 from .tower import encoding, find_encoder_layers, install_tower, uninstall_tower
 from .tower_tokens import feature_depth, has_class_token, patch_grid
+from .usual import UsualModel
 
 METHODS = ("get_model", "get_vision_tower", PREPARE)
 SELECTIONS = ("patch", "cls_patch")
@@ -32,7 +33,7 @@ DEFAULT_IMAGE_SIZE = (768, 1024)
 GRID_FUNCTION = "get_anyres_image_grid_shape"
 
 
-class OriginalLlavaAdapter:
+class OriginalLlavaAdapter(UsualModel):
     """LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LlavaMptForCausalLM and their like.
 
     With mm_patch_merge_type "flat": a picture is one tile, and where it is given as several they
@@ -46,7 +47,6 @@ class OriginalLlavaAdapter:
     vision_inputs: tuple[str, ...] = ("images", "image_sizes")
     feature_options: tuple[str, ...] = ()
     default_image_size: tuple[int, int] | None = None
-    videos_pooled_first = False
 
     def matches(self, model: Any) -> bool:
         """By methods and the projector, so that forks and other language models match too."""
