@@ -125,7 +125,7 @@ def test_a_training_step_lowers_the_loss():
     losses = []
     for _ in range(3):
         loss = model(**batch, labels=labels).loss
-        losses.append(float(loss))
+        losses.append(loss.item())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
