@@ -36,7 +36,9 @@ def energy_score(similarity: Tensor, margin: float, *, form: str, alpha: float) 
         [B, N]; high energy means a large cluster, hence mergeable.
     """
     if form == "paper":
-        low = alpha * (torch.exp(similarity - margin) - 1)
+        # In place: fresh memory for every N x N step costs more than the arithmetic.
+        low = (similarity - margin).exp_().sub_(1)
+        low = low if alpha == 1 else low.mul_(alpha)
         score = torch.where(similarity >= margin, similarity, low)
     elif form == "elu":
         score = torch.nn.functional.elu(similarity - margin, alpha=alpha)

@@ -61,7 +61,7 @@ def _matching(similarity: Tensor, n_out: int, ctx: MergeContext) -> MergePlan:
     side_a, side_b = by_energy[:, ::2], by_energy[:, 1::2]
     edges = take_similarity(similarity, side_a, side_b)
     redundancy = energy.gather(1, side_a)[:, :, None] + energy.gather(1, side_b)[:, None, :]
-    best, partner = (edges + redundancy / 2).max(-1)
+    best, partner = redundancy.div_(2).add_(edges).max(-1)
     chosen = best.argsort(dim=-1, descending=True, stable=True)[:, : n_tokens - n_out]
     sources = side_a.gather(1, chosen)
     destinations = side_b.gather(1, partner.gather(1, chosen))
