@@ -24,7 +24,7 @@ from pitome_vlm.adapters import find_adapter
 from pitome_vlm.calibration import Calibration
 from pitome_vlm.merging import Merging
 from pitome_vlm.original_inputs import prepare_original
-from pitome_vlm.wrapper import is_wrapped, planned_schedule
+from pitome_vlm.wrapper import is_wrapped, planned_schedule, visual_token_counts
 
 PLAIN = {"size_bias": False, "positions": "compact"}
 # (width, height), extreme shapes and pictures smaller than a patch among them.
@@ -253,6 +253,7 @@ def test_the_language_model_sees_what_describe_says(algorithm, stage, select):
     batch = original_batch(images=(2,), texts=(5,))
     told = pitome_vlm.describe(model)
     assert told.tokens_out == expected.tokens_out == 20
+    assert visual_token_counts(model, batch["images"]) == [20, 20]
     assert tokens_seen(model, batch) == batch["input_ids"].shape[1] - 2 + 2 * told.tokens_out
 
 
@@ -279,6 +280,7 @@ def test_every_image_has_its_own_count_with_keep_auto():
     pitome_vlm.wrap(model, keep="auto")
     counts = pitome_vlm.encode_images(model, batch["images"]).counts
     assert len(set(counts)) > 1
+    assert visual_token_counts(model, batch["images"]) == counts
     compact = pitome_vlm.compact_inputs(model, **batch)
     words = (batch["attention_mask"].sum(1) - torch.tensor([1, 2])).tolist()
     expected = [words[0] + counts[0], words[1] + counts[1] + counts[2]]
