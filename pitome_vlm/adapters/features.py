@@ -68,12 +68,29 @@ def shape_of_tower(tower: Any, vision_config: Any, choice: FeatureChoice) -> Tow
         ValueError: a feature layer outside of the tower.
     """
     grid = patch_grid(vision_config)
-    special = leading_tokens(tower, vision_config)
+    return shape_from_numbers(
+        grid, vision_config.num_hidden_layers, choice, leading_tokens(tower, vision_config)
+    )
+
+
+def shape_from_numbers(
+    grid: tuple[int, int], n_layers: int, choice: FeatureChoice, special: int
+) -> TowerShape:
+    """The numbers of a tower that need not be there.
+
+    Args:
+        grid: (rows, columns) of its patches.
+        n_layers: its layers.
+        choice: which features are read.
+        special: class and register tokens in front of the patches.
+
+    Raises:
+        ValueError: a feature layer outside of the tower.
+    """
     # "default" cuts off the first token whatever it is; on a tower without a class token that
     # is the first patch, which then must not be merged into anything that stays.
     n_leading = max(special, int(choice.strategy == "default"))
     cut = int(choice.strategy == "default")
-    n_layers = vision_config.num_hidden_layers
     return TowerShape(
         n_tokens=grid[0] * grid[1] + special - n_leading,
         n_leading=n_leading,

@@ -1,7 +1,8 @@
 """Merging inside a pre-norm ViT layer: serves the CLIP and SigLIP towers of transformers.
 
 Knows: where attention, residual and MLP sit in an encoder layer, and how transformers selects
-attention kernels. Does not know: LLaVA, prompts, or which algorithm decides.
+attention kernels. Does not know: LLaVA, prompts, which algorithm decides, or what a layer does
+between its parts when it merges (`merged_layer.py`).
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from ..merge import log_size_bias
 from ..merge_pass import MergePass
+from .merged_layer import Heads, LayerKernels, merged_layer
 from .swap import base_class, swap_in, swap_out
 
 logger = logging.get_logger(__name__)
@@ -147,7 +147,8 @@ class MergingLayer:
             return _as_returned(self, hidden_states)
         if not pitome_pass.touches(layer):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        return _as_returned(self, _merged_forward(self, hidden_states, pitome_pass))
+        merged = merged_layer(self, layer, hidden_states, pitome_pass, KERNELS)
+        return _as_returned(self, merged)
 
     def extra_repr(self) -> str:
         """Say in `print(model)` that merging is installed here."""
@@ -155,29 +156,7 @@ class MergingLayer:
         return ", ".join(part for part in (own, f"pitome layer {self._pitome_layer}") if part)
 
 
-def _merged_forward(layer: Any, hidden: Tensor, merge_pass: MergePass) -> Tensor:
-    index, placement = layer._pitome_layer, merge_pass.config.placement
-    bias = log_size_bias(merge_pass.attention_sizes(index), hidden.dtype)
-    parts = _project(layer.self_attn, layer.layer_norm1(hidden))
-    hidden = hidden + _attend(layer.self_attn, parts, bias)
-    received = None
-    if merge_pass.wants_attention(index):
-        received = attention_received(
-            parts[0], parts[1], bias, layer.self_attn.scale, merge_pass.has_class_token
-        )
-    # The keys averaged over heads (paper eq. 3; 64-d for CLIP-L).
-    keys = parts[1].mean(1) if merge_pass.compares_keys else None
-    if placement == "after_attention":
-        metric = hidden if keys is None else keys
-        hidden = merge_pass.merge_in_layer(index, hidden, metric, received)
-    hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-    if placement == "after_layer":
-        metric = hidden if keys is None else keys
-        hidden = merge_pass.merge_in_layer(index, hidden, metric, received)
-    return hidden
-
-
-def _project(attention: Any, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _project(attention: Any, normed: Tensor) -> Heads:
     """Queries, keys and values of [B, N, C], each [B, heads, N, head_dim].
 
     From the live projections, so that LoRA and quantised layers are seen as they are, and once,
@@ -191,7 +170,7 @@ def _project(attention: Any, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def _attend(attention: Any, parts: tuple[Tensor, Tensor, Tensor], bias: Tensor | None) -> Tensor:
+def _attend(attention: Any, parts: Heads, bias: Tensor | None) -> Tensor:
     """The layer's own attention with an additive bias.
 
     Args:
@@ -214,36 +193,6 @@ def _attend(attention: Any, parts: tuple[Tensor, Tensor, Tensor], bias: Tensor |
     return merged
 
 
-@torch.no_grad()
-def attention_received(
-    query: Tensor, key: Tensor, bias: Tensor | None, scale: float, has_class_token: bool
-) -> Tensor:
-    """How much attention every token gets, averaged over heads.
-
-    From the class token, as one row q_cls K^T; from all tokens where there is no class token
-    (SigLIP; VisionZip, arXiv 2412.04467, section 3), head by head. Never by asking the layer for
-    its attention map, which would take the fast kernels away.
-
-    Args:
-        query: [B, heads, N, head_dim].
-        key: [B, heads, N, head_dim].
-        bias: [B, 1, 1, N] or None.
-        scale: of the logits.
-        has_class_token: token 0 is a class token.
-
-    Returns:
-        [B, N] float32, rows sum to one.
-    """
-    query = query[:, :, :1] if has_class_token else query
-    total = torch.zeros(key.shape[0], key.shape[2], dtype=torch.float32, device=key.device)
-    for head in range(key.shape[1]):
-        logits = (query[:, head] @ key[:, head].transpose(1, 2)).float() * scale
-        if bias is not None:
-            logits = logits + bias[:, 0].float()
-        total += logits.softmax(-1).mean(1)
-    return total / key.shape[1]
-
-
 def _kernel(attention: Any, bias: Tensor | None) -> Any:
     name = attention.config._attn_implementation or "sdpa"
     if bias is not None and name not in TAKES_FLOAT_MASK:
@@ -255,6 +204,9 @@ def _kernel(attention: Any, bias: Tensor | None) -> Any:
     if name == "eager":
         return inspect.getmodule(type(attention)).eager_attention_forward  # type: ignore[union-attr]
     return ALL_ATTENTION_FUNCTIONS[name]
+
+
+KERNELS = LayerKernels(_project, _attend)
 
 
 def _as_returned(layer: Any, hidden: Tensor) -> Any:

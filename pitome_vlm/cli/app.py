@@ -19,6 +19,8 @@ from .chat import chat
 from .demo import demo
 from .eval import evaluate
 from .info import info
+from .serve import serve
+from .serve_args import serve_args
 from .terminal import one_line, say
 from .train import train
 from .tune import tune
@@ -38,6 +40,8 @@ Examples:
   pitome-vlm chat --model PATH --image cat.jpg --tokens 64 --load-4bit
 
   pitome-vlm info --model PATH --keep 0.25
+
+  pitome-vlm serve PATH --keep 0.25 --port 8000
 
 `--model demo` is the tiny model that comes with the package and needs no download.
 """
@@ -131,6 +135,11 @@ def root(
 for _command in (demo, ask, chat, info, visualize, tune, verify, train):
     app.command()(_command)
 app.command("eval")(evaluate)
+app.command("serve-args")(serve_args)
+# What is not an option of ours is one of vLLM's.
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    serve
+)
 
 
 def main() -> None:

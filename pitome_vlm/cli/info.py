@@ -98,7 +98,9 @@ def _described(
 
     check_algorithm(merging)
     source, saved = _source(model)
-    config = make_config(saved, **merging) if saved or merging else None
+    if "config" in merging:  # a preset; nothing of what was saved goes into it
+        saved, merging = None, dict(merging)
+    config = make_config(merging.pop("config", saved), **merging) if saved or merging else None
     return from_config(
         source, config, text_tokens=text_tokens, image_size=image_size, frames=frames
     )

@@ -1,0 +1,111 @@
+"""What a pre-norm ViT layer does when it merges, whoever runs its attention.
+
+Knows: the order of attention, residual, merge and MLP (paper eq. 1-2). Does not know: transformers
+(`tower.py`) or vLLM (`pitome_vlm/vllm/tower.py`), whose layers have the same parts and kernels of
+their own, nor which algorithm decides.
+
+Axes: B images, N tokens before, M tokens after a merge, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..merge import log_size_bias
+from ..merge_pass import MergePass
+
+Heads = tuple[Tensor, Tensor, Tensor]
+
+
+def _as_it_is(mean: Tensor) -> Tensor:
+    return mean
+
+
+@dataclass(frozen=True)
+class LayerKernels:
+    """How a layer's own attention is run, in two steps with the merge's needs in between.
+
+    Attributes:
+        project: (attention, normed [B, N, C]) to queries, keys and values, each
+            [B, heads, N, head_dim].
+        attend: (attention, those three, additive bias [B, 1, 1, N] or None) to [B, N, C], the
+            output projection included.
+        agree: a mean over this process's heads to the mean over all of them, where the heads of
+            one layer are spread over several processes: all have to make the same plan.
+    """
+
+    project: Callable[[Any, Tensor], Heads]
+    attend: Callable[[Any, Heads, Tensor | None], Tensor]
+    agree: Callable[[Tensor], Tensor] = _as_it_is
+
+
+def merged_layer(
+    layer: Any, index: int, hidden: Tensor, merge_pass: MergePass, kernels: LayerKernels
+) -> Tensor:
+    """A pre-norm encoder layer with its merge, where the pass touches it.
+
+    Args:
+        layer: has `tower.LAYER_PARTS`.
+        index: its number in the tower, from 0.
+        hidden: [B, N, C].
+        merge_pass: the encoding this call belongs to.
+        kernels: how the layer's attention is run.
+
+    Returns:
+        [B, M, C].
+    """
+    placement = merge_pass.config.placement
+    bias = log_size_bias(merge_pass.attention_sizes(index), hidden.dtype)
+    parts = kernels.project(layer.self_attn, layer.layer_norm1(hidden))
+    hidden = hidden + kernels.attend(layer.self_attn, parts, bias)
+    received = None
+    if merge_pass.wants_attention(index):
+        local = attention_received(
+            parts[0], parts[1], bias, layer.self_attn.scale, merge_pass.has_class_token
+        )
+        received = kernels.agree(local)
+    # The keys averaged over heads (paper eq. 3; 64-d for CLIP-L).
+    keys = kernels.agree(parts[1].mean(1)) if merge_pass.compares_keys else None
+    if placement == "after_attention":
+        metric = hidden if keys is None else keys
+        hidden = merge_pass.merge_in_layer(index, hidden, metric, received)
+    hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+    if placement == "after_layer":
+        metric = hidden if keys is None else keys
+        hidden = merge_pass.merge_in_layer(index, hidden, metric, received)
+    return hidden
+
+
+@torch.no_grad()
+def attention_received(
+    query: Tensor, key: Tensor, bias: Tensor | None, scale: float, has_class_token: bool
+) -> Tensor:
+    """How much attention every token gets, averaged over heads.
+
+    From the class token, as one row q_cls K^T; from all tokens where there is no class token
+    (SigLIP; VisionZip, arXiv 2412.04467, section 3), head by head. Never by asking the layer for
+    its attention map, which would take the fast kernels away.
+
+    Args:
+        query: [B, heads, N, head_dim].
+        key: [B, heads, N, head_dim].
+        bias: [B, 1, 1, N] or None.
+        scale: of the logits.
+        has_class_token: token 0 is a class token.
+
+    Returns:
+        [B, N] float32, rows sum to one.
+    """
+    query = query[:, :, :1] if has_class_token else query
+    total = torch.zeros(key.shape[0], key.shape[2], dtype=torch.float32, device=key.device)
+    for head in range(key.shape[1]):
+        logits = (query[:, head] @ key[:, head].transpose(1, 2)).float() * scale
+        if bias is not None:
+            logits = logits + bias[:, 0].float()
+        total += logits.softmax(-1).mean(1)
+    return total / key.shape[1]

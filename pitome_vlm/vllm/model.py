@@ -1,0 +1,112 @@
+"""vLLM's LLaVA with merged visual tokens: the model class and how its prompts are counted.
+
+Knows: the methods of vLLM's LLaVA that have to differ. Does not know: how a tower merges
+(`tower.py`) or what the options mean (`options.py`). Everything else (projector, language model,
+caches, scheduling) is vLLM's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from vllm.model_executor.models.llava import (
+    LlavaDummyInputsBuilder,
+    LlavaForConditionalGeneration,
+    LlavaMultiModalProcessor,
+    LlavaProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from .options import PlannedServing, plan_serving
+from .tower import encode
+
+_TOWER_PREFIXES = ("model.vision_tower.", "vision_tower.")
+
+
+class PiToMeLlavaProcessingInfo(LlavaProcessingInfo):
+    """Counts merged tokens: placeholders, encoder budget and profiling all ask here."""
+
+    @functools.cached_property
+    def plan(self) -> PlannedServing:
+        """What is merged."""
+        return plan_serving(self.get_hf_config())
+
+    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
+        """Visual tokens of one picture that reach the language model.
+
+        Raises:
+            ValueError: vLLM makes another number of them than the schedule starts from.
+        """
+        whole = super().get_num_image_tokens(image_width=image_width, image_height=image_height)
+        schedule = self.plan.schedule
+        if whole != schedule.tokens_in:
+            raise ValueError(
+                f"vLLM makes {whole} visual tokens of an image where {schedule.tokens_in} were "
+                "expected; the model's config.json does not fit its processor"
+            )
+        return schedule.tokens_out
+
+
+class PiToMeLlavaMultiModalProcessor(LlavaMultiModalProcessor):
+    """Names cached pictures after their merge options as well.
+
+    vLLM's own name of a picture is its content and the processor's options. Caches that outlive a
+    server (shared encoder or KV stores) would hand features of one budget to a server of another.
+    """
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        salt = self.info.plan.salt
+        return {
+            modality: [None if name is None else _salted(name, salt) for name in names]
+            for modality, names in super()._get_mm_hashes(inputs).items()
+        }
+
+
+def _salted(name: str, salt: str) -> str:
+    return hashlib.sha256(f"{name}/{salt}".encode()).hexdigest()
+
+
+# The registration is not inherited in effect: without one of its own the subclass would count
+# unmerged tokens.
+@MULTIMODAL_REGISTRY.register_processor(
+    PiToMeLlavaMultiModalProcessor,
+    info=PiToMeLlavaProcessingInfo,
+    dummy_inputs=LlavaDummyInputsBuilder,
+)
+class PiToMeLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """LLaVA whose visual tokens are merged in the tower and before the projector."""
+
+    # vLLM would feed as many tokens to the LoRA layers of tower and projector as come out.
+    supports_tower_connector_lora = False
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        # Before weights are made: what is refused here costs nothing.
+        plan = plan_serving(vllm_config.model_config.hf_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self._plan = plan
+
+    def _image_pixels_to_features(self, vision_tower: Any, pixel_values: Any) -> Any:
+        if self._plan.schedule.is_identity:
+            return super()._image_pixels_to_features(vision_tower, pixel_values)
+        strategy = self.config.vision_feature_select_strategy
+        return encode(vision_tower, pixel_values, self._plan, strategy)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Weights under the names of published checkpoints and of transformers 5."""
+        loaded: set[str] = super().load_weights(_published_names(weights))
+        return loaded
+
+
+def _published_names(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Towers saved by transformers 5 lack the level `vision_model`, which vLLM expects."""
+    for name, weight in weights:
+        for prefix in _TOWER_PREFIXES:
+            rest = name.removeprefix(prefix)
+            if rest != name and not rest.startswith("vision_model."):
+                name = f"{prefix}vision_model.{rest}"
+                break
+        yield name, weight

@@ -1,0 +1,99 @@
+"""Merging in vLLM's CLIP and SigLIP towers.
+
+Knows: how vLLM's encoder layers run their attention, and that under tensor parallelism every
+process holds some of the heads. Does not know: what a layer does between its parts
+(`adapters/merged_layer.py`), or which algorithm decides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+
+from .. import algorithms
+from ..adapters.merged_layer import Heads, LayerKernels, merged_layer
+from ..merge_pass import MergePass
+from .options import PlannedServing
+
+
+def encode(tower: Any, pixel_values: Tensor, plan: PlannedServing, strategy: str) -> Tensor:
+    """Merged features as the projector reads them.
+
+    Args:
+        tower: vLLM's CLIPVisionModel or SiglipVisionModel, built up to the feature layer.
+        pixel_values: [images, 3, H, W].
+        plan: what to merge.
+        strategy: "default" cuts off the first token, "full" keeps it.
+
+    Returns:
+        [images, tokens_out, C].
+    """
+    merge_pass = MergePass(
+        config=plan.config,
+        schedule=plan.schedule,
+        algorithm=algorithms.get(plan.config.algorithm),
+        grid=plan.grid,
+    )
+    hidden = _run(tower.vision_model, pixel_values, merge_pass)
+    features = hidden[:, 1:] if strategy == "default" else hidden
+    return torch.stack(merge_pass.merge_features(features))
+
+
+def _run(vision: Any, pixel_values: Tensor, merge_pass: MergePass) -> Tensor:
+    hidden: Tensor = vision.embeddings(pixel_values)
+    # CLIP has a norm here (the misspelt name is the checkpoints'), SigLIP has none.
+    if hasattr(vision, "pre_layrnorm"):
+        hidden = vision.pre_layrnorm(hidden)
+    for index, layer in enumerate(vision.encoder.layers):
+        if merge_pass.touches(index):
+            kernels = _KERNELS if layer.self_attn.tp_size == 1 else _KERNELS_OF_MANY
+            hidden = merged_layer(layer, index, hidden, merge_pass, kernels)
+        else:
+            output = layer(hidden)
+            hidden = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _project(attention: Any, normed: Tensor) -> Heads:
+    """Queries, keys and values of this process's heads, each [B, heads, N, head_dim]."""
+    fused, _ = attention.qkv_proj(normed)
+    shape = (*normed.shape[:-1], attention.num_heads_per_partition, attention.head_dim)
+    query, key, value = (part.view(shape).transpose(1, 2) for part in fused.chunk(3, dim=-1))
+    return query, key, value
+
+
+def _attend(attention: Any, parts: Heads, bias: Tensor | None) -> Tensor:
+    """Attention and output projection; vLLM's own kernel wherever there is nothing to add.
+
+    vLLM's encoder attention takes no additive mask on any backend, so layers behind the first
+    merge go through torch's.
+    """
+    if bias is None:
+        output = attention.attn(*(part.transpose(1, 2).flatten(2) for part in parts))
+    else:
+        output = scaled_dot_product_attention(*parts, attn_mask=bias, scale=attention.scale)
+        output = output.transpose(1, 2).flatten(2)
+    projected: Tensor = attention.out_proj(output)[0]
+    return projected
+
+
+def _mean_over_ranks(mean: Tensor) -> Tensor:
+    """Means over one process's heads to means over all.
+
+    Otherwise every process would plan other merges, and what they then add up would not belong
+    to the same tokens. Nothing would complain.
+    """
+    total: Tensor = tensor_model_parallel_all_reduce(mean.contiguous())
+    size: int = get_tensor_model_parallel_world_size()
+    return total / size
+
+
+_KERNELS = LayerKernels(_project, _attend)
+_KERNELS_OF_MANY = LayerKernels(_project, _attend, _mean_over_ranks)
