@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from tiny import IMAGE
-from tiny_anyres import SIDE, VIDEO, anyres_pixels, unmerged
+from tiny_anyres import SIDE, SIZES, VIDEO, anyres_batch, anyres_pixels, unmerged
 from tiny_video import VIDEO_KINDS, unmerged_videos, video_batch, video_model, video_pixels
 
 import pitome_vlm
@@ -47,6 +47,18 @@ def test_the_language_model_sees_what_was_promised(kind, frames):
         assert f"video of {frames} frame" in str(told)
         seen = seen_by_language_model(model, batch)
         assert seen == batch["input_ids"].shape[1] - full + told.tokens_out
+
+
+def test_pictures_of_a_video_model_keep_their_promise_at_every_size():
+    model = pitome_vlm.wrap(video_model("next_video"), keep=0.25)
+    assert len(SIZES) >= 20
+    for size in SIZES:
+        batch = anyres_batch(model, rows=((size,),), texts=(4,))
+        full = int((batch["input_ids"] == IMAGE).sum())
+        told = pitome_vlm.describe(model, image_size=size)
+        assert told.tokens_in == full, size
+        seen = seen_by_language_model(model, batch)
+        assert seen == batch["input_ids"].shape[1] - full + told.tokens_out, size
 
 
 @pytest.mark.parametrize("kind", VIDEO_KINDS)
