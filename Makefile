@@ -65,7 +65,7 @@ test-llava: ## tests of the original llava code base on the package itself, in a
 	test -x $(LLAVA_VENV)/bin/python || $(PYTHON) -m venv $(LLAVA_VENV)
 	$(LLAVA_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt torch
 	$(LLAVA_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt \
-		-e . "transformers==$(LLAVA_TRANSFORMERS)" peft pytest pytest-timeout pytest-xdist
+		-e . "transformers==$(LLAVA_TRANSFORMERS)" peft hypothesis pytest pytest-timeout pytest-xdist
 	$(LLAVA_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps llava-torch==1.2.2.post1
 	PITOME_TEST_LLAVA=package OMP_NUM_THREADS=1 $(LLAVA_VENV)/bin/python -m pytest \
 		-n $(WORKERS) tests/original
