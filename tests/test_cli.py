@@ -28,6 +28,7 @@ from pitome_vlm.config import MergeConfig
 from pitome_vlm.version import __version__
 
 COMMANDS = ("demo", "ask", "chat", "info", "visualize", "eval", "tune", "verify", "train")
+COMMANDS += ("serve", "serve-args")
 PYTHON = (sys.executable, "-m", "pitome_vlm")
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -93,6 +94,12 @@ def test_options_come_in_panels():
         assert f"─ {panel}" in text
     for option in ("--keep", "--tokens", "--ratio", "--algorithm", "--load-4bit", "--temperature"):
         assert option in text
+
+
+def test_info_describes_a_preset():
+    result = run("info", "--model", "demo", "--preset", "paper", "--tokens", 36)
+    assert result.exit_code == 0, result.stderr
+    assert "36" in result.stdout
 
 
 def test_version():

@@ -34,8 +34,7 @@ ANSWER_TOKENS = 3
 QUESTIONS = 60
 START_SECONDS = 240
 # What a thousand requests may leave behind: pictures and prompts live in the front end. The worker
-# keeps one kernel for every shape of a batch, in stock vLLM as well
-# (eval/results/serving/memory.md).
+# grows a little in stock vLLM as well (eval/results/serving/memory.md).
 FRONT_END_GROWTH = 20 * 2**20
 WORKER_GROWTH = 100 * 2**20
 
