@@ -25,7 +25,7 @@ class Adapter(Protocol):
     """What the wrapper asks of a model family. Adapters hold no state.
 
     Attributes:
-        model_types: values of `config.model_type`.
+        model_types: values of `config.model_type`; none where models are known by their methods.
         calls: the calling convention, which decides what is put in front of the model's class
             (`wrapper.MIXINS`).
         counted_per: what the numbers of `tower_shape` are about, "image", "tile" or "frame".
@@ -108,12 +108,29 @@ class Adapter(Protocol):
         ...
 
 
-ADAPTERS: tuple[Adapter, ...] = (
+ADAPTERS: list[Adapter] = [
     HFLlavaAdapter(),
     HFAnyResAdapter(),
     OriginalLlavaAdapter(),
     OriginalAnyResAdapter(),
-)
+]
+
+
+def register(adapter: Adapter) -> Adapter:
+    """Let models be wrapped that `adapter` knows.
+
+    Raises:
+        ValueError: another adapter serves one of its model types.
+    """
+    for known in ADAPTERS:
+        taken = set(known.model_types) & set(adapter.model_types)
+        if taken and type(known) is not type(adapter):
+            raise ValueError(
+                f"model type {min(taken)!r} is already served by {type(known).__name__}"
+            )
+    if not any(type(known) is type(adapter) for known in ADAPTERS):
+        ADAPTERS.append(adapter)
+    return adapter
 
 
 def model_types() -> tuple[str, ...]:
@@ -136,7 +153,7 @@ def find_adapter(model: Any) -> Adapter:
     shown = f"{kind} (model_type {model_type!r})" if model_type else kind
     raise TypeError(
         f"cannot wrap {shown}: looked for a model of type {', '.join(model_types())} "
-        "with a vision_tower, a multi_modal_projector and a language_model; pass a "
-        "LlavaForConditionalGeneration or one of its relatives, a model of the original llava "
-        "package, or a PeftModel of one"
+        "with the parts that its adapter names (a vision tower, a projector, a language model); "
+        "pass a LlavaForConditionalGeneration or one of its relatives, a model of the original "
+        "llava package, or a PeftModel of one"
     )

@@ -90,9 +90,9 @@ class HFAnyResAdapter(HFLlavaAdapter):
         """
         pictures, footprints = _pictures(model, inputs), self.footprints(model, inputs)["image"]
         pixels = _flat_tiles(inputs["pixel_values"], [tiles for _, tiles in pictures])
-        choice, core = feature_choice(model.config, inputs), model.model
-        features = read_features(core.vision_tower, pixels, merge_pass, choice)
-        projected = core.multi_modal_projector(features)
+        choice, parts = feature_choice(model.config, inputs), self.parts(model)
+        features = read_features(parts.vision_tower, pixels, merge_pass, choice)
+        projected = parts.projector(features)
         grid = merge_pass.grid
         assert grid is not None
         items = [
@@ -104,7 +104,7 @@ class HFAnyResAdapter(HFLlavaAdapter):
         def pack(tiles: list[Tensor], newline: Tensor) -> Sequence[Tensor]:
             return pack_tiles(model, tiles, sizes, newline, inputs)
 
-        visual = merge_packed(projected, items, pack, core.image_newline, merge_pass)
+        visual = merge_packed(projected, items, pack, model.model.image_newline, merge_pass)
         return [Encoded("image", self.placeholder_ids(model)["image"], visual)]
 
 

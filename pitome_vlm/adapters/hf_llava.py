@@ -27,13 +27,17 @@ from .features import (
 from .parts import ModelParts
 from .tower import find_encoder_layers, install_tower, uninstall_tower
 
-PARTS = ("vision_tower", "multi_modal_projector", "language_model")
-
 
 class HFLlavaAdapter:
     """LlavaForConditionalGeneration and VipLlavaForConditionalGeneration."""
 
     model_types: tuple[str, ...] = ("llava", "vipllava")
+    # What the parts are called in `model.model`.
+    part_names: Mapping[str, str] = {
+        "vision_tower": "vision_tower",
+        "projector": "multi_modal_projector",
+        "language_model": "language_model",
+    }
     calls = "transformers"
     counted_per = "image"
     # Pixels of a call and the kind of placeholder they are for.
@@ -46,7 +50,18 @@ class HFLlavaAdapter:
         """By model type and parts, not by class path, which differs between releases."""
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         core = getattr(model, "model", None)
-        return model_type in self.model_types and all(hasattr(core, part) for part in PARTS)
+        named = all(hasattr(core, name) for name in self.part_names.values())
+        return model_type in self.model_types and named
+
+    def parts(self, model: Any) -> ModelParts:
+        """See `Adapter`."""
+        core, names = model.model, self.part_names
+        return ModelParts(
+            getattr(core, names["vision_tower"]),
+            model.config.vision_config,
+            getattr(core, names["projector"]),
+            (getattr(core, names["language_model"]),),
+        )
 
     def tower_shape(self, model: Any, **feature_options: Any) -> TowerShape:
         """See `Adapter`; `feature_options` may override `vision_feature_layer` and strategy.
@@ -55,8 +70,8 @@ class HFLlavaAdapter:
             TypeError: the tower's number of patches depends on the picture.
             ValueError: unknown select strategy, or a feature layer outside of the tower.
         """
-        choice = feature_choice(model.config, feature_options)
-        return shape_of_tower(model.model.vision_tower, model.config.vision_config, choice)
+        choice, parts = feature_choice(model.config, feature_options), self.parts(model)
+        return shape_of_tower(parts.vision_tower, parts.vision_config, choice)
 
     def install(self, model: Any, *, inside_tower: bool) -> None:
         """Swap the classes of the tower's layers.
@@ -64,31 +79,22 @@ class HFLlavaAdapter:
         An unknown tower is an error where it has to merge. Where merging happens behind it the
         tower is left alone.
         """
+        tower = self.parts(model).vision_tower
         try:
-            find_encoder_layers(model.model.vision_tower)
+            find_encoder_layers(tower)
         except TypeError:
             if inside_tower:
                 raise
             return
-        install_tower(model.model.vision_tower)
+        install_tower(tower)
 
     def uninstall(self, model: Any) -> None:
         """Give the tower its own classes back."""
-        uninstall_tower(model.model.vision_tower)
+        uninstall_tower(self.parts(model).vision_tower)
 
     def text_config(self, model: Any) -> Any:
         """Configuration of the language model, the object its attention layers read."""
-        return model.model.language_model.config
-
-    def parts(self, model: Any) -> ModelParts:
-        """See `Adapter`."""
-        core = model.model
-        return ModelParts(
-            core.vision_tower,
-            model.config.vision_config,
-            core.multi_modal_projector,
-            (core.language_model,),
-        )
+        return getattr(model.model, self.part_names["language_model"]).config
 
     def placeholder_ids(self, model: Any) -> dict[str, int]:
         """See `Adapter`."""
@@ -119,14 +125,14 @@ class HFLlavaAdapter:
             merge_pass: a fresh pass; holds the plans afterwards.
         """
         pixels = checked_pixels(inputs["pixel_values"], "[images, 3, height, width]", (4,))
-        choice, core = feature_choice(model.config, inputs), model.model
-        joined = read_features(core.vision_tower, pixels, merge_pass, choice)
+        choice, parts = feature_choice(model.config, inputs), self.parts(model)
+        joined = read_features(parts.vision_tower, pixels, merge_pass, choice)
         features = merge_pass.merge_features(joined)
         counts = [len(feature) for feature in features]
         # Projectors work token by token: images of different length go through as one row.
         same = len(set(counts)) == 1
         batch = torch.stack(features) if same else torch.cat(features)[None]
-        projected = core.multi_modal_projector(batch)
+        projected = parts.projector(batch)
         check_count(projected.shape[1], batch.shape[1])
         images, device = len(features), projected.device
         visual = VisualTokens(

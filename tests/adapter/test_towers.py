@@ -120,8 +120,10 @@ def test_a_tower_without_a_promised_count_is_refused_by_name(name):
 @pytest.mark.parametrize(
     ("name", "attention"),
     # Transformers 4.57 has no other implementation for Chinese CLIP.
-    [("clip", "sdpa"), ("clip", "eager"), ("siglip", "sdpa"), ("siglip", "eager")]
-    + [("chinese_clip", "eager")],
+    [
+        *[("clip", "sdpa"), ("clip", "eager"), ("siglip", "sdpa"), ("siglip", "eager")],
+        ("chinese_clip", "eager"),
+    ],
 )
 def test_a_layer_that_merges_nothing_computes_what_its_class_does(name, attention):
     """The layers are rebuilt by hand, so every tower that is let in has to agree with itself."""
