@@ -40,7 +40,7 @@ class OriginalLlavaAdapter(UsualModel):
     follow each other like pictures of their own.
     """
 
-    model_types: tuple[str, ...] = ("llava_llama", "llava_mistral", "llava_mpt")
+    model_types: tuple[str, ...] = ()
     calls = "original"
     counted_per = "image"
     pixel_inputs: Mapping[str, str] = {"images": "image"}
