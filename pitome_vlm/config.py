@@ -105,6 +105,9 @@ class MergeConfig:
         protect: keep the N - 2k tokens of lowest energy out of the matching.
         early_matching: up to this relative depth in [0, 1] plain bipartite matching is used
             instead of energy (the released recipe has 0.5); 0 is never.
+        temporal: merge the tokens of neighbouring frames of a video with each other, not only
+            those of one frame.
+        temporal_window: frames whose tokens are merged together, >= 2; windows do not overlap.
         seed: seed of everything random, 0 to 2**32 - 1.
     """
 
@@ -131,6 +134,8 @@ class MergeConfig:
     split: Split = "ordered"
     protect: bool = True
     early_matching: float = 0.0
+    temporal: bool = False
+    temporal_window: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -154,7 +159,7 @@ class MergeConfig:
         check_range("early_matching", self.early_matching, 0, 1)
         if self.margin is not None:
             check_range("margin", self.margin, -1, 1)
-        for field in ("weighted", "restore_order", "protect"):
+        for field in ("weighted", "restore_order", "protect", "temporal"):
             if not isinstance(getattr(self, field), bool):
                 raise TypeError(f"{field} must be True or False, got {getattr(self, field)!r}")
         for field in ("proportional_attention", "size_bias"):
@@ -162,6 +167,8 @@ class MergeConfig:
             if value is not None and not isinstance(value, bool):
                 raise TypeError(f"{field} must be True or False, got {value!r}")
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, 2**32 - 1))
+        window = whole_number("temporal_window", self.temporal_window, 2)
+        object.__setattr__(self, "temporal_window", window)
         if self.projector_steps is not None:
             steps = whole_number("projector_steps", self.projector_steps, 1)
             object.__setattr__(self, "projector_steps", steps)
@@ -190,6 +197,11 @@ class MergeConfig:
                 f"{fractions}"
             )
         object.__setattr__(self, "keep_range", tuple(float(fraction) for fraction in fractions))
+
+    @property
+    def frames_together(self) -> int:
+        """Frames of a video whose tokens are merged with each other."""
+        return self.temporal_window if self.temporal else 1
 
     @property
     def is_adaptive(self) -> bool:

@@ -17,13 +17,23 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
+from .adapters import find_adapter
 from .calibration import Calibration
 from .checkpoints import check_model_type, read_config
 from .config import MergeConfig
 from .costs import Costs, costs
+from .counts import Footprint, TokenCount
+from .original_checkpoints import original_shapes
 from .schedule import Schedule
 from .weights import Weights, weights_of
-from .wrapper import is_wrapped, merge_config, planned_calibration, planned_schedule
+from .wrapper import (
+    base_model,
+    is_wrapped,
+    merge_config,
+    planned_calibration,
+    planned_count,
+    planned_schedule,
+)
 
 # Shown for a model that is not wrapped and a caller who asks for nothing in particular.
 EXAMPLE_KEEP = 0.25
@@ -35,7 +45,10 @@ class Description:
 
     Attributes:
         config: the merge options described.
-        schedule: token counts.
+        schedule: token counts of an image, or of a tile where images are cut into tiles.
+        footprint: tokens and tiles of the image described.
+        count: its tokens without and with merging.
+        image_size: its (height, width) in pixels; None where all images have one size.
         wrapped: whether these options are in force; otherwise they are a plan.
         before: costs without merging, of a prompt with one image.
         after: costs with merging, of the same prompt.
@@ -45,6 +58,9 @@ class Description:
 
     config: MergeConfig
     schedule: Schedule
+    footprint: Footprint
+    count: TokenCount
+    image_size: tuple[int, int] | None
     wrapped: bool
     before: Costs
     after: Costs
@@ -55,23 +71,38 @@ class Description:
     def summary(self) -> str:
         """One line: algorithm, options, budget, tokens in and out."""
         return (
-            f"{self.config.summary()}: {self.tokens_in} -> {self.schedule.counts_out} visual "
-            "tokens per image"
+            f"{self.config.summary()}: {self.tokens_in} -> {self.count.shown} visual tokens per "
+            f"{self._thing}{self._of_size()}"
         )
+
+    @property
+    def _thing(self) -> str:
+        return "video" if self.footprint.frames else "image"
+
+    def _of_size(self) -> str:
+        if self.footprint.frames:
+            return f" of {self.footprint.frames} frame{'s' * (self.footprint.frames > 1)}"
+        if self.image_size is None:
+            return ""
+        height, width = self.image_size
+        return f" of {width} x {height} pixels"
 
     @property
     def tokens_in(self) -> int:
         """Visual tokens per image without merging."""
-        return self.schedule.tokens_in
+        return self.count.full
 
     @property
     def tokens_out(self) -> int:
         """Visual tokens per image with merging; the most, where every image has its own count."""
-        return self.schedule.tokens_out
+        return self.count.out
 
     @property
     def tower_steps(self) -> tuple[tuple[int, int, int], ...]:
-        """(layer, patches before, patches after) of every merging tower layer, no CLS counted."""
+        """(layer, patches before, patches after) of every merging tower layer, no CLS counted.
+
+        Of one tile where images are cut into tiles.
+        """
         before = (self.schedule.n_tokens, *(count for _, count in self.schedule.tower))
         return tuple(
             (layer, entering, leaving)
@@ -80,7 +111,12 @@ class Description:
 
     @property
     def projector_steps(self) -> tuple[tuple[int, int], ...]:
-        """(patches before, patches after) of every merging step in front of the projector."""
+        """(patches before, patches after) of every merging step in front of the projector.
+
+        None where images are cut into tiles: these are merged behind it (`count`).
+        """
+        if self.schedule.packed:
+            return ()
         tower, steps = self.schedule.tower, self.schedule.projector
         first = tower[-1][1] if tower else self.schedule.n_tokens
         pairs = zip((first, *steps), steps, strict=False)
@@ -100,6 +136,9 @@ class Description:
             "config": self.config.to_dict(),
             "tokens_in": self.tokens_in,
             "tokens_out": self.tokens_out,
+            "image_size": None if self.image_size is None else list(self.image_size),
+            "tiles": self.footprint.tiles,
+            "frames": self.footprint.frames or None,
             "tower_steps": [list(step) for step in self.tower_steps],
             "projector_steps": [list(step) for step in self.projector_steps],
             "calibration": dataclasses.asdict(self.calibration),
@@ -121,12 +160,16 @@ class Description:
         return "\n".join([*lines, *rest])
 
     def _where(self) -> list[str]:
-        if self.schedule.is_identity:
-            return ["nothing is merged: the untouched code runs"]
-        lines = []
+        lines = self._tiles()
+        if self.count.is_identity:
+            return [*lines, "nothing is merged: the untouched code runs"]
         if self.tower_steps:
             steps = [f"{layer}: {a} -> {b}" for layer, a, b in self.tower_steps]
-            lines += _folded("patches by tower layer", steps)
+            of_a_tile = " of a tile" if self.schedule.packed else ""
+            lines += _folded(f"patches{of_a_tile} by tower layer", steps)
+        if self.schedule.packed:
+            tiles = f"{self.footprint.tiles} x {self.schedule.tower_out}"
+            lines.append(f"tokens behind the projector: {tiles} of tiles -> {self.count.shown}")
         if self.projector_steps:
             steps = [f"{a} -> {b}" for a, b in self.projector_steps]
             lines += _folded("patches before the projector", steps)
@@ -135,6 +178,15 @@ class Description:
             lines.append(f"tower layers not run (nothing reads them): {skipped}")
         lines.append(f"told to the language model: {self.calibration}")
         return lines
+
+    def _tiles(self) -> list[str]:
+        if not self.schedule.packed:
+            return []
+        tiles, newlines = self.footprint.tiles, self.footprint.newlines
+        return [
+            f"tiles of {self.schedule.tokens_in} patches: {tiles}, packed to "
+            f"{self.footprint.full - newlines} patches and {newlines} newlines"
+        ]
 
     def _table(self) -> list[str]:
         head = f"{'':<26}{'without':>14}{'with':>14}{'saved':>10}"
@@ -158,8 +210,8 @@ class Description:
     def _footnote(self) -> str:
         most = "" if self.schedule.fewest is None else " that keeps the most tokens"
         return (
-            f"computed for one image{most} and {self.before.text_tokens} text tokens, batch 1; one "
-            "multiply-add is 2 FLOP"
+            f"computed for one {self._thing}{self._of_size()}{most} and "
+            f"{self.before.text_tokens} text tokens, batch 1; one multiply-add is 2 FLOP"
         )
 
 
@@ -167,7 +219,12 @@ _NOT_IN_FORCE = "plan (nothing is merged before wrap() is called):"
 
 
 def describe(
-    model: nn.Module, *, text_tokens: int = 64, config: MergeConfig | None = None
+    model: nn.Module,
+    *,
+    text_tokens: int = 64,
+    config: MergeConfig | None = None,
+    image_size: tuple[int, int] | None = None,
+    frames: int | None = None,
 ) -> Description:
     """What merging does to a model: tokens per layer, FLOPs and cache without and with it.
 
@@ -176,6 +233,9 @@ def describe(
         text_tokens: tokens of the prompt beside the image's.
         config: describe these options instead of those in force; the model is not changed. None
             takes those in force, and keep=0.25 as an example on an unwrapped model.
+        image_size: (height, width) of the image in pixels, for models whose number of tokens
+            depends on it; None for a typical photo, 768 x 1024. Others ignore it.
+        frames: describe a video of so many frames instead of an image.
 
     Raises:
         TypeError: not a supported model.
@@ -187,41 +247,61 @@ def describe(
     schedule = planned_schedule(model, config)
     nothing = MergeConfig(keep=1.0)
     untouched = planned_schedule(model, nothing)
+    default = find_adapter(base_model(model)).default_image_size
+    size = None if frames else default and (image_size or default)
+    shown: dict[str, Any] = {"image_size": size, "frames": frames}
+    footprint, count = planned_count(model, config, **shown)
     return Description(
         config=config,
         schedule=schedule,
+        footprint=footprint,
+        count=count,
+        image_size=size,
         wrapped=in_force,
-        before=costs(model, untouched, text_tokens, config=nothing),
-        after=costs(model, schedule, text_tokens, config=config),
+        before=costs(model, untouched, text_tokens, config=nothing, **shown),
+        after=costs(model, schedule, text_tokens, config=config, **shown),
         calibration=planned_calibration(model, config),
         weights=weights_of(model),
     )
 
 
 def from_config(
-    config_or_path: Any, merging: MergeConfig | None = None, *, text_tokens: int = 64
+    config_or_path: Any,
+    merging: MergeConfig | None = None,
+    *,
+    text_tokens: int = 64,
+    image_size: tuple[int, int] | None = None,
+    frames: int | None = None,
 ) -> Description:
     """`describe` for a checkpoint whose weights are not loaded (nor downloaded).
 
     Args:
-        config_or_path: a model's config, or a folder or hub name that has one.
+        config_or_path: a model's config, or a folder or hub name that has one; also one of a
+            checkpoint of the original llava package, which is not needed for it.
         merging: the options to describe, None for keep=0.25 as an example.
         text_tokens: tokens of the prompt beside the image's.
+        image_size: see `describe`.
+        frames: see `describe`.
 
     Raises:
         TypeError: not the config of a supported model.
         OSError: see `pitome_vlm.checkpoints.read_config`.
         ValueError: the budget does not fit the model, or the config cannot be read.
     """
+    model: Any = None
     if isinstance(config_or_path, (str, os.PathLike)):
-        config: Any = read_config(config_or_path)
+        model = original_shapes(config_or_path)
+        config: Any = read_config(config_or_path) if model is None else None
     else:
         # Building a model writes a dtype into its config.
         config = copy.deepcopy(config_or_path)
         check_model_type(getattr(config, "model_type", None), type(config).__name__)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    return describe(model, text_tokens=text_tokens, config=merging)
+    if model is None:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+    return describe(
+        model, text_tokens=text_tokens, config=merging, image_size=image_size, frames=frames
+    )
 
 
 def _folded(title: str, steps: list[str]) -> list[str]:

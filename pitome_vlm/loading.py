@@ -14,7 +14,8 @@ import torch
 from transformers import AutoProcessor
 from transformers.utils import cached_file
 
-from .adapters.tower import has_class_token
+from .adapters import find_adapter
+from .adapters.tower_tokens import has_class_token
 from .checkpoints import (
     DTYPES,
     check_model_type,
@@ -195,7 +196,9 @@ def complete_processor(processor: Any, model: Any) -> Any:
     if "patch_size" in missing:
         processor.patch_size = model.config.vision_config.patch_size
         # A processor so old does not know of the class token either; 0 is only its default.
-        processor.num_additional_image_tokens = int(has_class_token(model.model.vision_tower))
+        processor.num_additional_image_tokens = int(
+            has_class_token(find_adapter(model).parts(model).vision_tower)
+        )
     if "vision_feature_select_strategy" in missing:
         # ViP-LLaVA has no such option: it always drops the class token.
         strategy = getattr(model.config, "vision_feature_select_strategy", None)

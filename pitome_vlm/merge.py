@@ -28,6 +28,7 @@ __all__ = [
     "group_positions",
     "log_size_bias",
     "make_plan",
+    "unit_vectors",
 ]
 
 
@@ -174,9 +175,14 @@ def make_plan(
 
 def cosine_similarity(keys: Tensor) -> Tensor:
     """[B, N, D] to [B, N, N] cosines, at least float32; a zero token is similar to nothing."""
-    exact = keys.to(torch.promote_types(keys.dtype, torch.float32))
-    unit = torch.nn.functional.normalize(exact, dim=-1)
+    unit = unit_vectors(keys)
     return unit @ unit.transpose(-1, -2)
+
+
+def unit_vectors(keys: Tensor) -> Tensor:
+    """[B, N, D] scaled to length one, at least float32; a zero token stays zero."""
+    exact = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    return torch.nn.functional.normalize(exact, dim=-1)
 
 
 def log_size_bias(sizes: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .adaptive import Adapted, adapt
 from .config import MergeConfig
-from .merge import Algorithm, MergeContext, MergePlan, group_positions, make_plan
-from .schedule import Schedule
+from .counts import Footprint, TokenCount, count_tokens
+from .merge import Algorithm, MergeContext, MergePlan, make_plan
+from .schedule import Budget, Schedule
 
 
 @dataclass
@@ -33,21 +34,46 @@ class MergePass:
         plans: plan made in each tower layer.
         sizes: [B, N] float32 after each tower layer that has seen a merge.
         projector_plans: plans of the steps on the features.
+        finisher: who brings a packed image to its exact count where the algorithm itself can only
+            work inside the tower; None for the algorithm.
         adapted: what came of every image where each has a count of its own.
+        counted: the schedule that budgets are counted by, where it is another one.
     """
 
     config: MergeConfig
     schedule: Schedule
     algorithm: Algorithm
     grid: tuple[int, int] | None = None
+    finisher: Algorithm | None = None
     plans: dict[int, MergePlan] = field(default_factory=dict)
     sizes: dict[int, Tensor] = field(default_factory=dict)
     projector_plans: list[MergePlan] = field(default_factory=list)
     adapted: list[Adapted] | None = None
+    counted: Schedule | None = None
     _after: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._after = dict(self.schedule.tower)
+
+    def fresh(self) -> MergePass:
+        """A pass with the same settings that has seen nothing yet."""
+        return MergePass(self.config, self.schedule, self.algorithm, self.grid, self.finisher)
+
+    def count(self, footprint: Footprint) -> TokenCount:
+        """Tokens of a picture without and with merging."""
+        fewest = Budget(keep=self.config.keep_range[0]) if self.config.is_adaptive else None
+        return count_tokens(
+            self.counted or self.schedule,
+            self.config.budget,
+            footprint,
+            fewest,
+            self.config.frames_together,
+        )
+
+    def with_leading(self) -> MergePass:
+        """A fresh pass for features that keep the tower's leading tokens; budgets stay the same."""
+        kept = dataclasses.replace(self.schedule, leading_kept=self.schedule.n_leading)
+        return dataclasses.replace(self.fresh(), schedule=kept, counted=self.schedule)
 
     def sizes_before(self, layer: int) -> Tensor | None:
         """Sizes of the tokens that enter a layer, None while all are one."""
@@ -141,24 +167,41 @@ class MergePass:
         sizes = self._feature_sizes()
         for step, count in enumerate(self.schedule.projector):
             whole = not self.plans and step == 0
-            context = self._context(self.schedule.used_layers + step, leading, whole)
-            context = dataclasses.replace(context, at_projector=True)
+            context = self.context_behind(step, n_leading=leading, whole_grid=whole)
             plan = make_plan(self.algorithm, features, count, ctx=context, sizes=sizes)
             features, sizes = plan.apply(features, sizes, weighted=self.config.weighted)
             self.projector_plans.append(plan)
         if not self.config.is_adaptive:
             return list(features)
-        step = self.schedule.used_layers + len(self.schedule.projector)
+        step = len(self.schedule.projector)
         self.adapted = adapt(
             features,
             sizes,
             self.schedule.ladder,
             self.config.quality,
             algorithm=self.algorithm,
-            ctx=dataclasses.replace(self._context(step, leading, False), at_projector=True),
+            ctx=self.context_behind(step, n_leading=leading),
             weighted=self.config.weighted,
         )
         return [one.features for one in self.adapted]
+
+    def tower_map(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What the tower made of its tokens.
+
+        Returns:
+            [B, tokens_in] int64, the token of the tower's output that every input token went into,
+            and [B, M] int64, the input token every output one is named after. Both count a leading
+            token only where it reaches the language model.
+        """
+        schedule = self.schedule
+        dropped = schedule.n_leading - schedule.leading_kept
+        total = schedule.n_tokens + schedule.n_leading
+        source = torch.arange(total, device=device).expand(batch, total)
+        anchors = source
+        for layer in sorted(self.plans):
+            source = self.plans[layer].assign.gather(1, source)
+            anchors = anchors.gather(1, self.plans[layer].kept)
+        return source[:, dropped:] - dropped, anchors[:, dropped:] - dropped
 
     def source_maps(self, batch: int, device: torch.device) -> list[Tensor]:
         """Which output token every input token went into.
@@ -167,13 +210,7 @@ class MergePass:
             [tokens_in] int64 of every image, with values 0..n_i-1; both count a leading token
             only where it reaches the language model.
         """
-        schedule = self.schedule
-        dropped = schedule.n_leading - schedule.leading_kept
-        total = schedule.n_tokens + schedule.n_leading
-        source = torch.arange(total, device=device).expand(batch, total)
-        for layer in sorted(self.plans):
-            source = self.plans[layer].assign.gather(1, source)
-        source = source[:, dropped:] - dropped
+        source, _ = self.tower_map(batch, device)
         for plan in self.projector_plans:
             source = plan.assign.gather(1, source)
         if self.adapted is None:
@@ -186,18 +223,31 @@ class MergePass:
         Returns:
             [n_i] int64 of every image with values 0..tokens_in-1, counted as in `source_maps`.
         """
-        schedule = self.schedule
-        dropped = schedule.n_leading - schedule.leading_kept
-        total = schedule.n_tokens + schedule.n_leading
-        anchors = torch.arange(total, device=device).expand(batch, total)
-        for layer in sorted(self.plans):
-            anchors = anchors.gather(1, self.plans[layer].kept)
-        anchors = anchors[:, dropped:] - dropped
+        _, anchors = self.tower_map(batch, device)
         for plan in self.projector_plans:
             anchors = anchors.gather(1, plan.kept)
         if self.adapted is None:
             return list(anchors)
         return [own[one.kept] for one, own in zip(self.adapted, anchors, strict=True)]
+
+    def context_behind(
+        self,
+        step: int,
+        *,
+        n_leading: int = 0,
+        whole_grid: bool = False,
+        grid: tuple[int, int] | None = None,
+    ) -> MergeContext:
+        """What an algorithm may look at in a step behind the tower.
+
+        Args:
+            step: number of the step, from 0.
+            n_leading: protected tokens in front.
+            whole_grid: the tokens are still the tower's whole patch grid.
+            grid: (rows, columns) of another whole grid that they are.
+        """
+        context = self._context(self.schedule.used_layers + step, n_leading, whole_grid)
+        return dataclasses.replace(context, at_projector=True, grid=grid or context.grid)
 
     def _context(self, layer: int, n_leading: int, whole_grid: bool) -> MergeContext:
         return MergeContext(
@@ -213,35 +263,3 @@ class MergePass:
             return None
         dropped = self.schedule.n_leading - self.schedule.leading_kept
         return self.sizes[max(self.sizes)][:, dropped:]
-
-
-@dataclass(frozen=True)
-class VisualTokens:
-    """The visual tokens of a batch of images as the language model will see them.
-
-    Attributes:
-        features: one [n_i, C] tensor per image, after the projector.
-        source_maps: one [tokens_in] int64 tensor per image, the output token of every input one.
-        full_counts: tokens each image would have had without merging.
-        anchors: one [n_i] int64 tensor per image, the input token every output one is named after.
-    """
-
-    features: list[Tensor]
-    source_maps: list[Tensor]
-    full_counts: list[int]
-    anchors: list[Tensor]
-
-    @property
-    def counts(self) -> list[int]:
-        """Tokens of each image."""
-        return [feature.shape[0] for feature in self.features]
-
-    def sizes(self) -> list[Tensor]:
-        """One [n_i] float32 per image: patches behind every token."""
-        pairs = zip(self.source_maps, self.counts, strict=True)
-        return [torch.bincount(source, minlength=count).float() for source, count in pairs]
-
-    def positions(self) -> list[Tensor]:
-        """One [n_i] float32 per image: mean raster position of the patches behind every token."""
-        pairs = zip(self.source_maps, self.counts, strict=True)
-        return [group_positions(source[None], count)[0] for source, count in pairs]

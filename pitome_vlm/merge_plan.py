@@ -183,7 +183,7 @@ class MergePlan:
             # Autocast would take the product in half precision.
             with torch.autocast(x.device.type, enabled=False):
                 return (self.blend.to(exact) @ x.to(exact)).to(x.dtype), new_sizes
-        kept = x.gather(1, self.kept[..., None].expand(-1, -1, channels))
+        kept = take_tokens(x, self.kept)
         if self.prune or self.n_in == self.n_out:
             return kept, new_sizes
         moved = self.sources()
@@ -192,9 +192,12 @@ class MergePlan:
         weights = sizes.to(exact) if weighted and sizes is not None else None
         share_kept, share_moved = self._shares(weights, moved, target, exact)
         merged = kept.to(exact) * share_kept[..., None]
-        values = x.gather(1, moved[..., None].expand(-1, -1, channels)).to(exact)
-        into = target[..., None].expand(-1, -1, channels)
-        merged = merged.scatter_add(1, into, values * share_moved[..., None])
+        values = take_tokens(x, moved).to(exact)
+        # Whole rows by number, the images of a batch behind each other: an index of the size of
+        # the values costs several times the sum itself.
+        into = flat_rows(target, self.n_out)
+        parts = (values * share_moved[..., None]).reshape(-1, channels)
+        merged = merged.reshape(-1, channels).index_add(0, into, parts).view(merged.shape)
         if self.keep_norm:
             merged = self._with_largest_norm(merged, kept.to(exact), values, target)
         return merged.to(x.dtype), new_sizes
@@ -225,4 +228,18 @@ class MergePlan:
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Spread group values back over their tokens: [B, M, C] to [B, N, C]."""
-        return y.gather(1, self.assign[..., None].expand(-1, -1, y.shape[-1]))
+        return take_tokens(y, self.assign)
+
+
+def flat_rows(index: Tensor, n_tokens: int) -> Tensor:
+    """Token numbers [B, K] per image as row numbers [B K] of a batch laid out as [B N, C]."""
+    if index.shape[0] == 1:
+        return index[0]
+    first = torch.arange(0, index.shape[0] * n_tokens, n_tokens, device=index.device)
+    return (index + first[:, None]).reshape(-1)
+
+
+def take_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of every image: [B, N, C] at [B, K] to [B, K, C]; `gather`, but row by row."""
+    rows = x.reshape(-1, x.shape[-1]).index_select(0, flat_rows(index, x.shape[1]))
+    return rows.view(*index.shape, x.shape[-1])

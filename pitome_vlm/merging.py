@@ -6,17 +6,22 @@ not know: prompts, `forward`, `generate`, or how a model gets wrapped.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from . import algorithms
 from .adapters import Adapter
 from .calibration import Calibration, resolve
 from .config import MergeConfig, Stage
-from .merge_pass import MergePass, VisualTokens
+from .counts import TokenCount
+from .merge_pass import MergePass
 from .schedule import Budget, Schedule, TowerShape, build_schedule
+from .visual_tokens import Encoded
+
+# Brings a packed picture to its exact count where the algorithm works inside the tower only.
+FINISHER = "tome"
 
 
 @dataclass(frozen=True)
@@ -46,18 +51,71 @@ class Merging:
             ValueError: the config asks for what this language model cannot do.
         """
         wanted = algorithms.get(self.config.algorithm).calibrated
-        return resolve(self.config, self.adapter.text_config(model), wanted=wanted)
+        found = resolve(self.config, self.adapter.text_config(model), wanted=wanted)
+        if not self.adapter.own_positions or found.positions != "compact":
+            return found
+        if self.config.positions == "compact":
+            raise ValueError(
+                "positions='compact' is not there for this model, which places tokens by the "
+                "grid of their picture; use 'mean' or 'original'"
+            )
+        return dataclasses.replace(found, positions="mean")
 
-    def encode(self, model: Any, pixel_values: Tensor, **feature_options: Any) -> VisualTokens:
-        """Visual tokens of images [images, 3, H, W], merged as configured."""
+    def new_pass(self, model: Any, **feature_options: Any) -> MergePass:
+        """A fresh pass for one encoding with these settings."""
         shape = self.adapter.tower_shape(model, **feature_options)
-        merge_pass = MergePass(
+        algorithm = algorithms.get(self.config.algorithm)
+        return MergePass(
             config=self.config,
             schedule=schedule_for(self.config, shape),
-            algorithm=algorithms.get(self.config.algorithm),
+            algorithm=algorithm,
             grid=shape.grid,
+            finisher=algorithms.get(FINISHER) if algorithm.needs_attention else None,
         )
-        return self.adapter.encode_images(model, pixel_values, merge_pass, **feature_options)
+
+    def vision_inputs(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a call's arguments decides its visual tokens."""
+        names = (*self.adapter.vision_inputs, *self.adapter.feature_options)
+        return {name: call[name] for name in names if call.get(name) is not None}
+
+    def has_pixels(self, call: Mapping[str, Any]) -> bool:
+        """Whether a call brings something to look at."""
+        return any(call.get(name) is not None for name in self.adapter.pixel_inputs)
+
+    @property
+    def image_input(self) -> str:
+        """The argument that holds the pixels of pictures."""
+        return next(name for name, kind in self.adapter.pixel_inputs.items() if kind == "image")
+
+    def counts(self, model: Any, call: Mapping[str, Any]) -> dict[str, list[TokenCount]]:
+        """Tokens of everything a call brings, by kind; nothing is run.
+
+        Raises:
+            ValueError: an input is missing, or the budget does not fit the model.
+        """
+        inputs = self.vision_inputs(call)
+        merge_pass = self.new_pass(model, **self._options(inputs))
+        return {
+            kind: [merge_pass.count(footprint) for footprint in found]
+            for kind, found in self.adapter.footprints(model, inputs).items()
+        }
+
+    def is_identity(self, model: Any, call: Mapping[str, Any]) -> bool:
+        """Whether a call's images all keep all their tokens, so that nothing has to be done."""
+        if not self.has_pixels(call):
+            return self.schedule(model, **self._options(call)).is_identity
+        found = self.counts(model, call).values()
+        return all(count.is_identity for counts in found for count in counts)
+
+    def encode(self, model: Any, call: Mapping[str, Any]) -> list[Encoded]:
+        """The visual tokens of a call by kind, merged as configured."""
+        inputs = self.vision_inputs(call)
+        merge_pass = self.new_pass(model, **self._options(inputs))
+        return self.adapter.encode(model, inputs, merge_pass)
+
+    def _options(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        names = self.adapter.feature_options
+        return {name: call[name] for name in names if call.get(name) is not None}
 
 
 def stage_of(config: MergeConfig) -> Stage:
@@ -79,6 +137,14 @@ def schedule_for(config: MergeConfig, shape: TowerShape) -> Schedule:
     """
     algorithm = algorithms.get(config.algorithm)
     stage = stage_of(config)
+    if shape.projector_only:
+        if config.stage in ("tower", "both") or config.ratio is not None:
+            asked = f"stage={config.stage!r}" if config.stage else f"ratio={config.ratio}"
+            raise ValueError(
+                f"{asked} merges inside the vision tower, which this model cannot; use "
+                'stage="projector" with keep or tokens'
+            )
+        stage = "projector"
     if algorithm.one_step and stage == "both":
         raise ValueError(
             f"algorithm {algorithm.name!r} reduces in one step, so stage must be 'tower' or "
@@ -116,7 +182,14 @@ def schedule_for(config: MergeConfig, shape: TowerShape) -> Schedule:
             f"algorithm 'none' keeps all {schedule.tokens_in} visual tokens, but the budget "
             f"leaves {schedule.tokens_out}; use keep=1.0 or another algorithm"
         )
-    if algorithm.needs_grid and shape.grid is None and not schedule.is_identity:
+    if algorithm.needs_grid and shape.packed and stage != "projector":
+        raise ValueError(
+            f"algorithm {algorithm.name!r} needs whole grids; where a picture is several tiles "
+            f"these are only known behind the projector, so stage must be 'projector', got "
+            f"{stage!r}"
+        )
+    gridless = shape.grid is None and not shape.packed
+    if algorithm.needs_grid and gridless and not schedule.is_identity:
         raise ValueError(
             f"algorithm {algorithm.name!r} needs the whole patch grid, but this model drops one "
             'patch (vision_feature_select_strategy="default" on a tower without a class token)'

@@ -44,7 +44,9 @@ class Compaction:
         return out
 
 
-def surplus_placeholders(placeholders: Tensor, full_counts: list[int], counts: list[int]) -> Tensor:
+def surplus_placeholders(
+    placeholders: Tensor, full_counts: list[int], counts: list[int], kind: str = "image"
+) -> Tensor:
     """Which placeholders have to go: [B, T] bool.
 
     Images follow each other in row order. The processor wrote `full_counts[i]` placeholders for
@@ -55,6 +57,7 @@ def surplus_placeholders(placeholders: Tensor, full_counts: list[int], counts: l
         placeholders: [B, T] bool.
         full_counts: placeholders per image without merging.
         counts: visual tokens per image.
+        kind: what they are placeholders of, for the message.
 
     Raises:
         ValueError: the placeholders match neither; the message names both numbers.
@@ -67,10 +70,10 @@ def surplus_placeholders(placeholders: Tensor, full_counts: list[int], counts: l
         return none
     if found != sum(full_counts):
         raise ValueError(
-            f"the prompt has {found} image placeholders for {images} image"
+            f"the prompt has {found} {kind} placeholders for {images} {kind}"
             f"{'' if images == 1 else 's'}, but {sum(full_counts)} (without merging, as the "
             f"processor writes them) or {sum(counts)} (merged) are needed; check that every "
-            "<image> in the text has its picture and that the processor belongs to this model"
+            f"<{kind}> in the text has its {kind} and that the processor belongs to this model"
         )
     stays = torch.cat(
         [
@@ -90,7 +93,40 @@ def _looks_unmerged(placeholders: Tensor, full_counts: list[int]) -> bool:
     padded = torch.nn.functional.pad(placeholders.long(), (1, 1))
     edges = padded.diff(dim=1)
     runs = (edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]
-    return bool((runs % full_counts[0] == 0).all())
+    made = _sums(sorted(set(full_counts)), int(runs.max()) if len(runs) else 0)
+    return all(made[run] for run in runs.tolist())
+
+
+def _sums(counts: list[int], largest: int) -> list[bool]:
+    """For 0..largest, whether the number is a sum of `counts`, each as often as needed."""
+    made = [True] + [False] * largest
+    for total in range(1, largest + 1):
+        made[total] = any(count <= total and made[total - count] for count in counts)
+    return made
+
+
+def prompt_order(
+    placeholders: list[Tensor], full_counts: list[list[int]], counts: list[list[int]]
+) -> tuple[list[int], list[int]]:
+    """The images of several kinds in the order in which a prompt, row by row, shows them.
+
+    Args:
+        placeholders: of every kind, [B, T] bool, unmerged or merged.
+        full_counts: of every kind, placeholders per image without merging.
+        counts: of every kind, visual tokens per image.
+
+    Returns:
+        Numbers of the images (all kinds one after the other), and the row of each, both in
+        prompt order.
+    """
+    starts: list[int] = []
+    for places, full, merged in zip(placeholders, full_counts, counts, strict=True):
+        found = places.flatten().nonzero()[:, 0]
+        lengths = torch.tensor(full if len(found) == sum(full) else merged)
+        starts += found.cpu()[lengths.cumsum(0) - lengths].tolist()
+    order = sorted(range(len(starts)), key=starts.__getitem__)
+    width = placeholders[0].shape[1] if placeholders else 1
+    return order, [starts[index] // width for index in order]
 
 
 def padded_left(attention_mask: Tensor | None) -> bool:

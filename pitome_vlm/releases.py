@@ -6,6 +6,8 @@ how images are encoded. Nothing here changes what is computed.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import inspect
 from typing import Any
 
@@ -18,6 +20,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 _CACHE_NAMES = ("cache", "past_key_values")
 CACHE_NAME = next(
     name for name in _CACHE_NAMES if name in inspect.signature(create_masks_for_generate).parameters
+)
+_CAPTURING = "transformers.utils.output_capturing"
+_KEEPS_NAMED_STATES = importlib.util.find_spec(_CAPTURING) is not None and hasattr(
+    importlib.import_module(_CAPTURING), "select_hidden_states"
 )
 
 
@@ -36,22 +42,35 @@ def with_cache_name(call: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
+def states_to_keep(layers: int | list[int]) -> bool | list[int]:
+    """What to pass as `output_hidden_states` to get the states of some layers.
+
+    Release 5 keeps the named ones only (the others are None); with True it would hold the states
+    of all layers until the tower is done.
+    """
+    if not _KEEPS_NAMED_STATES:
+        return True
+    return [layers] if isinstance(layers, int) else list(layers)
+
+
 def cache_of(output: Any) -> Any:
     """The cache of a model's output, None for none."""
     return output.get(CACHE_NAME) if isinstance(output, dict) else None
 
 
-def fill_image_states(output: Any, features: list[Tensor]) -> None:
+def fill_image_states(output: Any, features: list[Tensor], kind: str = "image") -> None:
     """Put the features of the images into an output that has room for them and holds none.
 
     Args:
         output: of a model's forward; a tuple is left alone.
         features: [n_i, C] of every image, after the projector.
+        kind: "image" or "video".
     """
     if not isinstance(output, dict):
         return
-    if hasattr(output, "image_outputs"):
-        if output.image_outputs is None:
-            output["image_outputs"] = BaseModelOutputWithPooling(pooler_output=features)
-    elif getattr(output, "image_hidden_states", 0) is None:
-        output["image_hidden_states"] = torch.cat(features)
+    new, old = f"{kind}_outputs", f"{kind}_hidden_states"
+    if hasattr(output, new):
+        if getattr(output, new) is None:
+            output[new] = BaseModelOutputWithPooling(pooler_output=features)
+    elif getattr(output, old, 0) is None:
+        output[old] = torch.cat(features)

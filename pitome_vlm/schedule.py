@@ -53,11 +53,12 @@ class Budget:
                 + (" at every merging step" if name == "ratio" else "")
             )
 
-    def target(self, n_tokens: int) -> int | None:
+    def target(self, n_tokens: int, unit: str = "image") -> int | None:
         """The count that must come out, or None where `ratio` decides step by step.
 
         Args:
             n_tokens: visual tokens of one image before any merging.
+            unit: what they are the tokens of, for the message.
 
         Raises:
             ValueError: `tokens` is larger than `n_tokens`.
@@ -66,7 +67,7 @@ class Budget:
             if self.tokens > n_tokens:
                 raise ValueError(
                     f"tokens must be in 1..{n_tokens} (this model makes {n_tokens} visual tokens "
-                    f"per image), got {self.tokens}"
+                    f"per {unit}), got {self.tokens}"
                 )
             return self.tokens
         if self.keep is not None:
@@ -156,6 +157,8 @@ class Schedule:
         leading_kept: leading tokens that reach the language model (0 or `n_leading`).
         fewest: mergeable tokens an image keeps at least where every image has its own count;
             `tokens_out` is then the most. None where all have the same.
+        packed: all counts are about one tile of several that are packed into one image
+            afterwards; what comes out then depends on the image (`counts.count_tokens`).
     """
 
     n_tokens: int
@@ -166,6 +169,7 @@ class Schedule:
     projector: tuple[int, ...] = ()
     leading_kept: int = 0
     fewest: int | None = None
+    packed: bool = False
 
     @property
     def ladder(self) -> tuple[int, ...]:
@@ -247,6 +251,8 @@ class TowerShape:
         n_layers: layers of the tower.
         used_layers: layers up to the deepest one whose features are read.
         grid: (rows, columns), None where the mergeable tokens are no whole grid.
+        packed: an image is several tiles, which are packed into one sequence behind the projector.
+        projector_only: tokens can be merged behind the tower only.
     """
 
     n_tokens: int
@@ -255,6 +261,8 @@ class TowerShape:
     n_layers: int
     used_layers: int
     grid: tuple[int, int] | None = None
+    packed: bool = False
+    projector_only: bool = False
 
 
 def build_schedule(
@@ -295,7 +303,7 @@ def build_schedule(
         steps = 0 if stage == "tower" else projector_steps or 1
         projector = plan_counts(tower[-1] if tower else n, steps, budget)
     else:
-        total = budget.target(n + shape.leading_kept)
+        total = budget.target(n + shape.leading_kept, "tile" if shape.packed else "image")
         assert total is not None
         target = total - shape.leading_kept
         if target < 1:
@@ -325,6 +333,7 @@ def build_schedule(
         projector=projector,
         leading_kept=shape.leading_kept,
         fewest=None if fewest is None else max(1, _total(fewest, shape) - shape.leading_kept),
+        packed=shape.packed,
     )
 
 

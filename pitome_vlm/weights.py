@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .adapters import find_adapter
 from .quantization import quantization_of
 from .wrapper import base_model
 
@@ -44,9 +45,10 @@ def weights_of(model: nn.Module) -> Weights:
     """The bytes of a LLaVA's weights, also inside a `PeftModel`."""
     base: Any = base_model(model)
     seen: set[Any] = set()
-    core = base.model
-    parts = [core.language_model, core.vision_tower, core.multi_modal_projector, base]
-    language, tower, projector, other = (_bytes(part, seen) for part in parts)
+    parts = find_adapter(base).parts(base)
+    language = sum(_bytes(part, seen) for part in parts.language_model)
+    tower = sum(_bytes(part, seen) for part in parts.towers)
+    projector, other = (_bytes(part, seen) for part in (parts.projector, base))
     return Weights(language, tower, projector, other, _kind(base))
 
 

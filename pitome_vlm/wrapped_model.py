@@ -26,15 +26,15 @@ from .cached_images import (
     query_of,
     with_prompt_images,
 )
-from .calibration import later_positions
+from .calibration import as_model_positions, later_positions
 from .generation import shorter_limits, with_full_prompt, with_prompt
 from .inputs import (
-    FEATURE_OPTIONS,
     SEQUENCE_INPUTS,
     CompactPrompt,
+    PromptImages,
+    all_placeholders,
     compact_attention_mask,
     drop_stale_placeholders,
-    image_token_id,
     prepare,
 )
 from .merging import Merging
@@ -51,7 +51,12 @@ class WrappedLlava:
 
     # Methods whose signature callers read (Trainer's column names, generate's validation): the
     # swapped class shows the signature of the original ones.
-    _pitome_mirrored = ("forward", "generate", "prepare_inputs_for_generation", "save_pretrained")
+    _pitome_mirrored: tuple[str, ...] = (
+        "forward",
+        "generate",
+        "prepare_inputs_for_generation",
+        "save_pretrained",
+    )
 
     _pitome: Merging
 
@@ -60,11 +65,11 @@ class WrappedLlava:
         original = super().forward  # type: ignore[misc]
         call = _named_arguments(original, args, kwargs)
         sizes = call.pop("token_sizes", None)
-        if call.get("pixel_values") is None:
+        if not self._pitome.has_pixels(call):
             self._refuse_stale_inputs(call)
             return original(**calibrated(self, self._pitome, call, sizes))
         schedule, cache = self._pitome_schedule(call), call.get(CACHE_NAME)
-        if schedule.is_identity:
+        if self._pitome.is_identity(self, call):
             return original(**call)
         keep = call.get("logits_to_keep")
         if isinstance(keep, Tensor) and keep.numel() > 1:
@@ -76,14 +81,16 @@ class WrappedLlava:
         cached = cached_length(cache)
         start = first_position(cache, call.get("attention_mask"), self.device)  # type: ignore[attr-defined]
         prompt = prepare(self, self._pitome, call, cached=cached, start=start)
-        call = _without_images(call, prompt) | {
+        call = self._without_images(call, prompt) | {
             name: getattr(prompt, name) for name in ("attention_mask", "labels", "position_ids")
         }
         call["inputs_embeds"] = prompt.inputs_embeds
+        call["position_ids"] = as_model_positions(prompt.position_ids)
         images = with_prompt_images(cache, prompt, self._pitome.config, schedule.tokens_out)
         call = calibrated(self, self._pitome, call, images.sizes, prompt.packed_positions)
         output = original(**call)
-        fill_image_states(output, prompt.visual.features)
+        for one in prompt.encoded:
+            fill_image_states(output, one.visual.features, one.kind)
         mark_cache(cache_of(output), images)
         return output
 
@@ -96,28 +103,29 @@ class WrappedLlava:
         if ids is not None:
             call["input_ids"] = ids
         ids, cache = call.get("input_ids"), call.get(CACHE_NAME)
-        schedule = self._pitome_schedule(call)
-        if schedule.is_identity or (
-            call.get("pixel_values") is None and (ids is None or not cached_length(cache))
+        schedule, has_pixels = self._pitome_schedule(call), self._pitome.has_pixels(call)
+        if self._pitome.is_identity(self, call) or (
+            not has_pixels and (ids is None or not cached_length(cache))
         ):
             return original(**call)
         self._refuse_unsupported(call)
-        placeholders = None if ids is None else ids == image_token_id(self)
+        placeholders = None if ids is None else all_placeholders(self, self._pitome, ids)
         check_cache(self, self._pitome, cache, placeholders, schedule)
-        if call.get("pixel_values") is None:
+        if not has_pixels:
             return self._continue_chat(original, ids, call)
         prompt = prepare(self, self._pitome, call, left=_pad_left(call))
         if EMBEDS_NEED_EMPTY_CACHE and cached_length(cache):
             self._refuse_new_image(prompt, cached_length(cache))
         mask = prompt.attention_mask
-        short = _without_images(call, prompt) | {
+        short = self._without_images(call, prompt) | {
             "inputs_embeds": prompt.inputs_embeds,
             "attention_mask": prompt.compaction.valid.long() if mask is None else mask,
             "input_ids": prompt.input_ids,
-            "position_ids": prompt.position_ids,
+            # With several numbers per token they are only put in step by step (below).
+            "position_ids": None if self._pitome.adapter.own_positions else prompt.position_ids,
             "token_sizes": prompt.sizes,
             "token_positions": prompt.position_ids,
-            "image_token_counts": prompt.visual.counts,
+            "prompt_images": prompt.images,
         }
         return self._run(original, call, short, ids, prompt.inputs_embeds.shape[1])
 
@@ -126,7 +134,7 @@ class WrappedLlava:
         *args: Any,
         token_sizes: Tensor | None = None,
         token_positions: Tensor | None = None,
-        image_token_counts: list[int] | None = None,
+        prompt_images: PromptImages | None = None,
         **kwargs: Any,
     ) -> Any:
         """The model's own inputs of one step, with sizes and positions of merged tokens in them.
@@ -135,7 +143,7 @@ class WrappedLlava:
             *args: as of the model's own method.
             token_sizes: [B, S] float32, patches behind every column of the prompt.
             token_positions: [B, S] float32 positions of the prompt, None for the model's own.
-            image_token_counts: visual tokens of every image.
+            prompt_images: every image of the prompt.
             **kwargs: as of the model's own method.
         """
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
@@ -145,7 +153,7 @@ class WrappedLlava:
         images = CachedImages(
             self._pitome.config,
             self._pitome.schedule(self).tokens_out,
-            image_token_counts or [],
+            prompt_images or PromptImages([], len(token_sizes)),
             self._pitome.calibration(self),
             token_sizes,
             token_positions,
@@ -156,7 +164,9 @@ class WrappedLlava:
         if token_positions is not None:
             queries = query_of(inputs).shape[1]
             total = cached_length(cache) + queries if mask is None else mask.shape[1]
-            positions = later_positions(token_positions, mask, total)[:, -queries:]
+            positions = as_model_positions(
+                later_positions(token_positions, mask, total)[:, -queries:]
+            )
             step, inputs = step | {"position_ids": positions}, inputs | {"position_ids": positions}
         return (
             calibrated(self, self._pitome, step, token_sizes)
@@ -178,15 +188,31 @@ class WrappedLlava:
         note = f"pitome: {self._pitome.config.summary()}"
         try:
             schedule = self._pitome.schedule(self)
-            note += f", {schedule.tokens_in} -> {schedule.counts_out} visual tokens per image"
+            unit = self._pitome.adapter.counted_per
+            note += f", {schedule.tokens_in} -> {schedule.counts_out} visual tokens per {unit}"
         except (TypeError, ValueError) as error:
             # The model's config was changed after wrap; printing a model must not fail for it.
             note += f", not applicable: {error}"
         return ", ".join(part for part in (super().extra_repr(), note) if part)  # type: ignore[misc]
 
     def _pitome_schedule(self, call: dict[str, Any]) -> Schedule:
-        options = {name: call[name] for name in FEATURE_OPTIONS if call.get(name) is not None}
+        names = self._pitome.adapter.feature_options
+        options = {name: call[name] for name in names if call.get(name) is not None}
         return self._pitome.schedule(self, **options)
+
+    def _without_images(self, call: dict[str, Any], prompt: CompactPrompt) -> dict[str, Any]:
+        """The other arguments; further per-token ones (token types) are shortened with it."""
+        adapter = self._pitome.adapter
+        consumed = {*adapter.vision_inputs, *adapter.feature_options, *SEQUENCE_INPUTS}
+        consumed.add("cache_position")
+        shape = prompt.compaction.keep.shape
+        return {
+            name: prompt.compaction.take(value, 0)
+            if isinstance(value, Tensor) and value.shape == shape and not value.is_floating_point()
+            else value
+            for name, value in call.items()
+            if name not in consumed
+        }
 
     def _refuse_stale_inputs(self, call: dict[str, Any]) -> None:
         """Old placeholders or an old mask beside a shortened cache would be silently wrong."""
@@ -200,7 +226,7 @@ class WrappedLlava:
         covered = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else 0
         long_mask = covered > expected
         # One token a step is the decoding loop; looking at it would cost a synchronisation too.
-        old_images = ids.shape[1] > 1 and bool((ids == image_token_id(self)).any())
+        old_images = ids.shape[1] > 1 and bool(all_placeholders(self, self._pitome, ids).any())
         if not (long_mask or old_images) or self._pitome_schedule(call).is_identity:
             return
         if long_mask:
@@ -236,8 +262,8 @@ class WrappedLlava:
     def _continue_chat(self, original: Any, ids: Any, call: dict[str, Any]) -> Any:
         """A later turn on a cache whose images were merged when they were encoded."""
         images = cached_images(call[CACHE_NAME])
-        counts = None if images is None else images.counts
-        placeholders, drop = drop_stale_placeholders(self, self._pitome, ids, counts)
+        known = None if images is None else images.images
+        placeholders, drop = drop_stale_placeholders(self, self._pitome, ids, known)
         if not bool(placeholders.any()):
             return original(**call)
         mask, positions = call.get("attention_mask"), call.get("position_ids")
@@ -260,7 +286,7 @@ class WrappedLlava:
             "attention_mask": moves.valid.long() if compact_mask is None else compact_mask,
             "token_sizes": None if images is None else images.sizes,
             "token_positions": None if images is None else images.positions,
-            "image_token_counts": None if images is None else images.counts,
+            "prompt_images": known,
         }
         return self._run(original, call, short, ids, compact.shape[1])
 
@@ -296,19 +322,6 @@ def _named_arguments(function: Any, args: Any, kwargs: dict[str, Any]) -> dict[s
         if parameter.kind is parameter.VAR_KEYWORD:
             named |= named.pop(name, {})
     return with_cache_name(named)
-
-
-def _without_images(call: dict[str, Any], prompt: CompactPrompt) -> dict[str, Any]:
-    """The other arguments; further per-token ones (token types) are shortened with the prompt."""
-    consumed = {"pixel_values", "image_sizes", "cache_position", *FEATURE_OPTIONS, *SEQUENCE_INPUTS}
-    shape = prompt.compaction.keep.shape
-    return {
-        name: prompt.compaction.take(value, 0)
-        if isinstance(value, Tensor) and value.shape == shape and not value.is_floating_point()
-        else value
-        for name, value in call.items()
-        if name not in consumed
-    }
 
 
 def _pad_left(call: dict[str, Any]) -> bool | None:

@@ -7,7 +7,7 @@ trace. Does not know: what happens in a forward pass (`wrapped_model.py`) or how
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -15,18 +15,23 @@ from torch import Tensor, nn
 
 from .adapters import find_adapter
 from .adapters.swap import is_swapped, swap_in, swap_out
-from .calibration import Calibration
+from .calibration import Calibration, as_model_positions
+from .checks import whole_number
 from .config import CONFIG_NAME, MergeConfig
-from .inputs import prepare
-from .merge_pass import VisualTokens
+from .counts import Footprint, TokenCount
+from .inputs import PromptImage, images_of, prepare
 from .merging import Merging, schedule_for, stage_of
 from .schedule import Schedule
+from .visual_tokens import VisualTokens
 from .wrapped_model import WrappedLlava
+from .wrapped_original import WrappedOriginalLlava
 from .wrapped_peft import WrappedPeft, can_remember
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _STATE = "_pitome"
+# What is put in front of a model's class, by the calling convention that its adapter names.
+MIXINS: dict[str, type] = {"transformers": WrappedLlava, "original": WrappedOriginalLlava}
 
 
 def wrap(
@@ -44,10 +49,10 @@ def wrap(
     replaces the settings. Weights, `state_dict` keys and class names are untouched.
 
     Args:
-        model: a LlavaForConditionalGeneration or VipLlavaForConditionalGeneration, on its own or
-            inside a `PeftModel`.
+        model: a LLaVA of transformers or of the original llava package (docs/models.md lists
+            them), on its own or inside a `PeftModel`.
         keep: fraction of an image's visual tokens to keep, in (0, 1]; 1.0 changes nothing.
-        tokens: the same as a count per image.
+        tokens: the same as a count per image; per tile for models that cut pictures into tiles.
         ratio: the paper's r, the fraction kept at every merging layer.
         config: a ready `MergeConfig`; a budget or options beside it replace its own.
         **options: fields of `MergeConfig`, for instance `algorithm="tome"`.
@@ -70,7 +75,7 @@ def wrap(
     fresh = not is_wrapped(base)
     try:
         adapter.install(base, inside_tower=stage_of(config) != "projector")
-        swap_in(base, WrappedLlava)
+        swap_in(base, MIXINS[adapter.calls])
     except BaseException:
         if fresh:
             adapter.uninstall(base)
@@ -203,35 +208,127 @@ def planned_calibration(model: nn.Module, config: MergeConfig) -> Calibration:
     return Merging(config, find_adapter(base)).calibration(base)
 
 
-def encode_images(model: nn.Module, pixel_values: Tensor, **feature_options: Any) -> VisualTokens:
+def planned_count(
+    model: nn.Module,
+    config: MergeConfig,
+    *,
+    image_size: tuple[int, int] | None = None,
+    frames: int | None = None,
+) -> tuple[Footprint, TokenCount]:
+    """Tokens of one picture or video under `wrap(model, config=config)`; nothing is run or changed.
+
+    Args:
+        model: a supported model, wrapped or not.
+        config: the options.
+        image_size: (height, width) in pixels, None for a typical picture; models that bring every
+            picture to one size ignore it.
+        frames: of a video, None for a picture.
+
+    Raises:
+        TypeError: not a supported model.
+        ValueError: the budget does not fit, a size below one pixel, or frames of a model that
+            takes no videos.
+    """
+    base = base_model(model)
+    adapter = find_adapter(base)
+    if image_size is not None:
+        image_size = checked_size(image_size)
+    footprint = adapter.footprint(base, image_size=image_size, frames=frames)
+    return footprint, Merging(config, adapter).new_pass(base).count(footprint)
+
+
+def checked_size(image_size: Any) -> tuple[int, int]:
+    """(height, width) as whole numbers of pixels.
+
+    Raises:
+        TypeError: no two whole numbers.
+        ValueError: below one pixel.
+    """
+    try:
+        height, width = image_size
+    except (TypeError, ValueError):
+        raise TypeError(f"image_size must be (height, width), got {image_size!r}") from None
+    return whole_number("image height", height, 1), whole_number("image width", width, 1)
+
+
+def encode_images(model: nn.Module, pixel_values: Tensor, **inputs: Any) -> VisualTokens:
     """The visual tokens a wrapped model's language model sees, with sizes and source maps.
 
     Args:
         model: a wrapped model.
-        pixel_values: [images, 3, H, W] from the model's processor.
-        **feature_options: `vision_feature_layer`, `vision_feature_select_strategy`.
+        pixel_values: from the model's processor.
+        **inputs: what else the processor gives for images (`image_sizes`, `batch_num_images`),
+            `vision_feature_layer`, `vision_feature_select_strategy`.
 
     Raises:
-        ValueError: the model is not wrapped.
+        ValueError: the model is not wrapped, or an input is missing.
     """
     base, merging = merging_of(model)
-    return merging.encode(base, pixel_values, **feature_options)
+    encoded = merging.encode(base, inputs | {merging.image_input: pixel_values})
+    return next(one.visual for one in encoded if one.kind == "image")
 
 
-def visual_token_counts(model: nn.Module, pixel_values: Tensor) -> list[int]:
+def encode_videos(model: nn.Module, pixel_values_videos: Tensor, **inputs: Any) -> VisualTokens:
+    """`encode_images` for videos.
+
+    Args:
+        model: a wrapped model that takes videos.
+        pixel_values_videos: [videos, frames, 3, H, W] from the model's processor.
+        **inputs: `vision_feature_layer`, `vision_feature_select_strategy`.
+
+    Raises:
+        ValueError: the model is not wrapped, or takes no videos.
+    """
+    base, merging = merging_of(model)
+    if "pixel_values_videos" not in merging.adapter.pixel_inputs:
+        raise ValueError(f"{type(base).__name__} takes no videos")
+    encoded = merging.encode(base, inputs | {"pixel_values_videos": pixel_values_videos})
+    return next(one.visual for one in encoded if one.kind == "video")
+
+
+def visual_token_counts(model: nn.Module, pixel_values: Tensor, **inputs: Any) -> list[int]:
     """Visual tokens of every image of a wrapped model; the tower is run where images differ.
 
     Args:
         model: a wrapped model.
-        pixel_values: [images, 3, H, W].
+        pixel_values: from the model's processor.
+        **inputs: as for `encode_images`.
 
     Raises:
-        ValueError: the model is not wrapped.
+        ValueError: the model is not wrapped, or an input is missing.
     """
-    if not merge_config(model).is_adaptive:
-        return [schedule_of(model).tokens_out] * len(pixel_values)
+    base, merging = merging_of(model)
+    if not merging.config.is_adaptive:
+        counts = merging.counts(base, inputs | {merging.image_input: pixel_values})
+        return [count.out for count in counts["image"]]
     with torch.no_grad():
-        return encode_images(model, pixel_values).counts
+        return encode_images(model, pixel_values, **inputs).counts
+
+
+@torch.no_grad()
+def prompt_images(model: nn.Module, inputs: Mapping[str, Any]) -> list[PromptImage]:
+    """Row, full and merged count of every image of a batch; run only where images differ.
+
+    Args:
+        model: a wrapped model.
+        inputs: a processor's batch with `input_ids` [B, T].
+
+    Raises:
+        ValueError: the model is not wrapped, or placeholders and images do not match.
+    """
+    base, merging = merging_of(model)
+    if not merging.has_pixels(inputs):
+        return []
+    if merging.config.is_adaptive:
+        encoded = merging.encode(base, inputs)
+        counts = {
+            one.kind: list(zip(one.visual.full_counts, one.visual.counts, strict=True))
+            for one in encoded
+        }
+    else:
+        planned = merging.counts(base, inputs)
+        counts = {kind: [(one.full, one.out) for one in found] for kind, found in planned.items()}
+    return images_of(base, merging, inputs["input_ids"], counts)
 
 
 def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
@@ -242,12 +339,12 @@ def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
 
     Args:
         model: a wrapped model.
-        **inputs: a processor's batch: `pixel_values` and `input_ids` or `inputs_embeds`, and
+        **inputs: a processor's batch: images and `input_ids` or `inputs_embeds`, and
             where wanted `attention_mask`, `labels`, `position_ids`; others are passed through.
 
     Returns:
-        `inputs_embeds` [B, S, C] and the shortened others, without `input_ids` and
-        `pixel_values`. `position_ids` are float32 where tokens keep their unreduced places, and
+        `inputs_embeds` [B, S, C] and the shortened others, without `input_ids` and what was
+        encoded. `position_ids` are float32 where tokens keep their unreduced places, and
         `token_sizes` [B, S] float32 (what every column stands for) is there where the model's
         attention uses it; the model takes both. Gradients reach projector and tower. A
         batch without images comes back unchanged.
@@ -256,16 +353,22 @@ def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
         ValueError: the model is not wrapped, or placeholders and images do not match.
     """
     base, merging = merging_of(model)
-    if inputs.get("pixel_values") is None:
+    if not merging.has_pixels(inputs):
         return dict(inputs)
+    if isinstance(base, WrappedOriginalLlava):
+        return base._pitome_compact_inputs(inputs)
     prompt = prepare(base, merging, inputs)
     known = ("inputs_embeds", "attention_mask", "labels", "position_ids")
     compact = {name: getattr(prompt, name) for name in known if getattr(prompt, name) is not None}
+    if "position_ids" in compact:
+        compact["position_ids"] = as_model_positions(compact["position_ids"])
     if prompt.calibration.size_bias:
         compact["token_sizes"] = prompt.sizes
     shape = prompt.compaction.keep.shape
+    adapter = merging.adapter
+    consumed = {*known, "input_ids", *adapter.vision_inputs, *adapter.feature_options}
     for name, value in inputs.items():
-        if name in (*known, "input_ids", "pixel_values"):
+        if name in consumed:
             continue
         per_token = isinstance(value, torch.Tensor) and value.shape == shape
         compact[name] = prompt.compaction.take(value, 0) if per_token else value

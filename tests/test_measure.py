@@ -120,7 +120,7 @@ class TestFlops:
         with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
             tower(torch.zeros(1, 3, 96, 96), output_hidden_states=True)
         model = LlavaForConditionalGeneration(config)
-        # The class token is not known of, and the pooler is taken for a part of every token.
+        # The pooler is taken for a part of every token.
         assert costs(model).tower_flops == pytest.approx(counter.get_total_flops(), rel=0.06)
 
     def test_parts_add_up(self):

@@ -1,24 +1,55 @@
 """Which models can be wrapped, and where their parts are.
 
 Knows: model families. Does not know: algorithms. A new family is one adapter class and one entry
-in `ADAPTERS`.
+in `ADAPTERS` (docs/adding-a-model.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ..merge_pass import MergePass, VisualTokens
+from ..counts import Footprint
+from ..merge_pass import MergePass
 from ..schedule import TowerShape
+from ..visual_tokens import Encoded
+from .hf_anyres import HFAnyResAdapter
 from .hf_llava import HFLlavaAdapter
+from .hf_video import HFNextVideoAdapter, HFVideoAdapter, HFVideoLlavaAdapter
+from .original_llava import OriginalAnyResAdapter, OriginalLlavaAdapter
+from .parts import ModelParts
+from .qwen_vl import QwenVLAdapter
 
 
 class Adapter(Protocol):
-    """What the wrapper asks of a model family. Adapters hold no state."""
+    """What the wrapper asks of a model family. Adapters hold no state.
 
-    name: str
+    Attributes:
+        model_types: values of `config.model_type`.
+        calls: the calling convention, which decides what is put in front of the model's class
+            (`wrapper.MIXINS`).
+        counted_per: what the numbers of `tower_shape` are about, "image", "tile" or "frame".
+        pixel_inputs: arguments of the model that hold pixels, and the kind each is encoded to.
+        vision_inputs: all arguments that `encode` consumes, those included; the language model
+            does not see them.
+        feature_options: arguments that change how features are read.
+        default_image_size: (height, width) of a typical picture, for what is only printed; None
+            where every picture is brought to one size.
+        videos_pooled_first: videos are pooled and merged in front of the projector.
+        own_positions: the model places tokens by the grid of their picture (`prompt_places`).
+    """
+
+    model_types: tuple[str, ...]
+    calls: str
+    counted_per: str
+    pixel_inputs: Mapping[str, str]
+    vision_inputs: tuple[str, ...]
+    feature_options: tuple[str, ...]
+    default_image_size: tuple[int, int] | None
+    videos_pooled_first: bool
+    own_positions: bool
 
     def matches(self, model: Any) -> bool:
         """Whether this adapter serves the model."""
@@ -40,14 +71,105 @@ class Adapter(Protocol):
         """Configuration of the language model, the object its attention layers read."""
         ...
 
-    def encode_images(
-        self, model: Any, pixel_values: Tensor, merge_pass: MergePass, **feature_options: Any
-    ) -> VisualTokens:
-        """Tower, merging and projector for a batch of images."""
+    def parts(self, model: Any) -> ModelParts:
+        """Where the weights are."""
+        ...
+
+    def placeholder_ids(self, model: Any) -> dict[str, int]:
+        """The id of the placeholder of every kind that the model knows."""
+        ...
+
+    def footprint(
+        self,
+        model: Any,
+        *,
+        image_size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        **feature_options: Any,
+    ) -> Footprint:
+        """Counts of one picture (height, width) in pixels or of a video; nothing is run.
+
+        No size is `default_image_size`. Models that bring every picture to one size ignore it.
+
+        Raises:
+            ValueError: `frames` of a model that takes no videos.
+        """
+        ...
+
+    def prompt_places(
+        self, model: Any, inputs: Mapping[str, Any], mask: Tensor | None
+    ) -> Tensor | None:
+        """[B, T, D] places of every token of the unmerged prompt; None where they count up.
+
+        Args:
+            model: the model.
+            inputs: of a call, before anything is merged.
+            mask: [B, T] over the prompt, or None.
+        """
+        ...
+
+    def tower_flops(self, model: Any, footprint: Footprint) -> int | None:
+        """FLOPs of a tower that merging leaves alone; None where its layers are counted."""
+        ...
+
+    def footprints(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Footprint]]:
+        """Counts of every picture of a call by kind, in the order of the placeholders.
+
+        Args:
+            model: the model.
+            inputs: of `vision_inputs` and `feature_options` what the call has.
+
+        Raises:
+            ValueError: an input is missing, or inputs do not belong together.
+        """
+        ...
+
+    def encode(self, model: Any, inputs: Mapping[str, Any], merge_pass: MergePass) -> list[Encoded]:
+        """Tower, merging and projector for everything there is to see in a call.
+
+        Args:
+            model: an installed model.
+            inputs: as for `footprints`.
+            merge_pass: a fresh pass, for the first kind; `merge_pass.fresh()` for each further.
+
+        Returns:
+            One entry per kind; every picture has the count that `merge_pass.count` promises.
+        """
         ...
 
 
-ADAPTERS: tuple[Adapter, ...] = (HFLlavaAdapter(),)
+ADAPTERS: list[Adapter] = [
+    HFLlavaAdapter(),
+    HFAnyResAdapter(),
+    HFVideoAdapter(),
+    HFNextVideoAdapter(),
+    HFVideoLlavaAdapter(),
+    OriginalLlavaAdapter(),
+    OriginalAnyResAdapter(),
+    QwenVLAdapter(),
+]
+
+
+def register(adapter: Adapter) -> Adapter:
+    """Let models be wrapped that `adapter` knows.
+
+    Raises:
+        ValueError: another adapter serves one of its model types.
+    """
+    for known in ADAPTERS:
+        taken = set(known.model_types) & set(adapter.model_types)
+        if taken and type(known) is not type(adapter):
+            raise ValueError(
+                f"model type {min(taken)!r} is already served by {type(known).__name__}"
+            )
+    if not any(type(known) is type(adapter) for known in ADAPTERS):
+        ADAPTERS.append(adapter)
+    return adapter
+
+
+def model_types() -> tuple[str, ...]:
+    """Model types that can be wrapped."""
+    return tuple(name for adapter in ADAPTERS for name in adapter.model_types)
 
 
 def find_adapter(model: Any) -> Adapter:
@@ -64,7 +186,8 @@ def find_adapter(model: Any) -> Adapter:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     shown = f"{kind} (model_type {model_type!r})" if model_type else kind
     raise TypeError(
-        f"cannot wrap {shown}: looked for a model of type {', '.join(a.name for a in ADAPTERS)} "
-        "with a vision_tower, a multi_modal_projector and a language_model; pass a "
-        "LlavaForConditionalGeneration or VipLlavaForConditionalGeneration, or a PeftModel of one"
+        f"cannot wrap {shown}: looked for a model of type {', '.join(model_types())} "
+        "with the parts that its adapter names (a vision tower, a projector, a language model); "
+        "pass a LlavaForConditionalGeneration or one of its relatives, a model of the original "
+        "llava package, or a PeftModel of one"
     )

@@ -1,44 +1,69 @@
 """Hugging Face LLaVA and ViP-LLaVA: where tower and projector are and how features are read.
 
-Knows: `vision_feature_layer`, the select strategy, the projector. Does not know: algorithms,
+Knows: models with one vision tower whose pictures all have one size. Does not know: algorithms,
 prompts, or how a layer merges (`tower.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..merge_pass import MergePass, VisualTokens
+from ..counts import Footprint
+from ..merge_pass import MergePass
 from ..schedule import TowerShape
-from .tower import (
-    encoding,
-    feature_depth,
-    find_encoder_layers,
-    has_class_token,
-    install_tower,
-    patch_grid,
-    uninstall_tower,
+from ..visual_tokens import Encoded, VisualTokens
+from .features import (
+    FEATURE_OPTIONS,
+    check_count,
+    checked_pixels,
+    feature_choice,
+    no_videos,
+    read_features,
+    shape_of_tower,
+    token_id,
 )
-
-MODEL_TYPES = ("llava", "vipllava")
-PARTS = ("vision_tower", "multi_modal_projector", "language_model")
-STRATEGIES = ("default", "full")
-VARIABLE_GRID = ("pixtral",)
+from .parts import ModelParts
+from .tower import find_encoder_layers, install_tower, uninstall_tower
+from .usual import UsualModel
 
 
-class HFLlavaAdapter:
+class HFLlavaAdapter(UsualModel):
     """LlavaForConditionalGeneration and VipLlavaForConditionalGeneration."""
 
-    name = " | ".join(MODEL_TYPES)
+    model_types: tuple[str, ...] = ("llava", "vipllava")
+    # What the parts are called in `model.model`.
+    part_names: Mapping[str, str] = {
+        "vision_tower": "vision_tower",
+        "projector": "multi_modal_projector",
+        "language_model": "language_model",
+    }
+    calls = "transformers"
+    counted_per = "image"
+    # Pixels of a call and the kind of placeholder they are for.
+    pixel_inputs: Mapping[str, str] = {"pixel_values": "image"}
+    vision_inputs: tuple[str, ...] = ("pixel_values", "image_sizes")
+    feature_options: tuple[str, ...] = FEATURE_OPTIONS
+    default_image_size: tuple[int, int] | None = None
 
     def matches(self, model: Any) -> bool:
         """By model type and parts, not by class path, which differs between releases."""
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         core = getattr(model, "model", None)
-        return model_type in MODEL_TYPES and all(hasattr(core, part) for part in PARTS)
+        named = all(hasattr(core, name) for name in self.part_names.values())
+        return model_type in self.model_types and named
+
+    def parts(self, model: Any) -> ModelParts:
+        """See `Adapter`."""
+        core, names = model.model, self.part_names
+        return ModelParts(
+            getattr(core, names["vision_tower"]),
+            model.config.vision_config,
+            getattr(core, names["projector"]),
+            (getattr(core, names["language_model"]),),
+        )
 
     def tower_shape(self, model: Any, **feature_options: Any) -> TowerShape:
         """See `Adapter`; `feature_options` may override `vision_feature_layer` and strategy.
@@ -47,9 +72,8 @@ class HFLlavaAdapter:
             TypeError: the tower's number of patches depends on the picture.
             ValueError: unknown select strategy, or a feature layer outside of the tower.
         """
-        layer, strategy = feature_choice(model.config, feature_options)
-        class_tokens = int(has_class_token(model.model.vision_tower))
-        return tower_shape_of(model.config.vision_config, layer, strategy, class_tokens)
+        choice, parts = feature_choice(model.config, feature_options), self.parts(model)
+        return shape_of_tower(parts.vision_tower, parts.vision_config, choice)
 
     def install(self, model: Any, *, inside_tower: bool) -> None:
         """Swap the classes of the tower's layers.
@@ -57,121 +81,75 @@ class HFLlavaAdapter:
         An unknown tower is an error where it has to merge. Where merging happens behind it the
         tower is left alone.
         """
+        towers = self.parts(model).towers
         try:
-            find_encoder_layers(model.model.vision_tower)
+            for tower in towers:
+                find_encoder_layers(tower)
         except TypeError:
             if inside_tower:
                 raise
             return
-        install_tower(model.model.vision_tower)
+        for tower in towers:
+            install_tower(tower)
 
     def uninstall(self, model: Any) -> None:
         """Give the tower its own classes back."""
-        uninstall_tower(model.model.vision_tower)
+        for tower in self.parts(model).towers:
+            uninstall_tower(tower)
 
-    def encode_images(
-        self, model: Any, pixel_values: Tensor, merge_pass: MergePass, **feature_options: Any
-    ) -> VisualTokens:
+    def text_config(self, model: Any) -> Any:
+        """Configuration of the language model, the object its attention layers read."""
+        return getattr(model.model, self.part_names["language_model"]).config
+
+    def placeholder_ids(self, model: Any) -> dict[str, int]:
+        """See `Adapter`."""
+        return {kind: token_id(model.config, kind) for kind in self.pixel_inputs.values()}
+
+    def footprint(
+        self,
+        model: Any,
+        *,
+        image_size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        **feature_options: Any,
+    ) -> Footprint:
+        """See `Adapter`: the processor brings every picture to one size."""
+        del image_size
+        no_videos(model, frames)
+        shape = self.tower_shape(model, **feature_options)
+        return Footprint(shape.n_tokens + shape.leading_kept)
+
+    def footprints(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Footprint]]:
+        """See `Adapter`."""
+        if inputs.get("pixel_values") is None:
+            return {}
+        pixels = checked_pixels(inputs["pixel_values"], "[images, 3, height, width]", (4,))
+        options = {name: inputs[name] for name in self.feature_options if name in inputs}
+        return {"image": [self.footprint(model, **options)] * len(pixels)}
+
+    def encode(self, model: Any, inputs: Mapping[str, Any], merge_pass: MergePass) -> list[Encoded]:
         """`get_image_features` of the model itself, with merging in its two places.
 
         Args:
             model: an installed model.
-            pixel_values: [images, 3, H, W].
+            inputs: `pixel_values` [images, 3, H, W] and of `feature_options` what there is.
             merge_pass: a fresh pass; holds the plans afterwards.
-            **feature_options: `vision_feature_layer`, `vision_feature_select_strategy`.
         """
-        layer, strategy = feature_choice(model.config, feature_options)
-        core = model.model
-        with encoding(core.vision_tower, merge_pass):
-            outputs = core.vision_tower(pixel_values, output_hidden_states=True)
-        states = outputs.hidden_states
-        depths = feature_depth(layer, len(states) - 1)
-        # Features of several depths are concatenated per token: the shallower ones have to go
-        # through the merges that were made behind them.
-        carried = [merge_pass.carry(states[depth], depth) for depth in depths]
-        if strategy == "default":
-            carried = [state[:, 1:] for state in carried]
-        joined = torch.cat(carried, dim=-1)
-        _check_count(joined.shape[1], merge_pass.schedule.tower_out)
+        pixels = checked_pixels(inputs["pixel_values"], "[images, 3, height, width]", (4,))
+        choice, parts = feature_choice(model.config, inputs), self.parts(model)
+        joined = read_features(parts.vision_tower, pixels, merge_pass, choice)
         features = merge_pass.merge_features(joined)
         counts = [len(feature) for feature in features]
         # Projectors work token by token: images of different length go through as one row.
         same = len(set(counts)) == 1
         batch = torch.stack(features) if same else torch.cat(features)[None]
-        projected = core.multi_modal_projector(batch)
-        _check_count(projected.shape[1], batch.shape[1])
+        projected = parts.projector(batch)
+        check_count(projected.shape[1], batch.shape[1])
         images, device = len(features), projected.device
-        return VisualTokens(
+        visual = VisualTokens(
             list(projected) if same else list(torch.split(projected[0], counts)),
             merge_pass.source_maps(images, device),
             [merge_pass.schedule.tokens_in] * images,
             merge_pass.anchors(images, device),
         )
-
-    def text_config(self, model: Any) -> Any:
-        """Configuration of the language model, the object its attention layers read."""
-        return model.model.language_model.config
-
-
-def feature_choice(config: Any, options: dict[str, Any]) -> tuple[int | list[int], str]:
-    """The feature layer (or layers) and the select strategy: of one call, else of the config.
-
-    Raises:
-        ValueError: there is no feature layer, or the strategy is unknown.
-    """
-    layer = options.get("vision_feature_layer")
-    for name in ("vision_feature_layer", "vision_feature_layers"):
-        layer = getattr(config, name, None) if layer is None else layer
-    if layer is None:
-        raise ValueError("the model's config names no vision_feature_layer")
-    strategy = options.get("vision_feature_select_strategy")
-    if strategy is None:
-        # ViP-LLaVA has no such option: it always drops the first token.
-        strategy = getattr(config, "vision_feature_select_strategy", None) or "default"
-    if strategy not in STRATEGIES:
-        raise ValueError(
-            f"vision_feature_select_strategy must be one of {', '.join(STRATEGIES)}, "
-            f"got {strategy!r}"
-        )
-    return (layer if isinstance(layer, int) else list(layer)), strategy
-
-
-def tower_shape_of(
-    vision_config: Any, layer: int | list[int], strategy: str, class_tokens: int
-) -> TowerShape:
-    """Numbers of a vision tower from its configuration; see `HFLlavaAdapter.tower_shape`.
-
-    Args:
-        vision_config: configuration of the tower.
-        layer: see `feature_choice`.
-        strategy: see `feature_choice`.
-        class_tokens: class tokens that the tower puts in front of its patches, 0 or 1.
-    """
-    if vision_config.model_type in VARIABLE_GRID:
-        raise TypeError(
-            f"a {vision_config.model_type} vision tower is not supported yet: its number of "
-            "patches depends on the picture, so no count can be promised"
-        )
-    grid = patch_grid(vision_config)
-    patches = grid[0] * grid[1]
-    # "default" cuts off the first token whatever it is; on a tower without a class token that
-    # is the first patch, which then must not be merged into anything that stays.
-    n_leading = max(class_tokens, int(strategy == "default"))
-    n_layers = vision_config.num_hidden_layers
-    return TowerShape(
-        n_tokens=patches + class_tokens - n_leading,
-        n_leading=n_leading,
-        leading_kept=n_leading if strategy == "full" else 0,
-        n_layers=n_layers,
-        used_layers=max(feature_depth(layer, n_layers)),
-        grid=grid if n_leading == class_tokens else None,
-    )
-
-
-def _check_count(found: int, scheduled: int) -> None:
-    if found != scheduled:
-        raise RuntimeError(
-            f"the vision tower gave {found} visual tokens per image where {scheduled} were "
-            "scheduled; pixel_values of another size, or a module that hides the tower, are the "
-            "usual reasons"
-        )
+        return [Encoded("image", self.placeholder_ids(model)["image"], visual)]

@@ -25,6 +25,12 @@ logger = logging.get_logger(__name__)
 
 LAYER_PARTS = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "out_proj", "head_dim", "scale")
+# All that a merging layer hands to attention. One that takes more (rotary positions, in MLCD) would
+# silently get less.
+ATTENTION_INPUTS = {
+    *("self", "hidden_states", "attention_mask", "causal_attention_mask"),
+    *("output_attentions", "kwargs"),
+}
 LAYER_ATTRIBUTES = ("_pitome_layer", "_pitome_slot", "_pitome_returns_tuple")
 # Implementations whose function in transformers adds a float mask to the logits. All others
 # (flash kernels, flex) read a mask as padding or not at all.
@@ -87,7 +93,7 @@ def find_encoder_layers(tower: nn.Module) -> list[nn.ModuleList]:
         raise TypeError(
             f"vision tower {type(tower).__name__} is not supported inside the tower: looked for "
             f"a ModuleList of layers with {', '.join(LAYER_PARTS)} whose self_attn has "
-            f"{', '.join(ATTENTION_PARTS)} (CLIP and SigLIP have); "
+            f"{', '.join(ATTENTION_PARTS)} and takes no position embeddings (CLIP and SigLIP); "
             'merge behind it with stage="projector" instead'
         )
     if any(hasattr(layer, "_checkpoint_wrapped_module") for layers in found for layer in layers):
@@ -99,9 +105,12 @@ def find_encoder_layers(tower: nn.Module) -> list[nn.ModuleList]:
 
 
 def _is_mergeable(layer: nn.Module) -> bool:
-    attention = getattr(layer, "self_attn", None)
-    return all(hasattr(layer, part) for part in LAYER_PARTS) and all(
+    attention: Any = getattr(layer, "self_attn", None)
+    parts = all(hasattr(layer, part) for part in LAYER_PARTS) and all(
         hasattr(attention, part) for part in ATTENTION_PARTS
+    )
+    return parts and ATTENTION_INPUTS.issuperset(
+        inspect.signature(base_class(attention).forward).parameters
     )
 
 
@@ -252,35 +261,3 @@ def encoding(tower: nn.Module, merge_pass: MergePass) -> Iterator[None]:
         for slot in {layer._pitome_slot[0] for layer in layers}:
             stack.enter_context(slot.encode(merge_pass))
         yield
-
-
-def has_class_token(tower: nn.Module) -> bool:
-    """Whether the tower puts a class token in front of the patches (CLIP does, SigLIP not)."""
-    return any(hasattr(module, "class_embedding") for module in tower.modules())
-
-
-def patch_grid(vision_config: Any) -> tuple[int, int]:
-    """(rows, columns) of patches that the processor prepares pictures for."""
-    image, patch = vision_config.image_size, vision_config.patch_size
-    rows, columns = (image, image) if isinstance(image, int) else image
-    high, wide = (patch, patch) if isinstance(patch, int) else patch
-    return rows // high, columns // wide
-
-
-def feature_depth(vision_feature_layer: int | list[int], n_layers: int) -> list[int]:
-    """Indices into `hidden_states` (0 is the embedding) as numbers of layers passed.
-
-    Raises:
-        ValueError: an index outside of the tower.
-    """
-    wanted = (
-        [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
-    )
-    depths = [index if index >= 0 else n_layers + 1 + index for index in wanted]
-    for index, depth in zip(wanted, depths, strict=True):
-        if not 0 <= depth <= n_layers:
-            raise ValueError(
-                f"vision_feature_layer must be in {-n_layers - 1}..{n_layers} for this tower of "
-                f"{n_layers} layers, got {index}"
-            )
-    return depths

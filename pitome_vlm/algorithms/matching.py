@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from ..merge import MergePlan
+from ..merge_plan import take_tokens
 
 
 def take_similarity(similarity: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """[B, N, N] at rows [B, a] and columns [B, b]: [B, a, b]."""
-    batch = torch.arange(similarity.shape[0], device=similarity.device)[:, None, None]
-    return similarity[batch, rows[:, :, None], columns[:, None, :]]
+    taken = take_tokens(similarity, rows)
+    if len(taken) == 1:
+        return taken[0].index_select(1, columns[0])[None]
+    return taken.gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))
 
 
 def match_most_similar(
@@ -74,9 +77,9 @@ def farthest_first(distance: Tensor, n_out: int) -> Tensor:
     to_chosen = torch.full_like(distance[:, 0], math.inf)
     chosen = [choice]
     for _ in range(n_out - 1):
-        row = distance.take_along_dim(choice[:, :, None], 1)[:, 0]
+        row = take_tokens(distance, choice)[:, 0]
         # What is chosen stays at minus infinity and is never the farthest again.
-        to_chosen = torch.minimum(to_chosen, row).scatter(1, choice, -math.inf)
+        to_chosen = torch.minimum(to_chosen, row).scatter_(1, choice, -math.inf)
         choice = to_chosen.argmax(-1)[:, None]
         chosen.append(choice)
     return torch.cat(chosen, 1)

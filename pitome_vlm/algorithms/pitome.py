@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..merge import Algorithm, MergeContext, MergePlan, cosine_similarity
-from .matching import match_alternating, match_most_similar, take_similarity
+from .matching import match_alternating
+from .similarity import Similarity
 
 
 def margin_at(depth: float) -> float:
@@ -21,22 +22,27 @@ def margin_at(depth: float) -> float:
     return 0.9 - 0.9 * depth
 
 
-def energy_score(similarity: Tensor, margin: float, *, form: str, alpha: float) -> Tensor:
+def energy_score(
+    similarity: Tensor, margin: float, *, form: str, alpha: float, first: int = 0
+) -> Tensor:
     """How redundant each token is: E_i = 1/N sum over its neighbours j of f_m(cos(v_i, v_j)).
 
     Args:
-        similarity: [B, N, N] cosines.
+        similarity: [B, N, N] cosines, or some of their rows.
         margin: m.
         form: "paper" is eq. 4, f_m(x) = x if x >= m else alpha (exp(x - m) - 1); "elu" is the
             released code's ELU(x - m); "gaussian" the released text model's kernel with
             sigma = 1 - m.
         alpha: alpha of eq. 4.
+        first: number of the first row, where only some are given.
 
     Returns:
-        [B, N]; high energy means a large cluster, hence mergeable.
+        [B, rows]; high energy means a large cluster, hence mergeable.
     """
     if form == "paper":
-        low = alpha * (torch.exp(similarity - margin) - 1)
+        # In place: fresh memory for every N x N step costs more than the arithmetic.
+        low = (similarity - margin).exp_().sub_(1)
+        low = low if alpha == 1 else low.mul_(alpha)
         score = torch.where(similarity >= margin, similarity, low)
     elif form == "elu":
         score = torch.nn.functional.elu(similarity - margin, alpha=alpha)
@@ -46,8 +52,21 @@ def energy_score(similarity: Tensor, margin: float, *, form: str, alpha: float) 
         score = torch.exp(-((1 - similarity) ** 2) / (2 * sigma**2))
         score = score / (sigma * math.sqrt(2 * math.pi))
     # A token is not its own neighbour.
-    own = score.diagonal(dim1=-2, dim2=-1)
+    own = score.diagonal(first, -2, -1)
     return (score.sum(-1) - own) / similarity.shape[-1]
+
+
+def energies(similarity: Similarity, ctx: MergeContext) -> Tensor:
+    """`energy_score` of all tokens [B, N], with the options of a context."""
+    config = ctx.config
+    margin = margin_at(ctx.depth) if config.margin is None else config.margin
+    return torch.cat(
+        [
+            energy_score(rows, margin, form=config.energy, alpha=config.alpha, first=first)
+            for first, rows in similarity.rows()
+        ],
+        1,
+    )
 
 
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
@@ -68,18 +87,20 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
             f"pitome merges at most half of the tokens in one step (2k <= N): n_out must be in "
             f"{(n_tokens + 1) // 2}..{n_tokens}, got {n_out}"
         )
-    similarity = cosine_similarity(keys)
     if config.early_matching > 0 and ctx.depth <= config.early_matching:
-        return match_alternating(similarity, n_merge, offset=ctx.n_leading)
-    margin = margin_at(ctx.depth) if config.margin is None else config.margin
-    energy = energy_score(similarity, margin, form=config.energy, alpha=config.alpha)
+        return match_alternating(cosine_similarity(keys), n_merge, offset=ctx.n_leading)
+    similarity = Similarity(keys)
+    energy = energies(similarity, ctx)
     by_energy = energy.argsort(dim=-1, descending=True, stable=True)
     if not config.protect:
         side_a, side_b = by_energy[:, ::2], by_energy[:, 1::2]
-        sources, destinations = match_most_similar(similarity, side_a, side_b, n_merge)
+        best, partner = similarity.best(side_a, side_b)
+        chosen = best.argsort(dim=-1, descending=True, stable=True)[:, :n_merge]
+        sources = side_a.gather(1, chosen)
+        destinations = side_b.gather(1, partner.gather(1, chosen))
         return MergePlan.from_pairs(n_tokens, sources, destinations)
     side_a, side_b = _split(by_energy[:, : 2 * n_merge], ctx)
-    partner = take_similarity(similarity, side_a, side_b).argmax(-1)
+    _, partner = similarity.best(side_a, side_b)
     order = None
     if not config.restore_order:
         order = torch.cat([by_energy[:, 2 * n_merge :], side_b], 1)

@@ -26,9 +26,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..merge import Algorithm, MergeContext, MergePlan, cosine_similarity
-from .matching import complement, farthest_first, take_similarity
-from .pitome import energy_score, margin_at
+from ..merge import Algorithm, MergeContext, MergePlan
+from .matching import complement
+from .pitome import energies
+from .similarity import Similarity
 
 
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
@@ -39,29 +40,26 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
         n_out: 1..N.
         ctx: relative depth, and of the options `energy`, `alpha`, `margin`, `restore_order`.
     """
-    similarity = cosine_similarity(keys)
+    similarity = Similarity(keys)
     if ctx.at_projector or 2 * n_out < keys.shape[1]:
         return _coverage(similarity, n_out)
     return _matching(similarity, n_out, ctx)
 
 
-def _matching(similarity: Tensor, n_out: int, ctx: MergeContext) -> MergePlan:
+def _matching(similarity: Similarity, n_out: int, ctx: MergeContext) -> MergePlan:
     """The r best edges between tokens that alternate in energy order.
 
     Args:
-        similarity: [B, N, N].
+        similarity: of N tokens.
         n_out: N - r with 2 r <= N.
         ctx: see `plan`.
     """
-    config, n_tokens = ctx.config, similarity.shape[1]
-    margin = margin_at(ctx.depth) if config.margin is None else config.margin
-    energy = energy_score(similarity, margin, form=config.energy, alpha=config.alpha)
+    config, n_tokens = ctx.config, similarity.n_tokens
+    energy = energies(similarity, ctx)
     by_energy = energy.argsort(dim=-1, descending=True, stable=True)
     # Alternating, so that both ends of a good edge are rarely on one side.
     side_a, side_b = by_energy[:, ::2], by_energy[:, 1::2]
-    edges = take_similarity(similarity, side_a, side_b)
-    redundancy = energy.gather(1, side_a)[:, :, None] + energy.gather(1, side_b)[:, None, :]
-    best, partner = (edges + redundancy / 2).max(-1)
+    best, partner = similarity.best(side_a, side_b, energy)
     chosen = best.argsort(dim=-1, descending=True, stable=True)[:, : n_tokens - n_out]
     sources = side_a.gather(1, chosen)
     destinations = side_b.gather(1, partner.gather(1, chosen))
@@ -74,17 +72,17 @@ def _matching(similarity: Tensor, n_out: int, ctx: MergeContext) -> MergePlan:
     return MergePlan.from_pairs(n_tokens, sources, destinations, order=order)
 
 
-def _coverage(similarity: Tensor, n_out: int) -> MergePlan:
+def _coverage(similarity: Similarity, n_out: int) -> MergePlan:
     """Tokens far from each other stay, every other one joins the most similar of them.
 
     Args:
-        similarity: [B, N, N].
+        similarity: of N tokens.
         n_out: 1..N.
     """
-    centres = farthest_first(1 - similarity, n_out)
-    others = complement(centres, similarity.shape[1])
-    nearest = take_similarity(similarity, others, centres).argmax(-1)
-    return MergePlan.from_pairs(similarity.shape[1], others, centres.gather(1, nearest))
+    centres = similarity.farthest_first(n_out)
+    others = complement(centres, similarity.n_tokens)
+    _, nearest = similarity.best(others, centres)
+    return MergePlan.from_pairs(similarity.n_tokens, others, centres.gather(1, nearest))
 
 
 ALGORITHM = Algorithm(

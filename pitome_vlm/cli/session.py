@@ -80,10 +80,11 @@ def load_images(paths: Sequence[Path | str]) -> list[Image.Image]:
 
 def merging_line(model: Any) -> str:
     """What is merged, in one line."""
-    from ..wrapper import is_wrapped, merge_config, schedule_of
+    from ..wrapper import is_wrapped, merge_config, merging_of
 
     if not is_wrapped(model):
         return "no merging"
-    schedule = schedule_of(model)
+    base, merging = merging_of(model)
+    schedule, unit = merging.schedule(base), merging.adapter.counted_per
     name = merge_config(model).algorithm
-    return f"{name}: {schedule.tokens_in} -> {schedule.counts_out} visual tokens per image"
+    return f"{name}: {schedule.tokens_in} -> {schedule.counts_out} visual tokens per {unit}"

@@ -17,8 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..inputs import image_token_id
-from ..wrapper import base_model, is_wrapped, schedule_of, visual_token_counts
+from ..wrapper import base_model, is_wrapped, merge_config, prompt_images, schedule_of
 from .requests import Prompt, RequestError
 
 logger = logging.getLogger(__name__)
@@ -164,13 +163,24 @@ class Engine:
             RequestError: one of them cannot be scored; the message names it.
         """
         scores: dict[int, Score] = {}
-        # Rows with different numbers of pictures shrink by different amounts, and their ends
-        # would not be aligned any more.
-        for count in sorted({len(prompt.images) for prompt in prompts}):
-            places = [i for i, prompt in enumerate(prompts) if len(prompt.images) == count]
+        # Rows whose pictures shrink by different amounts would not end at the same place.
+        shrinking = [self._shrinking(prompt, place) for place, prompt in enumerate(prompts)]
+        for kind in dict.fromkeys(shrinking):
+            places = [i for i, own in enumerate(shrinking) if own == kind]
             part = self._named(self._score, [prompts[i] for i in places])
             scores |= dict(zip(places, part, strict=True))
         return [scores[index] for index in range(len(prompts))]
+
+    def _shrinking(self, prompt: Prompt, place: int) -> tuple[Any, ...]:
+        """What decides how much merging shortens a prompt; equal for prompts that go together."""
+        if not is_wrapped(self.model):
+            return ()
+        if merge_config(self.model).is_adaptive:
+            # Only the tower can tell.
+            return ("alone", place) if prompt.images else ()
+        if schedule_of(self.model).packed:
+            return tuple(image.size for image in prompt.images)
+        return (len(prompt.images),)
 
     def _named(
         self, work: Callable[[Sequence[Prompt]], list[Result]], prompts: Sequence[Prompt]
@@ -205,16 +215,10 @@ class Engine:
         """Tokens of every row as the language model sees them."""
         lengths = batch["attention_mask"].sum(1)
         if is_wrapped(self.model):
-            full, token = schedule_of(self.model).tokens_in, image_token_id(base_model(self.model))
-            images = ((batch["input_ids"] == token).sum(1) // full).tolist()
-            pixels = batch.get("pixel_values")
-            counts = [] if pixels is None else visual_token_counts(self.model, pixels)
-            self.work.visual_tokens += sum(counts)
-            self.work.images += len(counts)
-            saved = [full - count for count in counts]
-            first = [sum(images[:row]) for row in range(len(images))]
-            removed = [sum(saved[i : i + n]) for i, n in zip(first, images, strict=True)]
-            lengths = lengths - torch.tensor(removed, device=lengths.device)
+            for image in prompt_images(self.model, batch):
+                self.work.visual_tokens += image.count
+                self.work.images += 1
+                lengths[image.row] -= image.full - image.count
         return [int(length) for length in lengths]
 
     def _clock(self) -> float:

@@ -210,15 +210,19 @@ class Evaluator:
 
     def _facts(self, cell: Cell, samples: list[dict[str, Any]]) -> dict[str, Any]:
         model, counts = self.lm.model, input_tokens(samples)
-        visual = planned_schedule(model, cell.setting.config).tokens_out
+        schedule = planned_schedule(model, cell.setting.config)
         mean = statistics.fmean(counts) if counts else None
-        text = TEXT_TOKENS if mean is None else max(0, round(mean - visual))
+        text = TEXT_TOKENS
+        if mean is not None and not schedule.packed:
+            text = max(0, round(mean - schedule.tokens_out))
         described = describe(model, text_tokens=text, config=cell.setting.config)
         costs = described.before if cell.setting.method == BASELINE else described.after
         names = ("tower_flops", "projector_flops", "prefill_flops", "total_flops", "kv_bytes")
         return {
             "visual_tokens": costs.visual_tokens,
             "visual_tokens_unreduced": described.tokens_in,
+            # Where tokens depend on the picture, costs are those of a picture of this size.
+            **({"image_size": list(described.image_size)} if described.image_size else {}),
             "text_tokens": text,
             "mean_input_tokens": mean,
             **{name: getattr(costs, name) for name in (*names, "kv_bytes_per_image")},

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .. import algorithms
 from ..config import MergeConfig
 from ..merge import Algorithm, MergeContext, MergePlan
-from ..merge_pass import MergePass
 from ..wrapper import merging_of, wrapped
 from .graph import SpectralChange, composed_groups, spectral_change, token_graph
 
@@ -104,16 +103,18 @@ def recorded_merges(
                 f"the budget keeps all {schedule.tokens_in} visual tokens, so there is no merge to "
                 "look at; give a smaller one, for instance keep=0.25"
             )
-        merge_pass = MergePass(
-            config=merging.config,
-            schedule=schedule,
-            algorithm=_recording(algorithms.get(config.algorithm), keys),
-            grid=merging.adapter.tower_shape(base).grid,
+        if schedule.packed:
+            raise ValueError(
+                "this model cuts a picture into tiles, so there is no one graph of its patches; "
+                "use a LLaVA-1.5"
+            )
+        merge_pass = dataclasses.replace(
+            merging.new_pass(base), algorithm=_recording(algorithms.get(config.algorithm), keys)
         )
         weight = next(base.parameters())
         pixels = pixel_values.to(weight.device, getattr(base, "dtype", weight.dtype))
         with torch.no_grad():
-            merging.adapter.encode_images(base, pixels, merge_pass)
+            merging.adapter.encode(base, {"pixel_values": pixels}, merge_pass)
     name, lead = config.algorithm, schedule.n_leading
     return [
         RecordedMerge(name, layer, keys[layer], _without_leading(plan, lead))

@@ -19,11 +19,6 @@ from ..quantization import allow_gradients
 from ..wrapper import base_model, is_wrapped, merge_config, wrap
 
 PARTS = ("language_model", "projector", "vision_tower")
-_MODULES = {
-    "language_model": "language_model",
-    "projector": "multi_modal_projector",
-    "vision_tower": "vision_tower",
-}
 
 
 @dataclass(frozen=True)
@@ -80,21 +75,24 @@ def target_modules(model: nn.Module, parts: tuple[str, ...] = ("language_model",
         ValueError: a part has no linear layer.
     """
     base: Any = base_model(model)
-    shape = find_adapter(base).tower_shape(base)
+    adapter = find_adapter(base)
+    shape, modules = adapter.tower_shape(base), adapter.parts(base)
     unread: set[nn.Module] = set()
     if "vision_tower" in parts:
-        for layers in find_encoder_layers(base.model.vision_tower):
+        for layers in find_encoder_layers(modules.vision_tower):
             unread |= {
                 module for layer in layers[shape.used_layers :] for module in layer.modules()
             }
-            unread |= _outside(base.model.vision_tower, layers)
+            unread |= _outside(modules.vision_tower, layers)
     patterns = []
     for part in parts:
-        inside = re.compile(rf"(?:^|\.){_MODULES[part]}\.")
+        found = getattr(modules, part)
+        roots = found if isinstance(found, tuple) else (found,)
+        inside = {module for root in roots for module in root.modules()}
         names = [
             name
             for name, module in base.named_modules()
-            if inside.search(name) and isinstance(module, nn.Linear) and module not in unread
+            if module in inside and isinstance(module, nn.Linear) and module not in unread
         ]
         if not names:
             raise ValueError(f"{part} has no linear layer that could get an adapter")

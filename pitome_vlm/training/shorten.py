@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..inputs import image_token_id
 from ..prompt import IGNORED_LABEL, compaction, surplus_placeholders
 from ..wrapper import is_wrapped, merging_of
 
@@ -30,8 +30,8 @@ def shorten(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         model: a LLaVA, wrapped or not, also inside a `PeftModel`.
         batch: `input_ids` [B, T] and what else is per token (`attention_mask`, `labels`, token
-            types); `pixel_values` and others are passed through. `position_ids` must be left to
-            the model.
+            types); `pixel_values`, `image_sizes` and others are passed through. `position_ids` must
+            be left to the model.
 
     Returns:
         A new mapping with tensors [B, S]. Unchanged: batches without pictures, of an unwrapped
@@ -43,25 +43,32 @@ def shorten(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: placeholders and pictures do not match, or `position_ids` are given.
     """
     given = dict(batch)
-    ids, pixels = given.get("input_ids"), given.get("pixel_values")
-    if ids is None or pixels is None or not is_wrapped(model):
+    ids = given.get("input_ids")
+    if ids is None or not is_wrapped(model):
         return given
     base, merging = merging_of(model)
-    schedule = merging.schedule(base)
-    if schedule.is_identity or merging.config.is_adaptive:
+    if not merging.has_pixels(given) or merging.config.is_adaptive:
+        return given
+    if merging.is_identity(base, given):
         return given
     if given.get("position_ids") is not None:
         raise ValueError(
             "position_ids cannot be shortened beforehand; leave them out, or use "
             "pitome_vlm.compact_inputs(model, **batch)"
         )
-    counts = [schedule.tokens_in] * len(pixels), [schedule.tokens_out] * len(pixels)
-    placeholders = ids == image_token_id(base)
-    drop = surplus_placeholders(placeholders, *counts)
+    placeholders, drop = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids) != 0
+    kinds = []
+    for kind, found in merging.counts(base, given).items():
+        places = ids == merging.adapter.placeholder_ids(base)[kind]
+        counts = [one.full for one in found], [one.out for one in found]
+        kinds.append((places, *counts, kind))
+        placeholders |= places
+        drop |= surplus_placeholders(*kinds[-1])
     mask = given.get("attention_mask")
     moves = compaction(placeholders, drop, mask)
     try:
-        surplus_placeholders(moves.take(placeholders, False), *counts)
+        for places, full, out, kind in kinds:
+            surplus_placeholders(moves.take(places, False), full, out, kind)
     except ValueError:
         return given
     short = dict(given)

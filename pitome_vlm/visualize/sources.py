@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .. import algorithms
 from ..merge_pass import MergePass
 from ..wrapper import merging_of
 
@@ -81,6 +80,11 @@ def source_map(model: nn.Module, processor: Any, image: Image.Image) -> SourceMa
     """
     base, merging = merging_of(model)
     shape = merging.adapter.tower_shape(base)
+    if shape.packed:
+        raise ValueError(
+            "this model cuts a picture into tiles, whose groups cannot be drawn on one picture; "
+            "use a model that reads a picture as one tile, such as LLaVA-1.5"
+        )
     if shape.grid is None:
         raise ValueError(
             f"the {shape.n_tokens} visual tokens of this model form no grid, so they cannot be "
@@ -88,17 +92,12 @@ def source_map(model: nn.Module, processor: Any, image: Image.Image) -> SourceMa
         )
     image_processor = getattr(processor, "image_processor", processor)
     pixels = _pixel_values(image_processor, image)
-    merge_pass = MergePass(
-        config=merging.config,
-        schedule=merging.schedule(base),
-        algorithm=algorithms.get(merging.config.algorithm),
-        grid=shape.grid,
-    )
+    merge_pass = merging.new_pass(base)
     weight = next(base.parameters())
     with torch.no_grad():
-        visual = merging.adapter.encode_images(
-            base, pixels.to(weight.device, getattr(base, "dtype", weight.dtype)), merge_pass
-        )
+        pixels = pixels.to(weight.device, getattr(base, "dtype", weight.dtype))
+        encoded = merging.adapter.encode(base, {"pixel_values": pixels}, merge_pass)
+    visual = encoded[0].visual
     groups = visual.source_maps[0][shape.leading_kept :].cpu().numpy().reshape(shape.grid)
     return SourceMap(
         groups=groups,

@@ -151,7 +151,8 @@ def _tower_shape(hf_config: Any) -> TowerShape:
     Raises:
         TypeError: not a LLaVA, or a tower whose layers vLLM runs in another way.
     """
-    from ..adapters.hf_llava import feature_choice, tower_shape_of
+    from ..adapters.features import feature_choice, shape_from_numbers
+    from ..adapters.tower_tokens import patch_grid
 
     model_type = getattr(hf_config, "model_type", None)
     if model_type != "llava":
@@ -160,17 +161,19 @@ def _tower_shape(hf_config: Any) -> TowerShape:
             "(LLaVA-1.5 and its fine-tunes in the format of transformers)" + _why_not(model_type)
         )
     vision = hf_config.vision_config
-    layer, strategy = feature_choice(hf_config, {})
-    if not isinstance(layer, int):
+    choice = feature_choice(hf_config, {})
+    if not isinstance(choice.layer, int):
         raise TypeError(
-            f"vision_feature_layer={layer} cannot be served: vLLM's LLaVA reads one feature layer"
+            f"vision_feature_layer={choice.layer} cannot be served: vLLM's LLaVA reads one "
+            "feature layer"
         )
     if vision.model_type not in CLASS_TOKENS:
         raise TypeError(
             f"vision tower {vision.model_type!r} cannot be served with merged tokens; supported: "
             f"{', '.join(CLASS_TOKENS)}"
         )
-    return tower_shape_of(vision, layer, strategy, CLASS_TOKENS[vision.model_type])
+    special = CLASS_TOKENS[vision.model_type]
+    return shape_from_numbers(patch_grid(vision), vision.num_hidden_layers, choice, special)
 
 
 def _why_not(model_type: Any) -> str:

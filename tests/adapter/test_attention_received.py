@@ -35,7 +35,7 @@ def seen_attention(model, pixels, layer):
         algorithm=spy,
         grid=merging.adapter.tower_shape(base).grid,
     )
-    merging.adapter.encode_images(base, pixels, merge_pass)
+    merging.adapter.encode(base, {"pixel_values": pixels}, merge_pass)
     return seen[layer]
 
 

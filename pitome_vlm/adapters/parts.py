@@ -1,0 +1,39 @@
+"""The parts of a model that costs and weights are counted by.
+
+Knows: their names. Does not know: where a family keeps them (the adapters say that).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """Where the weights of a model are.
+
+    Attributes:
+        vision_tower: everything a picture goes through before the projector.
+        vision_config: its configuration: image_size, patch_size, hidden_size, num_hidden_layers.
+        projector: from the width of the tower to that of the language model.
+        language_model: what every token of a prompt goes through, `lm_head` not included.
+        all_logits: before the first token, logits are computed for every position of the prompt
+            and not for the last one alone.
+        video_tower: where videos go through a tower of their own.
+    """
+
+    vision_tower: nn.Module
+    vision_config: Any
+    projector: nn.Module
+    language_model: tuple[nn.Module, ...]
+    all_logits: bool = False
+    video_tower: nn.Module | None = None
+
+    @property
+    def towers(self) -> tuple[nn.Module, ...]:
+        """All vision towers."""
+        found = (self.vision_tower, self.video_tower)
+        return tuple(tower for tower in found if tower is not None)
