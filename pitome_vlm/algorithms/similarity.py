@@ -5,7 +5,7 @@ Knows: cosines, and in how many pieces to compute them. Does not know: which alg
 Up to `WHOLE` tokens the matrix [B, N, N] is made once. Beyond (video, many tiles) its rows are
 made piece by piece, used and forgotten: 16384 tokens would take 1 GiB per image and take at most
 `PIECE_BYTES` a piece. The decision depends on N alone, so that batching changes no answer. Both
-ways compute the same numbers up to the last bit of a float32 product.
+ways compute the same numbers up to rounding; a near tie may fall otherwise.
 """
 
 from __future__ import annotations
