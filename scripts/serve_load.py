@@ -24,6 +24,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -45,17 +46,19 @@ METRICS = {
 START_TIMEOUT = 600
 
 
-def workload(requests: int, questions: int, max_tokens: int, model: str) -> list[dict[str, Any]]:
-    """Chat requests about test scenes, `questions` about each before the next one comes."""
+def workload(options: argparse.Namespace, model: str) -> list[dict[str, Any]]:
+    """Chat requests about test scenes, `--questions` about each before the next one comes."""
+    # Special tokens are shown then, or the first token's time could be that of a later one.
+    fixed = {"ignore_eos": True, "skip_special_tokens": False} if options.ignore_eos else {}
     by_scene: dict[int, list[str]] = {}
     for sample in load_split("test"):
         by_scene.setdefault(sample.scene_id, []).append(sample.question)
     bodies = []
     for scene_id, asked in by_scene.items():
         url = data_url(scene_id)
-        for question in asked[:questions]:
-            bodies.append(chat(model, url, question, max_tokens))
-    return [bodies[number % len(bodies)] for number in range(requests)]
+        for question in asked[: options.questions]:
+            bodies.append(chat(model, url, question, options.max_tokens) | fixed)
+    return [bodies[number % len(bodies)] for number in range(options.requests)]
 
 
 def data_url(scene_id: int) -> str:
@@ -85,7 +88,7 @@ def chat(model: str, url: str, question: str, max_tokens: int) -> dict[str, Any]
 def ask(client: httpx.Client, url: str, body: dict[str, Any]) -> dict[str, Any]:
     """Send one request: time to the first token, total time, usage, or what went wrong."""
     started = time.perf_counter()
-    first, usage, pieces = None, {}, 0
+    first, usage = None, {}
     try:
         with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
@@ -100,13 +103,12 @@ def ask(client: httpx.Client, url: str, body: dict[str, Any]) -> dict[str, Any]:
                 usage = event.get("usage") or usage
                 choices = event.get("choices") or [{}]
                 if choices[0].get("delta", {}).get("content"):
-                    pieces += 1
                     first = first or time.perf_counter()
     except httpx.HTTPError as error:
         return {"error": type(error).__name__}
     ended = time.perf_counter()
-    if not pieces:
-        return {"error": "an empty answer"}
+    if not usage.get("completion_tokens"):
+        return {"error": "no token"}
     return {
         "first_token_s": (first or ended) - started,
         "total_s": ended - started,
@@ -130,7 +132,7 @@ def drive(url: str, label: str, options: argparse.Namespace) -> dict[str, Any]:
     limits = httpx.Limits(max_connections=options.clients)
     with httpx.Client(timeout=options.timeout, limits=limits) as client:
         served = client.get(f"{url}/v1/models").json()["data"][0]["id"]
-        bodies = workload(options.requests, options.questions, options.max_tokens, served)
+        bodies = workload(options, served)
         for body in bodies[-options.warm_up :] if options.warm_up else []:
             ask(client, url, body)
         before, started = counters(client, url), time.perf_counter()
@@ -238,7 +240,7 @@ def serve_and_drive(keep: float, options: argparse.Namespace) -> dict[str, Any]:
     url = f"http://127.0.0.1:{options.port}"
     words = ["-m", "pitome_vlm", "serve", options.model, "--keep", str(keep)]
     words += ["--host", "127.0.0.1", "--port", str(options.port), *shlex.split(options.vllm)]
-    log = Path(options.output) / f"server_keep_{keep}.log"
+    log = Path(tempfile.gettempdir()) / f"pitome_serve_load_{options.port}_keep_{keep:g}.log"
     with log.open("w") as file:
         server = subprocess.Popen([sys.executable, *words], stdout=file, stderr=file)
         try:
@@ -272,6 +274,7 @@ def arguments() -> argparse.Namespace:
     load.add_argument("--requests", type=int, default=200)
     load.add_argument("--questions", type=int, default=2, help="about every picture")
     load.add_argument("--max-tokens", type=int, default=8)
+    load.add_argument("--ignore-eos", action="store_true", help="answers of --max-tokens each")
     load.add_argument("--warm-up", type=int, default=8, help="requests that are not counted")
     load.add_argument("--timeout", type=float, default=120, help="of one request, in seconds")
     load.add_argument("-o", "--output", required=True)

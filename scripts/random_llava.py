@@ -1,0 +1,73 @@
+"""Save a LLaVA with random weights in a shape of one's choice, for load tests without a download.
+
+    python scripts/random_llava.py /tmp/random --image-size 336 --patch-size 14 --text-layers 8
+    python scripts/serve_load.py both --model /tmp/random --keep 1.0 0.25 --output load
+
+Answers are noise; what a server does with its time is not. Words and processor are the demo's.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from pitome_vlm.demo.processor import BOS, EOS, IMAGE, PAD, build_processor, vocabulary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder")
+    parser.add_argument("--image-size", type=int, default=336)
+    parser.add_argument("--patch-size", type=int, default=14)
+    parser.add_argument("--vision-width", type=int, default=256)
+    parser.add_argument("--vision-layers", type=int, default=8)
+    parser.add_argument("--text-width", type=int, default=512)
+    parser.add_argument("--text-layers", type=int, default=8)
+    options = parser.parse_args()
+    vision = CLIPVisionConfig(
+        hidden_size=options.vision_width,
+        intermediate_size=4 * options.vision_width,
+        num_hidden_layers=options.vision_layers,
+        num_attention_heads=options.vision_width // 64,
+        image_size=options.image_size,
+        patch_size=options.patch_size,
+    )
+    text = LlamaConfig(
+        vocab_size=len(vocabulary()),
+        hidden_size=options.text_width,
+        intermediate_size=3 * options.text_width,
+        num_hidden_layers=options.text_layers,
+        num_attention_heads=options.text_width // 64,
+        max_position_embeddings=2048,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    patches = (options.image_size // options.patch_size) ** 2
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        image_seq_length=patches,
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config)
+    model.save_pretrained(options.folder)
+    processor = build_processor()
+    side = options.image_size
+    processor.image_processor.size = {"height": side, "width": side}
+    processor.patch_size = options.patch_size
+    processor.save_pretrained(options.folder)
+    million = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"{options.folder}: {million:.0f} million parameters, {patches} visual tokens per image")
+
+
+if __name__ == "__main__":
+    main()
