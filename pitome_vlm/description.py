@@ -167,20 +167,22 @@ class Description:
             steps = [f"{layer}: {a} -> {b}" for layer, a, b in self.tower_steps]
             of_a_tile = " of a tile" if self.schedule.packed else ""
             lines += _folded(f"patches{of_a_tile} by tower layer", steps)
-        if self.schedule.packed:
+        if self.schedule.whole_tower:
+            lines.append(f"tokens behind the tower: {self.count.full} -> {self.count.shown}")
+        elif self.schedule.packed:
             tiles = f"{self.footprint.tiles} x {self.schedule.tower_out}"
             lines.append(f"tokens behind the projector: {tiles} of tiles -> {self.count.shown}")
         if self.projector_steps:
             steps = [f"{a} -> {b}" for a, b in self.projector_steps]
             lines += _folded("patches before the projector", steps)
         skipped = self.schedule.n_layers - len(self.after.layer_flops)
-        if skipped:
+        if skipped and not self.schedule.whole_tower:
             lines.append(f"tower layers not run (nothing reads them): {skipped}")
         lines.append(f"told to the language model: {self.calibration}")
         return lines
 
     def _tiles(self) -> list[str]:
-        if not self.schedule.packed:
+        if not self.schedule.packed or self.schedule.whole_tower:
             return []
         tiles, newlines = self.footprint.tiles, self.footprint.newlines
         return [

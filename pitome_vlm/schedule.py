@@ -159,6 +159,8 @@ class Schedule:
             `tokens_out` is then the most. None where all have the same.
         packed: all counts are about one tile of several that are packed into one image
             afterwards; what comes out then depends on the image (`counts.count_tokens`).
+        whole_tower: the tower takes a picture as it is and is run in full; the counts are those
+            of a typical picture.
     """
 
     n_tokens: int
@@ -170,6 +172,7 @@ class Schedule:
     leading_kept: int = 0
     fewest: int | None = None
     packed: bool = False
+    whole_tower: bool = False
 
     @property
     def ladder(self) -> tuple[int, ...]:
@@ -334,6 +337,7 @@ def build_schedule(
         leading_kept=shape.leading_kept,
         fewest=None if fewest is None else max(1, _total(fewest, shape) - shape.leading_kept),
         packed=shape.packed,
+        whole_tower=shape.projector_only,
     )
 
 

@@ -168,6 +168,9 @@ def check_promise(model, grid):
     assert told.tokens_out == max(1, math.floor(0.25 * full + 0.5))
     assert lengths == [batch["input_ids"].shape[1] - full + told.tokens_out]
     assert "visual tokens per image" in str(told)
+    # The tower is run in full, on the picture as it is.
+    assert "not run" not in str(told)
+    assert "tile" not in str(told)
 
 
 @pytest.mark.parametrize("positions", ["mean", "original"])
