@@ -15,10 +15,12 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .description import describe
+    from .image_cache import ImageCache
     from .loading import load
     from .wrapper import compact_inputs, encode_images, encode_videos, unwrap, wrap, wrapped
 
 __all__ = [
+    "ImageCache",
     "MergeConfig",
     "__version__",
     "compact_inputs",
@@ -33,6 +35,7 @@ __all__ = [
 
 # Loaded on first use, so that `pitome-vlm --help` does not wait for torch.
 _LAZY = {
+    "ImageCache": "image_cache",
     "compact_inputs": "wrapper",
     "describe": "description",
     "encode_images": "wrapper",

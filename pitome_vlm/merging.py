@@ -16,6 +16,7 @@ from .adapters import Adapter
 from .calibration import Calibration, resolve
 from .config import MergeConfig, Stage
 from .counts import TokenCount
+from .image_cache import IMAGE_CACHE, ImageCache
 from .merge_pass import MergePass
 from .schedule import Budget, Schedule, TowerShape, build_schedule
 from .visual_tokens import Encoded
@@ -108,10 +109,29 @@ class Merging:
         return all(count.is_identity for counts in found for count in counts)
 
     def encode(self, model: Any, call: Mapping[str, Any]) -> list[Encoded]:
-        """The visual tokens of a call by kind, merged as configured."""
-        inputs = self.vision_inputs(call)
-        merge_pass = self.new_pass(model, **self._options(inputs))
-        return self.adapter.encode(model, inputs, merge_pass)
+        """The visual tokens of a call by kind, merged as configured.
+
+        Args:
+            model: an installed model.
+            call: of a call's arguments those that decide the tokens, and `image_cache` if any.
+
+        Raises:
+            TypeError: `image_cache` is no `ImageCache`.
+        """
+        inputs, cache = self.vision_inputs(call), call.get(IMAGE_CACHE)
+
+        def run() -> list[Encoded]:
+            merge_pass = self.new_pass(model, **self._options(inputs))
+            return self.adapter.encode(model, inputs, merge_pass)
+
+        if cache is None:
+            return run()
+        if not isinstance(cache, ImageCache):
+            raise TypeError(
+                f"{IMAGE_CACHE} must be a pitome_vlm.ImageCache, got {type(cache).__name__}"
+            )
+        seen = {n: one for n, one in inputs.items() if n not in self.adapter.place_inputs}
+        return cache.find(model, self.config, seen, run)
 
     def _options(self, call: Mapping[str, Any]) -> dict[str, Any]:
         names = self.adapter.feature_options

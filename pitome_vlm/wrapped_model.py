@@ -28,6 +28,7 @@ from .cached_images import (
 )
 from .calibration import as_model_positions, later_positions
 from .generation import shorter_limits, with_full_prompt, with_prompt
+from .image_cache import IMAGE_CACHE
 from .inputs import (
     SEQUENCE_INPUTS,
     CompactPrompt,
@@ -64,7 +65,7 @@ class WrappedLlava:
         """The model's own forward on the shortened prompt; logits and loss are of that length."""
         original = super().forward  # type: ignore[misc]
         call = _named_arguments(original, args, kwargs)
-        sizes = call.pop("token_sizes", None)
+        sizes, image_cache = call.pop("token_sizes", None), call.pop(IMAGE_CACHE, None)
         if not self._pitome.has_pixels(call):
             self._refuse_stale_inputs(call)
             return original(**calibrated(self, self._pitome, call, sizes))
@@ -80,7 +81,8 @@ class WrappedLlava:
         check_cache(self, self._pitome, cache, None, schedule)
         cached = cached_length(cache)
         start = first_position(cache, call.get("attention_mask"), self.device)  # type: ignore[attr-defined]
-        prompt = prepare(self, self._pitome, call, cached=cached, start=start)
+        seen = call | {IMAGE_CACHE: image_cache}
+        prompt = prepare(self, self._pitome, seen, cached=cached, start=start)
         call = self._without_images(call, prompt) | {
             name: getattr(prompt, name) for name in ("attention_mask", "labels", "position_ids")
         }
@@ -99,7 +101,7 @@ class WrappedLlava:
         """The model's own generate; `sequences` begin with the caller's prompt as it was."""
         original = super().generate  # type: ignore[misc]
         call = _named_arguments(original, args, kwargs)
-        ids = call.pop("inputs", None)
+        ids, image_cache = call.pop("inputs", None), call.pop(IMAGE_CACHE, None)
         if ids is not None:
             call["input_ids"] = ids
         ids, cache = call.get("input_ids"), call.get(CACHE_NAME)
@@ -113,7 +115,8 @@ class WrappedLlava:
         check_cache(self, self._pitome, cache, placeholders, schedule)
         if not has_pixels:
             return self._continue_chat(original, ids, call)
-        prompt = prepare(self, self._pitome, call, left=_pad_left(call))
+        seen = call | {IMAGE_CACHE: image_cache}
+        prompt = prepare(self, self._pitome, seen, left=_pad_left(call))
         if EMBEDS_NEED_EMPTY_CACHE and cached_length(cache):
             self._refuse_new_image(prompt, cached_length(cache))
         mask = prompt.attention_mask

@@ -28,6 +28,7 @@ from .cached_images import (
 )
 from .calibration import Calibration
 from .generation import shorter_limits
+from .image_cache import IMAGE_CACHE
 from .inputs import CompactPrompt
 from .original_inputs import prepare_original
 from .releases import CACHE_NAME, cache_of, with_cache_name
@@ -36,7 +37,10 @@ from .wrapped_model import EMBEDS_NEED_EMPTY_CACHE, WrappedLlava
 logger = logging.get_logger(__name__)
 
 # What becomes embeddings, and what does when they are there already.
-CONSUMED = ("input_ids", "images", "image_sizes", "attention_mask", "labels", "position_ids")
+CONSUMED = (
+    *("input_ids", "images", "image_sizes", "attention_mask", "labels", "position_ids"),
+    IMAGE_CACHE,
+)
 UNCALIBRATED = Calibration(size_bias=False, positions="compact")
 
 
@@ -62,6 +66,7 @@ class WrappedOriginalLlava(WrappedLlava):
         """
         original = super(WrappedLlava, self).forward  # type: ignore[misc]
         call = _named_arguments(original, args, kwargs)
+        image_cache = call.pop(IMAGE_CACHE, None)
         if not self._pitome_sees_images(call):
             call = calibrated(self, self._pitome, call, token_sizes)
             return original(**_as_named_by(original, call))
@@ -69,7 +74,7 @@ class WrappedOriginalLlava(WrappedLlava):
         check_cache(self, self._pitome, cache, None, schedule)
         start = first_position(cache, call.get("attention_mask"), call["input_ids"].device)
         past, call = _without_past(call)
-        prompt = self._pitome_prompt(call, start=start)
+        prompt = self._pitome_prompt(call | {IMAGE_CACHE: image_cache}, start=start)
         short = _without_images(call) | _language_inputs(prompt, past)
         images = with_prompt_images(cache, prompt, self._pitome.config, schedule.tokens_out)
         short = calibrated(self, self._pitome, short, images.sizes)
@@ -82,7 +87,8 @@ class WrappedOriginalLlava(WrappedLlava):
         """The model's own generate, which returns the new tokens only."""
         original = super(WrappedLlava, self).generate  # type: ignore[misc]
         call = _named_arguments(original, args, kwargs)
-        seen = call | {"input_ids": call.get("inputs")}
+        image_cache = call.pop(IMAGE_CACHE, None)
+        seen = call | {"input_ids": call.get("inputs"), IMAGE_CACHE: image_cache}
         if not self._pitome_sees_images(seen):
             return original(**call)
         self._refuse_unsupported(call)
@@ -165,7 +171,7 @@ class WrappedOriginalLlava(WrappedLlava):
     def _pitome_compact_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """See `pitome_vlm.compact_inputs`; a batch without images comes back unchanged."""
         if not self._pitome_sees_images(inputs):
-            return dict(inputs)
+            return {name: value for name, value in inputs.items() if name != IMAGE_CACHE}
         prompt = self._pitome_prompt(inputs)
         compact = _without_images(inputs) | _language_inputs(prompt, None)
         if prompt.calibration.size_bias:

@@ -19,6 +19,7 @@ from .calibration import Calibration, as_model_positions
 from .checks import whole_number
 from .config import CONFIG_NAME, MergeConfig
 from .counts import Footprint, TokenCount
+from .image_cache import IMAGE_CACHE
 from .inputs import PromptImage, images_of, prepare
 from .merging import Merging, schedule_for, stage_of
 from .schedule import Schedule
@@ -258,7 +259,8 @@ def encode_images(model: nn.Module, pixel_values: Tensor, **inputs: Any) -> Visu
         model: a wrapped model.
         pixel_values: from the model's processor.
         **inputs: what else the processor gives for images (`image_sizes`, `batch_num_images`),
-            `vision_feature_layer`, `vision_feature_select_strategy`.
+            `vision_feature_layer`, `vision_feature_select_strategy`; `image_cache`, an
+            `ImageCache` to look into first.
 
     Raises:
         ValueError: the model is not wrapped, or an input is missing.
@@ -274,7 +276,7 @@ def encode_videos(model: nn.Module, pixel_values_videos: Tensor, **inputs: Any) 
     Args:
         model: a wrapped model that takes videos.
         pixel_values_videos: [videos, frames, 3, H, W] from the model's processor.
-        **inputs: `vision_feature_layer`, `vision_feature_select_strategy`.
+        **inputs: `vision_feature_layer`, `vision_feature_select_strategy`, `image_cache`.
 
     Raises:
         ValueError: the model is not wrapped, or takes no videos.
@@ -340,7 +342,8 @@ def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
     Args:
         model: a wrapped model.
         **inputs: a processor's batch: images and `input_ids` or `inputs_embeds`, and
-            where wanted `attention_mask`, `labels`, `position_ids`; others are passed through.
+            where wanted `attention_mask`, `labels`, `position_ids`, `image_cache`; others are
+            passed through.
 
     Returns:
         `inputs_embeds` [B, S, C] and the shortened others, without `input_ids` and what was
@@ -354,7 +357,7 @@ def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
     """
     base, merging = merging_of(model)
     if not merging.has_pixels(inputs):
-        return dict(inputs)
+        return {name: value for name, value in inputs.items() if name != IMAGE_CACHE}
     if isinstance(base, WrappedOriginalLlava):
         return base._pitome_compact_inputs(inputs)
     prompt = prepare(base, merging, inputs)
@@ -366,7 +369,7 @@ def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
         compact["token_sizes"] = prompt.sizes
     shape = prompt.compaction.keep.shape
     adapter = merging.adapter
-    consumed = {*known, "input_ids", *adapter.vision_inputs, *adapter.feature_options}
+    consumed = {*known, "input_ids", *adapter.vision_inputs, *adapter.feature_options, IMAGE_CACHE}
     for name, value in inputs.items():
         if name in consumed:
             continue

@@ -98,6 +98,18 @@ def test_later_answers_see_what_was_said(talk):
     assert talk.processor.tokenizer.decode(seen[1][0]).count("user:") == 1
 
 
+def test_pictures_are_encoded_once_for_a_conversation(talk):
+    pitome_vlm.wrap(talk.model, tokens=36)
+    calls: list[int] = []
+    talk.model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    for question in ("what is it?", "and now?", "sure?"):
+        talk.ask(question)
+    assert len(calls) == 1
+    talk.show([Image.new("RGB", (9, 9))])
+    talk.ask("and this?")
+    assert len(calls) == 2
+
+
 def test_another_number_of_tokens_keeps_the_conversation(talk):
     talk.ask("what is it?")
     pitome_vlm.wrap(talk.model, tokens=9)

@@ -39,6 +39,8 @@ class Adapter(Protocol):
             where every picture is brought to one size.
         videos_pooled_first: videos are pooled and merged in front of the projector.
         own_positions: the model places tokens by the grid of their picture (`prompt_places`).
+        place_inputs: of `vision_inputs`, those that only say where tokens stand; features are the
+            same whatever they are.
     """
 
     model_types: tuple[str, ...]
@@ -50,6 +52,7 @@ class Adapter(Protocol):
     default_image_size: tuple[int, int] | None
     videos_pooled_first: bool
     own_positions: bool
+    place_inputs: tuple[str, ...]
 
     def matches(self, model: Any) -> bool:
         """Whether this adapter serves the model."""

@@ -43,6 +43,7 @@ class QwenVLAdapter:
     default_image_size: tuple[int, int] | None = (768, 1024)
     videos_pooled_first = False
     own_positions = True
+    place_inputs: tuple[str, ...] = PLACES
 
     def matches(self, model: Any) -> bool:
         """By model type and parts."""

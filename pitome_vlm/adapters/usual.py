@@ -19,6 +19,7 @@ class UsualModel:
 
     videos_pooled_first = False
     own_positions = False
+    place_inputs: tuple[str, ...] = ()
 
     def prompt_places(
         self, model: Any, inputs: Mapping[str, Any], mask: Tensor | None

@@ -15,6 +15,9 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
+from ..image_cache import ImageCache
+from ..wrapper import is_wrapped
+
 PLACEHOLDER = "<image>"
 
 
@@ -32,6 +35,7 @@ class Conversation:
         temperature: 0 for the most likely answer, above it samples.
         images: pictures the first question is about.
         turns: (question, answer) so far.
+        image_cache: visual tokens of the pictures, so that only the first question needs the tower.
     """
 
     model: Any
@@ -40,6 +44,7 @@ class Conversation:
     temperature: float = 0.0
     images: list[Image.Image] = field(default_factory=list)
     turns: list[tuple[str, str]] = field(default_factory=list)
+    image_cache: ImageCache = field(default_factory=ImageCache)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -79,9 +84,11 @@ class Conversation:
         prompt = build_prompt(self.processor, [*self.turns, (question, None)], len(self.images))
         inputs = encode(self.processor, prompt, self.images)
         inputs = inputs.to(self.model.device, self.model.dtype)
+        merged = {"image_cache": self.image_cache} if is_wrapped(self.model) else {}
         sampling = {"do_sample": True, "temperature": self.temperature}
         sequence = self.model.generate(
             **inputs,
+            **merged,
             **(sampling if self.temperature > 0 else {"do_sample": False}),
             max_new_tokens=self.max_new_tokens,
             streamer=None if on_text is None else _Streamer(tokenizer_of(self.processor), on_text),

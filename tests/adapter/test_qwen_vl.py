@@ -290,6 +290,16 @@ def test_videos_are_merged_frame_by_frame_or_in_windows(kind):
         assert pitome_vlm.describe(model, frames=8).footprint.frames == 4
 
 
+def test_another_question_about_a_cached_picture_costs_no_tower(kind):
+    model, cache, calls = pitome_vlm.wrap(qwen(kind), keep=0.25), pitome_vlm.ImageCache(), []
+    model.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    for texts in ((5,), (9,)):
+        batch = batch_of(model, ROWS[:1], texts)
+        expected = model.generate(**batch, **GREEDY)
+        assert torch.equal(model.generate(**batch, **GREEDY, image_cache=cache), expected)
+    assert (cache.hits, cache.misses, len(calls)) == (1, 1, 3)
+
+
 def test_gradients_and_labels(kind):
     model = pitome_vlm.wrap(qwen(kind), keep=0.3).train()
     batch = batch_of(model, ROWS)
