@@ -108,6 +108,9 @@ class MergeConfig:
         temporal: merge the tokens of neighbouring frames of a video with each other, not only
             those of one frame.
         temporal_window: frames whose tokens are merged together, >= 2; windows do not overlap.
+        skip_unused_layers: with keep=1.0 too, leave out the tower layers behind the one whose
+            features are read (1 of 24 in LLaVA-1.5); nothing that is read changes, to the last
+            bit. Where anything is merged they are always left out.
         seed: seed of everything random, 0 to 2**32 - 1.
     """
 
@@ -136,6 +139,7 @@ class MergeConfig:
     early_matching: float = 0.0
     temporal: bool = False
     temporal_window: int = 8
+    skip_unused_layers: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -159,7 +163,10 @@ class MergeConfig:
         check_range("early_matching", self.early_matching, 0, 1)
         if self.margin is not None:
             check_range("margin", self.margin, -1, 1)
-        for field in ("weighted", "restore_order", "protect", "temporal"):
+        for field in (
+            *("weighted", "restore_order", "protect", "temporal"),
+            "skip_unused_layers",
+        ):
             if not isinstance(getattr(self, field), bool):
                 raise TypeError(f"{field} must be True or False, got {getattr(self, field)!r}")
         for field in ("proportional_attention", "size_bias"):

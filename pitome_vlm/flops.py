@@ -95,7 +95,8 @@ def tower_flops(
     A layer costs n_a (2 W(attention)) + 4 n_a^2 C + n_m (2 W(mlp)) + its merge, where n_a tokens
     enter and n_m = n_a except in a layer that merges between its two halves. Ranking by attention
     takes 2 n_a C more, or 2 n_a^2 C where there is no class token and all tokens are asked. Where
-    anything is merged the layers behind the feature layer are not run.
+    anything is merged, or `skip_unused_layers` is set, the layers behind the feature layer are not
+    run.
 
     Args:
         base: the LLaVA itself.
@@ -117,7 +118,7 @@ def tower_flops(
         blocks: list[Any] = list(find_encoder_layers(tower)[0])
     except TypeError:
         return _unknown_tower_flops(tower, vision, schedule)
-    if not schedule.is_identity:
+    if config.skip_unused_layers or not schedule.is_identity:
         blocks = blocks[: schedule.used_layers]
     algorithm, after = algorithms.get(config.algorithm), dict(schedule.tower)
     by_keys = (config.metric or algorithm.metric) == "keys"

@@ -1,8 +1,8 @@
 """Visual tokens kept between questions, so that a second question about a picture costs no tower.
 
 Knows: how to recognise the same pixels, merge options and weights, and how much is held. Does
-not know: how images are encoded, or where a model keeps its parts. A cache belongs to whoever made it and is handed to a call;
-nothing is remembered anywhere else.
+not know: how images are encoded, or where a model keeps its parts. A cache belongs to whoever
+made it and is handed to a call; nothing is remembered anywhere else.
 """
 
 from __future__ import annotations

@@ -6,13 +6,15 @@ not know: prompts, `forward`, `generate`, or how a model gets wrapped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from . import algorithms
 from .adapters import Adapter
+from .adapters.tower import encoding
 from .calibration import Calibration, resolve
 from .config import MergeConfig, Stage
 from .counts import TokenCount
@@ -132,6 +134,20 @@ class Merging:
             )
         seen = {n: one for n, one in inputs.items() if n not in self.adapter.place_inputs}
         return cache.find(model, self.config, seen, run)
+
+    @contextlib.contextmanager
+    def unmerged(self, model: Any, call: Mapping[str, Any]) -> Iterator[None]:
+        """For the model's own code on a call whose images keep all their tokens.
+
+        Leaves out the layers behind the feature layer where the config asks for that.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.config.skip_unused_layers and self.has_pixels(call):
+                everything = dataclasses.replace(self, config=MergeConfig(keep=1.0))
+                merge_pass = everything.new_pass(model, **self._options(call))
+                for tower in self.adapter.parts(model).towers:
+                    stack.enter_context(encoding(tower, merge_pass))
+            yield
 
     def _options(self, call: Mapping[str, Any]) -> dict[str, Any]:
         names = self.adapter.feature_options

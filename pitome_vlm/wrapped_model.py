@@ -71,7 +71,8 @@ class WrappedLlava:
             return original(**calibrated(self, self._pitome, call, sizes))
         schedule, cache = self._pitome_schedule(call), call.get(CACHE_NAME)
         if self._pitome.is_identity(self, call):
-            return original(**call)
+            with self._pitome.unmerged(self, call):
+                return original(**call)
         keep = call.get("logits_to_keep")
         if isinstance(keep, Tensor) and keep.numel() > 1:
             raise ValueError(
@@ -109,7 +110,9 @@ class WrappedLlava:
         if self._pitome.is_identity(self, call) or (
             not has_pixels and (ids is None or not cached_length(cache))
         ):
-            return original(**call)
+            # From release 5.24 on generate itself asks for the features, in front of `forward`.
+            with self._pitome.unmerged(self, call):
+                return original(**call)
         self._refuse_unsupported(call)
         placeholders = None if ids is None else all_placeholders(self, self._pitome, ids)
         check_cache(self, self._pitome, cache, placeholders, schedule)

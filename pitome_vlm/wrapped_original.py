@@ -69,7 +69,8 @@ class WrappedOriginalLlava(WrappedLlava):
         image_cache = call.pop(IMAGE_CACHE, None)
         if not self._pitome_sees_images(call):
             call = calibrated(self, self._pitome, call, token_sizes)
-            return original(**_as_named_by(original, call))
+            with self._pitome.unmerged(self, call):
+                return original(**_as_named_by(original, call))
         schedule, cache = self._pitome.schedule(self), call.get(CACHE_NAME)
         check_cache(self, self._pitome, cache, None, schedule)
         start = first_position(cache, call.get("attention_mask"), call["input_ids"].device)
@@ -90,7 +91,8 @@ class WrappedOriginalLlava(WrappedLlava):
         image_cache = call.pop(IMAGE_CACHE, None)
         seen = call | {"input_ids": call.get("inputs"), IMAGE_CACHE: image_cache}
         if not self._pitome_sees_images(seen):
-            return original(**call)
+            with self._pitome.unmerged(self, call):
+                return original(**call)
         self._refuse_unsupported(call)
         cache = call.get(CACHE_NAME)
         self._refuse_filled_cache(cache)
@@ -127,7 +129,8 @@ class WrappedOriginalLlava(WrappedLlava):
                 mask = prompt.compaction.valid.long()
             return (None, prompt.position_ids, mask, None, prompt.inputs_embeds, None)
         if not self._pitome_sees_images(call):
-            return original(**call)
+            with self._pitome.unmerged(self, call):
+                return original(**call)
         if self._pitome.calibration(self).is_active:
             logger.warning_once(
                 f"{PREPARE}() was called directly: its values cannot carry sizes and places of "

@@ -198,5 +198,5 @@ def test_compact_inputs_use_and_drop_it(model):
 
 
 def test_something_else_is_an_error(model):
-    with pytest.raises(TypeError, match="image_cache must be a pitome_vlm.ImageCache, got dict"):
+    with pytest.raises(TypeError, match=r"image_cache must be a pitome_vlm\.ImageCache, got dict"):
         model.generate(**tiny_batch(model), image_cache={})
