@@ -177,40 +177,60 @@ class MergePlan:
             bit for bit.
         """
         new_sizes = self.merge_sizes(sizes)
-        channels = x.shape[-1]
         exact = torch.promote_types(x.dtype, torch.float32)
         if self.blend is not None:
             # Autocast would take the product in half precision.
             with torch.autocast(x.device.type, enabled=False):
                 return (self.blend.to(exact) @ x.to(exact)).to(x.dtype), new_sizes
-        kept = take_tokens(x, self.kept)
         if self.prune or self.n_in == self.n_out:
-            return kept, new_sizes
+            return take_tokens(x, self.kept), new_sizes
+        rows, into = self._merged_rows(x, sizes if weighted else None, exact)
+        # Whole rows by number, the images of a batch behind each other, and one spare row behind
+        # them: most tokens are only moved, and those that are not are written over once.
+        batch, n_tokens = self.assign.shape
+        numbers = torch.nn.functional.pad(flat_rows(self.kept, n_tokens), (0, 1))
+        merged = x.reshape(-1, x.shape[-1]).index_select(0, numbers)
+        merged.index_copy_(0, into, rows.to(x.dtype))
+        return merged[:-1].view(batch, self.n_out, -1), new_sizes
+
+    def _merged_rows(
+        self, x: Tensor, sizes: Tensor | None, exact: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The means of the groups that have more than one member.
+
+        There is one row per moved token, and the first of a group's moved tokens leads: its row
+        holds the mean. Counts that depended on the data would make an accelerator wait.
+
+        Args:
+            x: [B, N, C].
+            sizes: [B, N] weights, None for all one.
+            exact: dtype of the sums; those of many half-precision values lose bits.
+
+        Returns:
+            rows [B (N - M), C], and the row of [B M] each goes to, B M for those that lead no
+            group.
+        """
         moved = self.sources()
         target = self.assign.gather(1, moved)
-        # Sums of many half-precision values lose bits; groups are small, so float32 costs little.
-        weights = sizes.to(exact) if weighted and sizes is not None else None
-        share_kept, share_moved = self._shares(weights, moved, target, exact)
-        merged = kept.to(exact) * share_kept[..., None]
+        share_kept, share_moved = self._shares(sizes, moved, target, exact)
+        place = torch.arange(moved.shape[1], device=moved.device).expand_as(moved)
+        leader = torch.full_like(self.kept, moved.shape[1]).scatter_reduce(
+            1, target, place, "amin"
+        )
+        slot = leader.gather(1, target)
+        leads = slot == place
         values = take_tokens(x, moved).to(exact)
-        # Whole rows by number, the images of a batch behind each other: an index of the size of
-        # the values costs several times the sum itself.
-        into = flat_rows(target, self.n_out)
-        parts = (values * share_moved[..., None]).reshape(-1, channels)
-        merged = merged.reshape(-1, channels).index_add(0, into, parts).view(merged.shape)
+        kept = take_tokens(x, self.kept.gather(1, target)).to(exact)
+        merged = (kept * share_kept.gather(1, target)[..., None]).view(-1, x.shape[-1])
+        parts = (values * share_moved[..., None]).view(-1, x.shape[-1])
+        merged = merged.index_add(0, flat_rows(slot, moved.shape[1]), parts)
         if self.keep_norm:
-            merged = self._with_largest_norm(merged, kept.to(exact), values, target)
-        return merged.to(x.dtype), new_sizes
-
-    def _with_largest_norm(
-        self, merged: Tensor, kept: Tensor, values: Tensor, target: Tensor
-    ) -> Tensor:
-        """Means [B, M, C] scaled to the largest norm among their group's members."""
-        largest = kept.norm(dim=-1).scatter_reduce(1, target, values.norm(dim=-1), "amax")
-        alone = torch.ones_like(largest).scatter(1, target, 0.0).bool()
-        scaled = merged * (largest / merged.norm(dim=-1).clamp(min=1e-12))[..., None]
-        # A token on its own keeps its value bit for bit.
-        return torch.where(alone[..., None], kept, scaled)
+            # The mean scaled to the largest norm among the group's members.
+            largest = kept.norm(dim=-1).scatter_reduce(1, slot, values.norm(dim=-1), "amax")
+            norms = merged.norm(dim=-1).clamp(min=1e-12)
+            merged = merged * (largest.view(-1) / norms)[:, None]
+        flat = flat_rows(target, self.n_out)
+        return merged, torch.where(leads.view(-1), flat, len(self.kept) * self.n_out)
 
     def _shares(
         self, weights: Tensor | None, moved: Tensor, target: Tensor, dtype: torch.dtype
@@ -218,6 +238,7 @@ class MergePlan:
         """Each token's share of its group's mean, for kept [B, M] and moved [B, N - M] tokens."""
         if weights is None:
             weights = torch.ones(self.assign.shape, dtype=dtype, device=self.assign.device)
+        weights = weights.to(dtype)
         if self.dropped is not None:
             weights = weights.masked_fill(self.dropped, 0.0)
         total = self.merge_sizes(weights)

@@ -1,0 +1,297 @@
+"""The vision tower of LLaVA-1.5 (CLIP-L/336) with and without merging, in turns.
+
+Time against FLOPs, and what merging itself costs: plan, apply, and the log-size mask of
+proportional attention. Random weights of the real shape; nothing is downloaded.
+
+    python scripts/bench_tower.py --dtype float32 --threads 1 --output eval/results/performance
+
+Two limits are checked (issue 7) for the algorithms named in --gate: merging takes at most 3 % of
+the tower it runs in, and the tower takes at most its share of FLOPs (those of merging left out)
+plus 3 points of the unmerged one's time. The exit code is 1 where one is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import pitome_vlm
+from pitome_vlm import MergeConfig
+from pitome_vlm.costs import costs
+from pitome_vlm.merge import log_size_bias
+from pitome_vlm.merge_pass import MergePass
+from pitome_vlm.wrapper import merging_of, schedule_of
+
+KEEPS = (0.5, 0.25, 0.11)
+MERGE_LIMIT, TIME_LIMIT = 0.03, 0.03
+
+
+class TimedPass(MergePass):
+    """A pass that adds up how long merging takes."""
+
+    seconds: float = 0.0
+
+    def merge_in_layer(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """See `MergePass`."""
+        start = time.perf_counter()
+        merged = super().merge_in_layer(*args, **kwargs)
+        self.seconds += time.perf_counter() - start
+        return merged
+
+
+@dataclasses.dataclass
+class Row:
+    """One way to run the tower."""
+
+    name: str
+    config: MergeConfig | None = None
+    tower: list[float] = dataclasses.field(default_factory=list)
+    merge: list[float] = dataclasses.field(default_factory=list)
+    flops: int = 0
+    merge_flops: int = 0
+    mask: float = 0.0
+
+
+def clip_l(layers: int, dtype: torch.dtype) -> Any:
+    """LLaVA-1.5's tower and projector in front of one small language layer."""
+    tower = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+    words = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1
+    )
+    config = LlavaConfig(vision_config=tower, text_config=words, image_token_index=31999)
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()
+
+
+def rows_to_measure(algorithms: list[str], keeps: list[float]) -> list[Row]:
+    """The untouched tower, it without the layer nobody reads, and every budget."""
+    rows = [
+        Row("unmerged"),
+        Row("unmerged, last layer skipped", MergeConfig(1.0, skip_unused_layers=True)),
+    ]
+    for name in algorithms:
+        for keep in keeps:
+            rows.append(Row(f"{name} {keep}", MergeConfig(keep, algorithm=name, stage="tower")))
+    return rows
+
+
+@torch.no_grad()
+def mask_ms(model: Any, row: Row, options: argparse.Namespace) -> float:
+    """What proportional attention adds to the attention of all layers behind the first merge.
+
+    Attention alone with and without the mask, in turns: within a whole tower the difference is
+    smaller than the noise.
+    """
+    assert row.config is not None
+    pitome_vlm.wrap(model, config=row.config)
+    schedule = schedule_of(model)
+    pitome_vlm.unwrap(model)
+    vision, total, seen = model.config.vision_config, 0.0, {}
+    for _, count in schedule.tower[:-1]:
+        if count not in seen:
+            n = count + schedule.n_leading
+            heads = vision.num_attention_heads
+            shape = (options.batch, heads, n, vision.hidden_size // heads)
+            parts = [torch.randn(shape, dtype=model.dtype) for _ in range(3)]
+            sizes = torch.randint(1, 9, (options.batch, n)).float()
+            seen[count] = _added_ms(parts, sizes, options.repeats)
+        total += seen[count]
+    return total
+
+
+def _added_ms(parts: list[torch.Tensor], sizes: torch.Tensor, repeats: int) -> float:
+    attend, added = torch.nn.functional.scaled_dot_product_attention, []
+    for turn in range(repeats + 2):
+        start = time.perf_counter()
+        attend(*parts)
+        middle = time.perf_counter()
+        attend(*parts, attn_mask=log_size_bias(sizes, parts[0].dtype))
+        end = time.perf_counter()
+        if turn >= 2:
+            added.append(((end - middle) - (middle - start)) * 1e3)
+    return statistics.median(added)
+
+
+@torch.no_grad()
+def run(model: Any, row: Row, pixels: torch.Tensor) -> tuple[float, float]:
+    """Seconds in the tower, and of them in merging."""
+    clock: list[float] = []
+    tower = model.model.vision_tower
+    hooks = [
+        tower.register_forward_pre_hook(lambda *_: clock.append(time.perf_counter())),
+        tower.register_forward_hook(lambda *_: clock.append(time.perf_counter())),
+    ]
+    merge = 0.0
+    try:
+        if row.config is None:
+            model.model.get_image_features(pixel_values=pixels)
+        else:
+            base, merging = merging_of(pitome_vlm.wrap(model, config=row.config))
+            plain = merging.new_pass(base)
+            timed = TimedPass(
+                **{f.name: getattr(plain, f.name) for f in dataclasses.fields(plain) if f.init}
+            )
+            merging.adapter.encode(base, {"pixel_values": pixels}, timed)
+            merge = timed.seconds
+    finally:
+        for hook in hooks:
+            hook.remove()
+        pitome_vlm.unwrap(model)
+    return clock[1] - clock[0], merge
+
+
+def measure(model: Any, rows: list[Row], options: argparse.Namespace) -> None:
+    """Fill the rows, all of them once per round."""
+    for row in rows:
+        if row.config is not None:
+            pitome_vlm.wrap(model, config=row.config)
+        found = costs(model)
+        row.flops, row.merge_flops = found.tower_flops, found.merge_flops
+        pitome_vlm.unwrap(model)
+        if row.merge_flops:
+            row.mask = mask_ms(model, row, options)
+    pixels = torch.randn(options.batch, 3, 336, 336, dtype=model.dtype)
+    rounds = range(options.warmup + options.repeats)
+    for number in tqdm(rounds, unit="round", disable=not sys.stderr.isatty()):
+        # The other way round every second time, so that no row always follows the same one.
+        for row in rows if number % 2 else rows[::-1]:
+            tower, merge = run(model, row, pixels)
+            if number >= options.warmup:
+                row.tower.append(tower * 1e3)
+                row.merge.append(merge * 1e3)
+
+
+def summary(rows: list[Row]) -> list[dict[str, Any]]:
+    """Medians; ratios are medians of the ratios within a round."""
+    base, found = rows[0], []
+    for row in rows:
+        by_round = [a / b for a, b in zip(row.tower, base.tower, strict=True)]
+        low, _, high = statistics.quantiles(by_round, n=4)
+        one = {
+            "name": row.name,
+            "tower_ms": statistics.median(row.tower),
+            "time_ratio": statistics.median(by_round),
+            "time_ratio_iqr": [low, high],
+            "flops_ratio": (row.flops - row.merge_flops) / base.flops,
+            "merge_ms": statistics.median(row.merge),
+        }
+        if row.flops and row.merge_flops:
+            one["mask_ms"] = row.mask
+            # A mask that costs less than nothing is noise.
+            cost = one["merge_ms"] + max(0.0, row.mask)
+            one["overhead_share"] = cost / one["tower_ms"]
+        found.append(one)
+    return found
+
+
+def missed(found: list[dict[str, Any]], gated: list[str]) -> list[str]:
+    """The limits that do not hold, as sentences."""
+    lines = []
+    for one in found:
+        if "overhead_share" not in one or one["name"].split()[0] not in gated:
+            continue
+        if one["overhead_share"] > MERGE_LIMIT:
+            lines.append(f"{one['name']}: merging takes {one['overhead_share']:.1%} of the tower")
+        over = one["time_ratio"] - one["flops_ratio"]
+        if over > TIME_LIMIT:
+            lines.append(f"{one['name']}: time is {100 * over:.1f} points above the FLOPs")
+    return lines
+
+
+def markdown(found: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    """The table."""
+    lines = [
+        f"{about['cpu']}, {about['threads']} thread(s), {about['dtype']}, batch {about['batch']}, "
+        f"{about['layers']} layers, {about['repeats']} rounds in turns, torch {about['torch']}, "
+        f"transformers {about['transformers']}",
+        "",
+        "| | tower ms | time ratio (quartiles) | FLOPs ratio | plan + apply ms | mask ms | "
+        "merging / tower |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in found:
+        low, high = one["time_ratio_iqr"]
+        own = "| | |"
+        if "overhead_share" in one:
+            own = f"{one['merge_ms']:.1f} | {one['mask_ms']:.1f} | {one['overhead_share']:.1%} |"
+        lines.append(
+            f"| {one['name']} | {one['tower_ms']:.1f} | {one['time_ratio']:.3f} "
+            f"({low:.3f} to {high:.3f}) | {one['flops_ratio']:.3f} | {own}"
+        )
+    return "\n".join(lines)
+
+
+def cpu_name() -> str:
+    """As the kernel calls it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or "unknown CPU")
+
+
+def main(say: Callable[[str], Any] = print) -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--algorithms", default="pitome,pitome_plus")
+    parser.add_argument("--gate", default="pitome", help="algorithms the limits are for")
+    parser.add_argument("--keep", default=",".join(map(str, KEEPS)))
+    parser.add_argument("--output", type=Path, help="folder for tower_<dtype>_<threads>.json/.md")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = clip_l(options.layers, getattr(torch, options.dtype))
+    rows = rows_to_measure(options.algorithms.split(","), [*map(float, options.keep.split(","))])
+    measure(model, rows, options)
+    found = summary(rows)
+    about = {
+        "command": "python " + " ".join(sys.argv),
+        "cpu": cpu_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "pitome_vlm": pitome_vlm.__version__,
+        **{n: v for n, v in vars(options).items() if n not in ("output", "keep", "algorithms")},
+    }
+    text, failed = markdown(found, about), missed(found, options.gate.split(","))
+    say(text)
+    say("\n".join(["", *failed]) if failed else f"\nlimits hold for {options.gate}")
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        name = f"tower_{options.dtype}_{options.threads}"
+        rounds = {row.name: {"tower": row.tower, "merge": row.merge} for row in rows}
+        values = {"about": about, "rows": found, "missed": failed, "rounds_ms": rounds}
+        target = options.output / f"{name}.json"
+        target.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        target.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
