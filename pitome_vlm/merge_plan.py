@@ -36,7 +36,7 @@ class MergePlan:
     dropped: Tensor | None = None
     keep_norm: bool = False
     blend: Tensor | None = None
-    _moved: list[Tensor] = field(default_factory=list, repr=False, compare=False)
+    _moves: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def n_in(self) -> int:
@@ -78,18 +78,18 @@ class MergePlan:
         n_out = n_tokens - sources.shape[1]
         index = torch.arange(n_tokens, device=device).expand(batch, n_tokens)
         if order is None:
-            stays = torch.ones(batch, n_tokens, dtype=torch.int64, device=device)
-            stays = stays.scatter(1, sources, 0)
-            rank = stays.cumsum(1) - 1
+            stays = torch.ones(batch, n_tokens, dtype=torch.bool, device=device)
+            stays.scatter_(1, sources, False)
+            rank = stays.cumsum(1).sub_(1)
             # Sources write into one spare slot behind the survivors: no data-dependent shape,
             # hence no host synchronisation on an accelerator.
-            slot = torch.where(stays.bool(), rank, n_out)
-            order = index.new_empty(batch, n_out + 1).scatter(1, slot, index)[:, :n_out]
+            slot = torch.where(stays, rank, n_out)
+            order = index.new_empty(batch, n_out + 1).scatter_(1, slot, index)[:, :n_out]
         else:
             places = torch.arange(n_out, device=device).expand(batch, n_out)
-            rank = torch.zeros_like(index).scatter(1, order, places)
-        assign = rank.scatter(1, sources, rank.gather(1, destinations))
-        return cls(assign, order, prune, _moved=[sources])
+            rank = torch.zeros_like(index).scatter_(1, order, places)
+        target = rank.gather(1, destinations)
+        return cls(rank.scatter_(1, sources, target), order, prune, _moves=[(sources, target)])
 
     @classmethod
     def from_assignment(cls, assign: Tensor, n_out: int) -> MergePlan:
@@ -128,8 +128,6 @@ class MergePlan:
         """The same plan with `n_leading` untouched tokens (CLS) put in front."""
         if n_leading == 0:
             return self
-        batch, device = self.assign.shape[0], self.assign.device
-        front = torch.arange(n_leading, device=device).expand(batch, n_leading)
         dropped, blend = self.dropped, self.blend
         if dropped is not None:
             dropped = torch.nn.functional.pad(dropped, (n_leading, 0))
@@ -137,30 +135,30 @@ class MergePlan:
             blend = torch.nn.functional.pad(blend, (n_leading, 0, n_leading, 0))
             blend[:n_leading, :n_leading].fill_diagonal_(1.0)
         return MergePlan(
-            torch.cat([front, self.assign + n_leading], 1),
-            torch.cat([front, self.kept + n_leading], 1),
+            _behind(self.assign, n_leading),
+            _behind(self.kept, n_leading),
             self.prune,
             dropped,
             self.keep_norm,
             blend,
-            [part + n_leading for part in self._moved],
+            [(moved + n_leading, target + n_leading) for moved, target in self._moves],
         )
 
-    def sources(self) -> Tensor:
-        """[B, N - M] int64, the tokens that give up their place."""
-        if not self._moved:
-            stays = torch.ones_like(self.assign).scatter(1, self.kept, 0)
+    def moves(self) -> tuple[Tensor, Tensor]:
+        """The tokens that give up their place, and their groups, each [B, N - M] int64."""
+        if not self._moves:
+            stays = torch.ones_like(self.assign).scatter_(1, self.kept, 0)
             order = stays.argsort(dim=1, descending=True, stable=True)
-            self._moved.append(order[:, : self.n_in - self.n_out])
-        return self._moved[0]
+            moved = order[:, : self.n_in - self.n_out]
+            self._moves.append((moved, self.assign.gather(1, moved)))
+        return self._moves[0]
 
     def merge_sizes(self, sizes: Tensor | None) -> Tensor:
         """Patches behind every group: [B, N] sizes (None means all one) to [B, M] float32."""
         if sizes is None:
             sizes = torch.ones(self.assign.shape, dtype=torch.float32, device=self.assign.device)
-        moved = self.sources()
-        kept = sizes.gather(1, self.kept)
-        return kept.scatter_add(1, self.assign.gather(1, moved), sizes.gather(1, moved))
+        moved, target = self.moves()
+        return sizes.gather(1, self.kept).scatter_add_(1, target, sizes.gather(1, moved))
 
     def apply(
         self, x: Tensor, sizes: Tensor | None = None, *, weighted: bool = True
@@ -184,17 +182,21 @@ class MergePlan:
                 return (self.blend.to(exact) @ x.to(exact)).to(x.dtype), new_sizes
         if self.prune or self.n_in == self.n_out:
             return take_tokens(x, self.kept), new_sizes
-        rows, into = self._merged_rows(x, sizes if weighted else None, exact)
+        weights = sizes if weighted else None
+        if self.dropped is not None:
+            give = ~self.dropped
+            weights = give.float() if weights is None else weights * give
+        total = new_sizes if weights is sizes else self.merge_sizes(weights)
+        rows, into = self._merged_rows(x, weights, total.to(exact))
         # Whole rows by number, the images of a batch behind each other, and one spare row behind
         # them: most tokens are only moved, and those that are not are written over once.
-        batch, n_tokens = self.assign.shape
-        numbers = torch.nn.functional.pad(flat_rows(self.kept, n_tokens), (0, 1))
+        numbers = torch.nn.functional.pad(flat_rows(self.kept, self.n_in), (0, 1))
         merged = x.reshape(-1, x.shape[-1]).index_select(0, numbers)
         merged.index_copy_(0, into, rows.to(x.dtype))
-        return merged[:-1].view(batch, self.n_out, -1), new_sizes
+        return merged[:-1].view(len(x), self.n_out, -1), new_sizes
 
     def _merged_rows(
-        self, x: Tensor, sizes: Tensor | None, exact: torch.dtype
+        self, x: Tensor, weights: Tensor | None, total: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The means of the groups that have more than one member.
 
@@ -203,53 +205,48 @@ class MergePlan:
 
         Args:
             x: [B, N, C].
-            sizes: [B, N] weights, None for all one.
-            exact: dtype of the sums; those of many half-precision values lose bits.
+            weights: [B, N], None for all one.
+            total: [B, M] sums of the weights, in the dtype to add in: sums of many
+                half-precision values lose bits.
 
         Returns:
             rows [B (N - M), C], and the row of [B M] each goes to, B M for those that lead no
             group.
         """
-        moved = self.sources()
-        target = self.assign.gather(1, moved)
-        share_kept, share_moved = self._shares(sizes, moved, target, exact)
-        place = torch.arange(moved.shape[1], device=moved.device).expand_as(moved)
-        leader = torch.full_like(self.kept, moved.shape[1]).scatter_reduce(
-            1, target, place, "amin"
-        )
+        moved, target = self.moves()
+        n_moved, channels = moved.shape[1], x.shape[-1]
+        place = torch.arange(n_moved, device=moved.device).expand_as(moved)
+        leader = torch.full_like(self.kept, n_moved).scatter_reduce_(1, target, place, "amin")
         slot = leader.gather(1, target)
-        leads = slot == place
-        values = take_tokens(x, moved).to(exact)
-        kept = take_tokens(x, self.kept.gather(1, target)).to(exact)
-        merged = (kept * share_kept.gather(1, target)[..., None]).view(-1, x.shape[-1])
-        parts = (values * share_moved[..., None]).view(-1, x.shape[-1])
-        merged = merged.index_add(0, flat_rows(slot, moved.shape[1]), parts)
-        if self.keep_norm:
-            # The mean scaled to the largest norm among the group's members.
-            largest = kept.norm(dim=-1).scatter_reduce(1, slot, values.norm(dim=-1), "amax")
-            norms = merged.norm(dim=-1).clamp(min=1e-12)
-            merged = merged * (largest.view(-1) / norms)[:, None]
-        flat = flat_rows(target, self.n_out)
-        return merged, torch.where(leads.view(-1), flat, len(self.kept) * self.n_out)
-
-    def _shares(
-        self, weights: Tensor | None, moved: Tensor, target: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Each token's share of its group's mean, for kept [B, M] and moved [B, N - M] tokens."""
-        if weights is None:
-            weights = torch.ones(self.assign.shape, dtype=dtype, device=self.assign.device)
-        weights = weights.to(dtype)
-        if self.dropped is not None:
-            weights = weights.masked_fill(self.dropped, 0.0)
-        total = self.merge_sizes(weights)
-        return (
-            weights.gather(1, self.kept) / total,
-            weights.gather(1, moved) / total.gather(1, target),
-        )
+        # The named token of every moved one's group, then the moved ones themselves.
+        members = torch.cat([self.kept.gather(1, target), moved], 1)
+        values = take_tokens(x, members).to(total.dtype)
+        norms = values.norm(dim=-1) if self.keep_norm else None
+        if weights is not None:
+            values = values * weights.gather(1, members).to(total.dtype)[..., None]
+        sums, parts = (half.reshape(-1, channels) for half in values.split(n_moved, 1))
+        sums = sums.index_add(0, flat_rows(slot, n_moved), parts)
+        merged = sums / total.gather(1, target).view(-1, 1)
+        if norms is not None:
+            # Scaled to the largest norm among the group's members.
+            kept, others = norms.split(n_moved, 1)
+            largest = kept.scatter_reduce(1, slot, others, "amax").view(-1, 1)
+            merged = merged * (largest / merged.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+        rows = flat_rows(target, self.n_out)
+        into = torch.where((slot == place).view(-1), rows, len(x) * self.n_out)
+        return merged, into
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Spread group values back over their tokens: [B, M, C] to [B, N, C]."""
         return take_tokens(y, self.assign)
+
+
+def _behind(index: Tensor, n_leading: int) -> Tensor:
+    """[B, n] numbers of tokens as they are behind `n_leading` others, and those in front."""
+    moved = torch.nn.functional.pad(index + n_leading, (n_leading, 0))
+    if n_leading > 1:
+        moved[:, :n_leading] = torch.arange(n_leading, device=index.device)
+    return moved
 
 
 def flat_rows(index: Tensor, n_tokens: int) -> Tensor:
