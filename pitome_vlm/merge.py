@@ -23,6 +23,7 @@ __all__ = [
     "Algorithm",
     "MergeContext",
     "MergePlan",
+    "PairLimits",
     "PlanFunction",
     "cosine_similarity",
     "group_positions",
@@ -30,6 +31,21 @@ __all__ = [
     "make_plan",
     "unit_vectors",
 ]
+
+
+@dataclass(frozen=True)
+class PairLimits:
+    """How many pairs of tokens an algorithm may hold at once; what it decides is the same.
+
+    Attributes:
+        whole_up_to: most tokens N of an image whose N x N cosines are made in one piece, for all
+            images of a batch together. One number for every batch size and dtype, so that
+            batching changes no answer.
+        piece_bytes: memory of one piece of the cosines of one image where there are more.
+    """
+
+    whole_up_to: int = 4096
+    piece_bytes: int = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,7 @@ class MergeContext:
         sizes: [B, N] float32 patches behind every token the algorithm is shown, None for all one.
         cls_attention: [B, N] float32, how much of the class token's attention (mean over heads)
             goes to each of them; None unless the algorithm asks for it.
+        pairs: how many pairs of tokens may be held at once.
     """
 
     config: MergeConfig
@@ -57,6 +74,7 @@ class MergeContext:
     grid: tuple[int, int] | None = None
     sizes: Tensor | None = None
     cls_attention: Tensor | None = None
+    pairs: PairLimits = PairLimits()
 
     def required_attention(self) -> Tensor:
         """`cls_attention`, for algorithms that rank by it.

@@ -21,8 +21,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..merge import Algorithm, MergeContext, MergePlan, cosine_similarity
-from .matching import take_similarity
+from ..merge import Algorithm, MergeContext, MergePlan
+from .similarity import Similarity
 
 
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
@@ -39,7 +39,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     n_tokens = keys.shape[1]
     ranked = ctx.required_attention().argsort(dim=-1, descending=True, stable=True)
     kept, removed = ranked[:, :n_out], ranked[:, n_out:]
-    partner = take_similarity(cosine_similarity(keys), removed, kept).argmax(-1)
+    _, partner = Similarity(keys, ctx.pairs).best(removed, kept)
     merged = MergePlan.from_pairs(n_tokens, removed, kept.gather(1, partner))
     pruned = ranked[:, n_tokens - (n_tokens - n_out) // 2 :]
     dropped = torch.zeros(keys.shape[:2], dtype=torch.bool, device=keys.device)

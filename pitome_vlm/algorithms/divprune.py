@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..merge import Algorithm, MergeContext, MergePlan, cosine_similarity
-from .matching import complement, farthest_first, keep_only
+from ..merge import Algorithm, MergeContext, MergePlan
+from .matching import complement, keep_only
+from .similarity import Similarity
 
 
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
@@ -25,11 +26,10 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     Args:
         keys: [B, N, D].
         n_out: 1..N.
-        ctx: not used.
+        ctx: how many pairs may be held at once.
     """
-    del ctx
-    similarity = cosine_similarity(keys)
-    chosen = farthest_first(1 - similarity, n_out)
+    similarity = Similarity(keys, ctx.pairs)
+    chosen = similarity.farthest_first(n_out)
     return keep_only(similarity, chosen, complement(chosen, keys.shape[1]))
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..merge import Algorithm, MergeContext, MergePlan, cosine_similarity
+from ..merge import Algorithm, MergeContext, MergePlan
 from .matching import keep_only
-from .pitome import energy_score, margin_at
+from .pitome import energies
+from .similarity import Similarity
 
 
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
@@ -23,11 +24,8 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
         n_out: 1..N.
         ctx: options and relative depth.
     """
-    config = ctx.config
-    similarity = cosine_similarity(keys)
-    margin = margin_at(ctx.depth) if config.margin is None else config.margin
-    energy = energy_score(similarity, margin, form=config.energy, alpha=config.alpha)
-    order = energy.argsort(dim=-1, stable=True)
+    similarity = Similarity(keys, ctx.pairs)
+    order = energies(similarity, ctx).argsort(dim=-1, stable=True)
     return keep_only(similarity, order[:, :n_out], order[:, n_out:])
 
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..merge import Algorithm, MergeContext, MergePlan, cosine_similarity
+from ..merge import Algorithm, MergeContext, MergePlan
 from .matching import match_alternating
 from .similarity import Similarity
 
@@ -60,12 +60,10 @@ def energies(similarity: Similarity, ctx: MergeContext) -> Tensor:
     """`energy_score` of all tokens [B, N], with the options of a context."""
     config = ctx.config
     margin = margin_at(ctx.depth) if config.margin is None else config.margin
-    return torch.cat(
-        [
-            energy_score(rows, margin, form=config.energy, alpha=config.alpha, first=first)
-            for first, rows in similarity.rows()
-        ],
-        1,
+    return similarity.by_row(
+        lambda rows, first: energy_score(
+            rows, margin, form=config.energy, alpha=config.alpha, first=first
+        )
     )
 
 
@@ -87,9 +85,9 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
             f"pitome merges at most half of the tokens in one step (2k <= N): n_out must be in "
             f"{(n_tokens + 1) // 2}..{n_tokens}, got {n_out}"
         )
+    similarity = Similarity(keys, ctx.pairs)
     if config.early_matching > 0 and ctx.depth <= config.early_matching:
-        return match_alternating(cosine_similarity(keys), n_merge, offset=ctx.n_leading)
-    similarity = Similarity(keys)
+        return match_alternating(similarity, n_merge, offset=ctx.n_leading)
     energy = energies(similarity, ctx)
     by_energy = energy.argsort(dim=-1, descending=True, stable=True)
     if not config.protect:

@@ -40,7 +40,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
         n_out: 1..N.
         ctx: relative depth, and of the options `energy`, `alpha`, `margin`, `restore_order`.
     """
-    similarity = Similarity(keys)
+    similarity = Similarity(keys, ctx.pairs)
     if ctx.at_projector or 2 * n_out < keys.shape[1]:
         return _coverage(similarity, n_out)
     return _matching(similarity, n_out, ctx)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..merge import Algorithm, MergeContext, MergePlan, cosine_similarity
+from ..merge import Algorithm, MergeContext, MergePlan
 from .matching import keep_only
+from .similarity import Similarity
 
 
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
@@ -23,7 +24,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     """
     batch, n_tokens = keys.shape[:2]
     order = ctx.random_order(n_tokens, keys.device).expand(batch, n_tokens)
-    return keep_only(cosine_similarity(keys), order[:, :n_out], order[:, n_out:])
+    return keep_only(Similarity(keys, ctx.pairs), order[:, :n_out], order[:, n_out:])
 
 
 ALGORITHM = Algorithm(

@@ -2,26 +2,24 @@
 
 Knows: cosines, and in how many pieces to compute them. Does not know: which algorithm asks.
 
-Up to `WHOLE` tokens the matrix [B, N, N] is made once. Beyond (video, many tiles) its rows are
-made piece by piece, used and forgotten: 16384 tokens would take 1 GiB per image and take at most
-`PIECE_BYTES` a piece. The decision depends on N alone, so that batching changes no answer. Both
-ways compute the same numbers up to rounding; a near tie may fall otherwise.
+Up to `PairLimits.whole_up_to` tokens the matrix [B, N, N] is made once. Beyond (video, many tiles)
+its rows are made piece by piece and image by image in one buffer, used and forgotten: 16384 tokens
+would take 1 GiB per image and take `PairLimits.piece_bytes`. Which way it goes, and how the pieces
+are cut, depends on N alone, so that batching changes no answer. Both ways compute the same numbers
+up to rounding; a near tie may fall otherwise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ..merge import cosine_similarity, unit_vectors
+from ..merge import PairLimits, cosine_similarity, unit_vectors
 from ..merge_plan import take_tokens
-from .matching import farthest_first, take_similarity
-
-WHOLE = 4096
-PIECE_BYTES = 16 * 2**20
 
 
 class Similarity:
@@ -29,22 +27,34 @@ class Similarity:
 
     Args:
         keys: [B, N, D] floating point.
+        limits: how many pairs may be held at once.
     """
 
-    def __init__(self, keys: Tensor) -> None:
+    def __init__(self, keys: Tensor, limits: PairLimits) -> None:
         self.n_tokens = keys.shape[1]
-        self.whole = cosine_similarity(keys) if self.n_tokens <= WHOLE else None
-        self.unit = keys if self.whole is not None else unit_vectors(keys)
+        self._whole = cosine_similarity(keys) if self.n_tokens <= limits.whole_up_to else None
+        # Detached: results written into a buffer have no gradient, and decisions need none.
+        self._unit = keys if self._whole is not None else unit_vectors(keys.detach())
+        self._piece_bytes = limits.piece_bytes
 
-    def rows(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, [B, rows, N]) from the top to the bottom."""
-        if self.whole is not None:
-            yield 0, self.whole
-            return
-        first = 0
-        for piece in self.unit.tensor_split(self._pieces(self.n_tokens, self.n_tokens), dim=1):
-            yield first, piece @ self.unit.transpose(-1, -2)
-            first += piece.shape[1]
+    def tokens(self) -> Tensor:
+        """The numbers of all tokens, [B, N] int64."""
+        index = torch.arange(self.n_tokens, device=self._unit.device)
+        return index.expand(self._unit.shape[0], -1)
+
+    def by_row(self, score: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """One number per token from its cosines to all tokens: [B, N].
+
+        Args:
+            score: (rows [b, r, N], number of the first row) to [b, r]. The rows are lent: they
+                are overwritten once it has returned.
+        """
+        if self._whole is not None:
+            return score(self._whole, 0)
+        found = torch.empty_like(self._unit[:, :, 0])
+        for image, first, rows in self._row_pieces():
+            found[image, first : first + rows.shape[1]] = score(rows, first)[0]
+        return found
 
     def best(
         self, side_a: Tensor, side_b: Tensor, worth: Tensor | None = None
@@ -53,53 +63,110 @@ class Similarity:
 
         Args:
             side_a: [B, a] token indices.
-            side_b: [B, b] token indices.
+            side_b: [B, b] token indices, b >= 1.
             worth: [B, N], the mean of both ends is added to their similarity; None for nothing.
 
         Returns:
             scores [B, a], places in `side_b` [B, a] int64.
         """
-        if self.whole is not None:
-            return _best(take_similarity(self.whole, side_a, side_b), side_a, side_b, worth)
-        others = take_tokens(self.unit, side_b).transpose(-1, -2)
-        pieces = side_a.tensor_split(self._pieces(side_a.shape[1], side_b.shape[1]), dim=1)
-        found = [
-            _best(take_tokens(self.unit, piece) @ others, piece, side_b, worth) for piece in pieces
-        ]
-        scores, places = zip(*found, strict=True)
-        return torch.cat(scores, 1), torch.cat(places, 1)
+        if self._whole is not None:
+            edges = take_similarity(self._whole, side_a, side_b)
+            if worth is not None:
+                both = worth.gather(1, side_a)[:, :, None] + worth.gather(1, side_b)[:, None, :]
+                edges = both.div_(2).add_(edges)
+            scores, places = edges.max(-1)
+            return scores, places
+        scores = self._unit.new_empty(side_a.shape)
+        places = torch.empty_like(side_a)
+        for image, own in enumerate(self._unit):
+            others = own.index_select(0, side_b[image])
+            bonus = None if worth is None else worth[image].index_select(0, side_b[image]) / 2
+            first = 0
+            for edges in self._pieces(own, others, side_a[image]):
+                # Only the receiver's half of the worth tells the receivers of one token apart.
+                best = (edges if bonus is None else edges.add_(bonus)).max(-1)
+                last = first + len(edges)
+                scores[image, first:last], places[image, first:last] = best
+                first = last
+        if worth is not None:
+            scores += worth.gather(1, side_a) / 2
+        return scores, places
 
     def farthest_first(self, n_out: int) -> Tensor:
-        """`matching.farthest_first` by the distance 1 - cosine: [B, n_out] int64."""
-        if self.whole is not None:
-            return farthest_first(1 - self.whole, n_out)
-        nearest = []
-        for first, rows in self.rows():
-            rows.diagonal(first, -2, -1).fill_(-math.inf)
-            nearest.append(1 - rows.amax(-1))
-        choice = torch.cat(nearest, 1).argmax(-1)[:, None]
-        to_chosen = torch.full_like(self.unit[:, :, 0], math.inf)
-        chosen = [choice]
-        for _ in range(n_out - 1):
-            row = 1 - (self.unit @ take_tokens(self.unit, choice).transpose(-1, -2))[:, :, 0]
-            to_chosen = torch.minimum(to_chosen, row).scatter_(1, choice, -math.inf)
-            choice = to_chosen.argmax(-1)[:, None]
-            chosen.append(choice)
-        return torch.cat(chosen, 1)
+        """Greedy max-min selection by the distance 1 - cosine, in the order of choice.
 
-    def _pieces(self, n_rows: int, n_columns: int) -> int:
+        Args:
+            n_out: 1..N.
+
+        Returns:
+            [B, n_out] int64, distinct; ties go to the earlier token.
+        """
+        if self._whole is not None:
+            return _farthest_first(1 - self._whole, n_out)
+        unit, batch = self._unit, torch.arange(len(self._unit), device=self._unit.device)
+        to_chosen, row = (torch.empty_like(unit[:, :, :1]) for _ in range(2))
+        to_chosen.fill_(math.inf)
+        choice = self.by_row(_isolation).argmax(-1)
+        chosen = torch.empty(len(unit), n_out, dtype=torch.int64, device=unit.device)
+        chosen[:, 0] = choice
+        for step in range(1, n_out):
+            torch.bmm(unit, unit[batch, choice][:, :, None], out=row)
+            torch.minimum(to_chosen, row.neg_().add_(1), out=to_chosen)
+            # What is chosen stays at minus infinity and is never the farthest again.
+            to_chosen[batch, choice] = -math.inf
+            choice = to_chosen[:, :, 0].argmax(-1)
+            chosen[:, step] = choice
+        return chosen
+
+    def _row_pieces(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(image, first row, [1, rows, N]) from the top to the bottom, image by image."""
+        for image, own in enumerate(self._unit):
+            first = 0
+            for rows in self._pieces(own, own, None):
+                yield image, first, rows[None]
+                first += len(rows)
+
+    def _pieces(self, unit: Tensor, others: Tensor, side_a: Tensor | None) -> Iterator[Tensor]:
+        """Cosines of tokens of A (None for all) with others [b, D], [r, b] at a time.
+
+        One buffer for all pieces: memory taken and given back for each may stay with the process.
+        """
+        n_rows = len(unit) if side_a is None else len(side_a)
+        fit = max(1, self._piece_bytes // (len(others) * unit.element_size()))
         # Equal pieces: a last one of few rows would go through another kernel, whose sums differ
         # in their last bit.
-        size = self.unit.shape[0] * n_rows * n_columns * self.unit.element_size()
-        return min(n_rows, math.ceil(size / PIECE_BYTES)) or 1
+        n_pieces = math.ceil(n_rows / fit)
+        cuts = [n_rows * piece // n_pieces for piece in range(n_pieces + 1)]
+        edges = unit.new_empty(math.ceil(n_rows / n_pieces) if n_pieces else 0, len(others))
+        for first, last in pairwise(cuts):
+            some = unit[first:last] if side_a is None else unit.index_select(0, side_a[first:last])
+            yield torch.mm(some, others.T, out=edges[: last - first])
 
 
-def _best(
-    edges: Tensor, side_a: Tensor, side_b: Tensor, worth: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    if worth is None:
-        best, place = edges.max(-1)
-        return best, place
-    both = worth.gather(1, side_a)[:, :, None] + worth.gather(1, side_b)[:, None, :]
-    best, place = both.div_(2).add_(edges).max(-1)
-    return best, place
+def take_similarity(similarity: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """[B, N, N] at rows [B, a] and columns [B, b]: [B, a, b]."""
+    taken = take_tokens(similarity, rows)
+    if len(taken) == 1:
+        return taken[0].index_select(1, columns[0])[None]
+    return taken.gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))
+
+
+def _isolation(rows: Tensor, first: int) -> Tensor:
+    """Distance of every token to its nearest neighbour; the rows' own places are overwritten."""
+    rows.diagonal(first, -2, -1).fill_(-math.inf)
+    return 1 - rows.amax(-1)
+
+
+def _farthest_first(distance: Tensor, n_out: int) -> Tensor:
+    """`Similarity.farthest_first` on all distances [B, N, N]."""
+    itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
+    choice = distance.masked_fill(itself, math.inf).amin(-1).argmax(-1)[:, None]
+    to_chosen = torch.full_like(distance[:, 0], math.inf)
+    chosen = [choice]
+    for _ in range(n_out - 1):
+        row = take_tokens(distance, choice)[:, 0]
+        # What is chosen stays at minus infinity and is never the farthest again.
+        to_chosen = torch.minimum(to_chosen, row).scatter_(1, choice, -math.inf)
+        choice = to_chosen.argmax(-1)[:, None]
+        chosen.append(choice)
+    return torch.cat(chosen, 1)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..merge import Algorithm, MergeContext, MergePlan, cosine_similarity
+from ..merge import Algorithm, MergeContext, MergePlan
 from .matching import match_alternating
+from .similarity import Similarity
 
 
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
@@ -29,7 +30,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
             f"tome merges at most half of the tokens in one step: n_out must be in "
             f"{(n_tokens + 1) // 2}..{n_tokens}, got {n_out}"
         )
-    return match_alternating(cosine_similarity(keys), n_tokens - n_out, offset=ctx.n_leading)
+    return match_alternating(Similarity(keys, ctx.pairs), n_tokens - n_out, offset=ctx.n_leading)
 
 
 ALGORITHM = Algorithm(name="tome", plan=plan, source="ToMe, arXiv 2210.09461, section 3")

@@ -17,8 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..merge import Algorithm, MergeContext, MergePlan, cosine_similarity
+from ..merge import Algorithm, MergeContext, MergePlan
 from .matching import complement, keep_only, match_most_similar
+from .similarity import Similarity
 
 DOMINANT, CONTEXTUAL = 54, 10
 
@@ -44,7 +45,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     ranked = ctx.required_attention().argsort(dim=-1, descending=True, stable=True)
     dominant = ranked[:, : n_out - n_context]
     rest = complement(dominant, n_tokens)
-    similarity = cosine_similarity(keys)
+    similarity = Similarity(keys, ctx.pairs)
     if n_context == 0:
         return keep_only(similarity, dominant, rest)
     n_rest = rest.shape[1]
