@@ -9,6 +9,7 @@ Axes: B images, N tokens before, M tokens after a merge, C channels.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from typing import Protocol
@@ -177,7 +178,9 @@ def make_plan(
         raise ValueError(f"n_out must be in 1..{n_in} (the tokens there are), got {n_out}")
     plan: MergePlan | None = None
     # Scores are float32 also under autocast, or training would decide otherwise than inference.
-    with torch.autocast(keys.device.type, enabled=False):
+    device = keys.device.type
+    autocast = torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
         while n_in > n_out:
             n_in = max(n_out, (n_in + 1) // 2) if algorithm.pairwise else n_out
             # Later steps compare the means of the groups made so far.
@@ -199,8 +202,9 @@ def cosine_similarity(keys: Tensor) -> Tensor:
 
 def unit_vectors(keys: Tensor) -> Tensor:
     """[B, N, D] scaled to length one, at least float32; a zero token stays zero."""
-    exact = keys.to(torch.promote_types(keys.dtype, torch.float32))
-    return torch.nn.functional.normalize(exact, dim=-1)
+    exact = torch.promote_types(keys.dtype, torch.float32)
+    length = torch.linalg.vector_norm(keys, dim=-1, keepdim=True, dtype=exact)
+    return keys / length.clamp_min_(1e-12)
 
 
 def log_size_bias(sizes: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -8,7 +8,8 @@ Axes: B images, N tokens before, M tokens after a merge, C channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from torch import Tensor
 class MergePlan:
     """A partition of N tokens into M groups, the same shape for every image of a batch.
 
-    Attributes:
-        assign: [B, N] int64, the group of every token, 0..M-1.
+    Args:
+        assign: [B, N] int64, the group of every token, 0..M-1; None where `moves` are given, from
+            which it follows.
         kept: [B, M] int64, the token each group is named after; its place is the group's place.
         prune: the group's value is its named token alone instead of the mean. The other members
             are still booked on it, so that sizes count every patch.
@@ -28,20 +30,44 @@ class MergePlan:
         keep_norm: means are scaled to the largest norm in their group (MLERP).
         blend: [M, N] float, the new tokens as fixed combinations of all old ones instead of means
             of groups (a resampling); `assign` then says whom each one mostly stands for.
+        moves: the tokens that give up their place, and their groups, each [B, N - M] int64; None
+            where they follow from `assign`.
     """
 
-    assign: Tensor
+    given_assign: Tensor | None
     kept: Tensor
     prune: bool = False
     dropped: Tensor | None = None
     keep_norm: bool = False
     blend: Tensor | None = None
-    _moves: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False, compare=False)
+    given_moves: tuple[Tensor, Tensor] | None = None
+
+    @functools.cached_property
+    def assign(self) -> Tensor:
+        """[B, N] int64, the group of every token. Most plans are applied without asking for it."""
+        if self.given_assign is not None:
+            return self.given_assign
+        moved, target = self.moves
+        places = torch.arange(self.n_out, device=moved.device).expand_as(self.kept)
+        assign = moved.new_empty(len(moved), self.n_in).scatter_(1, self.kept, places)
+        return assign.scatter_(1, moved, target)
+
+    @functools.cached_property
+    def moves(self) -> tuple[Tensor, Tensor]:
+        """The tokens that give up their place, and their groups, each [B, N - M] int64."""
+        if self.given_moves is not None:
+            return self.given_moves
+        stays = torch.ones_like(self.assign).scatter_(1, self.kept, 0)
+        order = stays.argsort(dim=1, descending=True, stable=True)
+        moved = order[:, : self.n_in - self.n_out]
+        return moved, self.assign.gather(1, moved)
 
     @property
     def n_in(self) -> int:
         """Tokens before."""
-        return self.assign.shape[1]
+        if self.given_assign is not None:
+            return self.given_assign.shape[1]
+        return self.n_out + self.moves[0].shape[1]
 
     @property
     def n_out(self) -> int:
@@ -74,22 +100,18 @@ class MergePlan:
                 them in raster order.
             prune: see `MergePlan`.
         """
-        batch, device = sources.shape[0], sources.device
         n_out = n_tokens - sources.shape[1]
-        index = torch.arange(n_tokens, device=device).expand(batch, n_tokens)
         if order is None:
-            stays = torch.ones(batch, n_tokens, dtype=torch.bool, device=device)
-            stays.scatter_(1, sources, False)
-            rank = stays.cumsum(1).sub_(1)
-            # Sources write into one spare slot behind the survivors: no data-dependent shape,
-            # hence no host synchronisation on an accelerator.
-            slot = torch.where(stays, rank, n_out)
-            order = index.new_empty(batch, n_out + 1).scatter_(1, slot, index)[:, :n_out]
+            # A stable sort brings those that stay to the front: no data-dependent shape, hence no
+            # host synchronisation on an accelerator.
+            gone = sources.new_zeros(len(sources), n_tokens, dtype=torch.int8)
+            order = gone.scatter_(1, sources, 1).argsort(dim=1, stable=True)[:, :n_out]
+            target = torch.searchsorted(order.contiguous(), destinations.contiguous())
         else:
-            places = torch.arange(n_out, device=device).expand(batch, n_out)
-            rank = torch.zeros_like(index).scatter_(1, order, places)
-        target = rank.gather(1, destinations)
-        return cls(rank.scatter_(1, sources, target), order, prune, _moves=[(sources, target)])
+            places = torch.arange(n_out, device=order.device).expand_as(order)
+            rank = order.new_empty(len(order), n_tokens).scatter_(1, order, places)
+            target = rank.gather(1, destinations)
+        return cls(None, order, prune, given_moves=(sources, target))
 
     @classmethod
     def from_assignment(cls, assign: Tensor, n_out: int) -> MergePlan:
@@ -134,30 +156,22 @@ class MergePlan:
         if blend is not None:
             blend = torch.nn.functional.pad(blend, (n_leading, 0, n_leading, 0))
             blend[:n_leading, :n_leading].fill_diagonal_(1.0)
+        moves = self.given_moves
         return MergePlan(
-            _behind(self.assign, n_leading),
+            None if self.given_assign is None else _behind(self.given_assign, n_leading),
             _behind(self.kept, n_leading),
             self.prune,
             dropped,
             self.keep_norm,
             blend,
-            [(moved + n_leading, target + n_leading) for moved, target in self._moves],
+            None if moves is None else (moves[0] + n_leading, moves[1] + n_leading),
         )
-
-    def moves(self) -> tuple[Tensor, Tensor]:
-        """The tokens that give up their place, and their groups, each [B, N - M] int64."""
-        if not self._moves:
-            stays = torch.ones_like(self.assign).scatter_(1, self.kept, 0)
-            order = stays.argsort(dim=1, descending=True, stable=True)
-            moved = order[:, : self.n_in - self.n_out]
-            self._moves.append((moved, self.assign.gather(1, moved)))
-        return self._moves[0]
 
     def merge_sizes(self, sizes: Tensor | None) -> Tensor:
         """Patches behind every group: [B, N] sizes (None means all one) to [B, M] float32."""
         if sizes is None:
             sizes = torch.ones(self.assign.shape, dtype=torch.float32, device=self.assign.device)
-        moved, target = self.moves()
+        moved, target = self.moves
         return sizes.gather(1, self.kept).scatter_add_(1, target, sizes.gather(1, moved))
 
     def apply(
@@ -182,59 +196,71 @@ class MergePlan:
                 return (self.blend.to(exact) @ x.to(exact)).to(x.dtype), new_sizes
         if self.prune or self.n_in == self.n_out:
             return take_tokens(x, self.kept), new_sizes
+        merged = take_tokens(x, self.kept)
+        if self.prune or self.n_in == self.n_out:
+            return merged, new_sizes
         weights = sizes if weighted else None
         if self.dropped is not None:
             give = ~self.dropped
             weights = give.float() if weights is None else weights * give
         total = new_sizes if weights is sizes else self.merge_sizes(weights)
-        rows, into = self._merged_rows(x, weights, total.to(exact))
-        # Whole rows by number, the images of a batch behind each other, and one spare row behind
-        # them: most tokens are only moved, and those that are not are written over once.
-        numbers = torch.nn.functional.pad(flat_rows(self.kept, self.n_in), (0, 1))
-        merged = x.reshape(-1, x.shape[-1]).index_select(0, numbers)
-        merged.index_copy_(0, into, rows.to(x.dtype))
-        return merged[:-1].view(len(x), self.n_out, -1), new_sizes
+        change = self._changes(x, weights, total.to(exact))
+        if self.keep_norm:
+            return self._with_largest_norm(x, merged.to(exact), change), new_sizes
+        return self._add(merged, change), new_sizes
 
-    def _merged_rows(
-        self, x: Tensor, weights: Tensor | None, total: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The means of the groups that have more than one member.
+    def _changes(self, x: Tensor, weights: Tensor | None, total: Tensor) -> Tensor:
+        """What every moved token changes in the mean of its group.
 
-        There is one row per moved token, and the first of a group's moved tokens leads: its row
-        holds the mean. Counts that depended on the data would make an accelerator wait.
+        The mean of a group is its named token v plus w_i / W (v_i - v) for each of the others:
+        most tokens are alone and are not touched, and equal ones change nothing.
 
         Args:
             x: [B, N, C].
             weights: [B, N], None for all one.
-            total: [B, M] sums of the weights, in the dtype to add in: sums of many
-                half-precision values lose bits.
+            total: [B, M] sums of the weights W, in the dtype to compute in.
 
         Returns:
-            rows [B (N - M), C], and the row of [B M] each goes to, B M for those that lead no
-            group.
+            [B, N - M, C].
         """
-        moved, target = self.moves()
-        n_moved, channels = moved.shape[1], x.shape[-1]
-        place = torch.arange(n_moved, device=moved.device).expand_as(moved)
-        leader = torch.full_like(self.kept, n_moved).scatter_reduce_(1, target, place, "amin")
-        slot = leader.gather(1, target)
-        # The named token of every moved one's group, then the moved ones themselves.
-        members = torch.cat([self.kept.gather(1, target), moved], 1)
-        values = take_tokens(x, members).to(total.dtype)
-        norms = values.norm(dim=-1) if self.keep_norm else None
-        if weights is not None:
-            values = values * weights.gather(1, members).to(total.dtype)[..., None]
-        sums, parts = (half.reshape(-1, channels) for half in values.split(n_moved, 1))
-        sums = sums.index_add(0, flat_rows(slot, n_moved), parts)
-        merged = sums / total.gather(1, target).view(-1, 1)
-        if norms is not None:
-            # Scaled to the largest norm among the group's members.
-            kept, others = norms.split(n_moved, 1)
-            largest = kept.scatter_reduce(1, slot, others, "amax").view(-1, 1)
-            merged = merged * (largest / merged.norm(dim=-1, keepdim=True).clamp(min=1e-12))
-        rows = flat_rows(target, self.n_out)
-        into = torch.where((slot == place).view(-1), rows, len(x) * self.n_out)
-        return merged, into
+        moved, target = self.moves
+        # The moved tokens and the named ones of their groups, in one go.
+        members = torch.cat([moved, self.kept.gather(1, target)], 1)
+        values, named = take_tokens(x, members).to(total.dtype).chunk(2, 1)
+        share = total.gather(1, target)
+        share = share.reciprocal() if weights is None else weights.gather(1, moved) / share
+        return (values - named) * share[..., None]
+
+    def _add(self, merged: Tensor, change: Tensor) -> Tensor:
+        """Groups' named tokens [B, M, C] and what their other members change."""
+        target, rows = self.moves[1], merged.view(-1, merged.shape[-1])
+        flat, change = flat_rows(target, self.n_out), change.reshape(-1, rows.shape[-1])
+        if change.dtype != merged.dtype:
+            # Sums of half-precision values lose bits: the first moved token of a group collects
+            # what all of them change, and the others add nothing.
+            n_moved = target.shape[1]
+            place = torch.arange(n_moved, device=target.device).expand_as(target)
+            leader = torch.full_like(self.kept, n_moved).scatter_reduce_(1, target, place, "amin")
+            slot = flat_rows(leader.gather(1, target), n_moved)
+            change = torch.zeros_like(change).index_add_(0, slot, change).to(merged.dtype)
+        return rows.index_add_(0, flat, change).view(merged.shape)
+
+    def _with_largest_norm(self, x: Tensor, named: Tensor, change: Tensor) -> Tensor:
+        """Means scaled to the largest norm among their group's members: [B, M, C] in x's dtype.
+
+        Args:
+            x: [B, N, C].
+            named: [B, M, C] the groups' named tokens, in the dtype to compute in.
+            change: see `_changes`.
+        """
+        moved, target = self.moves
+        norms = take_tokens(x, moved).to(named.dtype).norm(dim=-1)
+        largest = named.norm(dim=-1).scatter_reduce(1, target, norms, "amax")
+        alone = torch.ones_like(largest).scatter(1, target, 0.0).bool()
+        merged = self._add(named.clone(), change)
+        scaled = merged * (largest / merged.norm(dim=-1).clamp(min=1e-12))[..., None]
+        # A token on its own keeps its value bit for bit.
+        return torch.where(alone[..., None], named, scaled).to(x.dtype)
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Spread group values back over their tokens: [B, M, C] to [B, N, C]."""

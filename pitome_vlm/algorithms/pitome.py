@@ -40,10 +40,12 @@ def energy_score(
         [B, rows]; high energy means a large cluster, hence mergeable.
     """
     if form == "paper":
-        # In place: fresh memory for every N x N step costs more than the arithmetic.
-        low = (similarity - margin).exp_().sub_(1)
-        low = low if alpha == 1 else low.mul_(alpha)
-        score = torch.where(similarity >= margin, similarity, low)
+        # In place: fresh memory for every N x N step costs more than the arithmetic. Both branches
+        # as a sum of which one is zero: `where` and masks of bools take several times as long.
+        score = (similarity - margin).expm1_()
+        score = score if alpha == 1 else score.mul_(alpha)
+        near = torch.ge(similarity, margin, out=torch.empty_like(similarity))
+        score = score.clamp_max_(0).addcmul_(near, similarity)
     elif form == "elu":
         score = torch.nn.functional.elu(similarity - margin, alpha=alpha)
     else:
