@@ -11,7 +11,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 
 import pitome_vlm
+from pitome_vlm import MergeConfig
 from pitome_vlm.adapters.tower import MergingLayer
+from pitome_vlm.merge import Algorithm, MergeContext, MergePlan, make_plan
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
@@ -198,23 +200,27 @@ def test_pixels_of_another_form_are_named(model, pixels):
             call(**batch)
 
 
-def test_scores_are_float32_under_autocast(model):
-    batch = tiny_batch(images=(1,), texts=(5,))
-    dtypes = set()
-    normalize = torch.nn.functional.normalize
+def test_scores_are_float32_under_autocast():
+    dtypes = []
 
-    def spy(keys, **options):
-        unit = normalize(keys, **options)
-        dtypes.add((unit @ unit.transpose(-1, -2)).dtype)
-        return unit
+    def probe(keys, n_out, *, ctx):
+        dtypes.append((keys @ keys.transpose(-1, -2)).dtype)
+        return MergePlan.from_assignment(torch.arange(6)[None].clamp(max=n_out - 1), n_out)
 
-    torch.nn.functional.normalize = spy
-    try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            model(**batch)
-    finally:
-        torch.nn.functional.normalize = normalize
-    assert dtypes == {torch.float32}
+    algorithm = Algorithm(name="probe", plan=probe, source="this test", pairwise=False)
+    keys, context = torch.randn(1, 6, 4), MergeContext(MergeConfig(keep=0.5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        make_plan(algorithm, keys, 3, ctx=context)
+        outside = (keys @ keys.transpose(-1, -2)).dtype
+    make_plan(algorithm, keys, 3, ctx=context)
+    assert outside == torch.bfloat16
+    assert dtypes == [torch.float32, torch.float32]
+
+
+def test_a_model_under_autocast_merges_as_scheduled(model):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(**tiny_batch(images=(1,), texts=(5,))).logits
+    assert logits.isfinite().all()
 
 
 def test_encodings_of_other_threads_do_not_leak(model):
