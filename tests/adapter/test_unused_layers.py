@@ -1,4 +1,4 @@
-"""Tower layers behind the feature layer are left out: always where tokens are merged, else on wish."""
+"""Tower layers behind the feature layer are left out where tokens are merged, else on wish."""
 
 from __future__ import annotations
 
