@@ -45,7 +45,7 @@ class PairLimits:
     """
 
     whole_up_to: int = 4096
-    piece_bytes: int = 4 * 2**20
+    piece_bytes: int = 8 * 2**20
 
 
 @dataclass(frozen=True)

@@ -103,20 +103,19 @@ class Similarity:
         """
         if self._whole is not None:
             return _farthest_first(1 - self._whole, n_out)
-        unit, batch = self._unit, torch.arange(len(self._unit), device=self._unit.device)
-        to_chosen, row = (torch.empty_like(unit[:, :, :1]) for _ in range(2))
-        to_chosen.fill_(math.inf)
-        choice = self.by_row(_isolation).argmax(-1)
-        chosen = torch.empty(len(unit), n_out, dtype=torch.int64, device=unit.device)
-        chosen[:, 0] = choice
-        for step in range(1, n_out):
-            torch.bmm(unit, unit[batch, choice][:, :, None], out=row)
+        unit = self._unit
+        to_chosen = torch.full_like(unit[:, :, 0], math.inf)
+        row = torch.empty_like(to_chosen)
+        choice = self.by_row(_isolation).argmax(-1, keepdim=True)
+        chosen = [choice]
+        for _ in range(n_out - 1):
+            # As a row: a batch of matrix-vector products in columns takes several times as long.
+            torch.bmm(take_tokens(unit, choice), unit.transpose(1, 2), out=row[:, None])
             torch.minimum(to_chosen, row.neg_().add_(1), out=to_chosen)
             # What is chosen stays at minus infinity and is never the farthest again.
-            to_chosen[batch, choice] = -math.inf
-            choice = to_chosen[:, :, 0].argmax(-1)
-            chosen[:, step] = choice
-        return chosen
+            choice = to_chosen.scatter_(1, choice, -math.inf).argmax(-1, keepdim=True)
+            chosen.append(choice)
+        return torch.cat(chosen, 1)
 
     def _row_pieces(self) -> Iterator[tuple[int, int, Tensor]]:
         """(image, first row, [1, rows, N]) from the top to the bottom, image by image."""
