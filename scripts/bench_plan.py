@@ -236,6 +236,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def report(found: dict[str, Any], out: Path) -> None:
     (out / "plan.md").write_text(markdown(found), encoding="utf-8")
+    if not (found["time"] and found["memory"]):
+        return
     try:
         draw(found, out / "plan.png")
     except ImportError:

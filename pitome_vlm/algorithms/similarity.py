@@ -72,24 +72,20 @@ class Similarity:
         if self._whole is not None:
             edges = take_similarity(self._whole, side_a, side_b)
             if worth is not None:
-                both = worth.gather(1, side_a)[:, :, None] + worth.gather(1, side_b)[:, None, :]
-                edges = both.div_(2).add_(edges)
+                edges = _with_worth(edges, worth.gather(1, side_a), worth.gather(1, side_b))
             scores, places = edges.max(-1)
             return scores, places
-        scores = self._unit.new_empty(side_a.shape)
-        places = torch.empty_like(side_a)
+        scores, places = self._unit.new_empty(side_a.shape), torch.empty_like(side_a)
         for image, own in enumerate(self._unit):
-            others = own.index_select(0, side_b[image])
-            bonus = None if worth is None else worth[image].index_select(0, side_b[image]) / 2
             first = 0
+            others = own.index_select(0, side_b[image])
             for edges in self._pieces(own, others, side_a[image]):
-                # Only the receiver's half of the worth tells the receivers of one token apart.
-                best = (edges if bonus is None else edges.add_(bonus)).max(-1)
                 last = first + len(edges)
-                scores[image, first:last], places[image, first:last] = best
+                if worth is not None:
+                    ends = (side_a[image, first:last], side_b[image])
+                    edges = _with_worth(edges, *(worth[image].index_select(0, end) for end in ends))
+                scores[image, first:last], places[image, first:last] = edges.max(-1)
                 first = last
-        if worth is not None:
-            scores += worth.gather(1, side_a) / 2
         return scores, places
 
     def farthest_first(self, n_out: int) -> Tensor:
@@ -148,6 +144,11 @@ def take_similarity(similarity: Tensor, rows: Tensor, columns: Tensor) -> Tensor
     if len(taken) == 1:
         return taken[0].index_select(1, columns[0])[None]
     return taken.gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))
+
+
+def _with_worth(edges: Tensor, worth_a: Tensor, worth_b: Tensor) -> Tensor:
+    """Edges [..., a, b] plus the mean worth of their ends [..., a] and [..., b]."""
+    return (worth_a[..., :, None] + worth_b[..., None, :]).div_(2).add_(edges)
 
 
 def _isolation(rows: Tensor, first: int) -> Tensor:
