@@ -102,7 +102,9 @@ def memory(series: Series, n_tokens: int) -> float:
 def milliseconds(series: Series, n_tokens: int, most: float) -> dict[str, Any]:
     keys, attention = inputs(series, n_tokens)
     times: list[float] = []
-    series.plan(keys, attention)
+    # The largest take many seconds a call; there the first one counts as well.
+    warm_up = min(n_tokens, 4096)
+    series.plan(keys[:, :warm_up], attention[:, :warm_up])
     while len(times) < 20 and (len(times) < 3 or sum(times) < most * 1e3):
         start = time.perf_counter()
         series.plan(keys, attention)
