@@ -21,16 +21,19 @@ from torch import Tensor
 from ..merge import PairLimits, cosine_similarity, unit_vectors
 from ..merge_plan import take_tokens
 
+USUAL = PairLimits()
+
 
 class Similarity:
     """Cosines between the tokens of every image of a batch.
 
     Args:
         keys: [B, N, D] floating point.
-        limits: how many pairs may be held at once.
+        limits: how many pairs may be held at once, None for `USUAL`.
     """
 
-    def __init__(self, keys: Tensor, limits: PairLimits) -> None:
+    def __init__(self, keys: Tensor, limits: PairLimits | None = None) -> None:
+        limits = limits or USUAL
         self.n_tokens = keys.shape[1]
         self._whole = cosine_similarity(keys) if self.n_tokens <= limits.whole_up_to else None
         # Detached: results written into a buffer have no gradient, and decisions need none.
