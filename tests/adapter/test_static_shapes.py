@@ -111,24 +111,24 @@ def test_a_merge_is_one_graph_per_budget(options, limits):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "dynamic"),
     [
-        {"algorithm": "pitome"},
-        {"algorithm": "pitome", "split": "random", "stage": "both"},
-        {"algorithm": "pitome_plus", "stage": "tower"},
-        {"algorithm": "pitome_plus", "stage": "both"},
-        {"algorithm": "random", "stage": "tower"},
+        ({"algorithm": "pitome"}, None),
+        # With numbers as symbols (PyTorch's default from the second budget on) Dynamo fails here.
+        ({"algorithm": "pitome", "split": "random", "stage": "both"}, False),
+        ({"algorithm": "pitome_plus", "stage": "tower"}, None),
+        ({"algorithm": "pitome_plus", "stage": "both"}, False),
+        ({"algorithm": "random", "stage": "tower"}, False),
     ],
-    ids=lambda options: ", ".join(options.values()),
 )
-def test_the_compiled_tower_is_one_graph_per_budget(options):
+def test_the_compiled_tower_is_one_graph_per_budget(options, dynamic):
     model, graphs, pixels = tiny_model(), Graphs(), tiny_batch()["pixel_values"]
     expected = {}
     for keep in (0.5, 0.25, 0.11):
         pitome_vlm.wrap(model, keep=keep, **options)
         expected[keep] = pitome_vlm.encode_images(model, pixels)
         assert schedule_of(model).tower
-    model.model.vision_tower.compile(backend=graphs, fullgraph=True)
+    model.model.vision_tower.compile(backend=graphs, fullgraph=True, dynamic=dynamic)
     for seen, keep in enumerate((0.5, 0.25, 0.11), 1):
         pitome_vlm.wrap(model, keep=keep, **options)
         for _ in range(3):
