@@ -34,6 +34,12 @@ __all__ = [
 ]
 
 
+# A generator cannot be made inside a compiled graph; there the permutation is part of the graph.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _permutation(seed: int, n: int, device: torch.device) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
 @dataclass(frozen=True)
 class PairLimits:
     """How many pairs of tokens an algorithm may hold at once; what it decides is the same.
@@ -46,7 +52,7 @@ class PairLimits:
     """
 
     whole_up_to: int = 4096
-    piece_bytes: int = 4 * 2**20
+    piece_bytes: int = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class MergeContext:
         sizes: [B, N] float32 patches behind every token the algorithm is shown, None for all one.
         cls_attention: [B, N] float32, how much of the class token's attention (mean over heads)
             goes to each of them; None unless the algorithm asks for it.
-        pairs: how many pairs of tokens may be held at once.
+        pairs: how many pairs of tokens may be held at once; None for what is usual.
     """
 
     config: MergeConfig
@@ -75,7 +81,7 @@ class MergeContext:
     grid: tuple[int, int] | None = None
     sizes: Tensor | None = None
     cls_attention: Tensor | None = None
-    pairs: PairLimits = PairLimits()
+    pairs: PairLimits | None = None
 
     def required_attention(self) -> Tensor:
         """`cls_attention`, for algorithms that rank by it.
@@ -96,8 +102,8 @@ class MergeContext:
         Drawn from a generator of its own on the CPU (no global state, the same on every device)
         and shared by all images of a batch, so that batching never changes an answer.
         """
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.layer)
-        return torch.randperm(n, generator=generator).to(device)
+        order: Tensor = _permutation(self.config.seed * 1_000_003 + self.layer, n, device)
+        return order
 
 
 class PlanFunction(Protocol):

@@ -33,8 +33,8 @@ class LayerKernels:
     Attributes:
         project: (attention, normed [B, N, C]) to queries, keys and values, each
             [B, heads, N, head_dim].
-        attend: (attention, those three, additive bias [B, 1, 1, N] or None) to [B, N, C], the
-            output projection included.
+        attend: (attention, those three, additive bias [B, 1, 1, N], float32 or wider, or None) to
+            [B, N, C], the output projection included.
         agree: a mean over this process's heads to the mean over all of them, where the heads of
             one layer are spread over several processes: all have to make the same plan.
     """
@@ -60,7 +60,9 @@ def merged_layer(
         [B, M, C].
     """
     placement = merge_pass.config.placement
-    bias = log_size_bias(merge_pass.attention_sizes(index), hidden.dtype)
+    # Not rounded to half precision here: how that is done is up to the kernel.
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    bias = log_size_bias(merge_pass.attention_sizes(index), exact)
     parts = kernels.project(layer.self_attn, layer.layer_norm1(hidden))
     hidden = hidden + kernels.attend(layer.self_attn, parts, bias)
     received = None

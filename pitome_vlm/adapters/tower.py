@@ -13,12 +13,14 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from ..merge_pass import MergePass
 from .merged_layer import Heads, LayerKernels, merged_layer
+from .proportional import WIDEST, channel_width, with_size_channels
 from .swap import base_class, swap_in, swap_out
 
 logger = logging.get_logger(__name__)
@@ -32,8 +34,10 @@ ATTENTION_INPUTS = {
     *("output_attentions", "kwargs"),
 }
 LAYER_ATTRIBUTES = ("_pitome_layer", "_pitome_slot", "_pitome_returns_tuple")
-# Implementations whose function in transformers adds a float mask to the logits. All others
-# (flash kernels, flex) read a mask as padding or not at all.
+# Implementations whose function in transformers adds a float mask to the logits; others (flash
+# kernels, flex) read a mask as padding or not at all. Here the mask is kept: on a CPU it costs
+# nothing that could be measured; on CUDA mask, channel and flex have not been timed against each
+# other yet (`proportional.WAYS`).
 TAKES_FLOAT_MASK = ("eager", "sdpa")
 
 
@@ -176,31 +180,49 @@ def _attend(attention: Any, parts: Heads, bias: Tensor | None) -> Tensor:
     Args:
         attention: CLIPAttention or SiglipAttention.
         parts: queries, keys and values.
-        bias: [B, 1, 1, N] or None.
+        bias: [B, 1, 1, N] at least float32, or None.
 
     Returns:
         [B, N, C].
     """
-    output, _ = _kernel(attention, bias)(
+    name, head_dim = attention.config._attn_implementation or "sdpa", parts[2].shape[-1]
+    if bias is not None and name not in TAKES_FLOAT_MASK:
+        if _takes_channels(name, head_dim):
+            parts, bias = with_size_channels(*parts, bias, attention.scale), None
+        else:
+            logger.warning_once(
+                f"attention implementation {name!r} takes no additive mask; vision layers behind "
+                "the first merge use 'sdpa' for proportional attention"
+            )
+            name = "sdpa"
+    output, _ = _kernel(attention, name)(
         attention,
         *parts,
-        bias,
+        _mask(bias, name, parts[0].dtype),
         scaling=attention.scale,
         dropout=attention.dropout if attention.training else 0.0,
         is_causal=False,
     )
-    merged: Tensor = attention.out_proj(output.flatten(2).contiguous())
+    merged: Tensor = attention.out_proj(output[..., :head_dim].flatten(2).contiguous())
     return merged
 
 
-def _kernel(attention: Any, bias: Tensor | None) -> Any:
-    name = attention.config._attn_implementation or "sdpa"
-    if bias is not None and name not in TAKES_FLOAT_MASK:
-        logger.warning_once(
-            f"attention implementation {name!r} takes no additive mask; vision layers behind the "
-            "first merge use 'sdpa' for proportional attention"
-        )
-        name = "sdpa"
+def _takes_channels(name: str, head_dim: int) -> bool:
+    """Whether an implementation computes softmax(q k) v for heads of more channels.
+
+    Flash kernels do, of whatever origin ("flash_attention_2", "kernels-community/flash-attn3");
+    transformers tells them by the same word. Others are not known: one that quantises its keys
+    would lose the channel.
+    """
+    return "flash" in name and channel_width(head_dim) <= WIDEST
+
+
+def _mask(bias: Tensor | None, name: str, dtype: torch.dtype) -> Tensor | None:
+    # PyTorch's kernels want the mask in the queries' dtype; plain addition takes the exact one.
+    return bias if bias is None or name == "eager" else bias.to(dtype)
+
+
+def _kernel(attention: Any, name: str) -> Any:
     if name == "eager":
         return inspect.getmodule(type(attention)).eager_attention_forward  # type: ignore[union-attr]
     return ALL_ATTENTION_FUNCTIONS[name]

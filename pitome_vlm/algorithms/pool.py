@@ -44,6 +44,13 @@ def grid_cells(rows: int, columns: int, n_out: int) -> Tensor:
     return cells.flatten()
 
 
+# A constant of a compiled graph: made on the host, it would be copied in every call, which a CUDA
+# graph cannot hold.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _cells_on(device: torch.device, rows: int, columns: int, n_out: int) -> Tensor:
+    return grid_cells(rows, columns, n_out).to(device)
+
+
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     """Average neighbouring patches.
 
@@ -61,7 +68,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
             f"algorithm 'pool' needs the whole patch grid, but sees {n_tokens} tokens of a grid "
             f'of {ctx.grid}; use it alone, at stage="projector"'
         )
-    cells = grid_cells(*ctx.grid, n_out).to(keys.device)
+    cells = _cells_on(keys.device, *ctx.grid, n_out)
     return MergePlan.from_assignment(cells.expand(batch, n_tokens), n_out)
 
 

@@ -21,16 +21,19 @@ from torch import Tensor
 from ..merge import PairLimits, cosine_similarity, unit_vectors
 from ..merge_plan import take_tokens
 
+USUAL = PairLimits()
+
 
 class Similarity:
     """Cosines between the tokens of every image of a batch.
 
     Args:
         keys: [B, N, D] floating point.
-        limits: how many pairs may be held at once.
+        limits: how many pairs may be held at once, None for `USUAL`.
     """
 
-    def __init__(self, keys: Tensor, limits: PairLimits) -> None:
+    def __init__(self, keys: Tensor, limits: PairLimits | None = None) -> None:
+        limits = limits or USUAL
         self.n_tokens = keys.shape[1]
         self._whole = cosine_similarity(keys) if self.n_tokens <= limits.whole_up_to else None
         # Detached: results written into a buffer have no gradient, and decisions need none.
@@ -72,24 +75,20 @@ class Similarity:
         if self._whole is not None:
             edges = take_similarity(self._whole, side_a, side_b)
             if worth is not None:
-                both = worth.gather(1, side_a)[:, :, None] + worth.gather(1, side_b)[:, None, :]
-                edges = both.div_(2).add_(edges)
+                edges = _with_worth(edges, worth.gather(1, side_a), worth.gather(1, side_b))
             scores, places = edges.max(-1)
             return scores, places
-        scores = self._unit.new_empty(side_a.shape)
-        places = torch.empty_like(side_a)
+        scores, places = self._unit.new_empty(side_a.shape), torch.empty_like(side_a)
         for image, own in enumerate(self._unit):
-            others = own.index_select(0, side_b[image])
-            bonus = None if worth is None else worth[image].index_select(0, side_b[image]) / 2
             first = 0
+            others = own.index_select(0, side_b[image])
             for edges in self._pieces(own, others, side_a[image]):
-                # Only the receiver's half of the worth tells the receivers of one token apart.
-                best = (edges if bonus is None else edges.add_(bonus)).max(-1)
                 last = first + len(edges)
-                scores[image, first:last], places[image, first:last] = best
+                if worth is not None:
+                    ends = (side_a[image, first:last], side_b[image])
+                    edges = _with_worth(edges, *(worth[image].index_select(0, end) for end in ends))
+                scores[image, first:last], places[image, first:last] = edges.max(-1)
                 first = last
-        if worth is not None:
-            scores += worth.gather(1, side_a) / 2
         return scores, places
 
     def farthest_first(self, n_out: int) -> Tensor:
@@ -103,20 +102,19 @@ class Similarity:
         """
         if self._whole is not None:
             return _farthest_first(1 - self._whole, n_out)
-        unit, batch = self._unit, torch.arange(len(self._unit), device=self._unit.device)
-        to_chosen, row = (torch.empty_like(unit[:, :, :1]) for _ in range(2))
-        to_chosen.fill_(math.inf)
-        choice = self.by_row(_isolation).argmax(-1)
-        chosen = torch.empty(len(unit), n_out, dtype=torch.int64, device=unit.device)
-        chosen[:, 0] = choice
-        for step in range(1, n_out):
-            torch.bmm(unit, unit[batch, choice][:, :, None], out=row)
+        unit = self._unit
+        to_chosen = torch.full_like(unit[:, :, 0], math.inf)
+        row = torch.empty_like(to_chosen)
+        choice = self.by_row(_isolation).argmax(-1, keepdim=True)
+        chosen = [choice]
+        for _ in range(n_out - 1):
+            # As a row: a batch of matrix-vector products in columns takes several times as long.
+            torch.bmm(take_tokens(unit, choice), unit.transpose(1, 2), out=row[:, None])
             torch.minimum(to_chosen, row.neg_().add_(1), out=to_chosen)
             # What is chosen stays at minus infinity and is never the farthest again.
-            to_chosen[batch, choice] = -math.inf
-            choice = to_chosen[:, :, 0].argmax(-1)
-            chosen[:, step] = choice
-        return chosen
+            choice = to_chosen.scatter_(1, choice, -math.inf).argmax(-1, keepdim=True)
+            chosen.append(choice)
+        return torch.cat(chosen, 1)
 
     def _row_pieces(self) -> Iterator[tuple[int, int, Tensor]]:
         """(image, first row, [1, rows, N]) from the top to the bottom, image by image."""
@@ -149,6 +147,11 @@ def take_similarity(similarity: Tensor, rows: Tensor, columns: Tensor) -> Tensor
     if len(taken) == 1:
         return taken[0].index_select(1, columns[0])[None]
     return taken.gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))
+
+
+def _with_worth(edges: Tensor, worth_a: Tensor, worth_b: Tensor) -> Tensor:
+    """Edges [..., a, b] plus the mean worth of their ends [..., a] and [..., b]."""
+    return (worth_a[..., :, None] + worth_b[..., None, :]).div_(2).add_(edges)
 
 
 def _isolation(rows: Tensor, first: int) -> Tensor:

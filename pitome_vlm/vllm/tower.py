@@ -78,7 +78,8 @@ def _attend(attention: Any, parts: Heads, bias: Tensor | None) -> Tensor:
     if bias is None:
         output = attention.attn(*(part.transpose(1, 2).flatten(2) for part in parts))
     else:
-        output = scaled_dot_product_attention(*parts, attn_mask=bias, scale=attention.scale)
+        mask = bias.to(parts[0].dtype)
+        output = scaled_dot_product_attention(*parts, attn_mask=mask, scale=attention.scale)
         output = output.transpose(1, 2).flatten(2)
     projected: Tensor = attention.out_proj(output)[0]
     return projected

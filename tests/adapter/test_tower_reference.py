@@ -148,16 +148,3 @@ def test_projector_merging_after_the_tower_stays_size_weighted():
     expected.index_add_(0, into, before.detach() * weights[:, None])
     expected /= both.sizes()[0].double()[:, None]
     torch.testing.assert_close(merged, expected, atol=1e-9, rtol=1e-9)
-
-
-@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention", "someone_elses"])
-def test_kernels_without_a_float_mask_give_way_to_sdpa(name, caplog):
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    from pitome_vlm.adapters.tower import _kernel
-
-    attention = find_encoder_layers(tiny_model().model.vision_tower)[0][0].self_attn
-    attention.config._attn_implementation_internal = name
-    assert _kernel(attention, torch.zeros(1, 1, 1, 4)) is ALL_ATTENTION_FUNCTIONS["sdpa"]
-    attention.config._attn_implementation_internal = "sdpa"
-    assert _kernel(attention, None) is ALL_ATTENTION_FUNCTIONS["sdpa"]
