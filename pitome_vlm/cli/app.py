@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from ..version import __version__
 from .ask import ask
+from .bench import bench
 from .chat import chat
 from .demo import demo
 from .eval import evaluate
@@ -132,7 +133,7 @@ def root(
         typer.echo(context.get_help())
 
 
-for _command in (demo, ask, chat, info, visualize, tune, verify, train):
+for _command in (demo, ask, chat, info, bench, visualize, tune, verify, train):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.command("serve-args")(serve_args)
