@@ -79,20 +79,26 @@ class Bench:
         """
         whole_number("repeats", repeats, 1)
         whole_number("warmup", warmup, 0)
-        try:
-            for done in range(warmup + repeats):
-                times = []
-                for result in self.results:
-                    with installed(self.model, result.budget):
-                        times.append(timed_answer(self.model, self.inputs, result))
-                if done >= warmup:
-                    # Whole rounds only, so that an interruption leaves nothing lopsided.
-                    for result, own in zip(self.results, times, strict=True):
-                        result.add(own)
-                if progress is not None:
-                    progress(done + 1, warmup + repeats)
-        finally:
-            unwrap(self.model)
+        for done in range(warmup + repeats):
+            times = self._round()
+            if done >= warmup:
+                # Whole rounds only, so that an interruption leaves nothing lopsided.
+                for result, own in zip(self.results, times, strict=True):
+                    result.add(own)
+            if progress is not None:
+                progress(done + 1, warmup + repeats)
+
+    def warm_up(self, rounds: int = 3) -> None:
+        """Rounds that do not count."""
+        for _ in range(rounds):
+            self._round()
+
+    def _round(self) -> list[dict[str, float]]:
+        times = []
+        for result in self.results:
+            with installed(self.model, result.budget):
+                times.append(timed_answer(self.model, self.inputs, result))
+        return times
 
 
 def measure(

@@ -19,7 +19,7 @@ from .phases import Phases
 from .prompts import Case, inputs_for
 
 FORMULA = (
-    "max batch (computed) = (memory - weights) / (KV cache of prompt and answer + the larger of: "
+    "(memory - weights) / (KV cache of prompt and answer + the larger of: "
     "tower, its kept states and one layer's activations; prefill, one layer's activations)"
 )
 

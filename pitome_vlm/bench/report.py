@@ -32,8 +32,9 @@ TIME_COLUMNS = (
 )
 GAIN_COLUMNS = (
     *("budget", "batch", "first", "answer", "FLOPs", "KV MiB", "peak GiB"),
-    *("answers/s", "max batch", "at max batch", "pays up to"),
+    *("answers/s", "pays up to"),
 )
+FIT_COLUMNS = ("budget", "max batch", "how", "answers/s at it")
 WHOLE_COLUMNS = (
     *("budget", "batch", "prefill", "first token", "per token", "answer"),
     *("first", "answer", "answers/s", "pays up to"),
@@ -94,6 +95,13 @@ class Report:
         """One row of `WHOLE_COLUMNS` per case and budget: the whole depth, scaled up."""
         return [self._whole_row(base, one) for base, one in self.pairs()]
 
+    def fit_rows(self) -> list[tuple[str, ...]]:
+        """One row of `FIT_COLUMNS` per budget whose largest batch is known."""
+        return [
+            (name, str(fit.batch), "tried" if fit.measured else "computed", _rate(fit))
+            for name, fit in self.fits.items()
+        ]
+
     def _time_row(self, one: Phases) -> tuple[str, ...]:
         return (
             one.budget.name,
@@ -105,22 +113,16 @@ class Report:
         )
 
     def _gain_row(self, base: Phases, one: Phases) -> tuple[str, ...]:
-        length, fit = one.case.answer_tokens, self.fits.get(one.budget.name)
-        own, other = one.measured, base.measured
-        at_most = "-"
-        if fit is not None and fit.answers_per_second is not None:
-            at_most = f"{'>= ' if fit.estimated else ''}{fit.answers_per_second:.2f}"
+        length, own, other = one.case.answer_tokens, one.measured, base.measured
         return (
             one.budget.name,
             str(one.case.batch),
             f"{other.first / own.first:.2f}x",
             f"{other.total(length) / own.total(length):.2f}x",
             f"{one.costs.total_flops / base.costs.total_flops:.3f}",
-            f"{one.kv_bytes / 2**20:.1f}",
+            shown(one.kv_bytes / 2**20),
             "-" if one.peak_bytes is None else f"{one.peak_bytes / 2**30:.2f}",
-            f"{one.answers_per_second(own):.2f}",
-            "-" if fit is None else f"{fit.batch}{'' if fit.measured else ' (c)'}",
-            at_most,
+            f"{one.answers_per_second(own):.3g}",
             _pays(base, one, other, own),
         )
 
@@ -132,7 +134,7 @@ class Report:
             *(shown(value) for value in (own.prefill, own.first, own.decode, own.total(length))),
             f"{other.first / own.first:.2f}x",
             f"{other.total(length) / own.total(length):.2f}x",
-            f"{one.answers_per_second(own):.3f}",
+            f"{one.answers_per_second(own):.3g}",
             _pays(base, one, other, own),
         )
 
@@ -163,6 +165,8 @@ class Report:
         ]
         if self.depth != 1:
             parts += ["At the whole depth (scaled up):", table(WHOLE_COLUMNS, self.whole_rows())]
+        if self.fits:
+            parts.append(table(FIT_COLUMNS, self.fit_rows()))
         return "\n\n".join(parts)
 
     def _rounds(self) -> str:
@@ -175,6 +179,12 @@ def _pays(base: Phases, one: Phases, other: Estimate, own: Estimate) -> str:
         return "-"
     length = break_even(other, own)
     return ANY_LENGTH if length is None else f"{length:.0f}"
+
+
+def _rate(fit: Fit) -> str:
+    if fit.answers_per_second is None:
+        return "-"
+    return f"{'>= ' if fit.estimated else ''}{fit.answers_per_second:.3g}"
 
 
 def shown(value: float) -> str:

@@ -83,7 +83,9 @@ class Question:
         from ..bench import Budget
         from .session import check_algorithm
 
-        names = [None] if self.algorithms is None else _words(self.algorithms)
+        names: list[str | None] = [None]
+        if self.algorithms is not None:
+            names = list(_words(self.algorithms))
         for name in names:
             check_algorithm({} if name is None else {"algorithm": name})
         values: list[dict[str, Any]]
@@ -93,9 +95,11 @@ class Question:
             values = [{"tokens": value} for value in _numbers(self.tokens, int, "--tokens")]
         found = [Budget("none")]
         for name in names:
+            chosen: dict[str, Any] = {} if name is None else {"algorithm": name}
             for value in values:
-                config = MergeConfig(**value, **({} if name is None else {"algorithm": name}))
-                found.append(Budget(config.summary(), config))
+                config = MergeConfig(**value, **chosen)
+                label = " ".join(f"{key}={number:g}" for key, number in value.items())
+                found.append(Budget(label if len(names) == 1 else f"{name} {label}", config))
         return found
 
     def cases(self) -> list[Case]:
@@ -166,6 +170,7 @@ def run(source: Source, question: Question, files: Files) -> bool:
     _check_budgets(loaded.model, budgets, question)
     name = source.config or source.loading.model
     report = Report(name, [], loaded.notes, depth=loaded.depth, setup=_setup(loaded.model))
+    report.setup["algorithm"] = ", ".join(sorted({x.config.algorithm for x in budgets if x.config}))
     try:
         _measure(loaded, budgets, cases, report, question)
         interrupted = False
@@ -288,10 +293,10 @@ def _fits(loaded: Loaded, report: Report, question: Question) -> None:
         _found_batches(loaded, report)
         return
     memory, whose = _memory(loaded.model, question.memory)
-    report.notes.append(f"(c) computed for {memory / GIB:.1f} GiB ({whose}): {FORMULA}")
+    report.notes.append(f"max batch: computed for {memory / GIB:.1f} GiB ({whose}): {FORMULA}")
     report.notes.append(
-        "answers/s at max batch: >= is not timed; the time of the largest batch that was is "
-        "taken as proportional to the batch, and batches share the reading of weights"
+        "answers/s at max batch: >= was not timed; the time of the largest batch that was is "
+        "taken as proportional to the batch, while larger batches share the reading of weights"
     )
     for one in (last for last in report.results[-1] if last.repeats):
         batch = fitting_batch(loaded.whole, one, memory, loaded.model.dtype)

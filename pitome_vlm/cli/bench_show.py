@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +25,7 @@ def show(report: Report) -> None:
     """Tables, what they were measured on, formulas, notes, and what it all means."""
     from ..bench import verdict
     from ..bench.report import (
+        FIT_COLUMNS,
         FORMULAS,
         GAIN_COLUMNS,
         TIME_COLUMNS,
@@ -48,6 +50,10 @@ def show(report: Report) -> None:
             WHOLE_COLUMNS,
             report.whole_rows(),
         )
+    if report.fits:
+        _table(
+            "the largest batch (of the whole depth)", FIT_COLUMNS, report.fit_rows()
+        )
     known = report.setup | hardware()
     write(", ".join(f"{name} {value}" for name, value in known.items()))
     write(f"{report.results[0][0].repeats} rounds in turns")
@@ -59,9 +65,9 @@ def show(report: Report) -> None:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console = Console(width=min(WIDTH, out.width) if out.is_terminal else WIDTH, highlight=False)
