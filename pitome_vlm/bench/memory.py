@@ -6,6 +6,7 @@ Knows: what fills memory while an answer is made. Does not know: time.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ FORMULA = (
 )
 
 
-def largest_batch(model: Any, budget: Budget, case: Case, limit: int = 1024) -> int:
+def largest_batch(
+    model: Any, budget: Budget, case: Case, limit: int = 1024, *, guess: int = 1
+) -> int:
     """The largest batch whose answers fit the device's memory, within 1/16, by trying.
 
     Args:
@@ -32,6 +35,7 @@ def largest_batch(model: Any, budget: Budget, case: Case, limit: int = 1024) -> 
         budget: what is merged.
         case: what is asked; answers are as long as it says, because their cache counts.
         limit: not more than that.
+        guess: what is tried first, for instance what `fitting_batch` says.
 
     Raises:
         ValueError: on a CPU, where running out of memory ends the process.
@@ -54,13 +58,27 @@ def largest_batch(model: Any, budget: Budget, case: Case, limit: int = 1024) -> 
             del inputs
             torch.get_device_module(model.device).empty_cache()
 
-    low, high = 0, 1
-    while high <= limit and fits(high):
-        low, high = high, 2 * high
-    high = min(high, limit + 1)
+    return search_largest(fits, limit, guess)
+
+
+def search_largest(fits: Callable[[int], bool], limit: int, guess: int = 1) -> int:
+    """The largest number up to `limit` that fits, within 1/16 below it; 0 where 1 does not.
+
+    Args:
+        fits: true up to some number and false above it.
+        limit: >= 1.
+        guess: what is tried first.
+    """
+    low, high = 0, limit + 1
+    probe, factor = min(max(1, guess), limit), 1.25 if guess > 1 else 2.0
     while high - low > max(1, low // 16):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        if fits(probe):
+            low = probe
+            probe = max(low + 1, int(low * factor)) if high > limit else (low + high) // 2
+        else:
+            high = probe
+            probe = min(high - 1, int(high / factor)) if not low else (low + high) // 2
+        probe = min(max(1, probe), limit)
     return low
 
 

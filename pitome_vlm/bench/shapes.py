@@ -192,7 +192,7 @@ def build(
         MemoryError: the device's free memory does not hold the weights.
     """
     config, device = configuration(name, layers=layers), torch.device(device)
-    needed, free = needed_bytes(name, layers=layers, dtype=dtype), _free_bytes(device)
+    needed, free = needed_bytes(name, layers=layers, dtype=dtype), free_bytes(device)
     if free is not None and needed > free:
         raise MemoryError(
             f"{name} in {dtype} takes {needed / 2**30:.1f} GiB and {device} has "
@@ -227,7 +227,8 @@ def _made(config: Any, dtype: torch.dtype, device: torch.device, seed: int, atte
     return model.eval()
 
 
-def _free_bytes(device: torch.device) -> int | None:
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of a device that is not taken, None where that is not known."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":

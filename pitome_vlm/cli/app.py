@@ -30,6 +30,8 @@ from .visualize import visualize
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+# What says all there is to say in its message.
+KNOWN_ERRORS = (ValueError, TypeError, OSError, ImportError, MemoryError)
 
 EPILOG = """
 Examples:
@@ -93,7 +95,7 @@ def _report(error: BaseException, *, debug: bool) -> int:
         traceback.print_exception(error)
     describe = getattr(error, "format_message", None)
     message = one_line(describe() if describe else str(error)) or type(error).__name__
-    if not (describe or isinstance(error, (ValueError, TypeError, OSError, ImportError))):
+    if not (describe or isinstance(error, KNOWN_ERRORS)):
         message = f"{type(error).__name__}: {message}"
         message += "" if debug else " (run again with --debug for the traceback)"
     say(f"error: {message}")

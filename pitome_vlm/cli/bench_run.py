@@ -307,11 +307,14 @@ def _fits(loaded: Loaded, report: Report, question: Question) -> None:
 def _found_batches(loaded: Loaded, report: Report) -> None:
     from dataclasses import replace
 
-    from ..bench import largest_batch, measure
+    from ..bench import fitting_batch, largest_batch, measure
     from ..bench.report import Fit
 
+    memory, _ = _memory(loaded.model, None)
+    report.notes.append("the largest batches were tried out on the model as it was built")
     for one in report.results[0]:
-        batch = largest_batch(loaded.model, one.budget, one.case)
+        guess = fitting_batch(loaded.model, one, memory, loaded.model.dtype)
+        batch = largest_batch(loaded.model, one.budget, one.case, guess=guess)
         fit = Fit(batch, True)
         if batch:
             case = replace(one.case, batch=batch)
