@@ -65,7 +65,7 @@ def main() -> None:
     if options.out is not None:
         resume(bench, report, options.out.with_suffix(".json"))
     print(f"{bench.results[0].repeats} rounds so far", flush=True)
-    bench.warm_up(1)
+    bench.warm_up(budgets=2)
     while bench.results[0].repeats < options.repeats:
         started = time.monotonic()
         bench.run(repeats=1, warmup=0)

@@ -88,14 +88,19 @@ class Bench:
             if progress is not None:
                 progress(done + 1, warmup + repeats)
 
-    def warm_up(self, rounds: int = 3) -> None:
-        """Rounds that do not count."""
-        for _ in range(rounds):
-            self._round()
+    def warm_up(self, rounds: int = 1, budgets: int | None = None) -> None:
+        """Rounds that do not count.
 
-    def _round(self) -> list[dict[str, float]]:
+        Args:
+            rounds: how many.
+            budgets: of the first so many budgets alone, where a round takes long.
+        """
+        for _ in range(rounds):
+            self._round(budgets)
+
+    def _round(self, budgets: int | None = None) -> list[dict[str, float]]:
         times = []
-        for result in self.results:
+        for result in self.results[:budgets]:
             with installed(self.model, result.budget):
                 times.append(timed_answer(self.model, self.inputs, result))
         return times
