@@ -27,7 +27,7 @@ FORMULAS = (
 )
 ANY_LENGTH = "any"
 TIME_COLUMNS = (
-    *("budget", "tokens", "batch", "tower", "merge", "projector", "prompt", "prefill"),
+    *("budget", "tokens", "batch", "tower", "merge", "proj.", "prompt", "prefill"),
     *("first token", "per token"),
 )
 GAIN_COLUMNS = (

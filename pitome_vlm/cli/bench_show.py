@@ -63,12 +63,22 @@ def show(report: Report) -> None:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    console = Console(width=min(WIDTH, out.width) if out.is_terminal else WIDTH, highlight=False)
+    table = _laid_out(title, columns, rows, space=1)
+    # A measure is never more than the width of the console it is taken on.
+    if Console(width=10 * WIDTH).measure(table).maximum > console.width:
+        table = _laid_out(title, columns, rows, space=0)
+    with console.capture() as shown:
+        console.print(table)
+    write(shown.get())
+
+
+def _laid_out(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, space: int
+) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, space, 0, 0))
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console(width=min(WIDTH, out.width) if out.is_terminal else WIDTH, highlight=False)
-    with console.capture() as shown:
-        console.print(table)
-    write(shown.get())
+    return table
