@@ -32,12 +32,12 @@ TIME_COLUMNS = (
 )
 GAIN_COLUMNS = (
     *("budget", "batch", "first", "answer", "FLOPs", "KV MiB", "peak GiB"),
-    *("answers/s", "pays up to"),
+    *("answers/s", "pays to"),
 )
 FIT_COLUMNS = ("budget", "max batch", "how", "answers/s at it")
 WHOLE_COLUMNS = (
     *("budget", "batch", "prefill", "first token", "per token", "answer"),
-    *("first", "answer", "answers/s", "pays up to"),
+    *("first", "answer", "answers/s", "pays to"),
 )
 
 
