@@ -88,8 +88,8 @@ class Run:
         print(f"{title} ({self.left:.0f} s left)", flush=True)
         try:
             yield
-        except torch.OutOfMemoryError:
-            self.add("", f"## {title}", "", "Ran out of memory.")
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            self.add("", f"## {title}", "", f"Ran out of memory: {str(error).splitlines()[0]}")
         finally:
             if self.options.device != "cpu":
                 torch.cuda.empty_cache()

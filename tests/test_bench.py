@@ -323,8 +323,8 @@ def test_json_holds_every_round_and_what_it_was_measured_on(tmp_path):
     report.save(tmp_path / "new" / "b.json")
     written = json.loads((tmp_path / "new" / "b.json").read_text())
     assert set(written) == {
-        *("format", "model", "setup", "hardware", "depth", "formulas", "notes", "max_batch"),
-        "results",
+        *("format", "model", "setup", "hardware", "depth", "formulas", "columns"),
+        *("notes", "max_batch", "results"),
     }
     assert {"cpu", "threads", "torch", "transformers", "pitome_vlm"} <= set(written["hardware"])
     none, quarter = written["results"]

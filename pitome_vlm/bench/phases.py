@@ -113,11 +113,6 @@ class Phases:
         for name, value in times.items():
             self.rounds[name].append(value)
 
-    def cut_to(self, repeats: int) -> None:
-        """Forget the rounds behind that many."""
-        for values in self.rounds.values():
-            del values[repeats:]
-
     @property
     def measured(self) -> Estimate:
         """Of the model as it was timed."""

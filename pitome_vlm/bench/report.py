@@ -25,6 +25,12 @@ FORMULAS = (
     "tower layer = n 2 W(attention) + 4 n^2 C + n' 2 W(mlp) + merge, merge = 2 n^2 D per step; "
     "projector = n 2 W(projector); prefill = n 2 W(llm) + L 4 n^2 C + 2 W(head)"
 )
+COLUMN_NOTE = (
+    "merge is everything between pixels and visual tokens that is neither tower nor projector; "
+    "where pictures are cut into tiles it holds the packing of tiles as well, which the untouched "
+    "model does under prompt. Proportional attention is in tower. prompt: ids, embeddings, cache "
+    "and mask. First token = tower + merge + proj. + prompt + prefill"
+)
 ANY_LENGTH = "any"
 TIME_COLUMNS = (
     *("budget", "tokens", "batch", "tower", "merge", "proj.", "prompt", "prefill"),
@@ -147,6 +153,7 @@ class Report:
             "hardware": hardware(),
             "depth": self.depth,
             "formulas": FORMULAS,
+            "columns": COLUMN_NOTE,
             "notes": self.notes,
             "max_batch": {name: vars(fit) for name, fit in self.fits.items()},
             "results": [values(base, one) for base, one in self.pairs()],

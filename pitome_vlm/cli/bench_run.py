@@ -298,7 +298,8 @@ def _fits(loaded: Loaded, report: Report, question: Question) -> None:
         "answers/s at max batch: >= was not timed; the time of the largest batch that was is "
         "taken as proportional to the batch, while larger batches share the reading of weights"
     )
-    for one in (last for last in report.results[-1] if last.repeats):
+    last = [case for case in report.results if case[0].repeats][-1]
+    for one in last:
         batch = fitting_batch(loaded.whole, one, memory, loaded.model.dtype)
         rate = one.answers_per_second(one.whole) if batch >= one.case.batch else None
         report.fits[one.budget.name] = Fit(batch, False, rate)
@@ -335,7 +336,7 @@ def _memory(vlm: Any, given: float | None) -> tuple[int, str]:
 
 def _write(report: Report, files: Files) -> None:
     from ..bench import plot, verdict
-    from ..bench.report import hardware
+    from ..bench.report import COLUMN_NOTE, FORMULAS, hardware
     from ..files import write_text
 
     if files.json is not None:
@@ -346,7 +347,8 @@ def _write(report: Report, files: Files) -> None:
         known = report.setup | hardware()
         circumstances = ", ".join(f"{name} {value}" for name, value in known.items())
         parts = [f"# {report.model}", circumstances, report.markdown(), *verdict(report)]
-        write_text(files.report, "\n\n".join([*parts, *report.notes]) + "\n")
+        parts += [COLUMN_NOTE, FORMULAS, *report.notes]
+        write_text(files.report, "\n\n".join(parts) + "\n")
     for path in (files.json, files.plot, files.report):
         if path is not None:
             say(f"wrote {path}")

@@ -25,6 +25,7 @@ def show(report: Report) -> None:
     """Tables, what they were measured on, formulas, notes, and what it all means."""
     from ..bench import verdict
     from ..bench.report import (
+        COLUMN_NOTE,
         FIT_COLUMNS,
         FORMULAS,
         GAIN_COLUMNS,
@@ -55,7 +56,7 @@ def show(report: Report) -> None:
     known = report.setup | hardware()
     write(", ".join(f"{name} {value}" for name, value in known.items()))
     write(f"{report.results[0][0].repeats} rounds in turns")
-    for line in (FORMULAS, *report.notes):
+    for line in (COLUMN_NOTE, FORMULAS, *report.notes):
         write(f"- {line}")
     write("")
     for sentence in verdict(report):
