@@ -65,7 +65,8 @@ def main() -> None:
     if options.out is not None:
         resume(bench, report, options.out.with_suffix(".json"))
     print(f"{bench.results[0].repeats} rounds so far", flush=True)
-    bench.warm_up(budgets=2)
+    if bench.results[0].repeats < options.repeats:
+        bench.warm_up(budgets=2)
     while bench.results[0].repeats < options.repeats:
         started = time.monotonic()
         bench.run(repeats=1, warmup=0)
@@ -136,6 +137,7 @@ def markdown(report: Report, results: list[Phases]) -> str:
     known = ", ".join(f"{name} {value}" for name, value in (report.setup | hardware()).items())
     cut = "" if report.depth == 1 else " (whole depth, scaled)"
     columns = ["method", "tokens", "tower + merge", "of it merge", "prefill, built"]
+    columns += ["per token, built"]
     columns += [f"prefill{cut}", *(f"{length} new{cut}" for length in LENGTHS), "pays up to"]
     rows = [_row(results[0], one) for one in results]
     lines = [
@@ -144,7 +146,10 @@ def markdown(report: Report, results: list[Phases]) -> str:
         "in turns; medians in ms (± distance of the quartiles).",
         table(columns, rows),
         "`scripts/compare_peers.py`. Peers are algorithms of ours, written from their papers. "
-        "`pays up to`: the longest answer that gets at least 10 % faster than `none`.",
+        "`pays up to`: the longest answer that gets at least 10 % faster than `none`. With equal "
+        "tokens a further token is the same work whoever chose them: differences between methods "
+        "of one budget in the columns of 32 and 128 new tokens, and in `pays up to`, are noise of "
+        "decoding as far as the ± of `per token` is larger than them.",
     ]
     if report.depth != 1:
         lines.append(
@@ -167,7 +172,7 @@ def _row(base: Phases, one: Phases) -> list[str]:
         str(one.tokens),
         f"{shown(one.median('tower') + one.median('merge'))} ±{shown(encode)}",
         shown(one.median("merge")),
-        f"{shown(one.median('prefill'))} ±{shown(iqr(one.rounds['prefill']))}",
+        *(f"{shown(one.median(x))} ±{shown(iqr(one.rounds[x]))}" for x in ("prefill", "decode")),
         shown(one.whole.prefill),
         *(f"{shown(ms)} ({x:.2f}x)" for ms, x in zip(totals, faster, strict=True)),
         pays,
