@@ -441,6 +441,8 @@ def test_ctrl_c_shows_and_writes_what_there_is(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts what runs in the background with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert done.stderr is not None
     while "round 1 of" not in (line := done.stderr.readline()):
