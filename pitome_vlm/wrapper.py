@@ -168,6 +168,20 @@ def merging_of(model: nn.Module) -> tuple[nn.Module, Merging]:
     return base, base.__dict__[_STATE]
 
 
+def put_merging(model: nn.Module, merging: Merging) -> None:
+    """Another `Merging` in place of the one in force, for instance one that watches its passes.
+
+    Args:
+        model: a wrapped model.
+        merging: with the same config and adapter.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    base, _ = merging_of(model)
+    base.__dict__[_STATE] = merging
+
+
 def merge_config(model: nn.Module) -> MergeConfig:
     """The settings in force.
 

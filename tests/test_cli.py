@@ -28,7 +28,7 @@ from pitome_vlm.config import MergeConfig
 from pitome_vlm.version import __version__
 
 COMMANDS = ("demo", "ask", "chat", "info", "visualize", "eval", "tune", "verify", "train")
-COMMANDS += ("serve", "serve-args")
+COMMANDS += ("serve", "serve-args", "bench")
 PYTHON = (sys.executable, "-m", "pitome_vlm")
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from ..version import __version__
 from .ask import ask
+from .bench import bench
 from .chat import chat
 from .demo import demo
 from .eval import evaluate
@@ -29,6 +30,8 @@ from .visualize import visualize
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+# What says all there is to say in its message.
+KNOWN_ERRORS = (ValueError, TypeError, OSError, ImportError, MemoryError)
 
 EPILOG = """
 Examples:
@@ -92,7 +95,7 @@ def _report(error: BaseException, *, debug: bool) -> int:
         traceback.print_exception(error)
     describe = getattr(error, "format_message", None)
     message = one_line(describe() if describe else str(error)) or type(error).__name__
-    if not (describe or isinstance(error, (ValueError, TypeError, OSError, ImportError))):
+    if not (describe or isinstance(error, KNOWN_ERRORS)):
         message = f"{type(error).__name__}: {message}"
         message += "" if debug else " (run again with --debug for the traceback)"
     say(f"error: {message}")
@@ -132,7 +135,7 @@ def root(
         typer.echo(context.get_help())
 
 
-for _command in (demo, ask, chat, info, visualize, tune, verify, train):
+for _command in (demo, ask, chat, info, bench, visualize, tune, verify, train):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.command("serve-args")(serve_args)

@@ -46,7 +46,7 @@ def load_model(
             load_in_4bit=options.load_4bit,
             load_in_8bit=options.load_8bit,
             dtype=options.dtype,
-            device_map=options.device or _accelerator(),
+            device_map=options.device or accelerator(),
             **merging,
         )
     return model, processor
@@ -64,7 +64,8 @@ def check_algorithm(merging: dict[str, Any]) -> None:
         algorithms.get(merging["algorithm"])
 
 
-def _accelerator() -> str | None:
+def accelerator() -> str | None:
+    """The device there is beside the CPU."""
     import torch
 
     device = torch.accelerator.current_accelerator(check_available=True)

@@ -1,0 +1,98 @@
+"""What is asked of a model that is timed: pictures and words without meaning, of the right size.
+
+Knows: the inputs of the families that can be timed. Does not know: time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters import find_adapter
+from ..checks import whole_number
+from ..wrapper import base_model, checked_size
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked.
+
+    Attributes:
+        batch: prompts at a time.
+        text_tokens: tokens of every prompt that are no visual tokens.
+        answer_tokens: tokens of every answer.
+        images: pictures in every prompt.
+        image_size: (height, width) of every picture in pixels; None for a typical one.
+    """
+
+    batch: int = 1
+    text_tokens: int = 64
+    answer_tokens: int = 32
+    images: int = 1
+    image_size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("text_tokens", 2), ("answer_tokens", 2), ("images", 1)):
+            whole_number(name, getattr(self, name), least)
+        if self.image_size is not None:
+            checked_size(self.image_size)
+
+
+def inputs_for(model: Any, case: Case, seed: int = 0) -> dict[str, Tensor]:
+    """Arguments of `generate`: a batch of random pictures and words, the same words in every row.
+
+    Args:
+        model: a LLaVA of transformers or a relative, wrapped or not.
+        case: what is asked.
+        seed: of pictures and words.
+
+    Raises:
+        TypeError: a model whose inputs are not known here.
+    """
+    base: Any = base_model(model)
+    adapter = find_adapter(base)
+    if adapter.calls != "transformers" or adapter.own_positions:
+        raise TypeError(
+            f"bench does not know how to ask a {type(base).__name__}; it times LLaVA, ViP-LLaVA, "
+            "LLaVA-NeXT, LLaVA-OneVision and their relatives in transformers"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    footprint = adapter.footprint(base, image_size=case.image_size)
+    image = adapter.placeholder_ids(base)["image"]
+    limit = min(base.config.get_text_config().vocab_size, image)
+    words = torch.randint(3, limit, (case.text_tokens,), generator=generator)
+    pictures = torch.full((footprint.full * case.images,), image)
+    row = torch.cat([words[:1], pictures, words[1:]])
+    ids = row.expand(case.batch, -1).contiguous()
+    vision = _pixels(base, case, footprint.tiles, generator)
+    device, dtype = base.device, _pixel_dtype(base)
+    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **vision}
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else None)
+        for name, value in found.items()
+    }
+
+
+def _pixels(base: Any, case: Case, tiles: int, generator: torch.Generator) -> dict[str, Tensor]:
+    adapter, side = find_adapter(base), base.config.vision_config.image_size
+    name = next(name for name, kind in adapter.pixel_inputs.items() if kind == "image")
+    pictures = case.batch * case.images
+    if not adapter.tower_shape(base).packed:
+        return {name: torch.randn(pictures, 3, side, side, generator=generator)}
+    size = case.image_size or adapter.default_image_size
+    return {
+        name: torch.randn(pictures, tiles, 3, side, side, generator=generator),
+        "image_sizes": torch.tensor([size] * pictures),
+    }
+
+
+def _pixel_dtype(base: Any) -> torch.dtype:
+    """The tower's, which stays unquantised beside a quantised language model."""
+    for parameter in find_adapter(base).parts(base).vision_tower.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    found: torch.dtype = base.dtype
+    return found

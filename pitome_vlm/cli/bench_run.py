@@ -1,0 +1,382 @@
+"""What `pitome-vlm bench` does, in order: check everything, load, time, show, write.
+
+Knows: what options mean and what can be refused before minutes are spent. Does not know: how
+anything is timed (`pitome_vlm.bench`) or printed (`bench_show.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..checks import whole_number
+from ..config import MergeConfig
+from .options import LoadOptions
+from .terminal import say
+
+if TYPE_CHECKING:
+    from ..bench import Budget, Case, Report
+
+Number = TypeVar("Number", int, float)
+GIB = 2**30
+# Rounds at the largest batch, where each one takes long and says little more.
+FEW = 3
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which model, and on what."""
+
+    loading: LoadOptions
+    config: str | None
+    layers: int | None
+    threads: int | None
+
+    def check(self) -> None:
+        """Refuse what does not go together.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if (not self.loading.model) == (self.config is None):
+            raise ValueError("give one of --model PATH and --config NAME")
+        if self.layers is not None and self.config is None:
+            raise ValueError("--layers belongs to --config; a checkpoint is timed as it is")
+        if self.config is not None and self.loading.load_4bit:
+            raise ValueError("--load-4bit quantises a checkpoint; give --model, not --config")
+        if self.threads is not None:
+            whole_number("threads", self.threads, 1)
+        if self.config is not None:
+            from ..bench import configuration
+
+            configuration(self.config, layers=self.layers)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is compared, and on what."""
+
+    keep: str
+    tokens: str | None
+    algorithms: str | None
+    batches: str
+    text_tokens: int
+    answer_tokens: int
+    images: int
+    image_size: tuple[int, int] | None
+    repeats: int
+    warmup: int
+    memory: float | None
+    max_batch: bool
+    check_flops: bool
+
+    def budgets(self) -> list[Budget]:
+        """The untouched model and every algorithm at every budget.
+
+        Raises:
+            ValueError: no number, a number out of range, or an unknown algorithm.
+        """
+        from ..bench import Budget
+        from .session import check_algorithm
+
+        names: list[str | None] = [None]
+        if self.algorithms is not None:
+            names = list(_words(self.algorithms))
+        for name in names:
+            check_algorithm({} if name is None else {"algorithm": name})
+        values: list[dict[str, Any]]
+        if self.tokens is None:
+            values = [{"keep": value} for value in _numbers(self.keep, float, "--keep")]
+        else:
+            values = [{"tokens": value} for value in _numbers(self.tokens, int, "--tokens")]
+        found = [Budget("none")]
+        for name in names:
+            chosen: dict[str, Any] = {} if name is None else {"algorithm": name}
+            for value in values:
+                config = MergeConfig(**value, **chosen)
+                label = " ".join(f"{key}={number:g}" for key, number in value.items())
+                found.append(Budget(label if len(names) == 1 else f"{name} {label}", config))
+        return found
+
+    def cases(self) -> list[Case]:
+        """One for every batch size.
+
+        Raises:
+            ValueError: no number, or a number out of range.
+        """
+        from ..bench import Case
+
+        whole_number("repeats", self.repeats, 1)
+        whole_number("warmup", self.warmup, 0)
+        if self.memory is not None and not self.memory > 0:
+            raise ValueError(f"memory must be above 0 GiB, got {self.memory}")
+        batches = _numbers(self.batches, int, "--batch")
+        words, answer = self.text_tokens, self.answer_tokens
+        return [Case(size, words, answer, self.images, self.image_size) for size in batches]
+
+
+@dataclass(frozen=True)
+class Files:
+    """What is written."""
+
+    json: Path | None = None
+    plot: Path | None = None
+    report: Path | None = None
+
+    def check(self) -> None:
+        """See that all of it can be written, so that nothing measured is lost.
+
+        Raises:
+            OSError: a place that cannot be written to.
+            ImportError: a plot without matplotlib.
+            ValueError: a kind of picture that cannot be written.
+        """
+        if self.plot is not None:
+            from ..bench import check_plot
+
+            check_plot(self.plot)
+        for path in (self.json, self.plot, self.report):
+            if path is not None:
+                _check_writable(path)
+
+
+@dataclass
+class Loaded:
+    """A model, and the same at its whole depth, which may be on the meta device."""
+
+    model: Any
+    whole: Any
+    depth: float
+    notes: list[str]
+
+
+def run(source: Source, question: Question, files: Files) -> bool:
+    """Time a model and show what came of it.
+
+    Returns:
+        Whether Ctrl-C ended it early; what was measured by then is shown and written all the same.
+    """
+    source.check()
+    budgets, cases = question.budgets(), question.cases()
+    files.check()
+    from ..bench import Report
+    from .bench_show import show
+
+    loaded = _loaded(source)
+    _check_budgets(loaded.model, budgets, question)
+    name = source.config or source.loading.model
+    report = Report(name, [], loaded.notes, depth=loaded.depth, setup=_setup(loaded.model))
+    report.setup["algorithm"] = ", ".join(sorted({x.config.algorithm for x in budgets if x.config}))
+    try:
+        _measure(loaded, budgets, cases, report, question)
+        interrupted = False
+    except KeyboardInterrupt:
+        interrupted = True
+        done = min((one.repeats for _, one in report.pairs()), default=0)
+        report.notes.append(f"interrupted after {done} of {question.repeats} rounds")
+        say("interrupted")
+    if report.pairs():
+        if not interrupted or loaded.model.device.type == "cpu":
+            _fits(loaded, report, question)
+        show(report)
+        _write(report, files)
+    return interrupted
+
+
+def _loaded(source: Source) -> Loaded:
+    import torch
+
+    from ..wrapper import unwrap
+    from .session import accelerator, load_model
+
+    if source.threads is not None:
+        torch.set_num_threads(source.threads)
+    if source.config is None:
+        vlm, _ = load_model(source.loading, {})
+        vlm = unwrap(vlm).eval()
+        return Loaded(vlm, vlm, 1.0, [])
+    from ..bench import build, configuration
+    from ..checkpoints import torch_dtype
+
+    dtype: Any = torch_dtype(source.loading.dtype or "float32")
+    device = source.loading.device or accelerator() or "cpu"
+    say(f"building {source.config} with random weights on {device}")
+    vlm = build(source.config, layers=source.layers, dtype=dtype, device=device)
+    all_layers = configuration(source.config).text_config.num_hidden_layers
+    depth = all_layers / vlm.config.text_config.num_hidden_layers
+    notes = [f"random weights of the shape of {source.config}"]
+    if depth == 1:
+        return Loaded(vlm, vlm, 1.0, notes)
+    notes.append(
+        f"{source.layers} of {all_layers} language model layers were built. At the whole depth, "
+        f"the time between the first layer's start and the last one's end is taken {depth:g} "
+        "times and everything else (tower, projector, embedding, head, sampling) once; KV cache, "
+        "largest batch and the sentences are about the whole depth, the first table, FLOPs and "
+        "peak memory are about what was built"
+    )
+    return Loaded(vlm, build(source.config, dtype=dtype, device="meta"), depth, notes)
+
+
+def _setup(vlm: Any) -> dict[str, Any]:
+    attention = getattr(vlm.config, "_attn_implementation", None)
+    dtype = str(vlm.dtype).removeprefix("torch.")
+    quantised = bool(getattr(vlm, "is_quantized", False))
+    return {
+        "device": str(vlm.device),
+        "dtype": dtype,
+        "quantised": quantised,
+        "attention": attention,
+        "language_model_layers": vlm.config.get_text_config().num_hidden_layers,
+    }
+
+
+def _check_budgets(vlm: Any, budgets: list[Budget], question: Question) -> None:
+    """Refuse a budget that does not fit the model before the first round.
+
+    Raises:
+        ValueError: it asks for more tokens than there are.
+    """
+    from ..wrapper import planned_count, planned_schedule
+
+    for budget in budgets:
+        if budget.config is not None:
+            planned_schedule(vlm, budget.config)
+            planned_count(vlm, budget.config, image_size=question.image_size)
+
+
+def _measure(
+    loaded: Loaded, budgets: list[Budget], cases: list[Case], report: Report, question: Question
+) -> None:
+    from ..bench import Bench, counted_over_formula
+
+    if question.check_flops:
+        for budget in budgets:
+            share = counted_over_formula(loaded.model, budget, cases[0])
+            report.notes.append(f"FLOPs counted by PyTorch / formula, {budget.name}: {share:.4f}")
+    for case in cases:
+        bench = Bench(loaded.model, budgets, case, depth=loaded.depth)
+        report.results.append(bench.results)
+        bench.run(
+            repeats=question.repeats,
+            warmup=question.warmup,
+            progress=_progress(case.batch, time.monotonic()),
+        )
+
+
+def _progress(batch: int, started: float) -> Callable[[int, int], None]:
+    last = [0.0]
+
+    def tell(done: int, rounds: int) -> None:
+        now = time.monotonic()
+        if done == rounds or now - last[0] > 10:
+            left = (now - started) / done * (rounds - done)
+            say(f"batch {batch}: round {done} of {rounds}, about {left:.0f} s left")
+            last[0] = now
+
+    return tell
+
+
+def _fits(loaded: Loaded, report: Report, question: Question) -> None:
+    """The largest batch of every budget, and what it is worth."""
+    from ..bench import fitting_batch
+    from ..bench.memory import FORMULA
+    from ..bench.report import Fit
+
+    on_cpu = loaded.model.device.type == "cpu"
+    if question.max_batch and on_cpu:
+        report.notes.append("--max-batch tries batches out on a GPU only; here it is computed")
+    if question.max_batch and not on_cpu and question.memory is None:
+        _found_batches(loaded, report)
+        return
+    memory, whose = _memory(loaded.model, question.memory)
+    report.notes.append(f"max batch: computed for {memory / GIB:.1f} GiB ({whose}): {FORMULA}")
+    report.notes.append(
+        "answers/s at max batch: >= was not timed; the time of the largest batch that was is "
+        "taken as proportional to the batch, while larger batches share the reading of weights"
+    )
+    last = [case for case in report.results if case[0].repeats][-1]
+    for one in last:
+        batch = fitting_batch(loaded.whole, one, memory, loaded.model.dtype)
+        rate = one.answers_per_second(one.whole) if batch >= one.case.batch else None
+        report.fits[one.budget.name] = Fit(batch, False, rate)
+
+
+def _found_batches(loaded: Loaded, report: Report) -> None:
+    from dataclasses import replace
+
+    from ..bench import fitting_batch, largest_batch, measure
+    from ..bench.report import Fit
+
+    memory, _ = _memory(loaded.model, None)
+    report.notes.append("the largest batches were tried out on the model as it was built")
+    for one in report.results[0]:
+        guess = fitting_batch(loaded.model, one, memory, loaded.model.dtype)
+        batch = largest_batch(loaded.model, one.budget, one.case, guess=guess)
+        fit = Fit(batch, True)
+        if batch:
+            case = replace(one.case, batch=batch)
+            (timed,) = measure(loaded.model, [one.budget], case, repeats=FEW, warmup=1)
+            fit = Fit(batch, True, timed.answers_per_second(timed.measured), estimated=False)
+        report.fits[one.budget.name] = fit
+
+
+def _memory(vlm: Any, given: float | None) -> tuple[int, str]:
+    if given is not None:
+        return int(given * GIB), "--memory"
+    if vlm.device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.get_device_properties(vlm.device).total_memory), "the GPU's memory"
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine's memory"
+
+
+def _write(report: Report, files: Files) -> None:
+    from ..bench import plot, verdict
+    from ..bench.report import COLUMN_NOTE, FORMULAS, hardware
+    from ..files import write_text
+
+    if files.json is not None:
+        report.save(files.json)
+    if files.plot is not None:
+        plot(report, files.plot)
+    if files.report is not None:
+        known = report.setup | hardware()
+        circumstances = ", ".join(f"{name} {value}" for name, value in known.items())
+        parts = [f"# {report.model}", circumstances, report.markdown(), *verdict(report)]
+        parts += [COLUMN_NOTE, FORMULAS, *report.notes]
+        write_text(files.report, "\n\n".join(parts) + "\n")
+    for path in (files.json, files.plot, files.report):
+        if path is not None:
+            say(f"wrote {path}")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str, kind: type[Number], option: str) -> list[Number]:
+    try:
+        found = [kind(word) for word in _words(text)]
+    except ValueError:
+        found = []
+    if not found:
+        raise ValueError(f"{option} takes numbers with commas between them, got {text!r}")
+    return found
+
+
+def _check_writable(path: Path) -> None:
+    """Try to open a file for writing without changing it.
+
+    Raises:
+        OSError: it cannot be.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    there = path.exists()
+    with path.open("a", encoding="utf-8"):
+        pass
+    if not there:
+        path.unlink()
