@@ -18,10 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import torch
-from serve_load import chat, data_url, environment
+from serve_load import chat, data_url, environment, httpx
 from tqdm import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
