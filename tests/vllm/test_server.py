@@ -34,8 +34,12 @@ QUESTIONS = 60
 START_SECONDS = 240
 # oneDNN keeps a compiled kernel for every shape of a matrix product, 1024 of them if nobody says
 # otherwise, and a server grows by them whatever it serves (eval/results/serving/memory.md). With
-# few of them what is left of growth is vLLM's or ours.
+# few of them the server stays where it is after some thousand requests. What a thousand more may
+# add is far below what they would leave behind: the merged tokens of their pictures alone are
+# 18 MiB, the pictures 130 MiB.
 FEW_KERNELS = {KERNELS: "16"}
+WARM_UP = 3000
+GROWTH = {"front end": 4 * 2**20, "workers": 6 * 2**20}
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +145,15 @@ def test_a_thousand_requests_some_broken(server, questions, broken):
         (broken[draw.choice(names)], None) if draw.random() < 0.2 else draw.choice(questions)
         for _ in range(1000)
     ]
-    with ThreadPoolExecutor(12) as pool:
-        list(pool.map(lambda job: post(address, job[0]), jobs[:250]))
+    with httpx.Client(timeout=120) as client, ThreadPoolExecutor(12) as pool:
+
+        def send(job):
+            return client.post(f"{address}/v1/chat/completions", json=job[0])
+
+        for _ in range(WARM_UP // len(jobs)):
+            list(pool.map(send, jobs))
         before = held(process.pid)
-        responses = list(pool.map(lambda job: post(address, job[0]), jobs))
+        responses = list(pool.map(send, jobs))
         after = held(process.pid)
     codes = [one.status_code for one in responses]
     asked = [number for number, (_, expected) in enumerate(jobs) if expected is not None]
@@ -157,8 +166,8 @@ def test_a_thousand_requests_some_broken(server, questions, broken):
     }
     # Answers that hang on the last bit may differ: 2 of 2400 do (eval/results/serving).
     assert len(wrong) <= 1, wrong
-    assert after["front end"] - before["front end"] < FRONT_END_GROWTH
-    assert after["worker"] - before["worker"] < WORKER_GROWTH
+    grown = {name: after[name] - before[name] for name in before}
+    assert all(grown[name] < GROWTH[name] for name in GROWTH), grown
     assert httpx.get(f"{address}/health").status_code == 200
 
 
