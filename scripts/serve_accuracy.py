@@ -18,10 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import torch
-from serve_load import chat, data_url, environment
+from serve_load import chat, data_url, environment, httpx
 from tqdm import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -52,7 +51,7 @@ def ask_server(url: str, samples: list[Sample], clients: int) -> tuple[list[str]
 
 
 def ask_library(settings: list[Setting], samples: list[Sample]) -> list[Outcome]:
-    """The library's answers in float32, which is what the server should run in as well."""
+    """The library's answers in float32, whatever the server runs in."""
     path = checkpoint_path()
     model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(path)
@@ -96,10 +95,11 @@ def report(result: dict[str, Any]) -> str:
             f"- scene {one['scene']}, {one['question']!r} (truth {one['truth']!r}): server "
             f"{one['server']!r}, library {one['library']!r}"
         )
-    machine = result["machine"]
+    machine, served = result["machine"], result["dtype"]
+    precision = served if served == "float32" else f"server {served} and library float32"
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    lines += ["", f"{machine['processor']}, {versions}, float32, greedy, {total} test questions, "]
-    lines[-1] += f"{result['prompt_tokens']:.1f} prompt tokens on average."
+    lines += ["", f"{machine['processor']}, {versions}, {precision}, greedy, {total} test "]
+    lines[-1] += f"questions, {result['prompt_tokens']:.1f} prompt tokens on average."
     lines += ["", f"Command: `{result['command']}`"]
     return f"# Accuracy through a vLLM server, {result['config']}\n\n" + "\n".join(lines) + "\n"
 
@@ -109,6 +109,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--keep", type=float, required=True, help="the server's budget")
     parser.add_argument("--algorithm", default=None, help="the server's algorithm")
+    parser.add_argument("--dtype", default="float32", help="the server's, for the report")
     parser.add_argument("--limit", type=int, default=None, help="first questions only")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("-o", "--output", required=True, help="without suffix: .md and .json")
@@ -129,6 +130,7 @@ def main() -> None:
     result |= {
         "config": served_config(config).summary(),
         "prompt_tokens": float(np.mean(lengths)),
+        "dtype": options.dtype,
         "machine": environment(),
         "command": shlex.join(["python", *sys.argv]),
     }

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import io
 import json
+import os
 import platform
 import shlex
 import signal
@@ -27,15 +29,21 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import httpx
 from tqdm import tqdm
 
 from pitome_vlm.demo import load_split, picture
+
+try:
+    import httpx
+except ImportError as error:
+    # Every environment with vLLM or transformers 5 has it, one with transformers 4 alone has not.
+    raise SystemExit("the scripts that drive a server need httpx: pip install httpx") from error
 
 METRICS = {
     "prefix_cache_hits": "vllm:prefix_cache_hits_total",
@@ -237,26 +245,40 @@ def report(runs: list[dict[str, Any]], command: str, machine: dict[str, Any]) ->
 
 def serve_and_drive(keep: float, options: argparse.Namespace) -> dict[str, Any]:
     """Start a server for one budget, drive it, stop it."""
-    url = f"http://127.0.0.1:{options.port}"
-    words = ["-m", "pitome_vlm", "serve", options.model, "--keep", str(keep)]
-    words += ["--host", "127.0.0.1", "--port", str(options.port), *shlex.split(options.vllm)]
-    log = Path(tempfile.gettempdir()) / f"pitome_serve_load_{options.port}_keep_{keep:g}.log"
+    with server(options.model, keep, options.port, shlex.split(options.vllm)) as (url, _):
+        return drive(url, f"keep={keep:g}", options)
+
+
+@contextlib.contextmanager
+def server(
+    model: str, keep: float, port: int, words: list[str], variables: dict[str, str] | None = None
+) -> Iterator[tuple[str, int]]:
+    """A server for one budget that answers, as its address and the id of its process."""
+    url = f"http://127.0.0.1:{port}"
+    command = ["-m", "pitome_vlm", "serve", model, "--keep", str(keep)]
+    command += ["--host", "127.0.0.1", "--port", str(port), *words]
+    log = Path(tempfile.gettempdir()) / f"pitome_serve_{port}_keep_{keep:g}.log"
     with log.open("w") as file:
-        server = subprocess.Popen([sys.executable, *words], stdout=file, stderr=file)
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=file,
+            stderr=file,
+            env={**os.environ, **(variables or {})},
+        )
         try:
-            wait_for(server, url, log)
-            return drive(url, f"keep={keep:g}", options)
+            wait_for(process, url, log)
+            yield url, process.pid
         finally:
-            server.send_signal(signal.SIGINT)
-            server.wait(timeout=60)
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=60)
 
 
-def wait_for(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def wait_for(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     """Until the server answers."""
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise SystemExit(f"the server stopped with status {server.returncode}; see {log}")
+        if process.poll() is not None:
+            raise SystemExit(f"the server stopped with status {process.returncode}; see {log}")
         try:
             if httpx.get(f"{url}/health", timeout=5).status_code == 200:
                 return

@@ -18,6 +18,7 @@ from pitome_vlm.demo import checkpoint_path, picture
 from pitome_vlm.vllm import hf_overrides
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1] / "scripts"))
 
 
 @pytest.fixture(scope="session")

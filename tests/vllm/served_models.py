@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -19,16 +21,38 @@ from transformers import (
 
 import pitome_vlm
 from pitome_vlm import MergeConfig
+from pitome_vlm.demo import picture
 from pitome_vlm.demo.processor import BOS, EOS, IMAGE, PAD, build_processor, vocabulary
 from pitome_vlm.wrapper import schedule_of
 
 HERE = Path(__file__).resolve().parent
 ANSWER_TOKENS = 8
+SCENES = 45
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+# What a weight is called, by the beginning of its name in published checkpoints less the level
+# `vision_model`, which every writer but transformers 5 puts into the tower's names.
+PARTS = (
+    "language_model.model.",
+    "language_model.lm_head.",
+    "vision_tower.",
+    "multi_modal_projector.",
+)
+NAMINGS = {
+    "published": (*PARTS[:2], "vision_tower.vision_model.", PARTS[3]),
+    "saved by transformers 5": PARTS,
+    "modules of transformers 5": (
+        "model.language_model.",
+        "lm_head.",
+        "model.vision_tower.",
+        "model.multi_modal_projector.",
+    ),
 }
 
 
@@ -78,6 +102,18 @@ def save_tiny(folder: Path, kind: str) -> str:
     return str(folder)
 
 
+def save_under_names(path: str, folder: Path, naming: str) -> str:
+    """A copy of a checkpoint whose weights are called as in one of `NAMINGS`."""
+    shutil.copytree(path, folder, dirs_exist_ok=True)
+    weights = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        (part,) = (number for number, start in enumerate(PARTS) if name.startswith(start))
+        rest = name.removeprefix(PARTS[part]).removeprefix("vision_model.")
+        weights[NAMINGS[naming][part] + rest] = weight
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
 def spread(name: str) -> float:
     """Standard deviations with which answers depend on words, pixels and merging."""
     if "embed_tokens" in name or "lm_head" in name:
@@ -109,18 +145,38 @@ def reference(path, requests, config: MergeConfig | None):
     return found
 
 
-def noise_of(path):
-    """[3, 3, H, W] of noise: drawn scenes have equal patches, whose ties rounding may break."""
+def pixels_of(path):
+    """[3 + SCENES, 3, H, W]: noise, and drawn scenes, whose equal patches make near ties."""
     side = AutoConfig.from_pretrained(path).vision_config.image_size
-    return torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
+    scenes = [picture(number, "val") for number in range(SCENES)]
+    processor = AutoProcessor.from_pretrained(path).image_processor
+    return torch.cat([noise, processor(scenes, return_tensors="pt")["pixel_values"]])
 
 
-def reference_features(path, options, pixels):
-    """The library's own visual tokens under each of several merge options."""
-    model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
-    found = []
-    for one in options:
-        pitome_vlm.wrap(model, config=MergeConfig.from_dict(one))
+class Library:
+    """The library's own visual tokens."""
+
+    def __init__(self, path):
+        loaded = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+        self.model = loaded.eval()
+
+    def features(self, options, pixels):
+        """[B, n, C] under some merge options."""
+        pitome_vlm.wrap(self.model, config=MergeConfig.from_dict(options))
         with torch.no_grad():
-            found.append(torch.stack(pitome_vlm.encode_images(model, pixels).features))
-    return found
+            return torch.stack(pitome_vlm.encode_images(self.model, pixels).features)
+
+    def last_bit_decides(self, options, pixels, found, tolerance):
+        """Whether the library itself finds [n, C] when the last bits of [3, H, W] change.
+
+        A tie within rounding then, at which neither choice is the right one.
+        """
+        generator = torch.Generator().manual_seed(0)
+        for draw in range(16):
+            noise = torch.randn(32, *pixels.shape, generator=generator)
+            # Pixel values go up to about two, where the last bit is worth 2e-7.
+            other = self.features(options, pixels + (1e-7, 1e-6)[draw % 2] * noise)
+            if ((other - found).abs().amax((1, 2)) < tolerance).any():
+                return True
+        return False

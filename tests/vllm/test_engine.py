@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("vllm", reason="make test-vllm builds an environment with vLLM")
 
 import torch
-from served_models import noise_of, reference, reference_features
+from served_models import NAMINGS, Library, pixels_of, reference, save_under_names
 
 from pitome_vlm import MergeConfig, algorithms
 
@@ -21,6 +21,8 @@ EVERY_ALGORITHM = [
     {"algorithm": "tome", "keep": 0.5, "placement": "after_layer", "layers": [1, 3]},
     {"algorithm": "pitome", "keep": 0.5, "proportional_attention": False, "weighted": False},
 ]
+# Of 16 options times 48 pictures; see `check_features`.
+MOST_TIES = 12
 
 
 def answers(outputs):
@@ -33,16 +35,31 @@ def check_varied(expected):
 
 
 def check_features(found, path, options):
-    expected = reference_features(path, options, noise_of(path))
-    for config, ours, theirs in zip(options, found, expected, strict=True):
-        difference = (ours - theirs).abs().max() / theirs.abs().max()
-        assert difference < 1e-4, (config, difference)
+    """Equal for every picture, but where merges hang on the last bit of a float32.
+
+    Energies of two tokens may lie closer together than rounding (8e-8 apart where either kernel is
+    wrong by 3e-7), and what follows in the order of energies then changes sides. The library
+    itself decides such a picture either way when the last bits of its pixels change.
+    """
+    pixels, library = pixels_of(path), Library(path)
+    ties = []
+    for config, ours in zip(options, found, strict=True):
+        theirs = library.features(config, pixels)
+        tolerance = 1e-4 * theirs.abs().max()
+        different = ((ours - theirs).abs().amax((1, 2)) >= tolerance).nonzero().flatten().tolist()
+        for number in different:
+            assert library.last_bit_decides(config, pixels[number], ours[number], tolerance), (
+                config,
+                number,
+            )
+        ties += [(config["algorithm"], number) for number in different]
+    assert len(ties) <= MOST_TIES, ties
 
 
 def test_demo_with_chunked_prefill_and_prefix_cache(engine, demo, requests, tmp_path):
     config = MergeConfig(keep=0.25)
     expected = reference(demo, requests, config)
-    torch.save(noise_of(demo), tmp_path / "pixels.pt")
+    torch.save(pixels_of(demo), tmp_path / "pixels.pt")
     (first, second), features = engine(
         demo,
         requests,
@@ -69,7 +86,14 @@ def test_keep_everything_is_stock_vllm(engine, demo, requests):
     assert unreduced == stock == reference(demo, requests, None)
 
 
-def test_names_of_transformers_5_in_a_process_of_its_own(engine, tiny, requests):
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_every_naming_of_weights(engine, tiny, requests, tmp_path, naming):
+    path = save_under_names(tiny, tmp_path / "renamed", naming)
+    (found,) = engine(path, requests, BY_KEYS)
+    assert answers(found) == reference(tiny, requests, BY_KEYS)
+
+
+def test_in_a_process_of_its_own(engine, tiny, requests):
     expected = reference(tiny, requests, BY_KEYS)
     (found,) = engine(tiny, requests, BY_KEYS, several=True)
     check_varied(expected)
@@ -93,7 +117,7 @@ def test_tensor_parallel(engine, tiny, requests):
 def test_siglip(engine, tiny_siglip, requests, tmp_path):
     config = MergeConfig(keep=0.25)
     expected = reference(tiny_siglip, requests, config)
-    torch.save(noise_of(tiny_siglip), tmp_path / "pixels.pt")
+    torch.save(pixels_of(tiny_siglip), tmp_path / "pixels.pt")
     (found,), features = engine(
         tiny_siglip,
         requests,
