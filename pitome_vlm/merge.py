@@ -210,7 +210,8 @@ def unit_vectors(keys: Tensor) -> Tensor:
     """[B, N, D] scaled to length one, at least float32; a zero token stays zero."""
     exact = torch.promote_types(keys.dtype, torch.float32)
     length = torch.linalg.vector_norm(keys, dim=-1, keepdim=True, dtype=exact)
-    return keys / length.clamp_min_(1e-12)
+    unit: Tensor = keys / length.clamp_min_(1e-12)
+    return unit
 
 
 def log_size_bias(sizes: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -8,8 +8,8 @@ Axes: B images, N tokens before, M tokens after a merge, C channels.
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ class MergePlan:
     """A partition of N tokens into M groups, the same shape for every image of a batch.
 
     Args:
-        assign: [B, N] int64, the group of every token, 0..M-1; None where `moves` are given, from
-            which it follows.
+        given_assign: [B, N] int64, the group of every token, 0..M-1; None where it follows from
+            `given_moves`.
         kept: [B, M] int64, the token each group is named after; its place is the group's place.
         prune: the group's value is its named token alone instead of the mean. The other members
             are still booked on it, so that sizes count every patch.
@@ -30,8 +30,8 @@ class MergePlan:
         keep_norm: means are scaled to the largest norm in their group (MLERP).
         blend: [M, N] float, the new tokens as fixed combinations of all old ones instead of means
             of groups (a resampling); `assign` then says whom each one mostly stands for.
-        moves: the tokens that give up their place, and their groups, each [B, N - M] int64; None
-            where they follow from `assign`.
+        given_moves: the tokens that give up their place, and their groups, each [B, N - M] int64;
+            None where they follow from `given_assign`.
     """
 
     given_assign: Tensor | None
@@ -41,26 +41,34 @@ class MergePlan:
     keep_norm: bool = False
     blend: Tensor | None = None
     given_moves: tuple[Tensor, Tensor] | None = None
+    # What was asked for once (`functools.cached_property` takes a lock, which no compiler enters).
+    _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @functools.cached_property
+    @property
     def assign(self) -> Tensor:
         """[B, N] int64, the group of every token. Most plans are applied without asking for it."""
         if self.given_assign is not None:
             return self.given_assign
-        moved, target = self.moves
-        places = torch.arange(self.n_out, device=moved.device).expand_as(self.kept)
-        assign = moved.new_empty(len(moved), self.n_in).scatter_(1, self.kept, places)
-        return assign.scatter_(1, moved, target)
+        if "assign" not in self._known:
+            moved, target = self.moves
+            places = torch.arange(self.n_out, device=moved.device).expand_as(self.kept)
+            assign = moved.new_empty(len(moved), self.n_in).scatter_(1, self.kept, places)
+            self._known["assign"] = assign.scatter_(1, moved, target)
+        found: Tensor = self._known["assign"]
+        return found
 
-    @functools.cached_property
+    @property
     def moves(self) -> tuple[Tensor, Tensor]:
         """The tokens that give up their place, and their groups, each [B, N - M] int64."""
         if self.given_moves is not None:
             return self.given_moves
-        stays = torch.ones_like(self.assign).scatter_(1, self.kept, 0)
-        order = stays.argsort(dim=1, descending=True, stable=True)
-        moved = order[:, : self.n_in - self.n_out]
-        return moved, self.assign.gather(1, moved)
+        if "moves" not in self._known:
+            stays = torch.ones_like(self.assign).scatter_(1, self.kept, 0)
+            order = stays.argsort(dim=1, descending=True, stable=True)
+            moved = order[:, : self.n_in - self.n_out]
+            self._known["moves"] = (moved, self.assign.gather(1, moved))
+        found: tuple[Tensor, Tensor] = self._known["moves"]
+        return found
 
     @property
     def n_in(self) -> int:
