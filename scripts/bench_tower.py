@@ -64,7 +64,7 @@ class Row:
     merge: list[float] = dataclasses.field(default_factory=list)
     flops: int = 0
     merge_flops: int = 0
-    mask: float = 0.0
+    beside: float = 0.0
 
 
 def clip_l(dtype: torch.dtype) -> Any:
@@ -103,36 +103,42 @@ def rows_to_measure(algorithms: list[str], keeps: list[float]) -> list[Row]:
 
 
 @torch.no_grad()
-def mask_ms(model: Any, row: Row, options: argparse.Namespace) -> float:
-    """What proportional attention adds to the attention of all layers behind the first merge.
+def beside_ms(model: Any, row: Row, options: argparse.Namespace) -> float:
+    """What merging adds to a layer's own attention: the log-size mask, and mean keys.
 
-    Attention alone with and without the mask, in turns: within a whole tower the difference is
-    smaller than the noise.
+    Attention alone, with and without, in turns: within a whole tower the difference is smaller
+    than the noise.
     """
     assert row.config is not None
-    pitome_vlm.wrap(model, config=row.config)
-    schedule = schedule_of(model)
+    base, merging = merging_of(pitome_vlm.wrap(model, config=row.config))
+    schedule, by_keys = schedule_of(model), merging.new_pass(base).compares_keys
     pitome_vlm.unwrap(model)
-    vision, total, seen = model.config.vision_config, 0.0, {}
-    for _, count in schedule.tower[:-1]:
-        if count not in seen:
-            n = count + schedule.n_leading
-            heads = vision.num_attention_heads
-            shape = (options.batch, heads, n, vision.hidden_size // heads)
-            parts = [torch.randn(shape, dtype=model.dtype) for _ in range(3)]
-            sizes = torch.randint(1, 9, (options.batch, n)).float()
-            seen[count] = _added_ms(parts, sizes, options.repeats)
-        total += seen[count]
+    vision, after, total = model.config.vision_config, dict(schedule.tower), 0.0
+    count, masked = schedule.n_tokens, False
+    for layer in range(schedule.used_layers):
+        merges = layer in after
+        if masked or (merges and by_keys):
+            n, heads = count + schedule.n_leading, vision.num_attention_heads
+            shape = (options.batch, n, heads, vision.hidden_size // heads)
+            parts = [torch.randn(shape, dtype=model.dtype).transpose(1, 2) for _ in range(3)]
+            sizes = torch.randint(1, 9, (options.batch, n)).float() if masked else None
+            total += _added_ms(parts, sizes, merges and by_keys, options.repeats)
+        masked, count = masked or merges, after.get(layer, count)
     return total
 
 
-def _added_ms(parts: list[torch.Tensor], sizes: torch.Tensor, repeats: int) -> float:
+def _added_ms(
+    parts: list[torch.Tensor], sizes: torch.Tensor | None, mean_keys: bool, repeats: int
+) -> float:
     attend, added = torch.nn.functional.scaled_dot_product_attention, []
     for turn in range(repeats + 2):
         start = time.perf_counter()
         attend(*parts)
         middle = time.perf_counter()
-        attend(*parts, attn_mask=log_size_bias(sizes, parts[0].dtype))
+        bias = log_size_bias(sizes, parts[0].dtype)
+        attend(*parts, attn_mask=bias)
+        if mean_keys:
+            parts[1].mean(1)
         end = time.perf_counter()
         if turn >= 2:
             added.append(((end - middle) - (middle - start)) * 1e3)
@@ -176,7 +182,7 @@ def measure(model: Any, rows: list[Row], options: argparse.Namespace) -> None:
         row.flops, row.merge_flops = found.tower_flops, found.merge_flops
         pitome_vlm.unwrap(model)
         if row.merge_flops:
-            row.mask = mask_ms(model, row, options)
+            row.beside = beside_ms(model, row, options)
     pixels = torch.randn(options.batch, 3, 336, 336, dtype=model.dtype)
     rounds = range(options.warmup + options.repeats)
     for number in tqdm(rounds, unit="round", disable=not sys.stderr.isatty()):
@@ -203,9 +209,9 @@ def summary(rows: list[Row]) -> list[dict[str, Any]]:
             "merge_ms": statistics.median(row.merge),
         }
         if row.flops and row.merge_flops:
-            one["mask_ms"] = row.mask
-            # A mask that costs less than nothing is noise.
-            cost = one["merge_ms"] + max(0.0, row.mask)
+            one["beside_ms"] = row.beside
+            # What costs less than nothing is noise.
+            cost = one["merge_ms"] + max(0.0, row.beside)
             one["overhead_share"] = cost / one["tower_ms"]
         found.append(one)
     return found
@@ -232,7 +238,7 @@ def markdown(found: list[dict[str, Any]], about: dict[str, Any]) -> str:
         f"{about['repeats']} rounds in turns, torch {about['torch']}, "
         f"transformers {about['transformers']}",
         "",
-        "| | tower ms | time ratio (quartiles) | FLOPs ratio | plan + apply ms | mask ms | "
+        "| | tower ms | time ratio (quartiles) | FLOPs ratio | plan + apply ms | mask, mean keys ms | "
         "merging / tower |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -240,7 +246,7 @@ def markdown(found: list[dict[str, Any]], about: dict[str, Any]) -> str:
         low, high = one["time_ratio_iqr"]
         own = "| | |"
         if "overhead_share" in one:
-            own = f"{one['merge_ms']:.1f} | {one['mask_ms']:.1f} | {one['overhead_share']:.1%} |"
+            own = f"{one['merge_ms']:.1f} | {one['beside_ms']:.1f} | {one['overhead_share']:.1%} |"
         lines.append(
             f"| {one['name']} | {one['tower_ms']:.1f} | {one['time_ratio']:.3f} "
             f"({low:.3f} to {high:.3f}) | {one['flops_ratio']:.3f} | {own}"
