@@ -238,8 +238,8 @@ def markdown(found: list[dict[str, Any]], about: dict[str, Any]) -> str:
         f"{about['repeats']} rounds in turns, torch {about['torch']}, "
         f"transformers {about['transformers']}",
         "",
-        "| | tower ms | time ratio (quartiles) | FLOPs ratio | plan + apply ms | mask, mean keys ms | "
-        "merging / tower |",
+        "| | tower ms | time ratio (quartiles) | FLOPs ratio | plan + apply ms | "
+        "mask, mean keys ms | merging / tower |",
         "|---|---|---|---|---|---|---|",
     ]
     for one in found:
