@@ -156,15 +156,19 @@ class WrappedLlava:
         if token_sizes is None:
             return inputs
         cache, mask = inputs.get(CACHE_NAME), kwargs.get("attention_mask")
-        images = CachedImages(
-            self._pitome.config,
-            self._pitome.schedule(self).tokens_out,
-            prompt_images or PromptImages([], len(token_sizes)),
-            self._pitome.calibration(self),
-            token_sizes,
-            token_positions,
-        )
-        mark_cache(cache, images)
+        images = cached_images(cache)
+        if images is None or images.sizes is not token_sizes:
+            # The first step of this prompt. What follows from the model's modules is not looked
+            # up again for every token.
+            images = CachedImages(
+                self._pitome.config,
+                self._pitome.schedule(self).tokens_out,
+                prompt_images or PromptImages([], len(token_sizes)),
+                self._pitome.calibration(self),
+                token_sizes,
+                token_positions,
+            )
+            mark_cache(cache, images)
         # The mask with two axes: one made for a compiled step knows nothing of sizes.
         step = inputs if mask is None else inputs | {"attention_mask": mask}
         if token_positions is not None:
