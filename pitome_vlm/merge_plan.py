@@ -178,7 +178,8 @@ class MergePlan:
     def merge_sizes(self, sizes: Tensor | None) -> Tensor:
         """Patches behind every group: [B, N] sizes (None means all one) to [B, M] float32."""
         if sizes is None:
-            sizes = torch.ones(self.assign.shape, dtype=torch.float32, device=self.assign.device)
+            shape = (len(self.kept), self.n_in)
+            sizes = torch.ones(shape, dtype=torch.float32, device=self.kept.device)
         moved, target = self.moves
         return sizes.gather(1, self.kept).scatter_add_(1, target, sizes.gather(1, moved))
 
@@ -202,8 +203,6 @@ class MergePlan:
             # Autocast would take the product in half precision.
             with torch.autocast(x.device.type, enabled=False):
                 return (self.blend.to(exact) @ x.to(exact)).to(x.dtype), new_sizes
-        if self.prune or self.n_in == self.n_out:
-            return take_tokens(x, self.kept), new_sizes
         merged = take_tokens(x, self.kept)
         if self.prune or self.n_in == self.n_out:
             return merged, new_sizes

@@ -29,6 +29,7 @@ import torch
 
 from pitome_vlm import __version__, algorithms
 from pitome_vlm.config import MergeConfig
+from pitome_vlm.machine import processor_name
 from pitome_vlm.merge import MergeContext, make_plan
 
 HERE = Path(__file__).resolve().parent.parent
@@ -121,13 +122,8 @@ def in_fresh_process(name: str, n_tokens: int, threads: int) -> float:
 
 
 def hardware(threads: int) -> dict[str, Any]:
-    model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-            break
     return {
-        "cpu": model,
+        "cpu": processor_name(),
         "threads": threads,
         "dtype": "float32",
         "batch": 1,

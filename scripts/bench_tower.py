@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
 import statistics
 import sys
 import time
@@ -24,34 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import pitome_vlm
 from pitome_vlm import MergeConfig
+from pitome_vlm.bench.clock import Clock, TimedPass
+from pitome_vlm.bench.report import hardware
 from pitome_vlm.costs import costs
 from pitome_vlm.merge import log_size_bias
-from pitome_vlm.merge_pass import MergePass
 from pitome_vlm.wrapper import merging_of, schedule_of
 
 KEEPS = (0.5, 0.25, 0.11)
 MERGE_LIMIT, TIME_LIMIT = 0.03, 0.03
 # Of the 24 layers of CLIP-L; LLaVA-1.5 reads the last but one.
 LAYERS_READ = 23
-
-
-class TimedPass(MergePass):
-    """A pass that adds up how long merging takes."""
-
-    seconds: float = 0.0
-
-    def merge_in_layer(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """See `MergePass`."""
-        start = time.perf_counter()
-        merged = super().merge_in_layer(*args, **kwargs)
-        self.seconds += time.perf_counter() - start
-        return merged
 
 
 @dataclasses.dataclass
@@ -160,12 +146,10 @@ def run(model: Any, row: Row, pixels: torch.Tensor) -> tuple[float, float]:
             model.model.get_image_features(pixel_values=pixels)
         else:
             base, merging = merging_of(pitome_vlm.wrap(model, config=row.config))
-            plain = merging.new_pass(base)
-            timed = TimedPass(
-                **{f.name: getattr(plain, f.name) for f in dataclasses.fields(plain) if f.init}
-            )
+            watch = Clock(pixels.device)
+            timed = TimedPass.of(merging.new_pass(base), watch)
             merging.adapter.encode(base, {"pixel_values": pixels}, timed)
-            merge = timed.seconds
+            merge = watch.total("merge in tower") / 1e3
     finally:
         for hook in hooks:
             hook.remove()
@@ -254,14 +238,6 @@ def markdown(found: list[dict[str, Any]], about: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def cpu_name() -> str:
-    """As the kernel calls it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or "unknown CPU")
-
-
 def main(say: Callable[[str], Any] = print) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(
@@ -284,10 +260,7 @@ def main(say: Callable[[str], Any] = print) -> int:
     found = summary(rows)
     about = {
         "command": "python " + " ".join(sys.argv),
-        "cpu": cpu_name(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "pitome_vlm": pitome_vlm.__version__,
+        **hardware(),
         **{n: v for n, v in vars(options).items() if n not in ("output", "keep", "algorithms")},
     }
     text, failed = markdown(found, about), missed(found, options.gate.split(","))

@@ -36,7 +36,7 @@ ATTENTION_INPUTS = {
 LAYER_ATTRIBUTES = ("_pitome_layer", "_pitome_slot", "_pitome_returns_tuple")
 # Implementations whose function in transformers adds a float mask to the logits; others (flash
 # kernels, flex) read a mask as padding or not at all. Here the mask is kept: on a CPU it costs
-# nothing that could be measured; on CUDA mask, channel and flex have not been timed against each
+# little (docs/performance.md); on CUDA mask, channel and flex have not been timed against each
 # other yet (`proportional.WAYS`).
 TAKES_FLOAT_MASK = ("eager", "sdpa")
 

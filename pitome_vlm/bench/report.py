@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from ..files import write_text
+from ..machine import processor_name
 from ..version import __version__
 from .phases import SCALED, TIMES, Estimate, Phases, break_even, iqr
 
@@ -247,7 +248,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def hardware() -> dict[str, Any]:
     """What a measured number was measured on."""
     found: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
@@ -258,11 +259,3 @@ def hardware() -> dict[str, Any]:
         found["gpu"] = torch.cuda.get_device_name()
         found["cuda"] = torch.version.cuda
     return found
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")

@@ -19,6 +19,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from ..machine import processor_name
 from ..spectral import plots, report
 from ..spectral.study import CaseResult, FeatureRow
 from ..spectral.synthetic import RATIO
@@ -127,20 +128,13 @@ def provenance(request: Request, outcome: Outcome) -> dict[str, Any]:
     return {
         **facts,
         **outcome.facts,
-        "hardware": _processor_name(),
+        "hardware": processor_name(),
         "threads": 1,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "pitome_vlm": __version__,
     }
-
-
-def _processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def store(request: Request, outcome: Outcome, folder: Path, *, plot: bool) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from ..machine import processor_name
 from ..version import __version__
 
 _SAMPLES = 64
@@ -71,9 +71,4 @@ def _quantisation(model: Any) -> str:
 def _hardware(device: torch.device) -> str:
     if device.type != "cpu":
         return str(torch.get_device_module(device).get_device_name(device))
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return processor_name()
