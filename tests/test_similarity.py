@@ -86,6 +86,9 @@ def test_exact_ties_fall_the_same_way_in_float32(options, n_tokens, share, rows,
     keys = torch.zeros(1, n_tokens, 8).scatter(-1, places, 0.5)
     keys = keys * torch.where(torch.rand(1, n_tokens, 1, generator=generator) < 0.3, -1.0, 1.0)
     n_out, options = max(1, round(share * n_tokens)), {**options, "margin": -1.0}
+    if algorithms.get(options["algorithm"]).pairwise:
+        # A second step would compare means, which are rounded.
+        n_out = max(n_out, (n_tokens + 1) // 2)
     expected = plan_of(keys, n_out, options, WHOLE)
     limits = PairLimits(whole_up_to=3, piece_bytes=rows * n_tokens * 4)
     assert_same(plan_of(keys, n_out, options, limits), expected)
