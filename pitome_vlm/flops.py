@@ -62,28 +62,26 @@ def similarity_flops(n_in: int, n_out: int, width: int, algorithm: Algorithm) ->
 
 
 def blend_flops(n_in: int, n_out: int, width: int) -> int:
-    """FLOPs of one resampling of n_in tokens of a width to n_out: 2 n_out n_in width."""
-    return 2 * n_out * n_in * width
+    """FLOPs of one resampling of n_in tokens of a width to n_out.
+
+    2 (n_out - 1) (n_in + n_out) width, to the frequencies and back; the mean is not counted.
+    """
+    return 2 * (n_out - 1) * (n_in + n_out) * width
 
 
-def merging_flops(
-    n_in: int, n_out: int, n_leading: int, metric: int, width: int, algorithm: Algorithm
-) -> int:
-    """FLOPs of one merge: comparing tokens, or making and applying a resampling matrix.
+def merging_flops(n_in: int, n_out: int, metric: int, width: int, algorithm: Algorithm) -> int:
+    """FLOPs of one merge: comparing tokens, or resampling them.
 
     Args:
         n_in: tokens before, without leading ones.
         n_out: tokens after, without leading ones.
-        n_leading: leading tokens, which a resampling matrix carries along.
         metric: width of what is compared.
         width: of the tokens.
         algorithm: who decides.
     """
     total = similarity_flops(n_in, n_out, metric, algorithm)
     if algorithm.resamples and n_out < n_in:
-        # The matrix itself is a product of an [n_out, n_out] and an [n_out, n_in] basis.
-        total += blend_flops(n_in, n_out, n_out)
-        total += blend_flops(n_in + n_leading, n_out + n_leading, width)
+        total += blend_flops(n_in, n_out, width)
     return total
 
 
@@ -127,9 +125,7 @@ def tower_flops(
         leaving = after.get(index, entering)
         metric = block.self_attn.head_dim if by_keys else vision.hidden_size
         n_first = entering + schedule.n_leading
-        compared = merging_flops(
-            entering, leaving, schedule.n_leading, metric, vision.hidden_size, algorithm
-        )
+        compared = merging_flops(entering, leaving, metric, vision.hidden_size, algorithm)
         if algorithm.needs_attention and leaving < entering:
             asked = 1 if has_class_token(tower) else n_first
             compared += attention_flops(asked, n_first, vision.hidden_size) // 2
@@ -179,7 +175,7 @@ def projector_flops(
     width = hidden * len(depths)
     entering = schedule.tower[-1][1] if schedule.tower else schedule.n_tokens
     for leaving in schedule.projector:
-        merging += merging_flops(entering, leaving, schedule.leading_kept, width, width, algorithm)
+        merging += merging_flops(entering, leaving, width, width, algorithm)
         entering = leaving
     return merging + schedule.tokens_out * linear_flops(projector), merging
 
@@ -202,7 +198,7 @@ def _packed_flops(base: Any, schedule: Schedule, config: MergeConfig, footprint:
         width = base.config.vision_config.hidden_size
     lengths = [cells * frames for frames in footprint.windows(config.frames_together)]
     shares = zip(shared_out(entering, lengths), shared_out(patches, lengths), strict=True)
-    return sum(merging_flops(n, left, 0, width, width, algorithm) for n, left in shares)
+    return sum(merging_flops(n, left, width, width, algorithm) for n, left in shares)
 
 
 def _out(schedule: Schedule, config: MergeConfig, footprint: Footprint) -> int:
@@ -216,9 +212,8 @@ def _text_width(base: Any) -> int:
 
 def _carrying_flops(depths: list[int], width: int, schedule: Schedule, algorithm: Algorithm) -> int:
     """Features of shallower layers that go through the resamplings made behind them."""
-    total, entering = 0, schedule.n_tokens + schedule.n_leading
-    for layer, after in schedule.tower if algorithm.resamples else ():
-        leaving = after + schedule.n_leading
+    total, entering = 0, schedule.n_tokens
+    for layer, leaving in schedule.tower if algorithm.resamples else ():
         states = sum(depth <= layer for depth in depths)
         total += states * blend_flops(entering, leaving, width)
         entering = leaving

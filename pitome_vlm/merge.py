@@ -191,7 +191,8 @@ def make_plan(
             n_in = max(n_out, (n_in + 1) // 2) if algorithm.pairwise else n_out
             # Later steps compare the means of the groups made so far.
             means, grown = (body, weights) if plan is None else plan.apply(body, weights)
-            step = algorithm.plan(means, n_in, ctx=dataclasses.replace(ctx, sizes=grown))
+            asked = ctx if grown is ctx.sizes else dataclasses.replace(ctx, sizes=grown)
+            step = algorithm.plan(means, n_in, ctx=asked)
             if step.n_out != n_in:
                 raise ValueError(
                     f"algorithm {algorithm.name!r} left {step.n_out} tokens, not {n_in}"
@@ -201,13 +202,14 @@ def make_plan(
 
 
 def cosine_similarity(keys: Tensor) -> Tensor:
-    """[B, N, D] to [B, N, N] cosines, at least float32; a zero token is similar to nothing."""
+    """[..., N, D] to [..., N, N] cosines, at least float32; a zero token is similar to nothing."""
     unit = unit_vectors(keys)
-    return unit @ unit.transpose(-1, -2)
+    # `@` finds the same product, by a way that takes longer than the product of few tokens.
+    return torch.bmm(unit, unit.mT) if unit.dim() == 3 else unit @ unit.mT
 
 
 def unit_vectors(keys: Tensor) -> Tensor:
-    """[B, N, D] scaled to length one, at least float32; a zero token stays zero."""
+    """[..., N, D] scaled to length one, at least float32; a zero token stays zero."""
     exact = torch.promote_types(keys.dtype, torch.float32)
     length = torch.linalg.vector_norm(keys, dim=-1, keepdim=True, dtype=exact)
     unit: Tensor = keys / length.clamp_min_(1e-12)

@@ -8,6 +8,7 @@ Axes: B images, N tokens before, M tokens after a merge, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,27 +23,36 @@ class MergePlan:
     Args:
         given_assign: [B, N] int64, the group of every token, 0..M-1; None where it follows from
             `given_moves`.
-        kept: [B, M] int64, the token each group is named after; its place is the group's place.
+        given_kept: [B, M] int64, the token each group is named after; its place is the group's
+            place. None where it follows from `given_moves`: raster order.
         prune: the group's value is its named token alone instead of the mean. The other members
             are still booked on it, so that sizes count every patch.
         dropped: [B, N] bool, members that are booked on their group and give nothing to its mean;
             None for none. A group's named token always gives.
         keep_norm: means are scaled to the largest norm in their group (MLERP).
-        blend: [M, N] float, the new tokens as fixed combinations of all old ones instead of means
-            of groups (a resampling); `assign` then says whom each one mostly stands for.
-        given_moves: the tokens that give up their place, and their groups, each [B, N - M] int64;
-            None where they follow from `given_assign`.
+        blend: [B, N, C] to [B, M, C], the new tokens as fixed combinations of all old ones instead
+            of means of groups (a resampling); `assign` then says whom each one mostly stands for.
+        given_moves: the tokens that give up their place, and the named tokens of the groups they
+            join, each [B, N - M] int64; None where they follow from `given_assign`.
+        n_in: N.
+        n_leading: tokens in front that `blend` is not shown and that stay as they are.
     """
 
     given_assign: Tensor | None
-    kept: Tensor
+    given_kept: Tensor | None
     prune: bool = False
     dropped: Tensor | None = None
     keep_norm: bool = False
-    blend: Tensor | None = None
+    blend: Callable[[Tensor], Tensor] | None = None
     given_moves: tuple[Tensor, Tensor] | None = None
+    n_in: int = -1
+    n_leading: int = 0
     # What was asked for once (`functools.cached_property` takes a lock, which no compiler enters).
     _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.given_assign is not None:
+            object.__setattr__(self, "n_in", self.given_assign.shape[1])
 
     @property
     def assign(self) -> Tensor:
@@ -50,37 +60,67 @@ class MergePlan:
         if self.given_assign is not None:
             return self.given_assign
         if "assign" not in self._known:
-            moved, target = self.moves
-            places = torch.arange(self.n_out, device=moved.device).expand_as(self.kept)
-            assign = moved.new_empty(len(moved), self.n_in).scatter_(1, self.kept, places)
-            self._known["assign"] = assign.scatter_(1, moved, target)
+            kept, moved = self.kept, self.moved
+            places = torch.arange(self.n_out, device=moved.device).expand_as(kept)
+            assign = moved.new_empty(len(moved), self.n_in).scatter_(1, kept, places)
+            self._known["assign"] = assign.scatter_(1, moved, self.target)
         found: Tensor = self._known["assign"]
         return found
 
     @property
+    def kept(self) -> Tensor:
+        """[B, M] int64, the token each group is named after."""
+        if self.given_kept is not None:
+            return self.given_kept
+        if "kept" not in self._known:
+            # A stable sort brings those that stay to the front: no data-dependent shape, hence no
+            # host synchronisation on an accelerator.
+            gone = self.moved.new_zeros(len(self.moved), self.n_in, dtype=torch.int8)
+            order = gone.scatter_(1, self.moved, 1).argsort(dim=1, stable=True)
+            self._known["kept"] = order[:, : self.n_out]
+        found: Tensor = self._known["kept"]
+        return found
+
+    @property
     def moves(self) -> tuple[Tensor, Tensor]:
-        """The tokens that give up their place, and their groups, each [B, N - M] int64."""
+        """Tokens that give up their place, and the named ones of their groups, [B, N - M] int64."""
         if self.given_moves is not None:
             return self.given_moves
         if "moves" not in self._known:
             stays = torch.ones_like(self.assign).scatter_(1, self.kept, 0)
-            order = stays.argsort(dim=1, descending=True, stable=True)
-            moved = order[:, : self.n_in - self.n_out]
-            self._known["moves"] = (moved, self.assign.gather(1, moved))
+            moved = stays.argsort(dim=1, descending=True, stable=True)[:, : self.n_in - self.n_out]
+            target = self.assign.gather(1, moved)
+            self._known["target"] = target
+            self._known["moves"] = (moved, self.kept.gather(1, target))
         found: tuple[Tensor, Tensor] = self._known["moves"]
         return found
 
     @property
-    def n_in(self) -> int:
-        """Tokens before."""
-        if self.given_assign is not None:
-            return self.given_assign.shape[1]
-        return self.n_out + self.moves[0].shape[1]
+    def moved(self) -> Tensor:
+        """[B, N - M] int64, the tokens that give up their place."""
+        return self.moves[0]
+
+    @property
+    def target(self) -> Tensor:
+        """[B, N - M] int64, the group of every moved token."""
+        _, named = self.moves
+        if "target" not in self._known:
+            if self.given_kept is None:
+                found = torch.searchsorted(self.kept.contiguous(), named.contiguous())
+            else:
+                places = torch.arange(self.n_out, device=named.device).expand_as(self.kept)
+                rank = named.new_empty(len(named), self.n_in).scatter_(1, self.kept, places)
+                found = rank.gather(1, named)
+            self._known["target"] = found
+        target: Tensor = self._known["target"]
+        return target
 
     @property
     def n_out(self) -> int:
         """Tokens after."""
-        return self.kept.shape[1]
+        if self.given_kept is not None:
+            return self.given_kept.shape[1]
+        return self.n_in - self.moves[0].shape[1]
 
     @classmethod
     def identity(cls, keys: Tensor) -> MergePlan:
@@ -108,18 +148,7 @@ class MergePlan:
                 them in raster order.
             prune: see `MergePlan`.
         """
-        n_out = n_tokens - sources.shape[1]
-        if order is None:
-            # A stable sort brings those that stay to the front: no data-dependent shape, hence no
-            # host synchronisation on an accelerator.
-            gone = sources.new_zeros(len(sources), n_tokens, dtype=torch.int8)
-            order = gone.scatter_(1, sources, 1).argsort(dim=1, stable=True)[:, :n_out]
-            target = torch.searchsorted(order.contiguous(), destinations.contiguous())
-        else:
-            places = torch.arange(n_out, device=order.device).expand_as(order)
-            rank = order.new_empty(len(order), n_tokens).scatter_(1, order, places)
-            target = rank.gather(1, destinations)
-        return cls(None, order, prune, given_moves=(sources, target))
+        return cls(None, order, prune, given_moves=(sources, destinations), n_in=n_tokens)
 
     @classmethod
     def from_assignment(cls, assign: Tensor, n_out: int) -> MergePlan:
@@ -158,30 +187,30 @@ class MergePlan:
         """The same plan with `n_leading` untouched tokens (CLS) put in front."""
         if n_leading == 0:
             return self
-        dropped, blend = self.dropped, self.blend
+        dropped, moves = self.dropped, self.given_moves
         if dropped is not None:
             dropped = torch.nn.functional.pad(dropped, (n_leading, 0))
-        if blend is not None:
-            blend = torch.nn.functional.pad(blend, (n_leading, 0, n_leading, 0))
-            blend[:n_leading, :n_leading].fill_diagonal_(1.0)
-        moves = self.given_moves
         return MergePlan(
             None if self.given_assign is None else _behind(self.given_assign, n_leading),
-            _behind(self.kept, n_leading),
+            None if self.given_kept is None else _behind(self.given_kept, n_leading),
             self.prune,
             dropped,
             self.keep_norm,
-            blend,
+            self.blend,
             None if moves is None else (moves[0] + n_leading, moves[1] + n_leading),
+            self.n_in + n_leading,
+            self.n_leading + n_leading,
         )
 
     def merge_sizes(self, sizes: Tensor | None) -> Tensor:
         """Patches behind every group: [B, N] sizes (None means all one) to [B, M] float32."""
+        kept = self.kept
         if sizes is None:
-            shape = (len(self.kept), self.n_in)
-            sizes = torch.ones(shape, dtype=torch.float32, device=self.kept.device)
-        moved, target = self.moves
-        return sizes.gather(1, self.kept).scatter_add_(1, target, sizes.gather(1, moved))
+            total = torch.ones(kept.shape, dtype=torch.float32, device=kept.device)
+            joining = total.new_ones(1, 1).expand_as(self.moved)
+        else:
+            total, joining = sizes.gather(1, kept), sizes.gather(1, self.moved)
+        return total.scatter_add_(1, self.target, joining)
 
     def apply(
         self, x: Tensor, sizes: Tensor | None = None, *, weighted: bool = True
@@ -200,9 +229,10 @@ class MergePlan:
         new_sizes = self.merge_sizes(sizes)
         exact = torch.promote_types(x.dtype, torch.float32)
         if self.blend is not None:
-            # Autocast would take the product in half precision.
+            # Autocast would take the products in half precision.
             with torch.autocast(x.device.type, enabled=False):
-                return (self.blend.to(exact) @ x.to(exact)).to(x.dtype), new_sizes
+                mixed = self.blend(x[:, self.n_leading :].to(exact)).to(x.dtype)
+            return torch.cat([x[:, : self.n_leading], mixed], 1), new_sizes
         merged = take_tokens(x, self.kept)
         if self.prune or self.n_in == self.n_out:
             return merged, new_sizes
@@ -230,17 +260,15 @@ class MergePlan:
         Returns:
             [B, N - M, C].
         """
-        moved, target = self.moves
-        # The moved tokens and the named ones of their groups, in one go.
-        members = torch.cat([moved, self.kept.gather(1, target)], 1)
-        values, named = take_tokens(x, members).to(total.dtype).chunk(2, 1)
-        share = total.gather(1, target)
+        moved, named = self.moves
+        share = total.gather(1, self.target)
         share = share.reciprocal() if weights is None else weights.gather(1, moved) / share
-        return (values - named) * share[..., None]
+        values = take_tokens(x, moved).to(total.dtype)
+        return (values - take_tokens(x, named)).mul_(share[..., None])
 
     def _add(self, merged: Tensor, change: Tensor) -> Tensor:
         """Groups' named tokens [B, M, C] and what their other members change."""
-        target, rows = self.moves[1], merged.view(-1, merged.shape[-1])
+        target, rows = self.target, merged.view(-1, merged.shape[-1])
         flat, change = flat_rows(target, self.n_out), change.reshape(-1, rows.shape[-1])
         if change.dtype != merged.dtype:
             # Sums of half-precision values lose bits: the first moved token of a group collects
@@ -260,7 +288,7 @@ class MergePlan:
             named: [B, M, C] the groups' named tokens, in the dtype to compute in.
             change: see `_changes`.
         """
-        moved, target = self.moves
+        moved, target = self.moved, self.target
         norms = take_tokens(x, moved).to(named.dtype).norm(dim=-1)
         largest = named.norm(dim=-1).scatter_reduce(1, target, norms, "amax")
         alone = torch.ones_like(largest).scatter(1, target, 0.0).bool()

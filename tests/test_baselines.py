@@ -21,7 +21,7 @@ from slow_reference import (
 
 from pitome_vlm import MergeConfig, algorithms
 from pitome_vlm.algorithms.visionzip import contextual_count
-from pitome_vlm.merge import MergeContext, MergePlan, make_plan
+from pitome_vlm.merge import MergeContext, MergePlan, PairLimits, make_plan
 
 CONFIG = MergeConfig(keep=0.5)
 SEEDS = range(60)
@@ -99,6 +99,17 @@ def test_dct_of_a_constant_is_the_constant(n, n_out):
     torch.testing.assert_close(plan.apply(constant)[0], expected, atol=1e-5, rtol=1e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # no half precision in between
         torch.testing.assert_close(plan.apply(constant)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 4 * 50, 4 * 137])
+def test_dct_in_pieces_is_the_same_resampling(piece_bytes):
+    values = torch.randn(2, 50, 7, dtype=torch.float64, requires_grad=True)
+    whole, _ = planned("dct", values, 23).apply(values)
+    pieces = PairLimits(piece_bytes=piece_bytes)
+    found, _ = planned("dct", values, 23, pairs=pieces).apply(values)
+    torch.testing.assert_close(found, whole)
+    wanted = torch.autograd.grad(whole.square().sum(), values)[0]
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), values)[0], wanted)
 
 
 def test_dct_follows_a_slow_wave_and_leaves_the_class_token_alone():

@@ -4,10 +4,11 @@ Knows: how long the sequence is and shall be. Does not know: anything about its 
 they come from a grid: they are one raster sequence, as in the PiToMe authors' comparison.
 
 Followed: DCT-II along the tokens, the first M of N coefficients, inverse DCT of length M, all
-orthonormal and in float32.
+orthonormal and in float32 (`MergePlan.blend`).
 Different: scaled by sqrt(M / N), so that a constant sequence keeps its value (an orthonormal pair
-of unequal lengths would blow it up by sqrt(N / M)); and it is one fixed [M, N] matrix
-(`MergePlan.blend`) instead of two transforms, because the tokens are the same for every picture.
+of unequal lengths would blow it up by sqrt(N / M)); frequency 0 is the mean, added behind, so that
+a constant stays one; and both transforms are products with cosines. Those of many tokens (16384 to
+half: 512 MiB) are made some rows at a time, used and forgotten.
 Sizes do not weigh here: every new token mixes all old ones, with negative shares too. For source
 maps a patch is booked on the new token whose place is nearest to its own.
 """
@@ -15,30 +16,64 @@ maps a patch is booked on the new token whose place is nearest to its own.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..merge import Algorithm, MergeContext, MergePlan
+from ..merge import Algorithm, MergeContext, MergePlan, PairLimits
 
 
-def cosine_basis(n_frequencies: int, n_points: int, device: torch.device) -> Tensor:
-    """The first rows of the orthonormal DCT-II matrix: [n_frequencies, n_points] float32."""
-    frequency = torch.arange(n_frequencies, device=device)[:, None]
+def cosine_basis(first: int, last: int, n_points: int, device: torch.device) -> Tensor:
+    """Rows first..last - 1 of the orthonormal DCT-II matrix: [last - first, n_points] float32.
+
+    Row 0, the mean, is not made here: first >= 1.
+    """
+    frequency = torch.arange(first, last, device=device)[:, None]
     # Angles in units of pi / (2 n_points). Turns are taken off and quadrants folded in integers,
-    # where that is exact: equal and opposite values then cancel, and a constant stays one.
+    # where that is exact: equal and opposite values then cancel.
     angle = frequency * (2 * torch.arange(n_points, device=device) + 1) % (4 * n_points)
     angle = torch.minimum(angle, 4 * n_points - angle)
     folded = torch.minimum(angle, 2 * n_points - angle)
     size = torch.cos(folded.float() * (math.pi / (2 * n_points))) * math.sqrt(2 / n_points)
-    basis = torch.where(angle > n_points, -size, size)
-    return torch.where(frequency == 0, 1 / math.sqrt(n_points), basis)
+    return torch.where(angle > n_points, -size, size)
 
 
-def resampling_matrix(n_in: int, n_out: int, device: torch.device) -> Tensor:
-    """[n_out, n_in] float32: n_in tokens to their n_out lowest frequencies and back."""
-    back = cosine_basis(n_out, n_out, device).T
-    return math.sqrt(n_out / n_in) * (back @ cosine_basis(n_out, n_in, device))
+@dataclass(frozen=True)
+class LowFrequencies:
+    """A sequence of N tokens to one of M with the same low frequencies.
+
+    Attributes:
+        n_in: N.
+        n_out: M.
+        piece_bytes: memory of the cosines that are held at once.
+    """
+
+    n_in: int
+    n_out: int
+    piece_bytes: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, N, C] float32 or wider to [B, M, C]."""
+        mean = x.mean(1, keepdim=True)
+        if self.n_out == 1:
+            return mean
+        rest, spectrum = x - mean, []
+        for rows in self._pieces(self.n_in, x):
+            spectrum.append(rows @ rest)
+        low = torch.cat(spectrum, 1)
+        back, start = torch.zeros_like(x[:, : self.n_out]), 0
+        for rows in self._pieces(self.n_out, x):
+            back = back + rows.T @ low[:, start : start + len(rows)]
+            start += len(rows)
+        return mean + math.sqrt(self.n_out / self.n_in) * back
+
+    def _pieces(self, n_points: int, x: Tensor) -> Iterator[Tensor]:
+        """The cosines at so many points of frequencies 1..M - 1, as many rows at a time as fit."""
+        rows = max(1, self.piece_bytes // (4 * n_points))
+        for first in range(1, self.n_out, rows):
+            yield cosine_basis(first, min(first + rows, self.n_out), n_points, x.device).to(x.dtype)
 
 
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
@@ -47,9 +82,8 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     Args:
         keys: [B, N, D]; only their shape and device are used.
         n_out: 1..N.
-        ctx: not used.
+        ctx: how much may be held at once.
     """
-    del ctx
     batch, n_in = keys.shape[:2]
     old, new = (torch.arange(n, device=keys.device) for n in (n_in, n_out))
     # Token i of n lies at (i + 1/2) / n of the sequence, before and after.
@@ -57,7 +91,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     return MergePlan(
         assign.expand(batch, n_in),
         middle.expand(batch, n_out),
-        blend=resampling_matrix(n_in, n_out, keys.device),
+        blend=LowFrequencies(n_in, n_out, (ctx.pairs or PairLimits()).piece_bytes),
     )
 
 

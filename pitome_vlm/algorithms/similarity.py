@@ -143,9 +143,9 @@ class Similarity:
 
 def take_similarity(similarity: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """[B, N, N] at rows [B, a] and columns [B, b]: [B, a, b]."""
+    if len(similarity) == 1:
+        return similarity[0].index_select(0, rows[0]).index_select(1, columns[0])[None]
     taken = take_tokens(similarity, rows)
-    if len(taken) == 1:
-        return taken[0].index_select(1, columns[0])[None]
     return taken.gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))
 
 
