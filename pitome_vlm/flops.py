@@ -49,15 +49,17 @@ def attention_flops(queries: int, keys: int, width: int) -> int:
 
 
 def similarity_flops(n_in: int, n_out: int, width: int, algorithm: Algorithm) -> int:
-    """FLOPs of comparing n tokens of a width with each other: 2 n^2 width per step.
+    """FLOPs of comparing tokens of a width with each other: 2 pairs width per step.
 
-    An algorithm that pairs tokens up takes several steps where more than half of them go, on
-    fewer tokens each time. One that follows the grid or the sequence compares nothing.
+    Pairs are n^2, or fewer where an algorithm compares two sets only. One that pairs tokens up
+    takes several steps where more than half of them go, on fewer tokens each time. One that follows
+    the grid or the sequence compares nothing.
     """
     total = 0
     while n_in > n_out and algorithm.compares:
-        total += 2 * n_in**2 * width
-        n_in = max(n_out, (n_in + 1) // 2) if algorithm.pairwise else n_out
+        left = max(n_out, (n_in + 1) // 2) if algorithm.pairwise else n_out
+        total += 2 * algorithm.pairs_compared(n_in, left) * width
+        n_in = left
     return total
 
 

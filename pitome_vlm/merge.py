@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +28,8 @@ __all__ = [
     "PairLimits",
     "PlanFunction",
     "cosine_similarity",
+    "every_pair",
+    "gone_with_kept",
     "group_positions",
     "log_size_bias",
     "make_plan",
@@ -114,6 +117,17 @@ class PlanFunction(Protocol):
         ...
 
 
+def every_pair(n_in: int, n_out: int) -> int:
+    """Pairs of tokens compared where every token is compared with every other one."""
+    del n_out
+    return n_in * n_in
+
+
+def gone_with_kept(n_in: int, n_out: int) -> int:
+    """Pairs compared where every token that goes is compared with every one that stays."""
+    return (n_in - n_out) * n_out
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """A registered way to decide, and where it belongs when the user does not say.
@@ -132,7 +146,8 @@ class Algorithm:
         metric: what tokens are compared by when the user does not say.
         proportional_attention: log(size) in the tower's attention by default.
         calibrated: sizes and positions are told to the language model by default.
-        compares: every token with every other one, which is what it costs (`costs`).
+        compares: tokens with each other, which is what it costs (`costs`).
+        pairs_compared: how many pairs in a step from N to M tokens.
         resamples: its plans carry a `MergePlan.blend`, whose products cost as well.
     """
 
@@ -149,6 +164,7 @@ class Algorithm:
     proportional_attention: bool = True
     calibrated: bool = True
     compares: bool = True
+    pairs_compared: Callable[[int, int], int] = every_pair
     resamples: bool = False
 
 
@@ -204,8 +220,7 @@ def make_plan(
 def cosine_similarity(keys: Tensor) -> Tensor:
     """[..., N, D] to [..., N, N] cosines, at least float32; a zero token is similar to nothing."""
     unit = unit_vectors(keys)
-    # `@` finds the same product, by a way that takes longer than the product of few tokens.
-    return torch.bmm(unit, unit.mT) if unit.dim() == 3 else unit @ unit.mT
+    return unit @ unit.mT
 
 
 def unit_vectors(keys: Tensor) -> Tensor:

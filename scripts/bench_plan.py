@@ -4,7 +4,8 @@
     python scripts/bench_plan.py --what time --series pitome tome # on an idle machine, in parts
     python scripts/bench_plan.py --what report                    # tables and plot again
 
-Only the decision is measured: which tokens merge, given what they are compared by. Time is the
+Only the decision is measured: which tokens merge, given what they are compared by (a resampling
+decides nothing and is carried out). Time is the
 median of several calls after a warm-up, all points of a series in one process. Memory is how far
 the resident set rises above what is resident before the call (keys included), the call being the
 first large one of a fresh process; the largest size is repeated in several processes, because the
@@ -55,15 +56,19 @@ class Series:
         context = MergeContext(
             config, layer=1, depth=0.2, at_projector=self.at_projector, cls_attention=attention
         )
-        make_plan(algorithms.get(self.algorithm), keys, n_out, ctx=context)
+        made = make_plan(algorithms.get(self.algorithm), keys, n_out, ctx=context)
+        if made.blend is not None:
+            # The decision is nothing there, all work is in carrying it out.
+            made.apply(keys)
 
 
 def all_series() -> dict[str, Series]:
-    """Every algorithm that compares tokens, by what it compares by default (CLIP-L's widths)."""
+    """Every algorithm that costs something, by what it compares by default (CLIP-L's widths)."""
     found = {}
     for name in algorithms.available():
         algorithm = algorithms.get(name)
-        if algorithm.compares and name not in ("none", "pitome_plus"):
+        costs = algorithm.compares or algorithm.resamples
+        if costs and name not in ("none", "pitome_plus"):
             width = KEY_WIDTH if algorithm.metric == "keys" else HIDDEN_WIDTH
             # The most that a pairwise step can do; selections leave a quarter.
             share = 0.5 if algorithm.pairwise else 0.25
@@ -161,8 +166,8 @@ def markdown(found: dict[str, Any]) -> str:
         "64-d are attention keys averaged over heads, 1024-d the hidden states of CLIP-L. Pairwise "
         "algorithms merge half of the tokens, the others leave a quarter. Up to 4096 tokens all "
         "cosines are one matrix, beyond they are made piece by piece. Algorithms that compare "
-        "nothing (`pool`, `none`) are left out; `dct` compares nothing either but its plan is a "
-        "dense [M, N] matrix, 512 MiB for 16384 tokens to 8192.",
+        "nothing (`pool`, `none`) are left out; `dct` compares nothing either, its plan is "
+        "measured with carrying it out on the 64-d tokens.",
     ]
     tables = (
         ("time", "ms", "Time of one plan in ms (median)"),

@@ -47,7 +47,7 @@ class LowFrequencies:
     Attributes:
         n_in: N.
         n_out: M.
-        piece_bytes: memory of the cosines that are held at once.
+        piece_bytes: memory that the cosines made at once may take.
     """
 
     n_in: int
@@ -59,19 +59,22 @@ class LowFrequencies:
         mean = x.mean(1, keepdim=True)
         if self.n_out == 1:
             return mean
-        rest, spectrum = x - mean, []
+        # Into one buffer each: small results between large pieces would keep memory from reuse.
+        rest, start = x - mean, 0
+        low = torch.empty_like(rest[:, 1 : self.n_out])
         for rows in self._pieces(self.n_in, x):
-            spectrum.append(rows @ rest)
-        low = torch.cat(spectrum, 1)
+            low[:, start : start + len(rows)] = rows @ rest
+            start += len(rows)
         back, start = torch.zeros_like(x[:, : self.n_out]), 0
         for rows in self._pieces(self.n_out, x):
-            back = back + rows.T @ low[:, start : start + len(rows)]
+            back += rows.T @ low[:, start : start + len(rows)]
             start += len(rows)
         return mean + math.sqrt(self.n_out / self.n_in) * back
 
     def _pieces(self, n_points: int, x: Tensor) -> Iterator[Tensor]:
         """The cosines at so many points of frequencies 1..M - 1, as many rows at a time as fit."""
-        rows = max(1, self.piece_bytes // (4 * n_points))
+        # A cosine takes 4 bytes, and up to 28 more while it is made.
+        rows = max(1, self.piece_bytes // (32 * n_points))
         for first in range(1, self.n_out, rows):
             yield cosine_basis(first, min(first + rows, self.n_out), n_points, x.device).to(x.dtype)
 

@@ -21,7 +21,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..merge import Algorithm, MergeContext, MergePlan
+from ..merge import Algorithm, MergeContext, MergePlan, gone_with_kept
 from .similarity import Similarity
 
 
@@ -53,4 +53,5 @@ ALGORITHM = Algorithm(
     pairwise=False,
     needs_attention=True,
     metric="hidden",
+    pairs_compared=gone_with_kept,
 )

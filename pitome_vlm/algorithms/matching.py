@@ -52,6 +52,12 @@ def keep_only(similarity: Similarity, survivors: Tensor, others: Tensor) -> Merg
     return MergePlan.from_pairs(similarity.n_tokens, others, receivers, prune=True)
 
 
+def alternating_pairs(n_in: int, n_out: int) -> int:
+    """Pairs that `match_alternating` compares (`Algorithm.pairs_compared`)."""
+    del n_out
+    return (n_in // 2) * (n_in - n_in // 2)
+
+
 def match_alternating(similarity: Similarity, n_merge: int, *, offset: int = 0) -> MergePlan:
     """ToMe's matching: every second token in raster order is a possible source.
 

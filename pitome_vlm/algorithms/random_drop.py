@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..merge import Algorithm, MergeContext, MergePlan
+from ..merge import Algorithm, MergeContext, MergePlan, gone_with_kept
 from .matching import keep_only
 from .similarity import Similarity
 
@@ -33,5 +33,6 @@ ALGORITHM = Algorithm(
     source="uniform random selection",
     pairwise=False,
     default_stage="projector",
+    pairs_compared=gone_with_kept,
     proportional_attention=False,
 )

@@ -2,7 +2,8 @@
 
 Knows: cosines, and in how many pieces to compute them. Does not know: which algorithm asks.
 
-Up to `PairLimits.whole_up_to` tokens the matrix [B, N, N] is made once. Beyond (video, many tiles)
+Up to `PairLimits.whole_up_to` tokens the matrix [B, N, N] is made once, where all pairs are asked
+for; partners in one set are found from the products with that set alone. Beyond (video, many tiles)
 its rows are made piece by piece and image by image in one buffer, used and forgotten: 16384 tokens
 would take 1 GiB per image and take `PairLimits.piece_bytes`. Which way it goes, and how the pieces
 are cut, depends on N alone, so that batching changes no answer. Both ways compute the same numbers
@@ -18,7 +19,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..merge import PairLimits, cosine_similarity, unit_vectors
+from ..merge import PairLimits, unit_vectors
 from ..merge_plan import take_tokens
 
 USUAL = PairLimits()
@@ -35,10 +36,18 @@ class Similarity:
     def __init__(self, keys: Tensor, limits: PairLimits | None = None) -> None:
         limits = limits or USUAL
         self.n_tokens = keys.shape[1]
-        self._whole = cosine_similarity(keys) if self.n_tokens <= limits.whole_up_to else None
+        self._in_pieces = self.n_tokens > limits.whole_up_to
         # Detached: results written into a buffer have no gradient, and decisions need none.
-        self._unit = keys if self._whole is not None else unit_vectors(keys.detach())
+        self._unit = unit_vectors(keys.detach())
         self._piece_bytes = limits.piece_bytes
+        self._known: Tensor | None = None
+
+    @property
+    def _whole(self) -> Tensor:
+        """[B, N, N], made when it is asked for."""
+        if self._known is None:
+            self._known = torch.bmm(self._unit, self._unit.mT)
+        return self._known
 
     def tokens(self) -> Tensor:
         """The numbers of all tokens, [B, N] int64."""
@@ -52,7 +61,7 @@ class Similarity:
             score: (rows [b, r, N], number of the first row) to [b, r]. The rows are lent: they
                 are overwritten once it has returned.
         """
-        if self._whole is not None:
+        if not self._in_pieces:
             return score(self._whole, 0)
         found = torch.empty_like(self._unit[:, :, 0])
         for image, first, rows in self._row_pieces():
@@ -72,8 +81,8 @@ class Similarity:
         Returns:
             scores [B, a], places in `side_b` [B, a] int64.
         """
-        if self._whole is not None:
-            edges = take_similarity(self._whole, side_a, side_b)
+        if not self._in_pieces:
+            edges = self._between(side_a, side_b)
             if worth is not None:
                 edges = _with_worth(edges, worth.gather(1, side_a), worth.gather(1, side_b))
             scores, places = edges.max(-1)
@@ -100,12 +109,12 @@ class Similarity:
         Returns:
             [B, n_out] int64, distinct; ties go to the earlier token.
         """
-        if self._whole is not None:
+        if not self._in_pieces:
             return _farthest_first(1 - self._whole, n_out)
         unit = self._unit
         to_chosen = torch.full_like(unit[:, :, 0], math.inf)
         row = torch.empty_like(to_chosen)
-        choice = self.by_row(_isolation).argmax(-1, keepdim=True)
+        choice = _first_of_largest(self.by_row(_isolation))
         chosen = [choice]
         for _ in range(n_out - 1):
             # As a row: a batch of matrix-vector products in columns takes several times as long.
@@ -115,6 +124,12 @@ class Similarity:
             choice = to_chosen.scatter_(1, choice, -math.inf).argmax(-1, keepdim=True)
             chosen.append(choice)
         return torch.cat(chosen, 1)
+
+    def _between(self, side_a: Tensor, side_b: Tensor) -> Tensor:
+        """Cosines of tokens [B, a] with tokens [B, b]: [B, a, b]."""
+        if self._known is not None:
+            return take_similarity(self._known, side_a, side_b)
+        return torch.bmm(take_tokens(self._unit, side_a), take_tokens(self._unit, side_b).mT)
 
     def _row_pieces(self) -> Iterator[tuple[int, int, Tensor]]:
         """(image, first row, [1, rows, N]) from the top to the bottom, image by image."""
@@ -160,10 +175,20 @@ def _isolation(rows: Tensor, first: int) -> Tensor:
     return 1 - rows.amax(-1)
 
 
+def _first_of_largest(isolation: Tensor) -> Tensor:
+    """The earliest token of the largest isolation up to rounding: [B, N] to [B, 1].
+
+    Two tokens that are each other's nearest have the same one, computed in two ways.
+    """
+    rounding = 32 * torch.finfo(isolation.dtype).eps
+    largest = isolation.amax(-1, keepdim=True) - rounding
+    return (isolation >= largest).to(torch.int8).argmax(-1, keepdim=True)
+
+
 def _farthest_first(distance: Tensor, n_out: int) -> Tensor:
     """`Similarity.farthest_first` on all distances [B, N, N]."""
     itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
-    choice = distance.masked_fill(itself, math.inf).amin(-1).argmax(-1)[:, None]
+    choice = _first_of_largest(distance.masked_fill(itself, math.inf).amin(-1))
     to_chosen = torch.full_like(distance[:, 0], math.inf)
     chosen = [choice]
     for _ in range(n_out - 1):

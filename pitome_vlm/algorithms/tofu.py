@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..merge import Algorithm, MergeContext, MergePlan
 from . import tome
+from .matching import alternating_pairs
 
 PRUNING_DEPTH = 0.5
 
@@ -41,4 +42,9 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
 
 # Sizes count also where a value was dropped (it was as good as its partner's), so log(size) belongs
 # into the attention and the language model is told, as with ToMe.
-ALGORITHM = Algorithm(name="tofu", plan=plan, source="ToFu, arXiv 2312.01026, section 3")
+ALGORITHM = Algorithm(
+    name="tofu",
+    plan=plan,
+    source="ToFu, arXiv 2312.01026, section 3",
+    pairs_compared=alternating_pairs,
+)

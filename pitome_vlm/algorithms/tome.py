@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..merge import Algorithm, MergeContext, MergePlan
-from .matching import match_alternating
+from .matching import alternating_pairs, match_alternating
 from .similarity import Similarity
 
 
@@ -33,4 +33,9 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     return match_alternating(Similarity(keys, ctx.pairs), n_tokens - n_out, offset=ctx.n_leading)
 
 
-ALGORITHM = Algorithm(name="tome", plan=plan, source="ToMe, arXiv 2210.09461, section 3")
+ALGORITHM = Algorithm(
+    name="tome",
+    plan=plan,
+    source="ToMe, arXiv 2210.09461, section 3",
+    pairs_compared=alternating_pairs,
+)
