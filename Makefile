@@ -14,7 +14,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_OLD_VENV ?= .venv-vllm-0.27
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types layers unit test-matrix test-llava test-vllm test-vllm-old bench-serving bench-demo bench-ablation eval-demo wheel clean
+.PHONY: help demo test lint types layers unit fuzz test-matrix test-llava test-vllm test-vllm-old bench-serving bench-demo bench-ablation eval-demo wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -52,6 +52,10 @@ layers: $(VENV)/.dev
 
 unit: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/vllm --cov --cov-report=term
+
+fuzz: $(VENV)/.dev ## property tests on new draws; ROUNDS=5 repeats them
+	for round in $$(seq $(or $(ROUNDS),1)); do HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n $(WORKERS) --ignore tests/vllm -m hypothesis tests || exit 1; done
 
 test-matrix: ## adapter tests on the oldest supported transformers, in an environment of its own
 	test -x $(MATRIX_VENV)/bin/python || $(PYTHON) -m venv $(MATRIX_VENV)

@@ -23,7 +23,7 @@ from .adapters.tower import find_encoder_layers
 from .adapters.tower_tokens import feature_depth, has_class_token, patch_grid
 from .config import MergeConfig
 from .counts import Footprint, count_tokens, newline_share, shared_out
-from .merge import Algorithm
+from .merge import Algorithm, MergeContext
 from .merging import FINISHER
 from .schedule import Schedule
 
@@ -48,7 +48,9 @@ def attention_flops(queries: int, keys: int, width: int) -> int:
     return 4 * queries * keys * width
 
 
-def similarity_flops(n_in: int, n_out: int, width: int, algorithm: Algorithm) -> int:
+def similarity_flops(
+    n_in: int, n_out: int, width: int, algorithm: Algorithm, ctx: MergeContext
+) -> int:
     """FLOPs of comparing tokens of a width with each other: 2 pairs width per step.
 
     Pairs are n^2, or fewer where an algorithm compares two sets only. One that pairs tokens up
@@ -58,7 +60,7 @@ def similarity_flops(n_in: int, n_out: int, width: int, algorithm: Algorithm) ->
     total = 0
     while n_in > n_out and algorithm.compares:
         left = max(n_out, (n_in + 1) // 2) if algorithm.pairwise else n_out
-        total += 2 * algorithm.pairs_compared(n_in, left) * width
+        total += 2 * algorithm.pairs_compared(n_in, left, ctx) * width
         n_in = left
     return total
 
@@ -71,7 +73,9 @@ def blend_flops(n_in: int, n_out: int, width: int) -> int:
     return 2 * (n_out - 1) * (n_in + n_out) * width
 
 
-def merging_flops(n_in: int, n_out: int, metric: int, width: int, algorithm: Algorithm) -> int:
+def merging_flops(
+    n_in: int, n_out: int, metric: int, width: int, algorithm: Algorithm, ctx: MergeContext
+) -> int:
     """FLOPs of one merge: comparing tokens, or resampling them.
 
     Args:
@@ -80,8 +84,9 @@ def merging_flops(n_in: int, n_out: int, metric: int, width: int, algorithm: Alg
         metric: width of what is compared.
         width: of the tokens.
         algorithm: who decides.
+        ctx: what it looks at beside the tokens.
     """
-    total = similarity_flops(n_in, n_out, metric, algorithm)
+    total = similarity_flops(n_in, n_out, metric, algorithm, ctx)
     if algorithm.resamples and n_out < n_in:
         total += blend_flops(n_in, n_out, width)
     return total
@@ -127,7 +132,8 @@ def tower_flops(
         leaving = after.get(index, entering)
         metric = block.self_attn.head_dim if by_keys else vision.hidden_size
         n_first = entering + schedule.n_leading
-        compared = merging_flops(entering, leaving, metric, vision.hidden_size, algorithm)
+        ctx = MergeContext(config, index, schedule.depth(index))
+        compared = merging_flops(entering, leaving, metric, vision.hidden_size, algorithm, ctx)
         if algorithm.needs_attention and leaving < entering:
             asked = 1 if has_class_token(tower) else n_first
             compared += attention_flops(asked, n_first, vision.hidden_size) // 2
@@ -176,8 +182,9 @@ def projector_flops(
         return merging + projected * linear_flops(projector), merging
     width = hidden * len(depths)
     entering = schedule.tower[-1][1] if schedule.tower else schedule.n_tokens
+    ctx = _context_behind(config, schedule)
     for leaving in schedule.projector:
-        merging += merging_flops(entering, leaving, width, width, algorithm)
+        merging += merging_flops(entering, leaving, width, width, algorithm, ctx)
         entering = leaving
     return merging + schedule.tokens_out * linear_flops(projector), merging
 
@@ -200,7 +207,13 @@ def _packed_flops(base: Any, schedule: Schedule, config: MergeConfig, footprint:
         width = base.config.vision_config.hidden_size
     lengths = [cells * frames for frames in footprint.windows(config.frames_together)]
     shares = zip(shared_out(entering, lengths), shared_out(patches, lengths), strict=True)
-    return sum(merging_flops(n, left, width, width, algorithm) for n, left in shares)
+    ctx = _context_behind(config, schedule)
+    return sum(merging_flops(n, left, width, width, algorithm, ctx) for n, left in shares)
+
+
+def _context_behind(config: MergeConfig, schedule: Schedule) -> MergeContext:
+    layer = schedule.used_layers
+    return MergeContext(config, layer, schedule.depth(layer), at_projector=True)
 
 
 def _out(schedule: Schedule, config: MergeConfig, footprint: Footprint) -> int:

@@ -28,7 +28,8 @@ Encoded = TypeVar("Encoded")
 # The argument of forward, generate and encode_images that holds an `ImageCache`.
 IMAGE_CACHE = "image_cache"
 # What of a LoRA layer decides which adapters act; switching them changes no weight.
-ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters")
+ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+PLAIN = (bool, int, float, str, list, tuple, type(None))
 
 
 class ImageCache:
@@ -39,10 +40,12 @@ class ImageCache:
         model.generate(**other_inputs, image_cache=cache)  # the same pixels: does not
 
     An entry is found again by content (pixels, their dtype and device, sizes of pictures), merge
-    options, the model, the version of each of its weights and its active LoRA adapters. The
-    pictures of one call are one entry: the same two pictures in another order are new. Where
-    gradients are recorded nothing is read or kept. With keep=1.0 the model's untouched code runs
-    and the cache stays unused. Safe to share between threads.
+    options, the model, the top level of its config, the version of each of its weights, its active
+    LoRA adapters and autocast. A weight written to through `.data`, or one made in inference mode,
+    changes without a new version: call `clear` then. The pictures of one call are one entry: the
+    same two pictures in another order are new. What comes back is shared with the cache and must
+    not be changed in place. Where gradients are recorded nothing is read or kept. With keep=1.0 the
+    model's untouched code runs and the cache stays unused. Safe to share between threads.
 
     Args:
         max_bytes: memory that entries may take, on the device they were made on, > 0; one image
@@ -55,15 +58,17 @@ class ImageCache:
 
     def __init__(self, max_bytes: int = 256 * 2**20) -> None:
         self.max_bytes = whole_number("max_bytes", max_bytes, 1)
+        self._lock = threading.Lock()
+        # Numbers are never given twice, so that an entry made while `clear` ran stays right.
+        self._models: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._numbers = itertools.count()
         self.clear()
 
     def clear(self) -> None:
         """Forget everything, the counters included."""
-        self._entries: OrderedDict[str, tuple[Any, int]] = OrderedDict()
-        self._models: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-        self._numbers = itertools.count()
-        self._lock = threading.Lock()
-        self._nbytes = self.hits = self.misses = 0
+        with self._lock:
+            self._entries: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+            self._nbytes = self.hits = self.misses = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -124,8 +129,10 @@ class ImageCache:
         digest = hashlib.sha256(f"{number} {json.dumps(config.to_dict())}".encode())
         # Any in-place change of a weight (an optimizer, load_state_dict) raises its version. All
         # weights, so that none that a family keeps beside tower and projector is forgotten.
-        digest.update(repr([(w.data_ptr(), w._version) for w in model.parameters()]).encode())
-        digest.update(repr(list(_adapter_states(model))).encode())
+        weights = [
+            (w.data_ptr(), None if w.is_inference() else w._version) for w in model.parameters()
+        ]
+        digest.update(repr([weights, *_adapter_states(model), *_surroundings(model)]).encode())
         for name in sorted(inputs):
             digest.update(name.encode())
             _add(digest, inputs[name])
@@ -136,6 +143,15 @@ def _adapter_states(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
         if hasattr(module, ADAPTER_STATE[0]):
             yield [str(getattr(module, name, None)) for name in ADAPTER_STATE]
+
+
+def _surroundings(model: nn.Module) -> Iterator[Any]:
+    """What decides about features beside weights: the feature layer and the like, autocast."""
+    config: Any = model.config
+    yield sorted((name, one) for name, one in vars(config).items() if isinstance(one, PLAIN))
+    for kind in sorted({weight.device.type for weight in model.parameters()} - {"meta"}):
+        if torch.is_autocast_enabled(kind):
+            yield kind, torch.get_autocast_dtype(kind)
 
 
 def _add(digest: Any, value: Any) -> None:

@@ -117,14 +117,15 @@ class PlanFunction(Protocol):
         ...
 
 
-def every_pair(n_in: int, n_out: int) -> int:
+def every_pair(n_in: int, n_out: int, ctx: MergeContext) -> int:
     """Pairs of tokens compared where every token is compared with every other one."""
-    del n_out
+    del n_out, ctx
     return n_in * n_in
 
 
-def gone_with_kept(n_in: int, n_out: int) -> int:
+def gone_with_kept(n_in: int, n_out: int, ctx: MergeContext) -> int:
     """Pairs compared where every token that goes is compared with every one that stays."""
+    del ctx
     return (n_in - n_out) * n_out
 
 
@@ -147,7 +148,7 @@ class Algorithm:
         proportional_attention: log(size) in the tower's attention by default.
         calibrated: sizes and positions are told to the language model by default.
         compares: tokens with each other, which is what it costs (`costs`).
-        pairs_compared: how many pairs in a step from N to M tokens.
+        pairs_compared: (N, M, context) to how many pairs a step from N to M tokens compares.
         resamples: its plans carry a `MergePlan.blend`, whose products cost as well.
     """
 
@@ -164,7 +165,7 @@ class Algorithm:
     proportional_attention: bool = True
     calibrated: bool = True
     compares: bool = True
-    pairs_compared: Callable[[int, int], int] = every_pair
+    pairs_compared: Callable[[int, int, MergeContext], int] = every_pair
     resamples: bool = False
 
 

@@ -94,6 +94,10 @@ class MergePass:
         """Whether tokens are compared by attention keys, otherwise by hidden states."""
         return (self.config.metric or self.algorithm.metric) == "keys"
 
+    def wants_keys(self, layer: int) -> bool:
+        """Whether the plan made in a layer compares its attention keys."""
+        return layer in self._after and self.compares_keys
+
     @property
     def has_class_token(self) -> bool:
         """Whether the leading token is a class token and not the first patch."""
@@ -253,7 +257,7 @@ class MergePass:
         return MergeContext(
             config=self.config,
             layer=layer,
-            depth=min(layer, self.schedule.used_layers) / max(1, self.schedule.n_layers),
+            depth=self.schedule.depth(layer),
             n_leading=n_leading,
             grid=self.grid if whole_grid else None,
         )

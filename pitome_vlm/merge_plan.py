@@ -232,7 +232,9 @@ class MergePlan:
             # Autocast would take the products in half precision.
             with torch.autocast(x.device.type, enabled=False):
                 mixed = self.blend(x[:, self.n_leading :].to(exact)).to(x.dtype)
-            return torch.cat([x[:, : self.n_leading], mixed], 1), new_sizes
+            if self.n_leading:
+                mixed = torch.cat([x[:, : self.n_leading], mixed], 1)
+            return mixed, new_sizes
         merged = take_tokens(x, self.kept)
         if self.prune or self.n_in == self.n_out:
             return merged, new_sizes

@@ -208,6 +208,10 @@ class Schedule:
         """True where nothing is merged, so that the untouched code path is taken."""
         return self.tokens_out == self.tokens_in and len(self.ladder) == 1
 
+    def depth(self, layer: int) -> float:
+        """Relative depth l / L of a layer, or of a step behind the tower, in [0, 1]."""
+        return min(layer, self.used_layers) / max(1, self.n_layers)
+
     def layer_lengths(self) -> tuple[int, ...]:
         """Sequence length, leading tokens included, after every layer that is run."""
         after = dict(self.tower)

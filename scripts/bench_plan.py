@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 
-from pitome_vlm import __version__, algorithms
+from pitome_vlm import algorithms
+from pitome_vlm.bench.report import hardware
 from pitome_vlm.config import MergeConfig
-from pitome_vlm.machine import processor_name
 from pitome_vlm.merge import MergeContext, make_plan
 
 HERE = Path(__file__).resolve().parent.parent
@@ -69,7 +69,8 @@ def all_series() -> dict[str, Series]:
         algorithm = algorithms.get(name)
         costs = algorithm.compares or algorithm.resamples
         if costs and name not in ("none", "pitome_plus"):
-            width = KEY_WIDTH if algorithm.metric == "keys" else HIDDEN_WIDTH
+            by_keys = algorithm.metric == "keys" and not algorithm.resamples
+            width = KEY_WIDTH if by_keys else HIDDEN_WIDTH
             # The most that a pairwise step can do; selections leave a quarter.
             share = 0.5 if algorithm.pairwise else 0.25
             found[name] = Series(name, width, share)
@@ -126,18 +127,10 @@ def in_fresh_process(name: str, n_tokens: int, threads: int) -> float:
     return float(done.stdout)
 
 
-def hardware(threads: int) -> dict[str, Any]:
-    return {
-        "cpu": processor_name(),
-        "threads": threads,
-        "dtype": "float32",
-        "batch": 1,
-        "seed": 0,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "libc": " ".join(platform.libc_ver()),
-        "pitome_vlm": __version__,
-    }
+def circumstances() -> dict[str, Any]:
+    """What the rows of one file have in common; the C library decides what memory stays taken."""
+    fixed = {"dtype": "float32", "batch": 1, "seed": 0, "libc": " ".join(platform.libc_ver())}
+    return hardware() | fixed
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -167,7 +160,7 @@ def markdown(found: dict[str, Any]) -> str:
         "algorithms merge half of the tokens, the others leave a quarter. Up to 4096 tokens all "
         "cosines are one matrix, beyond they are made piece by piece. Algorithms that compare "
         "nothing (`pool`, `none`) are left out; `dct` compares nothing either, its plan is "
-        "measured with carrying it out on the 64-d tokens.",
+        "measured with carrying it out on the 1024-d tokens.",
     ]
     tables = (
         ("time", "ms", "Time of one plan in ms (median)"),
@@ -269,7 +262,12 @@ def main() -> None:
         parser.error("memory is read from /proc, which only Linux has")
     path = options.output / "plan.json"
     found = load(path)
-    found["hardware"] = hardware(options.threads)
+    if options.what == "report":
+        report(found, options.output)
+        return
+    here = circumstances()
+    if found.setdefault("hardware", here) != here:
+        parser.error(f"{path} was measured on something else; name another --output")
     found["series"] = {name: vars(one) for name, one in series.items()}
     for name in options.series:
         for count in [count for count in COUNTS if count <= options.most]:

@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import pitome_vlm
 from pitome_vlm import MergeConfig
+from pitome_vlm.bench import configuration
 from pitome_vlm.bench.clock import Clock, TimedPass
 from pitome_vlm.bench.report import hardware
 from pitome_vlm.costs import costs
@@ -55,15 +56,7 @@ class Row:
 
 def clip_l(dtype: torch.dtype) -> Any:
     """LLaVA-1.5's tower and projector in front of one small language layer."""
-    tower = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=LAYERS_READ + 1,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
+    tower = configuration("llava-1.5-7b").vision_config
     words = LlamaConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1
     )
@@ -83,7 +76,9 @@ def rows_to_measure(algorithms: list[str], keeps: list[float]) -> list[Row]:
             config = MergeConfig(keep, algorithm=name, stage="tower")
             rows.append(Row(f"{name} {keep}", config))
     # Half as many merges cost half as much; each takes away more.
-    half = config.replace(layers=tuple(range(0, LAYERS_READ, 2)))
+    name, keep = algorithms[-1], keeps[-1]
+    every_second = tuple(range(0, LAYERS_READ, 2))
+    half = MergeConfig(keep, algorithm=name, stage="tower", layers=every_second)
     rows.append(Row(f"{name} {keep}, every second layer", half))
     return rows
 
@@ -253,9 +248,14 @@ def main(say: Callable[[str], Any] = print) -> int:
     parser.add_argument("--keep", default=",".join(map(str, KEEPS)))
     parser.add_argument("--output", type=Path, help="folder for tower_<dtype>_<threads>.json/.md")
     options = parser.parse_args()
+    algorithms, gated = options.algorithms.split(","), options.gate.split(",")
+    if not set(gated) <= set(algorithms):
+        parser.error(f"--gate {options.gate}: only what --algorithms names is measured")
+    if options.repeats < 2:
+        parser.error(f"--repeats must be at least 2 (quartiles are shown), got {options.repeats}")
     torch.set_num_threads(options.threads)
     model = clip_l(getattr(torch, options.dtype))
-    rows = rows_to_measure(options.algorithms.split(","), [*map(float, options.keep.split(","))])
+    rows = rows_to_measure(algorithms, [*map(float, options.keep.split(","))])
     measure(model, rows, options)
     found = summary(rows)
     about = {
@@ -263,7 +263,7 @@ def main(say: Callable[[str], Any] = print) -> int:
         **hardware(),
         **{n: v for n, v in vars(options).items() if n not in ("output", "keep", "algorithms")},
     }
-    text, failed = markdown(found, about), missed(found, options.gate.split(","))
+    text, failed = markdown(found, about), missed(found, gated)
     say(text)
     say("\n".join(["", *failed]) if failed else f"\nlimits hold for {options.gate}")
     if options.output is not None:

@@ -138,7 +138,7 @@ def markdown(report: Report, results: list[Phases]) -> str:
     cut = "" if report.depth == 1 else " (whole depth, scaled)"
     columns = ["method", "tokens", "tower + merge", "of it merge", "prefill, built"]
     columns += ["per token, built"]
-    columns += [f"prefill{cut}", *(f"{length} new{cut}" for length in LENGTHS), "pays up to"]
+    columns += [f"prefill{cut}", *(f"{length} new{cut}" for length in LENGTHS), "pays to"]
     rows = [_row(results[0], one) for one in results]
     lines = [
         "# Against others, at equal tokens",
@@ -146,9 +146,9 @@ def markdown(report: Report, results: list[Phases]) -> str:
         "in turns; medians in ms (± distance of the quartiles).",
         table(columns, rows),
         "`scripts/compare_peers.py`. Peers are algorithms of ours, written from their papers. "
-        "`pays up to`: the longest answer that gets at least 10 % faster than `none`. With equal "
+        "`pays to`: the longest answer that gets at least 10 % faster than `none`. With equal "
         "tokens a further token is the same work whoever chose them: differences between methods "
-        "of one budget in the columns of 32 and 128 new tokens, and in `pays up to`, are noise of "
+        "of one budget in the columns of 32 and 128 new tokens, and in `pays to`, are noise of "
         "decoding as far as the ± of `per token` is larger than them.",
     ]
     if report.depth != 1:
@@ -163,8 +163,8 @@ def markdown(report: Report, results: list[Phases]) -> str:
 def _row(base: Phases, one: Phases) -> list[str]:
     rounds = zip(one.rounds["tower"], one.rounds["merge"], strict=True)
     encode = iqr([tower + merge for tower, merge in rounds])
-    length = None if one is base else break_even(base.whole, one.whole)
-    pays = "-" if one is base else "any" if length is None else f"{length:.0f}"
+    lengths = break_even(base.whole, one.whole)
+    pays = "-" if one is base else "no" if lengths is None else str(lengths)
     totals = [one.whole.total(length) for length in LENGTHS]
     faster = [base.whole.total(length) / one.whole.total(length) for length in LENGTHS]
     return [

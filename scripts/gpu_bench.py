@@ -12,7 +12,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +27,21 @@ from pitome_vlm.bench import (
     Phases,
     Report,
     build,
-    fitting_batch,
     inputs_for,
     installed,
     iqr,
-    largest_batch,
     median,
 )
+from pitome_vlm.bench.attention import time_ways
 from pitome_vlm.bench.clock import Clock, watched
-from pitome_vlm.bench.report import Fit, hardware, table
+from pitome_vlm.bench.fits import tried_fit
+from pitome_vlm.bench.report import hardware, table
 from pitome_vlm.config import MergeConfig
 from pitome_vlm.files import write_text
 
 ANSWER = 16
-LEAST = 3  # rounds below which a case is not worth starting
+# Of one picture in CLIP-L/336: before, half way and behind merging to a quarter.
+CLIP_TOKENS = (577, 300, 145)
 
 
 @dataclass
@@ -161,14 +162,17 @@ def speed(run: Run, name: str, model: Any, until: float, title: str = "") -> Non
         if bench.results[0].repeats < options.repeats:
             report.notes.append(f"batch {batch}: {bench.results[0].repeats} rounds, out of time")
             break
+    largest: list[Phases] = []
     if options.device != "cpu":
+        memory = torch.cuda.get_device_properties(model.device).total_memory
         for result in report.results[0]:
             if run.left < until:
                 report.notes.append(f"largest batch of {result.budget.name}: out of time")
                 break
-            fit_and_time(model, result, report)
+            report.fits[result.budget.name], timed = tried_fit(model, result, memory)
+            largest += [] if timed is None else [timed]
     report.save(options.out / f"{title or name}.json")
-    run.add("", f"## {title or name}", "", rates(report), "", report.markdown(), "")
+    run.add("", f"## {title or name}", "", rates(report, largest), "", report.markdown(), "")
     run.add(*(f"- {note}" for note in report.notes))
 
 
@@ -181,22 +185,8 @@ def timed_rounds(run: Run, bench: Bench, until: float) -> None:
         bench.run(repeats=1, warmup=0)
 
 
-def fit_and_time(model: Any, result: Phases, report: Report) -> None:
-    """The largest batch of a budget, timed."""
-    free = torch.cuda.get_device_properties(model.device).total_memory
-    guess = fitting_batch(model, result, free, model.dtype)
-    batch = largest_batch(model, result.budget, result.case, guess=guess)
-    fit = Fit(batch, True, estimated=False)
-    if batch:
-        bench = Bench(model, [result.budget], replace(result.case, batch=batch))
-        bench.run(repeats=LEAST, warmup=1)
-        (one,) = bench.results
-        fit.answers_per_second = one.answers_per_second(one.measured)
-    report.fits[result.budget.name] = fit
-
-
-def rates(report: Report) -> str:
-    """What a server's owner asks for."""
+def rates(report: Report, largest: list[Phases]) -> str:
+    """What a server's owner asks for, at every batch size and at the largest of every budget."""
     columns = ["budget", "batch", "time to first token ms", "decode tokens/s", "requests/s"]
     rows = [
         [
@@ -206,7 +196,7 @@ def rates(report: Report) -> str:
             f"{1e3 * one.case.batch / one.median('decode'):.0f}",
             f"{one.answers_per_second(one.measured):.2f}",
         ]
-        for _, one in report.pairs()
+        for one in [*(one for _, one in report.pairs()), *largest]
     ]
     return f"Answers of {ANSWER} tokens.\n\n" + table([*columns], rows)
 
@@ -283,8 +273,8 @@ def compiled(model: Any) -> None:
     model.model.vision_tower.compile()
 
 
-# How the tower attends: name -> what is done to a freshly built and wrapped model. Variants of
-# proportional attention behind the first merge belong here.
+# How the tower attends: name -> what is done to a freshly built and wrapped model. Ways of
+# proportional attention alone: `ways`.
 ATTENTION: dict[str, Callable[[Any], None]] = {
     "sdpa": as_built,
     "eager": eager,
@@ -341,6 +331,28 @@ def encode_times(
     return times
 
 
+def ways(run: Run) -> None:
+    """Proportional attention at CLIP-L's shapes: as a mask, as channels, in flex attention."""
+    device, dtype = torch.device(run.options.device), getattr(torch, run.options.dtype)
+    batch, rows = int(run.options.batches.split(",")[-1]), []
+    for tokens in CLIP_TOKENS:
+        found = time_ways(
+            device,
+            dtype,
+            (batch, 16, tokens, 64),
+            run.options.repeats,
+            compile_flex=device.type != "cpu",
+        )
+        for name, times in found.items():
+            if isinstance(times, str):
+                rows.append([str(tokens), name, f"failed: {times}"])
+            else:
+                rows.append([str(tokens), name, f"{median(times):.3f} ±{iqr(times):.3f}"])
+    run.save("proportional", rows)
+    title = f"## Proportional attention, {batch} x 16 heads x N x 64"
+    run.add("", title, "", table(["N", "way", "ms"], rows))
+
+
 def quantise(model: Any) -> Any:
     """The language model's linear layers in nf4, as bitsandbytes does it; the tower is left."""
     import bitsandbytes as bnb
@@ -390,6 +402,7 @@ def steps(run: Run) -> None:
             del model
     with run.step("Attention", 30):
         attention(run, shapes[0])
+        ways(run)
     with run.step("nf4", 40):
         if has_bitsandbytes():
             speed(run, shapes[0], quantise(run.build(shapes[0])), 5, title=f"{shapes[0]}-nf4")

@@ -13,9 +13,11 @@ from hypothesis import settings
 from PIL import ImageFile
 
 torch.set_num_threads(1)
-# Rules are checked, not times: a busy machine must not fail a test.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+# Rules are checked, not times: a busy machine must not fail a test. The same draws in every run, so
+# that a failure can be repeated; `make fuzz` draws anew.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.register_profile("fuzz", deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture(autouse=True)

@@ -38,6 +38,7 @@ OPTIONS = {
     "one layer": {"keep": 0.2, "layers": (3,)},
     "hidden, after the layer": {"keep": 0.3, "metric": "hidden", "placement": "after_layer"},
     "tome": {"keep": 0.5, "algorithm": "tome"},
+    "matching early": {"keep": 0.5, "algorithm": "pitome", "early_matching": 0.5},
     "random": {"keep": 0.25, "algorithm": "random"},
     "dct in front of the projector": {"keep": 0.3, "algorithm": "dct", "stage": "projector"},
     **{

@@ -149,6 +149,17 @@ def test_batching_changes_no_plan_in_pieces(options):
         assert torch.equal(alone.assign[0], together.assign[row])
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("limits", [WHOLE, PairLimits(whole_up_to=4, piece_bytes=100)])
+def test_an_algorithm_asked_to_keep_all_tokens_keeps_them(options, limits):
+    keys = torch.randn(2, 9, 4)
+    config = MergeConfig(tokens=9, **options)
+    ctx = MergeContext(config, depth=0.3, pairs=limits, cls_attention=keys.sum(-1).softmax(-1))
+    plan = algorithms.get(config.algorithm).plan(keys, 9, ctx=ctx)
+    assert sorted(plan.assign[0].tolist()) == list(range(9))
+    assert torch.equal(plan.kept.gather(1, plan.assign), torch.arange(9).expand(2, -1))
+
+
 def test_coverage_in_pieces_keeps_duplicates_apart_last():
     keys = torch.randn(1, 12, 8, dtype=torch.float64).repeat(1, 3, 1)
     for limits in (WHOLE, PairLimits(whole_up_to=10, piece_bytes=500)):
@@ -197,7 +208,7 @@ def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
 
-algorithm, keys = algorithms.get(sys.argv[1]), torch.randn(1, 16384, 64)
+algorithm, keys = algorithms.get(sys.argv[1]), torch.randn(1, 16384, int(sys.argv[2]))
 ctx = MergeContext(MergeConfig(keep=0.5), depth=0.2)
 make_plan(algorithm, keys[:, :64], 32, ctx=ctx).apply(keys[:, :64])
 Path("/proc/self/clear_refs").write_text("5")
@@ -208,10 +219,11 @@ print(status("VmHWM") - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("name", ["pitome", "tome", "dct"])
-def test_a_plan_of_16384_tokens_takes_less_than_256_mb(name):
+@pytest.mark.parametrize(("name", "width"), [("pitome", 64), ("tome", 64), ("dct", 1024)])
+def test_a_plan_of_16384_tokens_takes_less_than_256_mb(name, width):
     # Made and applied. All N x N cosines would be 1024 MiB, those between two halves 256 MiB, and
     # the matrix of a resampling 512 MiB.
-    done = subprocess.run([sys.executable, "-c", PEAK, name], capture_output=True, text=True)
+    words = [sys.executable, "-c", PEAK, name, str(width)]
+    done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 0 < float(done.stdout) < 256 * 1e6 / 2**20

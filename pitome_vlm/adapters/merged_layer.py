@@ -22,8 +22,8 @@ from ..merge_pass import MergePass
 Heads = tuple[Tensor, Tensor, Tensor]
 
 
-def _as_it_is(mean: Tensor) -> Tensor:
-    return mean
+def _as_it_is(over_heads: Tensor) -> Tensor:
+    return over_heads
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,11 @@ def merged_layer(
             parts[0], parts[1], bias, layer.self_attn.scale, merge_pass.has_class_token
         )
         received = kernels.agree(local)
-    # The keys averaged over heads (paper eq. 3; 64-d for CLIP-L). As a sum: only directions are
-    # compared, and a mean takes half as long again in bfloat16.
-    keys = kernels.agree(parts[1].sum(1)) if merge_pass.compares_keys else None
+    keys = None
+    if merge_pass.wants_keys(index):
+        # The keys averaged over heads (paper eq. 3; 64-d for CLIP-L). As a sum: only directions
+        # are compared, and a mean takes half as long again in bfloat16.
+        keys = kernels.agree(parts[1].sum(1))
     if placement == "after_attention":
         metric = hidden if keys is None else keys
         hidden = merge_pass.merge_in_layer(index, hidden, metric, received)

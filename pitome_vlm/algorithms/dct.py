@@ -8,7 +8,7 @@ orthonormal and in float32 (`MergePlan.blend`).
 Different: scaled by sqrt(M / N), so that a constant sequence keeps its value (an orthonormal pair
 of unequal lengths would blow it up by sqrt(N / M)); frequency 0 is the mean, added behind, so that
 a constant stays one; and both transforms are products with cosines. Those of many tokens (16384 to
-half: 512 MiB) are made some rows at a time, used and forgotten.
+half: 512 MiB) are made some rows at a time, used and forgotten (autograd remembers them all).
 Sizes do not weigh here: every new token mixes all old ones, with negative shares too. For source
 maps a patch is booked on the new token whose place is nearest to its own.
 """
@@ -55,7 +55,7 @@ class LowFrequencies:
     piece_bytes: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[B, N, C] float32 or wider to [B, M, C]."""
+        """[B, N, C] float32 or wider to [B, M, C]; the cosines have float32's digits."""
         mean = x.mean(1, keepdim=True)
         if self.n_out == 1:
             return mean
@@ -69,7 +69,7 @@ class LowFrequencies:
         for rows in self._pieces(self.n_out, x):
             back += rows.T @ low[:, start : start + len(rows)]
             start += len(rows)
-        return mean + math.sqrt(self.n_out / self.n_in) * back
+        return back.mul_(math.sqrt(self.n_out / self.n_in)).add_(mean)
 
     def _pieces(self, n_points: int, x: Tensor) -> Iterator[Tensor]:
         """The cosines at so many points of frequencies 1..M - 1, as many rows at a time as fit."""

@@ -9,12 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..merge import MergePlan
+from ..merge import MergeContext, MergePlan
 from .similarity import Similarity
 
 
 def match_most_similar(
-    similarity: Similarity, side_a: Tensor, side_b: Tensor, n_merge: int
+    similarity: Similarity,
+    side_a: Tensor,
+    side_b: Tensor,
+    n_merge: int,
+    worth: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The `n_merge` tokens of A whose best partner in B is closest, and those partners.
 
@@ -23,11 +27,12 @@ def match_most_similar(
         side_a: [B, a] token indices that may give up their place, a >= n_merge.
         side_b: [B, b] token indices that receive, b >= 1.
         n_merge: r.
+        worth: [B, N] float, the mean of both ends is added to their similarity; None for nothing.
 
     Returns:
         sources [B, r], destinations [B, r]. Ties go to the earlier token.
     """
-    best, partner = similarity.best(side_a, side_b)
+    best, partner = similarity.best(side_a, side_b, worth)
     chosen = best.argsort(dim=-1, descending=True, stable=True)[:, :n_merge]
     return side_a.gather(1, chosen), side_b.gather(1, partner.gather(1, chosen))
 
@@ -52,9 +57,9 @@ def keep_only(similarity: Similarity, survivors: Tensor, others: Tensor) -> Merg
     return MergePlan.from_pairs(similarity.n_tokens, others, receivers, prune=True)
 
 
-def alternating_pairs(n_in: int, n_out: int) -> int:
+def alternating_pairs(n_in: int, n_out: int, ctx: MergeContext) -> int:
     """Pairs that `match_alternating` compares (`Algorithm.pairs_compared`)."""
-    del n_out
+    del n_out, ctx
     return (n_in // 2) * (n_in - n_in // 2)
 
 

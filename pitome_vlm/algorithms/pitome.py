@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..merge import Algorithm, MergeContext, MergePlan
-from .matching import match_alternating
+from ..merge import Algorithm, MergeContext, MergePlan, every_pair
+from .matching import alternating_pairs, match_alternating, match_most_similar
 from .similarity import Similarity
 
 
@@ -89,16 +89,13 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
             f"{(n_tokens + 1) // 2}..{n_tokens}, got {n_out}"
         )
     similarity = Similarity(keys, ctx.pairs)
-    if config.early_matching > 0 and ctx.depth <= config.early_matching:
+    if _matches_early(ctx):
         return match_alternating(similarity, n_merge, offset=ctx.n_leading)
     energy = energies(similarity, ctx)
     by_energy = energy.argsort(dim=-1, descending=True, stable=True)
     if not config.protect:
-        side_a, side_b = by_energy[:, ::2], by_energy[:, 1::2]
-        best, partner = similarity.best(side_a, side_b)
-        chosen = best.argsort(dim=-1, descending=True, stable=True)[:, :n_merge]
-        sources = side_a.gather(1, chosen)
-        destinations = side_b.gather(1, partner.gather(1, chosen))
+        halves = by_energy[:, ::2], by_energy[:, 1::2]
+        sources, destinations = match_most_similar(similarity, *halves, n_merge)
         return MergePlan.from_pairs(n_tokens, sources, destinations)
     side_a, side_b = _split(by_energy[:, : 2 * n_merge], ctx)
     _, partner = similarity.best(side_a, side_b)
@@ -106,6 +103,16 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     if not config.restore_order:
         order = torch.cat([by_energy[:, 2 * n_merge :], side_b], 1)
     return MergePlan.from_pairs(n_tokens, side_a, side_b.gather(1, partner), order=order)
+
+
+def _matches_early(ctx: MergeContext) -> bool:
+    return ctx.config.early_matching > 0 and ctx.depth <= ctx.config.early_matching
+
+
+def pairs_compared(n_in: int, n_out: int, ctx: MergeContext) -> int:
+    """All pairs; in the early layers of the released code those of ToMe."""
+    compared = alternating_pairs if _matches_early(ctx) else every_pair
+    return compared(n_in, n_out, ctx)
 
 
 def _split(mergeable: Tensor, ctx: MergeContext) -> tuple[Tensor, Tensor]:
@@ -120,5 +127,8 @@ def _split(mergeable: Tensor, ctx: MergeContext) -> tuple[Tensor, Tensor]:
 
 
 ALGORITHM = Algorithm(
-    name="pitome", plan=plan, source="PiToMe, arXiv 2405.16148, eq. 3-4 and Algorithm 1"
+    name="pitome",
+    plan=plan,
+    source="PiToMe, arXiv 2405.16148, eq. 3-4 and Algorithm 1",
+    pairs_compared=pairs_compared,
 )

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..merge import Algorithm, MergeContext, MergePlan
-from .matching import complement
+from .matching import complement, match_most_similar
 from .pitome import energies
 from .similarity import Similarity
 
@@ -58,11 +58,9 @@ def _matching(similarity: Similarity, n_out: int, ctx: MergeContext) -> MergePla
     energy = energies(similarity, ctx)
     by_energy = energy.argsort(dim=-1, descending=True, stable=True)
     # Alternating, so that both ends of a good edge are rarely on one side.
-    side_a, side_b = by_energy[:, ::2], by_energy[:, 1::2]
-    best, partner = similarity.best(side_a, side_b, energy)
-    chosen = best.argsort(dim=-1, descending=True, stable=True)[:, : n_tokens - n_out]
-    sources = side_a.gather(1, chosen)
-    destinations = side_b.gather(1, partner.gather(1, chosen))
+    sources, destinations = match_most_similar(
+        similarity, by_energy[:, ::2], by_energy[:, 1::2], n_tokens - n_out, energy
+    )
     order = None
     if not config.restore_order:
         gone = torch.zeros_like(by_energy, dtype=torch.bool).scatter(1, sources, True)

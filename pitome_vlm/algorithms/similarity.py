@@ -74,13 +74,15 @@ class Similarity:
         """The best partner in B of every token in A; ties go to the earlier one of B.
 
         Args:
-            side_a: [B, a] token indices.
-            side_b: [B, b] token indices, b >= 1.
+            side_a: [B, a] token indices, a >= 0.
+            side_b: [B, b] token indices, b >= 1 unless a = 0.
             worth: [B, N], the mean of both ends is added to their similarity; None for nothing.
 
         Returns:
             scores [B, a], places in `side_b` [B, a] int64.
         """
+        if side_a.shape[1] == 0:
+            return self._unit.new_empty(side_a.shape), side_a
         if not self._in_pieces:
             edges = self._between(side_a, side_b)
             if worth is not None:
@@ -150,7 +152,7 @@ class Similarity:
         # in their last bit.
         n_pieces = math.ceil(n_rows / fit)
         cuts = [n_rows * piece // n_pieces for piece in range(n_pieces + 1)]
-        edges = unit.new_empty(math.ceil(n_rows / n_pieces) if n_pieces else 0, len(others))
+        edges = unit.new_empty(math.ceil(n_rows / n_pieces), len(others))
         for first, last in pairwise(cuts):
             some = unit[first:last] if side_a is None else unit.index_select(0, side_a[first:last])
             yield torch.mm(some, others.T, out=edges[: last - first])

@@ -30,8 +30,9 @@ def contextual_count(n_out: int) -> int:
     return min(n_out - 1, max(1, (2 * n_out * CONTEXTUAL + whole) // (2 * whole)))
 
 
-def pairs_compared(n_in: int, n_out: int) -> int:
+def pairs_compared(n_in: int, n_out: int, ctx: MergeContext) -> int:
     """Every token that goes with the contextual ones, or with the dominant one if it is alone."""
+    del ctx
     return (n_in - n_out) * max(1, contextual_count(n_out))
 
 

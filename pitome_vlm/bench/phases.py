@@ -6,6 +6,7 @@ models or clocks.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -56,18 +57,36 @@ class Estimate:
         return self.first + (answer_tokens - 1) * self.decode
 
 
-def break_even(base: Estimate, merged: Estimate, worth: float = WORTH) -> float | None:
-    """The longest answer for which merging saves at least `worth` of the whole time.
+@dataclass(frozen=True)
+class Lengths:
+    """Answers for which merging saves at least so much of the whole time, in tokens.
 
-    Returns:
-        Tokens; 0 where it never does, None where it does however long the answer is.
+    Attributes:
+        least: the shortest.
+        most: the longest, None where it saves that however long the answer is.
+    """
+
+    least: int
+    most: int | None
+
+    def __str__(self) -> str:
+        upper = "any" if self.most is None else str(self.most)
+        return upper if self.least == 1 else f"from {self.least}"
+
+
+def break_even(base: Estimate, merged: Estimate, worth: float = WORTH) -> Lengths | None:
+    """The answers for which merging saves at least `worth` of the whole time, None for no answer.
+
+    What is saved grows or shrinks by the same amount with every token, so these are all lengths up
+    to some one, or all from some one on.
     """
     saved = (1 - worth) * base.first - merged.first
-    loss_per_token = merged.decode - (1 - worth) * base.decode
-    if saved < 0:
-        # Slow at first; only answers longer than some length could win, which is not promised.
-        return 0.0
-    return None if loss_per_token <= 0 else 1 + saved / loss_per_token
+    per_token = (1 - worth) * base.decode - merged.decode
+    if saved >= 0:
+        return Lengths(1, None if per_token >= 0 else 1 + math.floor(saved / -per_token))
+    if per_token <= 0:
+        return None
+    return Lengths(1 + math.ceil(-saved / per_token), None)
 
 
 @dataclass

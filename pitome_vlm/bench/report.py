@@ -20,10 +20,12 @@ from ..machine import processor_name
 from ..version import __version__
 from .phases import SCALED, TIMES, Estimate, Phases, break_even, iqr
 
-FORMAT = "pitome_vlm bench 2"
+FORMAT = "pitome_vlm bench 3"
 FORMULAS = (
     "FLOPs (2 per multiply-add; matrix products and convolutions only): "
-    "tower layer = n 2 W(attention) + 4 n^2 C + n' 2 W(mlp) + merge, merge = 2 n^2 D per step; "
+    "tower layer = n 2 W(attention) + 4 n^2 C + n' 2 W(mlp) + merge; "
+    "merge, also behind the tower = 2 p D per step, p the pairs compared (n^2 for pitome and "
+    "pitome_plus) and D their width (other algorithms: pitome_vlm/flops.py); "
     "projector = n 2 W(projector); prefill = n 2 W(llm) + L 4 n^2 C + 2 W(head)"
 )
 COLUMN_NOTE = (
@@ -32,7 +34,6 @@ COLUMN_NOTE = (
     "model does under prompt. Proportional attention is in tower. prompt: ids, embeddings, cache "
     "and mask. First token = tower + merge + proj. + prompt + prefill"
 )
-ANY_LENGTH = "any"
 TIME_COLUMNS = (
     *("budget", "tokens", "batch", "tower", "merge", "proj.", "prompt", "prefill"),
     *("first token", "per token"),
@@ -185,8 +186,8 @@ class Report:
 def _pays(base: Phases, one: Phases, other: Estimate, own: Estimate) -> str:
     if one is base:
         return "-"
-    length = break_even(other, own)
-    return ANY_LENGTH if length is None else f"{length:.0f}"
+    lengths = break_even(other, own)
+    return "no" if lengths is None else str(lengths)
 
 
 def _rate(fit: Fit) -> str:
@@ -225,6 +226,7 @@ def values(base: Phases, one: Phases) -> dict[str, Any]:
     }
     for name in ("measured", "whole"):
         own, other = getattr(one, name), getattr(base, name)
+        lengths = break_even(other, own)
         length = one.case.answer_tokens
         found[name] = {
             **vars(own),
@@ -232,9 +234,8 @@ def values(base: Phases, one: Phases) -> dict[str, Any]:
             "answers_per_second": one.answers_per_second(own),
             "speed_up_first": other.first / own.first,
             "speed_up_answer": other.total(length) / own.total(length),
-            # None: however long the answer is.
-            "pays_up_to_tokens": None if one is base else break_even(other, own),
-            "pays_at_any_length": one is not base and break_even(other, own) is None,
+            # None: for no answer. The most may be None as well: however long the answer is.
+            "pays_for": None if lengths is None or one is base else vars(lengths),
         }
     return found
 

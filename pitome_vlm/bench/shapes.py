@@ -219,8 +219,11 @@ def needed_bytes(
 
 
 def _made(config: Any, dtype: torch.dtype, device: torch.device, seed: int, attention: str) -> Any:
-    torch.manual_seed(seed)
-    with torch.device(device):
+    # The caller's random numbers go on as if nothing had been drawn.
+    accelerators = [device] if device.type not in ("cpu", "meta") else []
+    kind = device.type if accelerators else "cuda"
+    with torch.random.fork_rng(accelerators, device_type=kind), torch.device(device):
+        torch.manual_seed(seed)
         model = _MODELS[config.model_type]._from_config(
             config, dtype=dtype, attn_implementation=attention
         )

@@ -21,11 +21,15 @@ def _about(report: Report, base: Phases, one: Phases) -> str:
     own, other = one.whole, base.whole
     head = f"{one.budget.name}, batch {one.case.batch} ({base.tokens} -> {one.tokens} tokens): "
     cut = " (at the whole depth, scaled up)" if one.depth != 1 else ""
-    length, sooner = break_even(other, own), other.first / own.first
-    if length == 0:
+    lengths, sooner = break_even(other, own), other.first / own.first
+    if lengths is None:
         start = f"{head}does not help: no answer gets {WORTH:.0%} faster{cut}"
         return f"{start}; {_first(sooner)}{_memory(base, one)}{_batch(report, base, one)}."
-    reach = "answers of any length" if length is None else f"answers of up to {length:.0f} tokens"
+    reach = "answers of any length"
+    if lengths.most is not None:
+        reach = f"answers of up to {lengths.most} tokens"
+    elif lengths.least > 1:
+        reach = f"answers of {lengths.least} tokens and more"
     text = f"{head}{reach} get at least {WORTH:.0%} faster{cut}; {_first(sooner)}"
     return f"{text}{_memory(base, one)}{_batch(report, base, one)}."
 

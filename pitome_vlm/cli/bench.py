@@ -98,7 +98,8 @@ def bench(
     """Time tower, merge, prefill and decoding with and without merging, in turns.
 
     Every budget is timed once per round, the untouched model included; tables hold medians in
-    milliseconds. `pays to` is the longest answer, in tokens, that gets at least 10 % faster.
+    milliseconds. `pays to` is the longest answer, in tokens, that gets at least 10 % faster ("from
+    80": those and longer ones do).
 
     Examples: `pitome-vlm bench --config llava-1.5-7b --layers 4 --batch 1,4`,
     `pitome-vlm bench --model PATH --tokens 144,64 --algorithm pitome_plus,tome --plot out.png`

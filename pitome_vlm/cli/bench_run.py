@@ -6,7 +6,6 @@ anything is timed (`pitome_vlm.bench`) or printed (`bench_show.py`).
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..checks import whole_number
 from ..config import MergeConfig
+from .bench_fits import find_fits
 from .options import LoadOptions
 from .terminal import say
 
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from ..bench import Budget, Case, Report
 
 Number = TypeVar("Number", int, float)
-GIB = 2**30
-# Rounds at the largest batch, where each one takes long and says little more.
-FEW = 3
 
 
 @dataclass(frozen=True)
@@ -73,6 +70,24 @@ class Question:
     memory: float | None
     max_batch: bool
     check_flops: bool
+
+    def check(self, layers: int | None) -> None:
+        """Refuse what does not go together.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if self.max_batch and layers is not None:
+            raise ValueError(
+                "--max-batch tries batches out, which says nothing about the whole depth where "
+                "--layers builds a part of it; leave one of them out (without --max-batch the "
+                "largest batch is computed for the whole depth)"
+            )
+        if self.max_batch and self.memory is not None:
+            raise ValueError(
+                "--max-batch fills the memory there is and --memory computes for another one; "
+                "leave one of them out"
+            )
 
     def budgets(self) -> list[Budget]:
         """The untouched model and every algorithm at every budget.
@@ -161,6 +176,7 @@ def run(source: Source, question: Question, files: Files) -> bool:
         Whether Ctrl-C ended it early; what was measured by then is shown and written all the same.
     """
     source.check()
+    question.check(source.layers)
     budgets, cases = question.budgets(), question.cases()
     files.check()
     from ..bench import Report
@@ -181,7 +197,13 @@ def run(source: Source, question: Question, files: Files) -> bool:
         say("interrupted")
     if report.pairs():
         if not interrupted or loaded.model.device.type == "cpu":
-            _fits(loaded, report, question)
+            find_fits(
+                loaded.model,
+                loaded.whole,
+                report,
+                memory=question.memory,
+                try_out=question.max_batch,
+            )
         show(report)
         _write(report, files)
     return interrupted
@@ -278,60 +300,6 @@ def _progress(batch: int, started: float) -> Callable[[int, int], None]:
             last[0] = now
 
     return tell
-
-
-def _fits(loaded: Loaded, report: Report, question: Question) -> None:
-    """The largest batch of every budget, and what it is worth."""
-    from ..bench import fitting_batch
-    from ..bench.memory import FORMULA
-    from ..bench.report import Fit
-
-    on_cpu = loaded.model.device.type == "cpu"
-    if question.max_batch and on_cpu:
-        report.notes.append("--max-batch tries batches out on a GPU only; here it is computed")
-    if question.max_batch and not on_cpu and question.memory is None:
-        _found_batches(loaded, report)
-        return
-    memory, whose = _memory(loaded.model, question.memory)
-    report.notes.append(f"max batch: computed for {memory / GIB:.1f} GiB ({whose}): {FORMULA}")
-    report.notes.append(
-        "answers/s at max batch: >= was not timed; the time of the largest batch that was is "
-        "taken as proportional to the batch, while larger batches share the reading of weights"
-    )
-    last = [case for case in report.results if case[0].repeats][-1]
-    for one in last:
-        batch = fitting_batch(loaded.whole, one, memory, loaded.model.dtype)
-        rate = one.answers_per_second(one.whole) if batch >= one.case.batch else None
-        report.fits[one.budget.name] = Fit(batch, False, rate)
-
-
-def _found_batches(loaded: Loaded, report: Report) -> None:
-    from dataclasses import replace
-
-    from ..bench import fitting_batch, largest_batch, measure
-    from ..bench.report import Fit
-
-    memory, _ = _memory(loaded.model, None)
-    report.notes.append("the largest batches were tried out on the model as it was built")
-    for one in report.results[0]:
-        guess = fitting_batch(loaded.model, one, memory, loaded.model.dtype)
-        batch = largest_batch(loaded.model, one.budget, one.case, guess=guess)
-        fit = Fit(batch, True)
-        if batch:
-            case = replace(one.case, batch=batch)
-            (timed,) = measure(loaded.model, [one.budget], case, repeats=FEW, warmup=1)
-            fit = Fit(batch, True, timed.answers_per_second(timed.measured), estimated=False)
-        report.fits[one.budget.name] = fit
-
-
-def _memory(vlm: Any, given: float | None) -> tuple[int, str]:
-    if given is not None:
-        return int(given * GIB), "--memory"
-    if vlm.device.type == "cuda":
-        import torch
-
-        return int(torch.cuda.get_device_properties(vlm.device).total_memory), "the GPU's memory"
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine's memory"
 
 
 def _write(report: Report, files: Files) -> None:

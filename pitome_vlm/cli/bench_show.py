@@ -52,7 +52,11 @@ def show(report: Report) -> None:
             report.whole_rows(),
         )
     if report.fits:
-        _table("the largest batch (of the whole depth)", FIT_COLUMNS, report.fit_rows())
+        _table(
+            "the largest batch" + (" of the whole depth" if report.depth != 1 else ""),
+            FIT_COLUMNS,
+            report.fit_rows(),
+        )
     known = report.setup | hardware()
     write(", ".join(f"{name} {value}" for name, value in known.items()))
     write(f"{report.results[0][0].repeats} rounds in turns")

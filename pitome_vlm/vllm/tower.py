@@ -85,13 +85,13 @@ def _attend(attention: Any, parts: Heads, bias: Tensor | None) -> Tensor:
     return projected
 
 
-def _mean_over_ranks(mean: Tensor) -> Tensor:
-    """Means over one process's heads to means over all.
+def _mean_over_ranks(over_heads: Tensor) -> Tensor:
+    """Sums or means over one process's heads to the mean of those of all processes.
 
     Otherwise every process would plan other merges, and what they then add up would not belong
     to the same tokens. Nothing would complain.
     """
-    total: Tensor = tensor_model_parallel_all_reduce(mean.contiguous())
+    total: Tensor = tensor_model_parallel_all_reduce(over_heads.contiguous())
     size: int = get_tensor_model_parallel_world_size()
     return total / size
 
