@@ -46,7 +46,9 @@ def time_ways(
         One entry per round by name; what went wrong, where a way does not run here.
     """
     generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3)]
+    query, key, value = (
+        torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3)
+    )
     sizes = torch.randint(1, 9, (shape[0], shape[2]), generator=generator).to(device)
     bias, scale = sizes.float().log()[:, None, None], shape[3] ** -0.5
     ways: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]]
@@ -62,7 +64,7 @@ def time_ways(
             clock = Clock(device)
             try:
                 with clock.span(name):
-                    way(*parts, bias, scale)
+                    way(query, key, value, bias, scale)
                 clock.synchronize()
             except Exception as error:  # whatever a compiler or kernel says is the result here
                 found[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
