@@ -151,7 +151,8 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         "# What a plan costs against the number of tokens",
         "",
-        f"`python scripts/bench_plan.py`: {where['cpu']}, {where['threads']} thread(s), "
+        f"`python scripts/bench_plan.py`: {where['cpu']} ({where['instructions']}), "
+        f"{where['threads']} thread(s), "
         f"{where['dtype']}, batch {where['batch']}, seed {where['seed']}, Python "
         f"{where['python']}, torch {where['torch']}, {where['libc']}, pitome_vlm "
         f"{where['pitome_vlm']}.",

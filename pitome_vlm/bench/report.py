@@ -250,6 +250,8 @@ def hardware() -> dict[str, Any]:
     """What a measured number was measured on."""
     found: dict[str, Any] = {
         "cpu": processor_name(),
+        # Names of virtual machines say little; this decides most, bfloat16 above all.
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
