@@ -177,7 +177,8 @@ def markdown(found: dict[str, Any]) -> str:
             label = name if f"{width}-d" in name else f"{name}, {width}-d"
             cells = {row["tokens"]: cell(row, field) for row in rows if row["series"] == name}
             lines.append(f"| {label} | " + " | ".join(cells.get(n, "") for n in counts) + " |")
-    lines += ["", "A range is the least and the most of five fresh processes.", ""]
+    fresh = max(len(row["mib"]) for row in found["memory"]) if found["memory"] else 0
+    lines += ["", f"A range is the least and the most of {fresh} fresh processes.", ""]
     return "\n".join(lines)
 
 

@@ -213,7 +213,8 @@ def missed(found: list[dict[str, Any]], gated: list[str]) -> list[str]:
 def markdown(found: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """The table."""
     lines = [
-        f"{about['cpu']} ({about['instructions']}), {about['threads']} thread(s), {about['dtype']}, batch {about['batch']}, "
+        f"{about['cpu']} ({about['instructions']}), {about['threads']} thread(s), "
+        f"{about['dtype']}, batch {about['batch']}, "
         f"{about['repeats']} rounds in turns, torch {about['torch']}, "
         f"transformers {about['transformers']}",
         "",
