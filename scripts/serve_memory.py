@@ -20,7 +20,9 @@ import io
 import json
 import random
 import shlex
+import struct
 import sys
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -67,11 +69,22 @@ def broken_urls(good: str) -> dict[str, str]:
         "empty": as_url(b""),
         "cut off": as_url(raw[: len(raw) // 2]),
         "damaged": as_url(bytes(damaged)),
+        "damaged later": as_url(_damaged_later(raw)),
         "oversized": as_url(_blank(9000)),
         "decompression bomb": as_url(_blank(20000)),
         "a file of the server": "file:///etc/passwd",
         "no address": "nonsense",
     }
+
+
+def _damaged_later(png: bytes) -> bytes:
+    """The same picture with its pixels in two parts, of which the second has no readable name."""
+    start = png.index(b"IDAT") - 4
+    (length,) = struct.unpack(">I", png[start : start + 4])
+    pixels = png[start + 8 : start + 8 + length]
+    first = b"IDAT" + pixels[: length // 2]
+    checked = struct.pack(">I", len(first) - 4) + first + struct.pack(">I", zlib.crc32(first))
+    return png[:start] + checked + struct.pack(">I", length) + b"\0\0\0\0" + pixels
 
 
 def _blank(side: int) -> bytes:

@@ -227,11 +227,40 @@ def test_the_server_is_vllm_s_own(monkeypatch, distribution, entry):
     assert words[-4:] == ["--port", "80", "-tp", "2"]
 
 
-@pytest.mark.parametrize("word", ["--hf-overrides", "--hf_overrides={}", "--model=x", "--model"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("--hf-overrides", "--hf_overrides={}", "--model=x", "--model"),
+        *("--hf-overrides.max_position_embeddings", "--hf-over", "--hf-o={}"),
+    ],
+)
 def test_what_is_decided_here_cannot_be_given_twice(monkeypatch, word):
     pretend_installed(monkeypatch, "vllm")
     with pytest.raises(ValueError, match="is written by this command"):
         server_command("PATH", MergeConfig(keep=0.25), [word])
+
+
+def test_words_for_vllm_arrive_as_they_were_typed(monkeypatch):
+    pretend_installed(monkeypatch, "vllm")
+    started = []
+    monkeypatch.setattr("os.execve", lambda program, words, environment: started.append(words))
+    words = [
+        "-tp",
+        "2",
+        "-dph",
+        "-cc.level=3",
+        "-vx",
+        "--port",
+        "80",
+        "--limit-mm-per-prompt",
+        "{}",
+    ]
+    result = run("serve", "demo", "--keep", 0.5, *words)
+    assert result.exit_code == 0, result.stderr
+    assert started[0][-len(words) :] == words
+    late = run("serve", "--port", 80, "demo")
+    assert late.exit_code == 2
+    assert "PATH comes first" in late.stderr
 
 
 def test_without_vllm_the_way_out_is_named(monkeypatch):

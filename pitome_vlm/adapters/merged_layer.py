@@ -22,8 +22,8 @@ from ..merge_pass import MergePass
 Heads = tuple[Tensor, Tensor, Tensor]
 
 
-def _as_it_is(over_heads: Tensor) -> Tensor:
-    return over_heads
+def _as_it_is(own: Tensor) -> Tensor:
+    return own
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,8 @@ class LayerKernels:
             [B, heads, N, head_dim].
         attend: (attention, those three, additive bias [B, 1, 1, N], float32 or wider, or None) to
             [B, N, C], the output projection included.
-        agree: a mean or sum over this process's heads to a multiple of that over all of them,
-            where the heads of one layer are spread over several processes: all have to make the
-            same plan.
+        agree: a mean or sum over this process's heads, or hidden states, to the mean over all
+            processes that the heads of one layer are spread over: all have to make the same plan.
     """
 
     project: Callable[[Any, Tensor], Heads]
@@ -72,19 +71,26 @@ def merged_layer(
             parts[0], parts[1], bias, layer.self_attn.scale, merge_pass.has_class_token
         )
         received = kernels.agree(local)
-    keys = None
-    if merge_pass.wants_keys(index):
-        # The keys averaged over heads (paper eq. 3; 64-d for CLIP-L). As a sum: only directions
-        # are compared, and a mean takes half as long again in bfloat16.
-        keys = kernels.agree(parts[1].sum(1))
     if placement == "after_attention":
-        metric = hidden if keys is None else keys
+        metric = _compared(index, hidden, parts[1], merge_pass, kernels)
         hidden = merge_pass.merge_in_layer(index, hidden, metric, received)
     hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
     if placement == "after_layer":
-        metric = hidden if keys is None else keys
+        metric = _compared(index, hidden, parts[1], merge_pass, kernels)
         hidden = merge_pass.merge_in_layer(index, hidden, metric, received)
     return hidden
+
+
+def _compared(
+    index: int, hidden: Tensor, key: Tensor, merge_pass: MergePass, kernels: LayerKernels
+) -> Tensor:
+    """What the tokens of a layer are compared by, [B, N, D]; nobody looks where none merge."""
+    if not merge_pass.merges(index):
+        return hidden
+    # The keys averaged over heads (paper eq. 3; 64-d for CLIP-L). As a sum: only directions are
+    # compared, and a mean takes half as long again in bfloat16. Hidden states are the same in all
+    # processes but for rounding, which may be enough for another plan.
+    return kernels.agree(key.sum(1) if merge_pass.compares_keys else hidden)
 
 
 @torch.no_grad()

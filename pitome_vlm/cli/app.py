@@ -139,10 +139,16 @@ for _command in (demo, ask, chat, info, bench, visualize, tune, verify, train):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.command("serve-args")(serve_args)
-# What is not an option of ours is one of vLLM's.
-app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    serve
-)
+# What is not an option of ours is one of vLLM's. None of ours has one letter here: -tp or -dph
+# would be taken apart into letters.
+app.command(
+    "serve",
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": ["--help"],
+    },
+)(serve)
 
 
 def main() -> None:

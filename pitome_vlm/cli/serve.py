@@ -7,12 +7,15 @@ Knows: its options, and that all others are vLLM's. Does not know: how the serve
 from __future__ import annotations
 
 import os
+from typing import Annotated
 
 import typer
 
 from . import options as o
-from .serve_args import DEFAULT_KEEP, Checkpoint, planned
+from .serve_args import Checkpoint, planned
 from .terminal import quiet, say
+
+LongVerbose = Annotated[bool, typer.Option("--verbose", help="Details on stderr.")]
 
 
 def serve(
@@ -23,7 +26,7 @@ def serve(
     ratio: o.Ratio = None,
     algorithm: o.Algorithm = None,
     preset: o.Preset = None,
-    verbose: o.Verbose = False,
+    verbose: LongVerbose = False,
     debug: o.Debug = False,
 ) -> None:
     """Start vLLM's OpenAI-compatible server with merged visual tokens.
@@ -35,12 +38,10 @@ def serve(
     Example: `pitome-vlm serve PATH --keep 0.25 --port 8000 --limit-mm-per-prompt '{"image": 2}'`
     """
     del debug  # read by the command group
-    merging = o.MergeOptions(keep, tokens, ratio, algorithm, preset).given(
-        # A preset's other fields need a budget beside them.
-        DEFAULT_KEEP if preset else None
-    )
+    if model.startswith("-"):
+        raise ValueError(f"PATH comes first: pitome-vlm serve PATH {model} ...")
     with quiet(verbose):
-        plan = planned(model, merging)
+        plan = planned(model, o.MergeOptions(keep, tokens, ratio, algorithm, preset))
     from ..vllm.command import server_command, server_environment
     from .session import model_path
 

@@ -52,12 +52,8 @@ def serve_args(
     Example: `pitome-vlm serve-args llava-hf/llava-1.5-7b-hf --keep 0.25`
     """
     del debug  # read by the command group
-    merging = o.MergeOptions(keep, tokens, ratio, algorithm, preset).given(
-        # A preset's other fields need a budget beside them.
-        DEFAULT_KEEP if preset else None
-    )
     with quiet(verbose):
-        plan = planned(model, merging)
+        plan = planned(model, o.MergeOptions(keep, tokens, ratio, algorithm, preset))
     from ..vllm.command import overrides_argument
     from ..vllm.options import hf_overrides
 
@@ -66,12 +62,12 @@ def serve_args(
     write(text)
 
 
-def planned(model: str, merging: dict[str, Any]) -> PlannedServing:
+def planned(model: str, options: o.MergeOptions) -> PlannedServing:
     """What a server would merge; everything that can be wrong with the options is said here.
 
     Args:
         model: what the user named.
-        merging: see `MergeOptions.given`.
+        options: of the command line.
 
     Raises:
         OSError: the checkpoint's config cannot be read.
@@ -82,6 +78,8 @@ def planned(model: str, merging: dict[str, Any]) -> PlannedServing:
     from ..wrapper import make_config
     from .session import check_algorithm, model_path
 
+    # A preset's other fields need a budget beside them.
+    merging = options.given(DEFAULT_KEEP if options.preset else None)
     check_algorithm(merging)
     name = model_path(model)
     if "config" in merging:

@@ -11,7 +11,6 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 import transformers
 
 from ..config import MergeConfig
+from ..machine import processor_name
 from ..version import __version__
 from ..wrapper import visual_token_counts, wrapped
 from .dataset import SPLIT_SCENES, Sample, picture
@@ -205,7 +205,7 @@ def accuracy_by(samples: Sequence[Sample], correct: np.ndarray, attribute: str) 
 def provenance(model: Any, *, split: str, questions: int, batch_size: int) -> dict[str, Any]:
     """What a reader needs to judge or repeat a number: hardware, versions, data, settings."""
     return {
-        "hardware": _processor_name() if model.device.type == "cpu" else str(model.device),
+        "hardware": processor_name() if model.device.type == "cpu" else str(model.device),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "device": model.device.type,
@@ -220,12 +220,3 @@ def provenance(model: Any, *, split: str, questions: int, batch_size: int) -> di
         "transformers": transformers.__version__,
         "pitome_vlm": __version__,
     }
-
-
-def _processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -41,14 +41,16 @@ def register() -> None:
         return
     # A string, so that neither torch nor the model is imported before somebody asks for it.
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")
-    try:
+    from vllm.model_executor.models import config as checks
+
+    if hasattr(checks, "MODELS_CONFIG_MAP"):
         from .startup import register_check
-    except ImportError as error:
+
+        register_check()
+    else:
         # A plugin must not take down a vLLM that serves something else. The model makes the
         # same check later, only less early.
-        logger.debug("this vLLM has no hook for checks of a model's options: %s", error)
-    else:
-        register_check()
+        logger.warning("this vLLM has no hook for checks of a model's options")
     if os.environ.get(CONNECTOR_VARIABLE) == MEDIA_CONNECTOR:
         # Registers itself; asked for by name, so a vLLM that lacks the hook may say so.
         importlib.import_module(".pictures", __name__)

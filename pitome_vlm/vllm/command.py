@@ -52,11 +52,13 @@ def server_command(model: str, config: MergeConfig, extra: Sequence[str] = ()) -
             "for a server elsewhere with `pitome-vlm serve-args`"
         )
     for word in extra:
-        name = word.split("=")[0].replace("_", "-")
-        if name in (OVERRIDES, "--model"):
+        # vLLM takes --hf-overrides.field and shortened names as well, and the last one wins.
+        name = word.split("=")[0].split(".")[0].replace("_", "-")
+        shortened = len(name) > len("--hf-") and OVERRIDES.startswith(name)
+        if shortened or name == "--model":
             raise ValueError(
-                f"{name} is written by this command; for more overrides start vLLM itself with "
-                "what `pitome-vlm serve-args` prints"
+                f"{word.split('=')[0]} is written by this command; for more overrides start vLLM "
+                "itself with what `pitome-vlm serve-args` prints"
             )
     own = [OVERRIDES, json.dumps(hf_overrides(config))]
     return [sys.executable, "-m", *_entry(model), *own, *extra]

@@ -7,9 +7,10 @@ caches, scheduling) is vLLM's own.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -58,16 +59,23 @@ class PiToMeLlavaMultiModalProcessor(LlavaMultiModalProcessor):
     server (shared encoder or KV stores) would hand features of one budget to a server of another.
     """
 
-    def _get_mm_hashes(self, inputs: Any) -> Any:
-        salt = self.info.plan.salt
-        return {
-            modality: [None if name is None else _salted(name, salt) for name in names]
-            for modality, names in super()._get_mm_hashes(inputs).items()
-        }
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        """See vLLM's `BaseMultiModalProcessor`; every release asks the inputs for their names."""
+        salted = copy.copy(inputs)
+        salted.get_mm_hashes = functools.partial(
+            _salted_names, inputs.get_mm_hashes, self.info.plan.salt
+        )
+        return super().apply(salted, timing_ctx)
 
 
-def _salted(name: str, salt: str) -> str:
-    return hashlib.sha256(f"{name}/{salt}".encode()).hexdigest()
+def _salted_names(names_of: Callable[..., Any], salt: str, *args: Any, **options: Any) -> Any:
+    return {
+        modality: [
+            None if name is None else hashlib.sha256(f"{name}/{salt}".encode()).hexdigest()
+            for name in names
+        ]
+        for modality, names in names_of(*args, **options).items()
+    }
 
 
 # The registration is not inherited in effect: without one of its own the subclass would count

@@ -10,6 +10,8 @@ files whose decoder stumbles in its own way, paths on the server.
 from __future__ import annotations
 
 import contextlib
+import struct
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,8 +49,11 @@ def _blame(url: str) -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         raise ValueError(f"Failed to load image: {error}") from error
+    except (SyntaxError, struct.error, EOFError, zlib.error) as error:
+        # Pillow's decoders, wherever the bytes came from.
+        raise ValueError(f"Failed to load image: {error}") from error
     except Exception as error:
-        # Whatever is wrong with http(s) may be the network; it is vLLM's to judge.
+        # Whatever else is wrong with http(s) may be the network; it is vLLM's to judge.
         if not url.lower().startswith(("data:", "file:")):
             raise
         raise ValueError(f"Failed to load image: {error}") from error

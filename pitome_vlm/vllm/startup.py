@@ -25,7 +25,15 @@ class PiToMeLlavaConfig(VerifyAndUpdateConfig):
             TypeError: see `plan_serving`.
             ValueError: see `plan_serving`.
         """
-        logger.info("%s", plan_serving(vllm_config.model_config.hf_config))
+        plan = plan_serving(vllm_config.model_config.hf_config)
+        lora = vllm_config.lora_config
+        if lora is not None and getattr(lora, "enable_tower_connector_lora", False):
+            raise ValueError(
+                "--enable-tower-connector-lora cannot be served with merged tokens: vLLM counts "
+                "the tokens of tower and projector by those that come out; leave it out (LoRA on "
+                "the language model is served)"
+            )
+        logger.info("%s", plan)
 
 
 def register_check() -> None:

@@ -43,6 +43,8 @@ def encode(tower: Any, pixel_values: Tensor, plan: PlannedServing, strategy: str
     )
     hidden = _run(tower.vision_model, pixel_values, merge_pass)
     features = hidden[:, 1:] if strategy == "default" else hidden
+    if plan.schedule.projector and tower.vision_model.encoder.layers[0].self_attn.tp_size > 1:
+        features = _mean_over_ranks(features)
     return torch.stack(merge_pass.merge_features(features))
 
 
@@ -85,13 +87,13 @@ def _attend(attention: Any, parts: Heads, bias: Tensor | None) -> Tensor:
     return projected
 
 
-def _mean_over_ranks(over_heads: Tensor) -> Tensor:
-    """Sums or means over one process's heads to the mean of those of all processes.
+def _mean_over_ranks(own: Tensor) -> Tensor:
+    """What every process has to the mean of it: sums over its heads, or its hidden states.
 
     Otherwise every process would plan other merges, and what they then add up would not belong
     to the same tokens. Nothing would complain.
     """
-    total: Tensor = tensor_model_parallel_all_reduce(over_heads.contiguous())
+    total: Tensor = tensor_model_parallel_all_reduce(own.contiguous())
     size: int = get_tensor_model_parallel_world_size()
     return total / size
 

@@ -23,8 +23,9 @@ def generate(llm, job):
         images = [Image.open(path).convert("RGB") for path in request["images"]]
         own = {"multi_modal_data": {"image": images}} if images else {}
         requests.append({"prompt": request["prompt"], **own})
-    passes = []
+    passes, names = [], picture_names(llm)
     for _ in range(job["passes"]):
+        names.clear()
         outputs = llm.generate(requests, sampling, use_tqdm=False)
         passes.append(
             [
@@ -32,11 +33,25 @@ def generate(llm, job):
                     "answer": list(output.outputs[0].token_ids),
                     "prompt_tokens": len(output.prompt_token_ids),
                     "cached_tokens": output.num_cached_tokens,
+                    "picture_names": own,
                 }
-                for output in outputs
+                for output, own in zip(outputs, names, strict=True)
             ]
         )
     return passes
+
+
+def picture_names(llm):
+    """A list that is filled with the names under which vLLM caches the pictures of each request."""
+    core, names = llm.llm_engine.engine_core, []
+    add = core.add_request
+
+    def noted(request):
+        names.append([one.identifier for one in request.mm_features or ()])
+        return add(request)
+
+    core.add_request = noted
+    return names
 
 
 def features(llm, job):
