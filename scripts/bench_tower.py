@@ -119,7 +119,7 @@ def _added_ms(
         bias = log_size_bias(sizes, parts[0].dtype)
         attend(*parts, attn_mask=bias)
         if mean_keys:
-            parts[1].sum(1)
+            parts[1].mean(1)
         end = time.perf_counter()
         if turn >= 2:
             added.append(((end - middle) - (middle - start)) * 1e3)

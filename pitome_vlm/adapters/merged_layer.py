@@ -35,8 +35,8 @@ class LayerKernels:
             [B, heads, N, head_dim].
         attend: (attention, those three, additive bias [B, 1, 1, N], float32 or wider, or None) to
             [B, N, C], the output projection included.
-        agree: a mean or sum over this process's heads, or hidden states, to the mean over all
-            processes that the heads of one layer are spread over: all have to make the same plan.
+        agree: a mean over this process's heads, or hidden states, to the mean over all processes
+            that the heads of one layer are spread over: all have to make the same plan.
     """
 
     project: Callable[[Any, Tensor], Heads]
@@ -87,10 +87,9 @@ def _compared(
     """What the tokens of a layer are compared by, [B, N, D]; nobody looks where none merge."""
     if not merge_pass.merges(index):
         return hidden
-    # The keys averaged over heads (paper eq. 3; 64-d for CLIP-L). As a sum: only directions are
-    # compared, and a mean takes half as long again in bfloat16. Hidden states are the same in all
+    # The keys averaged over heads (paper eq. 3; 64-d for CLIP-L). Hidden states are the same in all
     # processes but for rounding, which may be enough for another plan.
-    return kernels.agree(key.sum(1) if merge_pass.compares_keys else hidden)
+    return kernels.agree(key.mean(1) if merge_pass.compares_keys else hidden)
 
 
 @torch.no_grad()

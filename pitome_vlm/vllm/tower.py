@@ -88,7 +88,7 @@ def _attend(attention: Any, parts: Heads, bias: Tensor | None) -> Tensor:
 
 
 def _mean_over_ranks(own: Tensor) -> Tensor:
-    """What every process has to the mean of it: sums over its heads, or its hidden states.
+    """What every process has to the mean of it: means over its heads, or its hidden states.
 
     Otherwise every process would plan other merges, and what they then add up would not belong
     to the same tokens. Nothing would complain.
