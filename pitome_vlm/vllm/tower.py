@@ -93,7 +93,9 @@ def _mean_over_ranks(own: Tensor) -> Tensor:
     Otherwise every process would plan other merges, and what they then add up would not belong
     to the same tokens. Nothing would complain.
     """
-    total: Tensor = tensor_model_parallel_all_reduce(own.contiguous())
+    # A copy: on some devices the reduction happens in place.
+    copied = own.clone(memory_format=torch.contiguous_format)
+    total: Tensor = tensor_model_parallel_all_reduce(copied)
     size: int = get_tensor_model_parallel_world_size()
     return total / size
 

@@ -5,11 +5,13 @@ vLLM keeps state per process, so every test gets a fresh one. Usage: offline.py 
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
 
 import torch
+from model_features import features_of
 from PIL import Image
 
 
@@ -57,20 +59,7 @@ def picture_names(llm):
 def features(llm, job):
     """Visual tokens under each of several merge options, from the running model itself."""
     pixels = torch.load(job["pixels"])
-
-    def compute(model):
-        from pitome_vlm import MergeConfig
-        from pitome_vlm.vllm import plan_serving
-
-        own, found = model._plan, []
-        for options in job["features"]:
-            model._plan = plan_serving(model.config, MergeConfig.from_dict(options))
-            with torch.inference_mode():
-                found.append(model.embed_multimodal(pixel_values=pixels).float().clone())
-        model._plan = own
-        return found
-
-    return llm.apply_model(compute)[0]
+    return llm.apply_model(functools.partial(features_of, job["features"], pixels))[0]
 
 
 def main(job_path, result_path):
