@@ -86,7 +86,7 @@ define vllm_environment
 	$(1)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps torchvision==0.28.0
 	$(1)/bin/python tests/vllm/torchvision_on_cpu.py
 	$(1)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt -e . \
-		pytest pytest-timeout hypothesis $(3)
+		pytest pytest-timeout pytest-xdist hypothesis $(3)
 	touch $(1)/.ready
 endef
 
@@ -97,11 +97,12 @@ $(VLLM_VENV)/.ready: pyproject.toml tests/vllm/torchvision_on_cpu.py
 $(VLLM_OLD_VENV)/.ready: pyproject.toml tests/vllm/torchvision_on_cpu.py
 	$(call vllm_environment,$(VLLM_OLD_VENV),0.27.0,"transformers==5.9.0" "huggingface-hub<2")
 
+# By file: tests of the server share one.
 test-vllm: $(VLLM_VENV)/.ready ## the vLLM plugin, in an environment of its own
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/vllm
 
 test-vllm-old: $(VLLM_OLD_VENV)/.ready ## the same on vLLM 0.27, the release that Ray pins
-	OMP_NUM_THREADS=1 $(VLLM_OLD_VENV)/bin/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM_OLD_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/vllm
 
 bench-serving: $(VLLM_VENV)/.ready ## regenerate eval/results/serving/load
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python scripts/serve_load.py both --model demo \

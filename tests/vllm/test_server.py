@@ -1,9 +1,8 @@
-"""`pitome-vlm serve`: right answers, broken requests, a thousand of both, bad options."""
+"""`pitome-vlm serve`: right answers, broken requests, a thousand of both."""
 
 from __future__ import annotations
 
 import io
-import json
 import random
 import signal
 import socket
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 
@@ -26,7 +26,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 import pitome_vlm
 from pitome_vlm.demo import checkpoint_path, load_split, picture
 from pitome_vlm.demo.benchmark import Setting, ask, prompt_for, run
-from pitome_vlm.vllm import ARCHITECTURE, served_config
+from pitome_vlm.vllm import served_config
 
 KEEP = 0.25
 ANSWER_TOKENS = 3
@@ -176,9 +176,10 @@ def test_a_thousand_requests_some_broken(server, questions, mixed, broken):
 
         for _ in range(WARM_UP // len(jobs)):
             list(pool.map(send, jobs))
-        before = held(process.pid)
-        responses = list(pool.map(send, jobs))
-        after = held(process.pid)
+        memory = [held(process.pid)]
+        for _ in range(2):
+            responses = list(pool.map(send, jobs))
+            memory.append(held(process.pid))
     codes = [one.status_code for one in responses]
     asked = [number for number, (_, expected) in enumerate(jobs) if expected is not None]
     assert all(400 <= codes[n] < 500 for n in set(range(1000)) - set(asked))
@@ -190,8 +191,12 @@ def test_a_thousand_requests_some_broken(server, questions, mixed, broken):
     }
     # Answers that hang on the last bit may differ: 2 of 2400 do (eval/results/serving).
     assert len(wrong) <= 1, wrong
-    grown = {name: after[name] - before[name] for name in before}
-    assert all(grown[name] < GROWTH[name] for name in GROWTH), grown
+    # What is kept adds up every time; an allocator that takes some more for a thread does not.
+    grown = {
+        name: [later[name] - earlier[name] for earlier, later in pairwise(memory)]
+        for name in GROWTH
+    }
+    assert all(min(grown[name]) < GROWTH[name] for name in GROWTH), grown
     assert httpx.get(f"{address}/health").status_code == 200
 
 
@@ -200,43 +205,3 @@ def test_tokens_are_counted_after_merging(server, questions):
     asked = questions[0][0]["messages"][0]["content"][1]["text"]
     alone = post(server[0], body([], asked)).json()["usage"]
     assert usage["prompt_tokens"] - alone["prompt_tokens"] == 36
-
-
-BAD_OVERRIDES = """
-import json, sys
-from vllm.engine.arg_utils import EngineArgs
-for pitome in json.loads(sys.argv[2]):
-    try:
-        EngineArgs(model=sys.argv[1], enforce_eager=True, hf_overrides={
-            "architectures": [sys.argv[3]], **pitome}).create_engine_config()
-    except Exception as error:
-        print("REFUSED", " ".join(str(error).split()))
-    else:
-        print("ACCEPTED", pitome)
-"""
-
-
-def test_bad_options_stop_a_plain_vllm_before_it_loads_anything(demo):
-    cases = {
-        "unknown algorithm 'tomee'": {"pitome": {"keep": 0.25, "algorithm": "tomee"}},
-        "keep must be in (0, 1]": {"pitome": {"keep": 0}},
-        "size_bias=True cannot be served": {"pitome": {"keep": 0.25, "size_bias": True}},
-        "keep='auto' cannot be served": {"pitome": {"keep": "auto"}},
-        "pitome-vlm serve-args": {},
-        "vision_feature_layer=[1, 2] cannot be served": {
-            "pitome": {"keep": 0.25},
-            "vision_feature_layer": [1, 2],
-        },
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", BAD_OVERRIDES, demo, json.dumps(list(cases.values())), ARCHITECTURE],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("REFUSED", "ACCEPTED"))]
-    assert len(lines) == len(cases), done.stdout
-    for message, line in zip(cases, lines, strict=True):
-        assert line.startswith("REFUSED"), line
-        assert message in line
