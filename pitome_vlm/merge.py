@@ -188,14 +188,14 @@ def make_plan(
         keys: [B, n_leading + N, D], what tokens are compared by.
         n_out: mergeable tokens to leave, 1 <= n_out <= N.
         ctx: what the algorithm may look at.
-        sizes: [B, n_leading + N] float32, None for all one; weights the means that later calls
-            of a chain compare.
+        sizes: [B, n_leading + N] float32, None for those of the context; they weight the means
+            that later calls of a chain compare.
 
     Raises:
         ValueError: `n_out` is out of range, or the algorithm returned another count.
     """
-    body = keys[:, ctx.n_leading :].detach()
-    weights = None if sizes is None else sizes[:, ctx.n_leading :]
+    body = keys[:, ctx.n_leading :]
+    weights = ctx.sizes if sizes is None else sizes[:, ctx.n_leading :]
     n_in = body.shape[1]
     if not 1 <= n_out <= n_in:
         raise ValueError(f"n_out must be in 1..{n_in} (the tokens there are), got {n_out}")

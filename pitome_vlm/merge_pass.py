@@ -132,13 +132,13 @@ class MergePass:
             return hidden
         if layer not in self.plans:
             whole = before is None and not self.plans
-            context = self._context(layer, self.schedule.n_leading, whole)
+            n_leading = self.schedule.n_leading
+            body = None if before is None else before[:, n_leading:]
+            context = self._context(layer, n_leading, whole, body)
             if cls_attention is not None:
-                body = cls_attention[:, self.schedule.n_leading :].detach()
-                context = dataclasses.replace(context, cls_attention=body)
-            self.plans[layer] = make_plan(
-                self.algorithm, metric, self._after[layer], ctx=context, sizes=before
-            )
+                received = cls_attention[:, n_leading:].detach()
+                context = dataclasses.replace(context, cls_attention=received)
+            self.plans[layer] = make_plan(self.algorithm, metric, self._after[layer], ctx=context)
         merged, self.sizes[layer] = self.plans[layer].apply(
             hidden, before, weighted=self.config.weighted
         )
@@ -253,13 +253,16 @@ class MergePass:
         context = self._context(self.schedule.used_layers + step, n_leading, whole_grid)
         return dataclasses.replace(context, at_projector=True, grid=grid or context.grid)
 
-    def _context(self, layer: int, n_leading: int, whole_grid: bool) -> MergeContext:
+    def _context(
+        self, layer: int, n_leading: int, whole_grid: bool, sizes: Tensor | None = None
+    ) -> MergeContext:
         return MergeContext(
             config=self.config,
             layer=layer,
             depth=self.schedule.depth(layer),
             n_leading=n_leading,
             grid=self.grid if whole_grid else None,
+            sizes=sizes,
         )
 
     def _feature_sizes(self) -> Tensor | None:

@@ -204,13 +204,17 @@ class MergePlan:
 
     def merge_sizes(self, sizes: Tensor | None) -> Tensor:
         """Patches behind every group: [B, N] sizes (None means all one) to [B, M] float32."""
+        return self._sums(sizes)[0]
+
+    def _sums(self, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weights of every group [B, M] and of every moved token [B, N - M]; None for all one."""
         kept = self.kept
-        if sizes is None:
+        if weights is None:
             total = torch.ones(kept.shape, dtype=torch.float32, device=kept.device)
             joining = total.new_ones(1, 1).expand_as(self.moved)
         else:
-            total, joining = sizes.gather(1, kept), sizes.gather(1, self.moved)
-        return total.scatter_add_(1, self.target, joining)
+            total, joining = weights.gather(1, kept), weights.gather(1, self.moved)
+        return total.scatter_add_(1, self.target, joining), joining
 
     def apply(
         self, x: Tensor, sizes: Tensor | None = None, *, weighted: bool = True
@@ -226,7 +230,8 @@ class MergePlan:
             ([B, M, C] in x's dtype, [B, M] float32 new sizes). A group of one keeps its value
             bit for bit.
         """
-        new_sizes = self.merge_sizes(sizes)
+        sums = self._sums(sizes)
+        new_sizes = sums[0]
         exact = torch.promote_types(x.dtype, torch.float32)
         if self.blend is not None:
             # Autocast would take the products in half precision.
@@ -242,13 +247,14 @@ class MergePlan:
         if self.dropped is not None:
             give = ~self.dropped
             weights = give.float() if weights is None else weights * give
-        total = new_sizes if weights is sizes else self.merge_sizes(weights)
-        change = self._changes(x, weights, total.to(exact))
+        if weights is not sizes:
+            sums = self._sums(weights)
+        change = self._changes(x, *sums, exact)
         if self.keep_norm:
             return self._with_largest_norm(x, merged.to(exact), change), new_sizes
         return self._add(merged, change), new_sizes
 
-    def _changes(self, x: Tensor, weights: Tensor | None, total: Tensor) -> Tensor:
+    def _changes(self, x: Tensor, total: Tensor, joining: Tensor, dtype: torch.dtype) -> Tensor:
         """What every moved token changes in the mean of its group.
 
         The mean of a group is its named token v plus w_i / W (v_i - v) for each of the others:
@@ -256,31 +262,30 @@ class MergePlan:
 
         Args:
             x: [B, N, C].
-            weights: [B, N], None for all one.
-            total: [B, M] sums of the weights W, in the dtype to compute in.
+            total: [B, M] sums of the weights W.
+            joining: [B, N - M] weights of the moved tokens.
+            dtype: to compute in.
 
         Returns:
             [B, N - M, C].
         """
         moved, named = self.moves
-        share = total.gather(1, self.target)
-        share = share.reciprocal() if weights is None else weights.gather(1, moved) / share
-        values = take_tokens(x, moved).to(total.dtype)
+        share = joining.to(dtype) / total.gather(1, self.target).to(dtype)
+        values = take_tokens(x, moved).to(dtype)
         return (values - take_tokens(x, named)).mul_(share[..., None])
 
     def _add(self, merged: Tensor, change: Tensor) -> Tensor:
         """Groups' named tokens [B, M, C] and what their other members change."""
-        target, rows = self.target, merged.view(-1, merged.shape[-1])
-        flat, change = flat_rows(target, self.n_out), change.reshape(-1, rows.shape[-1])
+        target = self.target
         if change.dtype != merged.dtype:
             # Sums of half-precision values lose bits: the first moved token of a group collects
             # what all of them change, and the others add nothing.
             n_moved = target.shape[1]
             place = torch.arange(n_moved, device=target.device).expand_as(target)
             leader = torch.full_like(self.kept, n_moved).scatter_reduce_(1, target, place, "amin")
-            slot = flat_rows(leader.gather(1, target), n_moved)
-            change = torch.zeros_like(change).index_add_(0, slot, change).to(merged.dtype)
-        return rows.index_add_(0, flat, change).view(merged.shape)
+            slot, sums = leader.gather(1, target), torch.zeros_like(change)
+            change = add_tokens(sums, slot, change).to(merged.dtype)
+        return add_tokens(merged, target, change)
 
     def _with_largest_norm(self, x: Tensor, named: Tensor, change: Tensor) -> Tensor:
         """Means scaled to the largest norm among their group's members: [B, M, C] in x's dtype.
@@ -312,15 +317,23 @@ def _behind(index: Tensor, n_leading: int) -> Tensor:
     return moved
 
 
-def flat_rows(index: Tensor, n_tokens: int) -> Tensor:
+def _flat_rows(index: Tensor, n_tokens: int) -> Tensor:
     """Token numbers [B, K] per image as row numbers [B K] of a batch laid out as [B N, C]."""
-    if index.shape[0] == 1:
-        return index[0]
     first = torch.arange(0, index.shape[0] * n_tokens, n_tokens, device=index.device)
     return (index + first[:, None]).reshape(-1)
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Rows of every image: [B, N, C] at [B, K] to [B, K, C]; `gather`, but row by row."""
-    rows = x.reshape(-1, x.shape[-1]).index_select(0, flat_rows(index, x.shape[1]))
+    if x.shape[0] == 1:
+        return x.index_select(1, index[0])
+    rows = x.reshape(-1, x.shape[-1]).index_select(0, _flat_rows(index, x.shape[1]))
     return rows.view(*index.shape, x.shape[-1])
+
+
+def add_tokens(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """Rows [B, K, C] added to those of x [B, N, C], contiguous, at [B, K]; changes x."""
+    if x.shape[0] == 1:
+        return x.index_add_(1, index[0], values)
+    x.view(-1, x.shape[-1]).index_add_(0, _flat_rows(index, x.shape[1]), values.flatten(0, 1))
+    return x

@@ -23,7 +23,13 @@ def margin_at(depth: float) -> float:
 
 
 def energy_score(
-    similarity: Tensor, margin: float, *, form: str, alpha: float, first: int = 0
+    similarity: Tensor,
+    margin: float,
+    *,
+    form: str,
+    alpha: float,
+    first: int = 0,
+    overwrite: bool = False,
 ) -> Tensor:
     """How redundant each token is: E_i = 1/N sum over its neighbours j of f_m(cos(v_i, v_j)).
 
@@ -35,18 +41,20 @@ def energy_score(
             sigma = 1 - m.
         alpha: alpha of eq. 4.
         first: number of the first row, where only some are given.
+        overwrite: `similarity` may be written over.
 
     Returns:
         [B, rows]; high energy means a large cluster, hence mergeable.
     """
     if form == "paper":
-        # In place: fresh memory for every N x N step costs more than the arithmetic. Both branches
-        # as a sum of which one is zero: `where` and masks of bools take several times as long.
+        # Both branches as a sum of which one is zero, in place: fresh memory for every N x N step
+        # costs more than the arithmetic, `where` and masks of bools several times as much.
         # `expm1` takes twice as long as `exp`, and its further digits are lost in the sum.
-        score = (similarity - margin).exp_().sub_(1)
-        score = score if alpha == 1 else score.mul_(alpha)
-        near = torch.ge(similarity, margin, out=torch.empty_like(similarity))
-        score = score.clamp_max_(0).addcmul_(near, similarity)
+        # `threshold` takes x > t; what is m but for the cosine's own rounding counts as m.
+        near = margin - 2 * torch.finfo(similarity.dtype).eps * abs(margin)
+        score = torch.threshold(similarity, near, 0.0)
+        below = similarity.sub_(margin) if overwrite else similarity - margin
+        score = score.add_(below.clamp_max_(0).exp_().sub_(1), alpha=alpha)
     elif form == "elu":
         score = torch.nn.functional.elu(similarity - margin, alpha=alpha)
     else:
@@ -59,14 +67,21 @@ def energy_score(
     return score.sum(-1).sub_(own).div_(similarity.shape[-1])
 
 
-def energies(similarity: Similarity, ctx: MergeContext) -> Tensor:
-    """`energy_score` of all tokens [B, N], with the options of a context."""
+def energies(similarity: Similarity, ctx: MergeContext, *, last: bool = False) -> Tensor:
+    """`energy_score` of all tokens [B, N], with the options of a context.
+
+    Args:
+        similarity: of N tokens.
+        ctx: options and relative depth.
+        last: see `Similarity.by_row`.
+    """
     config = ctx.config
     margin = margin_at(ctx.depth) if config.margin is None else config.margin
     return similarity.by_row(
         lambda rows, first: energy_score(
-            rows, margin, form=config.energy, alpha=config.alpha, first=first
-        )
+            rows, margin, form=config.energy, alpha=config.alpha, first=first, overwrite=last
+        ),
+        last=last,
     )
 
 
@@ -91,7 +106,8 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     similarity = Similarity(keys, ctx.pairs)
     if _matches_early(ctx):
         return match_alternating(similarity, n_merge, offset=ctx.n_leading)
-    energy = energies(similarity, ctx)
+    # The k x k products that matching asks for cost less than keeping all of them.
+    energy = energies(similarity, ctx, last=config.protect)
     by_energy = energy.argsort(dim=-1, descending=True, stable=True)
     if not config.protect:
         halves = by_energy[:, ::2], by_energy[:, 1::2]

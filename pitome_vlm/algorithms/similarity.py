@@ -38,7 +38,7 @@ class Similarity:
         self.n_tokens = keys.shape[1]
         self._in_pieces = self.n_tokens > limits.whole_up_to
         # Detached: results written into a buffer have no gradient, and decisions need none.
-        self._unit = unit_vectors(keys.detach())
+        self._unit = unit_vectors(keys.detach() if keys.requires_grad else keys)
         self._piece_bytes = limits.piece_bytes
         self._known: Tensor | None = None
 
@@ -54,15 +54,18 @@ class Similarity:
         index = torch.arange(self.n_tokens, device=self._unit.device)
         return index.expand(self._unit.shape[0], -1)
 
-    def by_row(self, score: Callable[[Tensor, int], Tensor]) -> Tensor:
+    def by_row(self, score: Callable[[Tensor, int], Tensor], *, last: bool = False) -> Tensor:
         """One number per token from its cosines to all tokens: [B, N].
 
         Args:
             score: (rows [b, r, N], number of the first row) to [b, r]. The rows are lent: they
                 are overwritten once it has returned.
+            last: nobody asks for all pairs afterwards, so `score` may write over the rows.
         """
         if not self._in_pieces:
-            return score(self._whole, 0)
+            whole = self._whole
+            self._known = None if last else whole
+            return score(whole, 0)
         found = torch.empty_like(self._unit[:, :, 0])
         for image, first, rows in self._row_pieces():
             found[image, first : first + rows.shape[1]] = score(rows, first)[0]
@@ -160,7 +163,7 @@ class Similarity:
 
 def take_similarity(similarity: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """[B, N, N] at rows [B, a] and columns [B, b]: [B, a, b]."""
-    if len(similarity) == 1:
+    if similarity.shape[0] == 1:
         return similarity[0].index_select(0, rows[0]).index_select(1, columns[0])[None]
     taken = take_tokens(similarity, rows)
     return taken.gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))
