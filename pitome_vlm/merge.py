@@ -194,7 +194,7 @@ def make_plan(
     Raises:
         ValueError: `n_out` is out of range, or the algorithm returned another count.
     """
-    body = keys[:, ctx.n_leading :]
+    body = keys[:, ctx.n_leading :].detach()
     weights = ctx.sizes if sizes is None else sizes[:, ctx.n_leading :]
     n_in = body.shape[1]
     if not 1 <= n_out <= n_in:

@@ -325,7 +325,7 @@ def _flat_rows(index: Tensor, n_tokens: int) -> Tensor:
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Rows of every image: [B, N, C] at [B, K] to [B, K, C]; `gather`, but row by row."""
-    if x.shape[0] == 1:
+    if x.shape[0] == index.shape[0] == 1:
         return x.index_select(1, index[0])
     rows = x.reshape(-1, x.shape[-1]).index_select(0, _flat_rows(index, x.shape[1]))
     return rows.view(*index.shape, x.shape[-1])
@@ -333,7 +333,7 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 def add_tokens(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """Rows [B, K, C] added to those of x [B, N, C], contiguous, at [B, K]; changes x."""
-    if x.shape[0] == 1:
+    if x.shape[0] == index.shape[0] == 1:
         return x.index_add_(1, index[0], values)
     x.view(-1, x.shape[-1]).index_add_(0, _flat_rows(index, x.shape[1]), values.flatten(0, 1))
     return x

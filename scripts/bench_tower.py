@@ -10,8 +10,9 @@ the tower it runs in, and the tower takes at most its share of FLOPs (those of m
 plus 3 points of the unmerged one's time. The exit code is 1 where one is missed.
 
 The column "for free" is the same tower with as many tokens in every layer that are cut off and
-nothing else: no decision, no means, no sizes. No way of merging can be faster, and where that
-already takes more than its share of the FLOPs, layers of few tokens are slower than of many.
+nothing else: no decision, no means, no sizes. Where that already takes more than its share of the
+FLOPs, no way of merging can meet the second limit: layers of few tokens are slower than of many.
+The order of the rows is drawn anew in every round.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import random
 import statistics
 import sys
 import time
@@ -44,6 +46,7 @@ KEEPS = (0.5, 0.25, 0.11)
 MERGE_LIMIT, TIME_LIMIT = 0.03, 0.03
 # Of the 24 layers of CLIP-L; LLaVA-1.5 reads the last but one.
 LAYERS_READ = 23
+FREE = "for free: "
 
 
 @dataclasses.dataclass
@@ -72,6 +75,11 @@ class FreePass(MergePass):
     @property
     def compares_keys(self) -> bool:
         """Nothing is compared, so no keys are averaged."""
+        return False
+
+    def wants_attention(self, layer: int) -> bool:
+        """Nothing is ranked."""
+        del layer
         return False
 
     def merge_in_layer(
@@ -115,17 +123,9 @@ def rows_to_measure(algorithms: list[str], keeps: list[float]) -> list[Row]:
     every_second = tuple(range(0, LAYERS_READ, 2))
     half = MergeConfig(keep, algorithm=name, stage="tower", layers=every_second)
     rows.append(Row(f"{name} {keep}, every second layer", half))
-    free = [
-        dataclasses.replace(row, name=free_name(row), free=True, tower=[], merge=[])
-        for row in rows[2:]
-    ]
-    # Counts do not depend on who decides.
-    return [*rows, *{row.name: row for row in free}.values()]
-
-
-def free_name(row: Row) -> str:
-    """The name of the row with the same counts in which merging costs nothing."""
-    return "for free " + row.name.partition(" ")[2]
+    for row in rows[2:]:
+        rows.append(dataclasses.replace(row, name=FREE + row.name, free=True, tower=[], merge=[]))
+    return rows
 
 
 @torch.no_grad()
@@ -208,10 +208,10 @@ def measure(model: Any, rows: list[Row], options: argparse.Namespace) -> None:
         if row.merge_flops and not row.free:
             row.beside = beside_ms(model, row, options)
     pixels = torch.randn(options.batch, 3, 336, 336, dtype=model.dtype)
-    rounds = range(options.warmup + options.repeats)
+    rounds, order = range(options.warmup + options.repeats), random.Random(0)
     for number in tqdm(rounds, unit="round", disable=not sys.stderr.isatty()):
-        # The other way round every second time, so that no row always follows the same one.
-        for row in rows if number % 2 else rows[::-1]:
+        # So that no row always follows the same one.
+        for row in order.sample(rows, len(rows)):
             tower, merge = run(model, row, pixels)
             if number >= options.warmup:
                 row.tower.append(tower * 1e3)
@@ -240,7 +240,9 @@ def summary(rows: list[Row]) -> list[dict[str, Any]]:
             # What costs less than nothing is noise.
             cost = one["merge_ms"] + max(0.0, row.beside)
             one["overhead_share"] = cost / one["tower_ms"]
-            one["free_ratio"] = statistics.median(by_name[free_name(row)])
+            free = by_name[FREE + row.name]
+            low, middle, high = statistics.quantiles(free, n=4)
+            one["free_ratio"], one["free_ratio_iqr"] = middle, [low, high]
         found.append(one)
     return found
 
@@ -285,7 +287,8 @@ def markdown(found: list[dict[str, Any]], about: dict[str, Any]) -> str:
         own, free = "| | |", ""
         if "overhead_share" in one:
             own = f"{one['merge_ms']:.1f} | {one['beside_ms']:.1f} | {one['overhead_share']:.1%} |"
-            free = f"{one['free_ratio']:.3f}"
+            least, most = one["free_ratio_iqr"]
+            free = f"{one['free_ratio']:.3f} ({least:.3f} to {most:.3f})"
         lines.append(
             f"| {one['name']} | {one['tower_ms']:.1f} | {one['time_ratio']:.3f} "
             f"({low:.3f} to {high:.3f}) | {free} | {one['flops_ratio']:.3f} | {own}"

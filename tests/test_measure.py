@@ -38,6 +38,8 @@ OPTIONS = {
     "one layer": {"keep": 0.2, "layers": (3,)},
     "hidden, after the layer": {"keep": 0.3, "metric": "hidden", "placement": "after_layer"},
     "tome": {"keep": 0.5, "algorithm": "tome"},
+    "pitome": {"keep": 0.5, "algorithm": "pitome", "stage": "projector"},
+    "pitome, few merges": {"ratio": 0.9, "algorithm": "pitome", "metric": "hidden"},
     "matching early": {"keep": 0.5, "algorithm": "pitome", "early_matching": 0.5},
     "random": {"keep": 0.25, "algorithm": "random"},
     "dct in front of the projector": {"keep": 0.3, "algorithm": "dct", "stage": "projector"},

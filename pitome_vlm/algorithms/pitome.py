@@ -50,9 +50,9 @@ def energy_score(
         # Both branches as a sum of which one is zero, in place: fresh memory for every N x N step
         # costs more than the arithmetic, `where` and masks of bools several times as much.
         # `expm1` takes twice as long as `exp`, and its further digits are lost in the sum.
-        # `threshold` takes x > t; what is m but for the cosine's own rounding counts as m.
-        near = margin - 2 * torch.finfo(similarity.dtype).eps * abs(margin)
-        score = torch.threshold(similarity, near, 0.0)
+        # `threshold` takes x > t; what is m but for the rounding of a cosine counts as m.
+        below_margin = margin - 2 * torch.finfo(similarity.dtype).eps
+        score = torch.threshold(similarity, below_margin, 0.0)
         below = similarity.sub_(margin) if overwrite else similarity - margin
         score = score.add_(below.clamp_max_(0).exp_().sub_(1), alpha=alpha)
     elif form == "elu":
@@ -106,8 +106,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     similarity = Similarity(keys, ctx.pairs)
     if _matches_early(ctx):
         return match_alternating(similarity, n_merge, offset=ctx.n_leading)
-    # The k x k products that matching asks for cost less than keeping all of them.
-    energy = energies(similarity, ctx, last=config.protect)
+    energy = energies(similarity, ctx, last=_computes_edges_again(n_tokens, n_out, ctx))
     by_energy = energy.argsort(dim=-1, descending=True, stable=True)
     if not config.protect:
         halves = by_energy[:, ::2], by_energy[:, 1::2]
@@ -125,10 +124,17 @@ def _matches_early(ctx: MergeContext) -> bool:
     return ctx.config.early_matching > 0 and ctx.depth <= ctx.config.early_matching
 
 
+def _computes_edges_again(n_in: int, n_out: int, ctx: MergeContext) -> bool:
+    """Where few tokens go, their k x k products are cheaper than the memory to keep all N x N."""
+    return ctx.config.protect and 8 * (n_in - n_out) <= n_in
+
+
 def pairs_compared(n_in: int, n_out: int, ctx: MergeContext) -> int:
-    """All pairs; in the early layers of the released code those of ToMe."""
-    compared = alternating_pairs if _matches_early(ctx) else every_pair
-    return compared(n_in, n_out, ctx)
+    """All pairs and those matched; in the early layers of the released code those of ToMe."""
+    if _matches_early(ctx):
+        return alternating_pairs(n_in, n_out, ctx)
+    again = (n_in - n_out) ** 2 if _computes_edges_again(n_in, n_out, ctx) else 0
+    return every_pair(n_in, n_out, ctx) + again
 
 
 def _split(mergeable: Tensor, ctx: MergeContext) -> tuple[Tensor, Tensor]:
