@@ -169,6 +169,8 @@ def markdown(found: dict[str, Any]) -> str:
     )
     for kind, field, title in tables:
         rows = found[kind]
+        if not rows:
+            continue
         counts = sorted({row["tokens"] for row in rows})
         lines += ["", f"## {title}", "", "| algorithm | " + " | ".join(map(str, counts)) + " |"]
         lines += ["|---|" + "---:|" * len(counts)]
