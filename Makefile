@@ -53,7 +53,7 @@ layers: $(VENV)/.dev
 unit: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/vllm
 
-# Apart from `unit`, whose time it adds a fifth to.
+# Apart from `unit`, which it slows down.
 coverage: $(VENV)/.dev ## the same tests, and which lines they reach
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/vllm --cov --cov-report=term
 

@@ -29,6 +29,13 @@ def check_varied(expected):
     assert len({tuple(answer) for _, answer in expected}) >= 3
 
 
+def check_equal(passes, features, path, expected):
+    """Answers of every pass, and visual tokens under `EVERY_ALGORITHM`, are the library's."""
+    check_varied(expected)
+    assert [answers(one) for one in passes] == [expected] * len(passes)
+    check_features(features, path, EVERY_ALGORITHM)
+
+
 def check_features(found, path, options):
     """Equal for every picture, but where merges hang on the last bit of a float32.
 

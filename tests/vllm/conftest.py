@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from served_models import ANSWER_TOKENS, environment, save_tiny
+from served_models import ANSWER_TOKENS, environment, pixels_of, save_tiny
 
 from pitome_vlm.demo import checkpoint_path, picture
 from pitome_vlm.vllm import hf_overrides
@@ -68,7 +68,7 @@ def tiny_siglip(tmp_path_factory):
 
 @pytest.fixture
 def engine(tmp_path):
-    """Runs one job in a fresh process and returns its passes (and features)."""
+    """Runs one job in a fresh process and returns its passes (and `pixels_of`'s features)."""
 
     def run(
         path,
@@ -77,7 +77,6 @@ def engine(tmp_path):
         *,
         passes=1,
         features=(),
-        pixels=None,
         several=False,
         env=None,
         **options,
@@ -97,8 +96,10 @@ def engine(tmp_path):
             "tokens": ANSWER_TOKENS,
             "passes": passes,
             "features": list(features),
-            "pixels": None if pixels is None else str(pixels),
+            "pixels": str(tmp_path / "pixels.pt"),
         }
+        if features:
+            torch.save(pixels_of(path), job["pixels"])
         job_path, result_path = tmp_path / "job.json", tmp_path / "result.json"
         job_path.write_text(json.dumps(job))
         command = [sys.executable, str(HERE / "offline.py"), str(job_path), str(result_path)]

@@ -6,9 +6,8 @@ import pytest
 
 pytest.importorskip("vllm.version", reason="make test-vllm builds an environment with vLLM")
 
-import torch
-from compared import BY_KEYS, EVERY_ALGORITHM, answers, check_features, check_varied
-from served_models import pixels_of, reference
+from compared import BY_KEYS, EVERY_ALGORITHM, answers, check_equal, check_varied
+from served_models import reference
 
 
 def test_in_a_process_of_its_own(engine, tiny, requests):
@@ -18,20 +17,16 @@ def test_in_a_process_of_its_own(engine, tiny, requests):
     assert answers(found) == expected
 
 
-def test_tensor_parallel(engine, tiny, requests, tmp_path):
+def test_tensor_parallel(engine, tiny, requests):
     """Without the all-reduce of the mean keys every answer about a picture is another one."""
-    expected = reference(tiny, requests, BY_KEYS)
-    torch.save(pixels_of(tiny), tmp_path / "pixels.pt")
-    (found,), features = engine(
+    passes, features = engine(
         tiny,
         requests,
         BY_KEYS,
         features=EVERY_ALGORITHM,
-        pixels=tmp_path / "pixels.pt",
         several=True,
         # Functions are sent to the processes, which vLLM does for tests only.
         env={"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
         tensor_parallel_size=2,
     )
-    assert answers(found) == expected
-    check_features(features, tiny, EVERY_ALGORITHM)
+    check_equal(passes, features, tiny, reference(tiny, requests, BY_KEYS))
