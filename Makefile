@@ -113,10 +113,10 @@ bench-serving: $(VLLM_VENV)/.ready ## regenerate eval/results/serving/load
 		--keep 1.0 0.25 --requests 300 --clients 4 --output eval/results/serving/load \
 		--vllm "--dtype float32 --max-model-len 400 --max-num-seqs 16 --block-size 32 --enforce-eager"
 
-bench-demo: $(VENV)/.base ## regenerate eval/results/demo (all held-out questions)
+bench-demo: $(VENV)/.dev ## regenerate eval/results/demo (all held-out questions)
 	$(BIN)/python scripts/demo_benchmark.py --output eval/results/demo --readme README.md
 
-bench-ablation: $(VENV)/.base ## regenerate eval/results/ablation on both splits; goes on where it was
+bench-ablation: $(VENV)/.dev ## regenerate eval/results/ablation on both splits; goes on where it was
 	$(BIN)/python scripts/demo_ablation.py --split val --limit 600 --output eval/results/ablation
 	$(BIN)/python scripts/demo_ablation.py --split test --limit 600 --output eval/results/ablation
 

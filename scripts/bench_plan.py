@@ -148,10 +148,11 @@ def store(path: Path, found: dict[str, Any], kind: str, row: dict[str, Any]) -> 
 
 def markdown(found: dict[str, Any]) -> str:
     where = found["hardware"]
+    kind = where.get("instructions", "instructions not recorded")
     lines = [
         "# What a plan costs against the number of tokens",
         "",
-        f"`python scripts/bench_plan.py`: {where['cpu']} ({where['instructions']}), "
+        f"`python scripts/bench_plan.py`: {where['cpu']} ({kind}), "
         f"{where['threads']} thread(s), "
         f"{where['dtype']}, batch {where['batch']}, seed {where['seed']}, Python "
         f"{where['python']}, torch {where['torch']}, {where['libc']}, pitome_vlm "

@@ -309,7 +309,7 @@ def main(say: Callable[[str], Any] = print) -> int:
     parser.add_argument("--algorithms", default="pitome,pitome_plus")
     parser.add_argument("--gate", default="pitome", help="algorithms the limits are for")
     parser.add_argument("--keep", default=",".join(map(str, KEEPS)))
-    parser.add_argument("--output", type=Path, help="folder for tower_<dtype>_<threads>.json/.md")
+    parser.add_argument("--output", type=Path, help="folder of tower_<dtype>_<threads>.json, .md")
     options = parser.parse_args()
     algorithms, gated = options.algorithms.split(","), options.gate.split(",")
     if not set(gated) <= set(algorithms):
@@ -332,6 +332,7 @@ def main(say: Callable[[str], Any] = print) -> int:
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
         name = f"tower_{options.dtype}_{options.threads}"
+        name += "" if options.batch == 1 else f"_batch_{options.batch}"
         rounds = {row.name: {"tower": row.tower, "merge": row.merge} for row in rows}
         values = {"about": about, "rows": found, "missed": failed, "rounds_ms": rounds}
         target = options.output / f"{name}.json"

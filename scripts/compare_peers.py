@@ -28,10 +28,10 @@ from pitome_vlm.bench import (
     Case,
     Phases,
     Report,
-    break_even,
     build,
     configuration,
     iqr,
+    pays_for,
 )
 from pitome_vlm.bench.report import hardware, shown, table
 from pitome_vlm.config import MergeConfig
@@ -149,7 +149,8 @@ def markdown(report: Report, results: list[Phases]) -> str:
         "`pays to`: the longest answer that gets at least 10 % faster than `none`. With equal "
         "tokens a further token is the same work whoever chose them: differences between methods "
         "of one budget in the columns of 32 and 128 new tokens, and in `pays to`, are noise of "
-        "decoding as far as the ± of `per token` is larger than them.",
+        "decoding as far as the ± of `per token` is larger than them (a difference whose quartiles "
+        "over the rounds have 0 in between counts as none in `pays to`).",
     ]
     if report.depth != 1:
         lines.append(
@@ -163,7 +164,7 @@ def markdown(report: Report, results: list[Phases]) -> str:
 def _row(base: Phases, one: Phases) -> list[str]:
     rounds = zip(one.rounds["tower"], one.rounds["merge"], strict=True)
     encode = iqr([tower + merge for tower, merge in rounds])
-    lengths = break_even(base.whole, one.whole)
+    lengths = pays_for(base, one)
     pays = "-" if one is base else "no" if lengths is None else str(lengths)
     totals = [one.whole.total(length) for length in LENGTHS]
     faster = [base.whole.total(length) / one.whole.total(length) for length in LENGTHS]

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_attention import ATTENTION, attention, ways
+from gpu_run import OutOfTimeError, Run, first_line, vision_inputs
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import pitome_vlm
@@ -27,113 +27,80 @@ from pitome_vlm.bench import (
     Phases,
     Report,
     build,
-    inputs_for,
     installed,
     iqr,
-    median,
 )
-from pitome_vlm.bench.attention import time_ways
 from pitome_vlm.bench.clock import Clock, watched
 from pitome_vlm.bench.fits import tried_fit
+from pitome_vlm.bench.memory import out_of_memory
 from pitome_vlm.bench.report import hardware, table
 from pitome_vlm.config import MergeConfig
-from pitome_vlm.files import write_text
 
 ANSWER = 16
-# Of one picture in CLIP-L/336: before, half way and behind merging to a quarter.
-CLIP_TOKENS = (577, 300, 145)
+# What a search for the largest batch may take.
+FIT_SECONDS = 30
+FEATURES_APART = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
-@dataclass
-class Run:
-    """What is asked for, what there is so far, and how much time is left.
-
-    Attributes:
-        options: of the command line.
-        sections: of the report, Markdown.
-    """
-
-    options: argparse.Namespace
-    started: float = field(default_factory=time.monotonic)
-    sections: list[str] = field(default_factory=list)
-
-    @property
-    def left(self) -> float:
-        """Seconds."""
-        return float(self.options.seconds) - (time.monotonic() - self.started)
-
-    def add(self, *lines: str) -> None:
-        """Lines of the report, written at once."""
-        self.sections += lines
-        write_text(self.options.out / "report.md", "\n".join(self.sections) + "\n")
-
-    def save(self, name: str, values: Any) -> None:
-        """One JSON file."""
-        write_text(self.options.out / f"{name}.json", json.dumps(values, indent=1) + "\n")
-
-    def build(self, shape: str, **changes: Any) -> Any:
-        """A model on the device."""
-        options = {
-            "layers": self.options.layers,
-            "dtype": getattr(torch, self.options.dtype),
-            "device": self.options.device,
-        }
-        return build(shape, **(options | changes))
-
-    @contextlib.contextmanager
-    def step(self, title: str, needs: float) -> Iterator[None]:
-        """A step that is left out where time is short and reported where it fails."""
-        if self.left < needs:
-            self.add("", f"## {title}", "", f"Left out: {self.left:.0f} s were left.")
-            raise OutOfTimeError
-        print(f"{title} ({self.left:.0f} s left)", flush=True)
-        try:
-            yield
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            self.add("", f"## {title}", "", f"Ran out of memory: {str(error).splitlines()[0]}")
-        finally:
-            if self.options.device != "cpu":
-                torch.cuda.empty_cache()
-
-
-class OutOfTimeError(Exception):
-    """The rest of the steps is left out."""
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Without TF32, which convolutions use by default and which moves near ties."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
 
 
 def correctness(run: Run) -> None:
-    """Plans and features of the device against the CPU, float32, on the same random pictures."""
+    """Plans and features of the device against the CPU on the same random pictures.
+
+    In float64 plans must be equal; in float32 near ties may fall otherwise.
+    """
     rows, found = [], []
     for name in run.options.exact.split(","):
         for algorithm in ("pitome", "pitome_plus", "tome"):
-            model = build(name, dtype=torch.float32)
-            pitome_vlm.wrap(model, keep=0.25, algorithm=algorithm)
-            vision = vision_inputs(model, 2)
-            with torch.no_grad():
-                here = pitome_vlm.encode_images(model, **vision)
-                model.to(run.options.device)
-                moved = {key: value.to(run.options.device) for key, value in vision.items()}
-                there = pitome_vlm.encode_images(model, **moved)
-            same = [
-                torch.equal(a, b.cpu())
-                for a, b in zip(here.source_maps, there.source_maps, strict=True)
-            ]
-            apart = [
-                float((a - b.cpu()).norm() / a.norm())
-                for a, b, equal in zip(here.features, there.features, same, strict=True)
-                if equal
-            ]
-            worst = f"{max(apart):.1e}" if apart else "-"
-            rows.append([name, algorithm, f"{sum(same)} of {len(same)}", worst])
-            found.append({"shape": name, "algorithm": algorithm, "same": same, "apart": apart})
+            for dtype in (torch.float64, torch.float32):
+                same, apart = compared(run, name, algorithm, dtype)
+                kind = str(dtype).removeprefix("torch.")
+                worst = f"{max(apart):.1e}" if apart else "-"
+                rows.append([name, algorithm, kind, f"{sum(same)} of {len(same)}", worst])
+                found.append(
+                    {"shape": name, "algorithm": algorithm, "dtype": kind}
+                    | {"same": same, "apart": apart}
+                )
+                limit = FEATURES_APART[dtype]
+                if (dtype == torch.float64 and not all(same)) or max(apart, default=0) > limit:
+                    run.failed.append(f"{name}, {algorithm}, {kind}: differs from the CPU")
     run.save("correctness", found)
-    columns = ["shape", "algorithm", "equal plans", "largest ‖device - cpu‖ / ‖cpu‖ of features"]
-    run.add("", "## Against the CPU, float32", "", table(columns, rows))
+    columns = ["shape", "algorithm", "dtype", "equal plans"]
+    columns += ["largest ‖device - cpu‖ / ‖cpu‖ of features with equal plans"]
+    run.add("", "## Against the CPU", "", table(columns, rows))
 
 
-def vision_inputs(model: Any, batch: int) -> dict[str, torch.Tensor]:
-    """Pixels of random pictures, and what belongs to them."""
-    inputs = inputs_for(model, Case(batch))
-    return {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+@torch.no_grad()
+def compared(
+    run: Run, name: str, algorithm: str, dtype: torch.dtype
+) -> tuple[list[bool], list[float]]:
+    """Whether the plan of each picture is equal, and how far features are apart where it is."""
+    model = build(name, dtype=dtype)
+    pitome_vlm.wrap(model, keep=0.25, algorithm=algorithm)
+    vision = vision_inputs(model, 2)
+    with exact_products():
+        here = pitome_vlm.encode_images(model, **vision)
+        model.to(run.options.device)
+        moved = {key: value.to(run.options.device) for key, value in vision.items()}
+        there = pitome_vlm.encode_images(model, **moved)
+    same = [
+        torch.equal(a, b.cpu()) for a, b in zip(here.source_maps, there.source_maps, strict=True)
+    ]
+    apart = [
+        float((a - b.cpu()).norm() / a.norm())
+        for a, b, equal in zip(here.features, there.features, same, strict=True)
+        if equal
+    ]
+    return same, apart
 
 
 def budgets_of(options: argparse.Namespace) -> list[Budget]:
@@ -147,33 +114,64 @@ def budgets_of(options: argparse.Namespace) -> list[Budget]:
 
 
 def speed(run: Run, name: str, model: Any, until: float, title: str = "") -> None:
-    """Every batch size under every budget, in turns, then the largest batch of every budget."""
-    options, budgets = run.options, budgets_of(run.options)
+    """Every batch size under every budget, in turns, then the largest batch of every budget.
+
+    What was measured is written whatever happens: after every batch, and in the end.
+    """
+    options = run.options
     setup = {"dtype": options.dtype, "layers": options.layers or "all", "attention": "sdpa"}
     report = Report(title or name, [], ["random weights"], setup=setup)
-    for batch in map(int, options.batches.split(",")):
+    largest: list[Phases] = []
+    try:
+        # Some of the time is for the largest batches.
+        time_batches(run, model, report, until + 0.4 * max(0.0, run.left - until))
+        if options.device != "cpu":
+            largest += largest_batches(run, model, report, until)
+    finally:
+        report.save(options.out / f"{title or name}.json")
+        run.add("", f"## {title or name}", "")
+        if report.pairs():
+            run.add(rates(report, largest), "", report.markdown(), "")
+        run.add(*(f"- {note}" for note in report.notes))
+
+
+def time_batches(run: Run, model: Any, report: Report, until: float) -> None:
+    """Rounds at every batch size until one fails or only `until` seconds are left."""
+    for batch in map(int, run.options.batches.split(",")):
         try:
-            bench = Bench(model, budgets, Case(batch, 64, ANSWER))
+            bench = Bench(model, budgets_of(run.options), Case(batch, 64, ANSWER))
             report.results.append(bench.results)
             timed_rounds(run, bench, until)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             report.notes.append(f"batch {batch} and larger: out of memory for at least one budget")
+            torch.cuda.empty_cache()
             break
-        if bench.results[0].repeats < options.repeats:
+        finally:
+            report.save(run.options.out / f"{report.model}.json")
+        if bench.results[0].repeats < run.options.repeats:
             report.notes.append(f"batch {batch}: {bench.results[0].repeats} rounds, out of time")
             break
-    largest: list[Phases] = []
-    if options.device != "cpu":
-        memory = torch.cuda.get_device_properties(model.device).total_memory
-        for result in report.results[0]:
-            if run.left < until:
-                report.notes.append(f"largest batch of {result.budget.name}: out of time")
-                break
+
+
+def largest_batches(run: Run, model: Any, report: Report, until: float) -> list[Phases]:
+    """The largest batch of every budget, the first and the last one before those in between."""
+    found: list[Phases] = []
+    memory = torch.cuda.get_device_properties(model.device).total_memory
+    results = report.results[0] if report.results else []
+    for result in [*results[:1], *results[:0:-1]]:
+        if run.left < until + FIT_SECONDS:
+            report.notes.append(f"largest batch of {result.budget.name}: out of time")
+            continue
+        try:
             report.fits[result.budget.name], timed = tried_fit(model, result, memory)
-            largest += [] if timed is None else [timed]
-    report.save(options.out / f"{title or name}.json")
-    run.add("", f"## {title or name}", "", rates(report, largest), "", report.markdown(), "")
-    run.add(*(f"- {note}" for note in report.notes))
+        except Exception as error:
+            said = f"{type(error).__name__}: {first_line(error)[:120]}"
+            report.notes.append(f"largest batch of {result.budget.name}: {said}")
+            continue
+        found += [] if timed is None else [timed]
+    return found
 
 
 def timed_rounds(run: Run, bench: Bench, until: float) -> None:
@@ -258,101 +256,6 @@ def share(run: Run, name: str, model: Any) -> None:
     run.add("", title, "", table([*columns, "share of encoding"], rows))
 
 
-def as_built(model: Any) -> None:
-    """Nothing: models are built with sdpa."""
-    del model
-
-
-def eager(model: Any) -> None:
-    """Attention written out."""
-    model.set_attn_implementation("eager")
-
-
-def compiled(model: Any) -> None:
-    """The tower through torch.compile, in place."""
-    model.model.vision_tower.compile()
-
-
-# How the tower attends: name -> what is done to a freshly built and wrapped model. Ways of
-# proportional attention alone: `ways`.
-ATTENTION: dict[str, Callable[[Any], None]] = {
-    "sdpa": as_built,
-    "eager": eager,
-    "compile": compiled,
-}
-
-
-def attention(run: Run, name: str) -> None:
-    """Encoding at a quarter of the tokens, by how the tower attends, beside the untouched tower."""
-    rows = []
-    batch = int(run.options.batches.split(",")[-1])
-    for variant in run.options.attention.split(","):
-        for keep in (None, 0.25):
-            if run.left < 30:
-                rows.append([variant, "left out: out of time", ""])
-                continue
-            try:
-                times = encode_times(run, name, ATTENTION[variant], keep, batch)
-            except Exception as error:  # whatever a compiler or kernel says belongs in the report
-                reason = str(error).splitlines()[0][:120] if str(error) else ""
-                rows.append([variant, f"failed: {type(error).__name__}: {reason}", ""])
-                continue
-            what = "untouched" if keep is None else f"keep={keep}"
-            rows.append([variant, what, f"{median(times):.2f} ±{iqr(times):.2f}"])
-    title = f"## {name}: encoding {batch} pictures, by attention of the tower"
-    run.save(f"attention-{name}", rows)
-    run.add("", title, "", table(["attention", "budget", "ms"], rows))
-
-
-@torch.no_grad()
-def encode_times(
-    run: Run, name: str, change: Callable[[Any], None], keep: float | None, batch: int
-) -> list[float]:
-    """Milliseconds of encoding, one entry per round."""
-    model = run.build(name, layers=1)
-    if keep is not None:
-        pitome_vlm.wrap(model, keep=keep)
-    change(model)
-    vision, times = vision_inputs(model, batch), []
-
-    def encode() -> None:
-        if keep is None:
-            model.model.get_image_features(**vision)
-        else:
-            pitome_vlm.encode_images(model, **vision)
-
-    for done in range(3 + run.options.repeats):
-        clock = Clock(torch.device(run.options.device))
-        with clock.span("encode"):
-            encode()
-        clock.synchronize()
-        if done >= 3:
-            times.append(clock.total("encode"))
-    return times
-
-
-def ways(run: Run) -> None:
-    """Proportional attention at CLIP-L's shapes: as a mask, as channels, in flex attention."""
-    device, dtype = torch.device(run.options.device), getattr(torch, run.options.dtype)
-    batch, rows = int(run.options.batches.split(",")[-1]), []
-    for tokens in CLIP_TOKENS:
-        found = time_ways(
-            device,
-            dtype,
-            (batch, 16, tokens, 64),
-            run.options.repeats,
-            compile_flex=device.type != "cpu",
-        )
-        for name, times in found.items():
-            if isinstance(times, str):
-                rows.append([str(tokens), name, f"failed: {times}"])
-            else:
-                rows.append([str(tokens), name, f"{median(times):.3f} ±{iqr(times):.3f}"])
-    run.save("proportional", rows)
-    title = f"## Proportional attention, {batch} x 16 heads x N x 64"
-    run.add("", title, "", table(["N", "way", "ms"], rows))
-
-
 def quantise(model: Any) -> Any:
     """The language model's linear layers in nf4, as bitsandbytes does it; the tower is left."""
     import bitsandbytes as bnb
@@ -362,12 +265,14 @@ def quantise(model: Any) -> Any:
         for child_name, child in list(parent.named_children()):
             if not isinstance(child, torch.nn.Linear):
                 continue
+            # Its own weights would be made and thrown away.
             small = bnb.nn.Linear4bit(
                 child.in_features,
                 child.out_features,
                 bias=child.bias is not None,
                 compute_dtype=child.weight.dtype,
                 quant_type="nf4",
+                device="meta",
             )
             small.weight = bnb.nn.Params4bit(
                 child.weight.data.cpu(), requires_grad=False, quant_type="nf4"
@@ -387,30 +292,40 @@ def has_bitsandbytes() -> bool:
     return True
 
 
+def one_shape(run: Run, name: str, until: float) -> None:
+    """Speed of a shape and what merging is of it; its memory is given back however that ends."""
+    model = run.build(name)
+    try:
+        speed(run, name, model, until)
+    finally:
+        share(run, name, model)
+
+
 def steps(run: Run) -> None:
     """Everything, in order of importance."""
     shapes = run.options.shapes.split(",")
     with run.step("Against the CPU", 0):
         correctness(run)
+    with run.step("Proportional attention", 10):
+        ways(run)
     for number, name in enumerate(shapes, start=1):
         with run.step(name, 30):
             # Every further shape gets as much of the time as the first ones left it.
             until = run.left * (1 - 0.6 / (len(shapes) - number + 1)) if run.left > 0 else 0
-            model = run.build(name)
-            speed(run, name, model, until)
-            share(run, name, model)
-            del model
-    with run.step("Attention", 30):
-        attention(run, shapes[0])
-        ways(run)
-    with run.step("nf4", 40):
+            one_shape(run, name, until)
+    with run.step("nf4", 60):
         if has_bitsandbytes():
-            speed(run, shapes[0], quantise(run.build(shapes[0])), 5, title=f"{shapes[0]}-nf4")
+            left = 0.5 * run.left
+            speed(run, shapes[0], quantise(run.build(shapes[0])), left, title=f"{shapes[0]}-nf4")
         else:
             run.add("", "## nf4", "", "Left out: bitsandbytes is missing.")
+    # Last, as what compiles may take minutes.
+    with run.step("Attention", 30):
+        attention(run, shapes[0])
 
 
-def main() -> None:
+def main() -> int:
+    """Measure and write; 1 where a step failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -433,7 +348,8 @@ def main() -> None:
         steps(run)
     run.add("", f"{time.monotonic() - run.started:.0f} s in all.")
     print("\n".join(run.sections))
+    return int(bool(run.failed))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

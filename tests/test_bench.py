@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
 from original_llava import original_model
 from tiny import tiny_model
 from tiny_anyres import anyres_model
+from tiny_qwen import IMAGE, START, qwen
 from tiny_video import video_model
 
 import pitome_vlm
+from pitome_vlm.adapters import find_adapter
 from pitome_vlm.bench import (
     Bench,
     Budget,
@@ -32,10 +37,11 @@ from pitome_vlm.bench import (
     measure,
     median,
     needed_bytes,
+    pays_for,
     plot,
     verdict,
 )
-from pitome_vlm.bench.memory import search_largest
+from pitome_vlm.bench.memory import is_computable, search_largest
 from pitome_vlm.config import MergeConfig
 from pitome_vlm.costs import costs
 from pitome_vlm.wrapper import is_wrapped, merge_config, planned_count
@@ -126,6 +132,24 @@ def test_sentences_say_when_it_helps_and_when_not():
     assert "answers of 3 tokens and more get at least 10% faster" in long_ones
 
 
+def test_noise_of_decoding_decides_about_no_answer():
+    """A further token that is faster in one round and slower in the next is as fast."""
+    base, noisy, faster = (phases(100.0, 10.0, budget=b) for b in (NONE, QUARTER, QUARTER))
+    noisy.rounds["first"][0] = faster.rounds["first"][0] = 40.0
+    for one, times in ((base, (12, 10, 12)), (noisy, (9, 12, 9)), (faster, (9, 7, 9))):
+        for time in times:
+            one.add({name: values[0] for name, values in one.rounds.items()} | {"decode": time})
+    assert (base.median("decode"), noisy.median("decode")) == (11, 9.5)
+    assert noisy.decodes_alike(base)
+    assert not faster.decodes_alike(base)
+    # (0.9 x 100 - 40) / (11 - 0.9 x 11) further tokens.
+    assert pays_for(base, noisy) == Lengths(1, 1 + math.floor(50 / 1.1))
+    assert pays_for(base, faster) == Lengths(1, None)
+    sentence, _ = verdict(Report("x", [[base, noisy, faster]]))
+    assert "answers of up to 46 tokens" in sentence
+    assert "differs by less than rounds do" in sentence
+
+
 # --- published shapes
 
 
@@ -183,8 +207,14 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
         lambda: tiny_model("siglip"),
         lambda: anyres_model("next_list"),
         lambda: video_model("next_video"),
+        lambda: video_model("video_llava"),
+        lambda: qwen("qwen2_vl"),
+        lambda: qwen("qwen2_5_vl"),
     ],
-    ids=["llava", "next", "onevision", "vipllava", "siglip", "next_list", "next_video"],
+    ids=[
+        *("llava", "next", "onevision", "vipllava", "siglip", "next_list", "next_video"),
+        *("video_llava", "qwen2_vl", "qwen2_5_vl"),
+    ],
 )
 def test_phases_of_every_family_add_up(make):
     model = make()
@@ -199,7 +229,11 @@ def test_phases_of_every_family_add_up(make):
             assert one.rounds["prefill_layers"][index] < one.rounds["prefill"][index]
             assert one.rounds["decode_layers"][index] < one.rounds["decode"][index]
             assert one.rounds["first"][index] < one.rounds["answer"][index]
-            assert min(one.rounds[name][index] for name in parts[2:]) > 0
+            assert min(one.rounds[name][index] for name in ("prompt", "prefill")) > 0
+            # Qwen's patch merger is a part of its tower.
+            assert (one.rounds["projector"][index] == 0) == model.config.model_type.startswith(
+                "qwen"
+            )
     assert none.rounds["merge"] == [0.0, 0.0]
     assert min(merged.rounds["merge"]) > 0
     full, count = planned_count(model, QUARTER.config, image_size=(90, 140))
@@ -284,6 +318,31 @@ def test_the_same_pictures_and_words_every_time():
     assert not torch.equal(one["pixel_values"], other["pixel_values"])
 
 
+def test_every_picture_stands_behind_a_token_of_text():
+    row = inputs_for(build("tiny"), Case(1, 8, images=2))["input_ids"][0]
+    placeholders = (row == row.mode().values).tolist()
+    assert placeholders == [False, *[True] * 144, False, *[True] * 144, *[False] * 6]
+    with pytest.raises(ValueError, match=r"text_tokens must be more than images \(2\)"):
+        Case(1, 2, images=2)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_qwen_finds_the_pictures_it_is_asked_about(kind):
+    model, case = qwen(kind), Case(2, 8, images=2, image_size=(90, 140))
+    inputs = inputs_for(model, case)
+    ids = inputs["input_ids"]
+    assert (ids == START).sum(1).tolist() == [2, 2]
+    assert (ids == IMAGE).sum(1).tolist() == [30, 30]
+    assert inputs["image_grid_thw"].tolist() == [[1, 6, 10]] * 4
+    places = find_adapter(model).prompt_places(model, inputs, inputs["attention_mask"])
+    assert not is_computable(model)
+    assert counted_over_formula(model, NONE, case) == pytest.approx(1, abs=0.01)
+    # Rows and columns start anew in the second picture, behind the token between the two.
+    for first in (1, 17):
+        rows = places[0, first : first + 15, 1]
+        assert (rows - rows[0]).tolist() == [row for row in range(3) for _ in range(5)]
+
+
 def test_more_prompts_fit_where_tokens_are_merged():
     model = build("llava-1.5-7b", dtype=torch.float16, device="meta")
     found = []
@@ -295,6 +354,39 @@ def test_more_prompts_fit_where_tokens_are_merged():
     # 24 GiB less 13.2 GiB of weights, over 0.5 MiB of cache per token and the activations.
     assert 20 <= found[0] <= 29
     assert found[1] > 2 * found[0]
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory.", "cublas CUBLAS_STATUS_ALLOC_FAILED"])
+def test_a_batch_that_fitted_once_and_no_more_is_made_smaller(monkeypatch, message):
+    from pitome_vlm.bench import fits
+
+    model, asked = build("tiny"), []
+    (result,) = measure(model, [NONE], Case(1, 8, 2), repeats=1, warmup=0)
+
+    def timed(model, budgets, case, **options):
+        asked.append(case.batch)
+        if case.batch > 13:
+            raise RuntimeError(message)
+        return measure(model, budgets, dataclasses.replace(case, batch=1), **options)
+
+    monkeypatch.setattr(fits, "largest_batch", lambda *_, **__: 16)
+    monkeypatch.setattr(fits, "measure", timed)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(empty_cache=list))
+    fit, phases = fits.tried_fit(model, result, 2**30)
+    assert asked == [16, 15, 14, 13]
+    assert fit.batch == 13
+    assert phases.repeats == 3
+
+
+def test_an_error_that_is_not_about_memory_is_no_size(monkeypatch):
+    from pitome_vlm.bench import fits
+
+    model = build("tiny")
+    (result,) = measure(model, [NONE], Case(1, 8, 2), repeats=1, warmup=0)
+    monkeypatch.setattr(fits, "largest_batch", lambda *_, **__: 16)
+    monkeypatch.setattr(fits, "measure", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fits.tried_fit(model, result, 2**30)
 
 
 # --- FLOPs

@@ -117,6 +117,36 @@ def test_wrong_options_are_one_line_before_anything_is_measured(words, message):
     assert len(errors) == 1
 
 
+def full_from(batch, monkeypatch):
+    """Memory that is too small for so many prompts."""
+    from pitome_vlm.bench import measurement
+
+    answer = measurement.answer
+
+    def bounded(model, inputs, tokens):
+        if len(inputs["input_ids"]) >= batch:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return answer(model, inputs, tokens)
+
+    monkeypatch.setattr(measurement, "answer", bounded)
+
+
+def test_a_batch_out_of_memory_takes_nothing_from_those_that_fit(monkeypatch, tmp_path):
+    full_from(4, monkeypatch)
+    target = tmp_path / "b.json"
+    result = run("--config", "tiny", "--keep", 0.5, "--batch", "1,4,8", *QUICK, "--json", target)
+    assert result.exit_code == 0, result.stderr
+    assert "batch 4: out of memory for at least one budget" in result.stdout
+    assert [row["batch"] for row in json.loads(target.read_text())["results"]] == [1, 1]
+
+
+def test_a_first_batch_out_of_memory_is_one_line(monkeypatch):
+    full_from(1, monkeypatch)
+    result = run("--config", "tiny", "--keep", 0.5, *QUICK)
+    assert result.exit_code == 2
+    assert "try a smaller --batch" in result.stderr
+
+
 def test_a_plot_without_matplotlib_is_refused_at_once(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = run("--config", "tiny", "--plot", "x.png")
@@ -152,7 +182,7 @@ def test_ctrl_c_shows_and_writes_what_there_is(tmp_path):
 # --- the scripts
 
 
-def script(*words, folder=None, **environment):
+def script(*words, folder=None, code=0, **environment):
     paths = [str(ROOT), *([] if folder is None else [str(folder)])]
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -162,7 +192,7 @@ def script(*words, folder=None, **environment):
         env=variables | environment,
         cwd=ROOT,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
     return done.stdout
 
 
@@ -203,6 +233,21 @@ def test_gpu_script_needs_neither_terminal_nor_plot_libraries(tmp_path):
         "proportional.json",
     }
     assert all(all(one["same"]) for one in json.loads((out / "correctness.json").read_text()))
+
+
+def test_gpu_script_goes_on_behind_a_step_that_fails(tmp_path):
+    script(
+        *(sys.executable, "scripts/gpu_bench.py", "--device", "cpu", "--dtype", "float32"),
+        *("--shapes", "tiny,no-such-shape", "--exact", "tiny", "--tokens", "36"),
+        *("--batches", "1", "--repeats", "1", "--attention", "sdpa", "--out", tmp_path),
+        code=1,
+    )
+    report = (tmp_path / "report.md").read_text()
+    for title in ("## tiny", "## no-such-shape", "## Proportional attention", "nf4"):
+        assert title in report
+    assert "Failed: ValueError" in report
+    assert "unknown shape 'no-such-shape'" in report.replace('"', "'")
+    assert (tmp_path / "tiny.json").is_file()
 
 
 def test_gpu_script_stops_in_time_and_writes_what_it_has(tmp_path):

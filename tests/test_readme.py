@@ -37,6 +37,7 @@ def scope(tmp_path):
         "path": path,
         "folder": tmp_path / "saved",
         "model": model,
+        "processor": processor,
         "peft_model": get_peft_model(tiny_model(), adapter),
         "image": image,
         "prompt": prompt,
@@ -56,14 +57,9 @@ def test_the_first_snippet_runs_and_leaves_the_model_as_it_was(scope, capsys):
 
 def test_the_second_snippet_runs(scope):
     code = BLOCKS[1]
-    saved = code.index("model, processor = pitome_vlm.load(folder)")
-    # The folder the README saves to needs a processor, which a user's checkpoint folder has.
-    exec(code[:saved], scope)
-    _, processor = pitome_vlm.load(scope["path"])
-    processor.save_pretrained(scope["folder"])
     four_bit = code.index("model, processor = pitome_vlm.load(path, keep=0.25, load_in_4bit")
     compact = code.index("batch = pitome_vlm.compact_inputs")
-    exec(code[saved:four_bit] + code[compact:], scope)
+    exec(code[:four_bit] + code[compact:], scope)
     assert scope["loss"].isfinite()
     assert scope["visual"].sizes()[0].sum() == 144
     exec(code[four_bit:compact], scope)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..counts import Footprint
@@ -113,6 +114,36 @@ class Adapter(Protocol):
 
     def tower_flops(self, model: Any, footprint: Footprint) -> int | None:
         """FLOPs of a tower that merging leaves alone; None where its layers are counted."""
+        ...
+
+    def opening_token(self, model: Any) -> int | None:
+        """The id that has to stand in front of every picture's placeholders; None for none."""
+        ...
+
+    def random_pictures(
+        self,
+        model: Any,
+        ids: Tensor,
+        n_pictures: int,
+        *,
+        image_size: tuple[int, int] | None,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """What a processor would return beside `input_ids`, with noise for pixels.
+
+        Args:
+            model: the model.
+            ids: [B, T] int64 with all placeholders in place.
+            n_pictures: in all rows together.
+            image_size: (height, width) of every picture, None for `default_image_size`.
+            generator: of the pixels.
+
+        Returns:
+            Arguments of the model by name, on the CPU.
+
+        Raises:
+            TypeError: inputs of this family are not made up.
+        """
         ...
 
     def footprints(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Footprint]]:

@@ -72,6 +72,25 @@ class HFAnyResAdapter(HFLlavaAdapter):
         tiles = _tiles(model, size)
         return _footprint(model, shape, size, tiles, feature_options)
 
+    def random_pictures(
+        self,
+        model: Any,
+        ids: Tensor,
+        n_pictures: int,
+        *,
+        image_size: tuple[int, int] | None,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """See `Adapter`: all tiles of pictures of that size."""
+        del ids
+        size, side = image_size or self.default_image_size, model.config.vision_config.image_size
+        assert size is not None
+        shape = (n_pictures, _tiles(model, size), 3, side, side)
+        return {
+            "pixel_values": torch.randn(shape, generator=generator),
+            "image_sizes": torch.tensor([size] * n_pictures),
+        }
+
     def footprints(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Footprint]]:
         """See `Adapter`."""
         if inputs.get("pixel_values") is None:

@@ -90,15 +90,48 @@ class QwenVLAdapter:
     ) -> Footprint:
         """See `Adapter`; of a picture whose sides the processor rounds to whole cells."""
         del feature_options
-        vision = model.config.vision_config
-        size = image_size or self.default_image_size
+        rows, columns = self._cells(model, image_size)
+        if frames is None:
+            return Footprint(rows * columns)
+        together = model.config.vision_config.temporal_patch_size
+        frames = math.ceil(whole_number("frames", frames, 1) / together)
+        return Footprint(frames * rows * columns, frames=frames)
+
+    def opening_token(self, model: Any) -> int | None:
+        """See `Adapter`: releases before 5 look for it to find the pictures."""
+        return int(model.config.vision_start_token_id)
+
+    def random_pictures(
+        self,
+        model: Any,
+        ids: Tensor,
+        n_pictures: int,
+        *,
+        image_size: tuple[int, int] | None,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """See `Adapter`: patches in rows, and the grid they are from."""
+        vision, (rows, columns) = model.config.vision_config, self._cells(model, image_size)
+        side = vision.spatial_merge_size
+        channels = getattr(vision, "in_channels", 3)
+        width = channels * vision.temporal_patch_size * vision.patch_size**2
+        patches = n_pictures * rows * columns * side**2
+        found = {
+            "pixel_values": torch.randn(patches, width, generator=generator),
+            "image_grid_thw": torch.tensor([[1, rows * side, columns * side]] * n_pictures),
+        }
+        # What tells text from pictures in releases that do not look for the opening token.
+        if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+            found["mm_token_type_ids"] = (ids == self.placeholder_ids(model)["image"]).long()
+        return found
+
+    def _cells(self, model: Any, image_size: tuple[int, int] | None) -> tuple[int, int]:
+        """Rows and columns behind the patch merger; sides are rounded to whole cells."""
+        vision, size = model.config.vision_config, image_size or self.default_image_size
         assert size is not None
         cell = vision.patch_size * vision.spatial_merge_size
         rows, columns = (max(1, round(side / cell)) for side in size)
-        if frames is None:
-            return Footprint(rows * columns)
-        frames = math.ceil(whole_number("frames", frames, 1) / vision.temporal_patch_size)
-        return Footprint(frames * rows * columns, frames=frames)
+        return rows, columns
 
     def footprints(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Footprint]]:
         """See `Adapter`."""

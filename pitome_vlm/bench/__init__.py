@@ -7,7 +7,7 @@ know: terminals (`cli/bench.py`), accuracy.
 from .flops import counted_over_formula
 from .measurement import Bench, Budget, installed, measure
 from .memory import fitting_batch, largest_batch
-from .phases import Estimate, Lengths, Phases, break_even, iqr, median
+from .phases import Estimate, Lengths, Phases, break_even, iqr, median, pays_for
 from .plots import check_plot, plot
 from .prompts import Case, inputs_for
 from .report import Report
@@ -36,6 +36,7 @@ __all__ = [
     "measure",
     "median",
     "needed_bytes",
+    "pays_for",
     "plot",
     "verdict",
 ]

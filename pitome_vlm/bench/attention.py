@@ -16,6 +16,8 @@ from .clock import Clock
 
 # The first calls choose kernels and compile.
 WARM_UP = 3
+# Between two marks on an accelerator, where one call takes less time than launching it.
+CALLS = 20
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -54,7 +56,8 @@ def time_ways(
     ways: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]]
     ways = {"plain": plain, **WAYS}
     if compile_flex:
-        ways["flex"] = torch.compile(by_flex)
+        ways["flex"] = torch.compile(by_flex, dynamic=False)
+    calls = 1 if device.type == "cpu" else CALLS
     found: dict[str, list[float] | str] = {name: [] for name in ways}
     for turn in range(WARM_UP + repeats):
         for name, way in ways.items():
@@ -64,11 +67,13 @@ def time_ways(
             clock = Clock(device)
             try:
                 with clock.span(name):
-                    way(query, key, value, bias, scale)
+                    for _ in range(calls):
+                        way(query, key, value, bias, scale)
                 clock.synchronize()
             except Exception as error:  # whatever a compiler or kernel says is the result here
-                found[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+                said = next(iter(str(error).splitlines()), "")[:120].replace("|", "/")
+                found[name] = f"{type(error).__name__}: {said}"
                 continue
             if turn >= WARM_UP:
-                times.append(clock.total(name))
+                times.append(clock.total(name) / calls)
     return found

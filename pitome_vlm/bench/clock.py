@@ -39,8 +39,11 @@ class Clock:
         """Now, on the device's own time line where it has one."""
         if self.device.type == "cpu":
             return time.perf_counter()
-        event = torch.get_device_module(self.device).Event(enable_timing=True)
-        event.record()
+        module = torch.get_device_module(self.device)
+        event = module.Event(enable_timing=True)
+        # Without a stream it would be that of the current device, which may be another one.
+        streams = getattr(module, "current_stream", None)
+        event.record(*([] if streams is None else [streams(self.device)]))
         return event
 
     def start(self, name: str) -> None:
@@ -62,8 +65,11 @@ class Clock:
 
     def synchronize(self) -> None:
         """Wait for the device."""
-        if self.device.type != "cpu":
-            torch.get_device_module(self.device).synchronize(self.device)
+        module = torch.get_device_module(self.device)
+        if self.device.type == "mps":
+            module.synchronize()
+        elif self.device.type != "cpu":
+            module.synchronize(self.device)
 
     def between(self, start: Mark, end: Mark) -> float:
         """Milliseconds from one mark to another; the device must have passed both."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from .measurement import measure
-from .memory import fitting_batch, largest_batch
+from .memory import fitting_batch, is_computable, largest_batch, out_of_memory
 from .phases import Phases
 from .report import Fit
 
@@ -29,10 +31,19 @@ def tried_fit(model: Any, result: Phases, memory: int) -> tuple[Fit, Phases | No
     Returns:
         The fit, and its times; None where not even one prompt fits.
     """
-    guess = fitting_batch(model, result, memory, model.dtype)
+    known = is_computable(model)
+    guess = fitting_batch(model, result, memory, model.dtype) if known else 1
     batch = largest_batch(model, result.budget, result.case, guess=guess)
-    if not batch:
-        return Fit(batch, True), None
-    case = replace(result.case, batch=batch)
-    (timed,) = measure(model, [result.budget], case, repeats=ROUNDS, warmup=1)
-    return Fit(batch, True, timed.answers_per_second(timed.measured), estimated=False), timed
+    while batch:
+        case = replace(result.case, batch=batch)
+        try:
+            (timed,) = measure(model, [result.budget], case, repeats=ROUNDS, warmup=1)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            # What fitted once need not fit again beside what the allocator has kept.
+            torch.get_device_module(model.device).empty_cache()
+            batch = batch * 15 // 16
+            continue
+        return Fit(batch, True, timed.answers_per_second(timed.measured), estimated=False), timed
+    return Fit(0, True), None

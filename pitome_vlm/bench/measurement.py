@@ -137,17 +137,19 @@ def installed(model: Any, budget: Budget) -> Iterator[None]:
 def timed_answer(model: Any, inputs: dict[str, Tensor], result: Phases) -> dict[str, float]:
     """One call of `generate` under the budget that is installed, and where its time went."""
     clock = Clock(next(iter(inputs.values())).device)
-    memory = None if clock.device.type == "cpu" else torch.get_device_module(clock.device)
-    if memory is not None:
-        memory.reset_peak_memory_stats()
+    memory: Any = torch.get_device_module(clock.device)
+    known = hasattr(memory, "reset_peak_memory_stats")
+    if known:
+        memory.reset_peak_memory_stats(clock.device)
     with watched(model, clock):
         clock.synchronize()
         start = clock.mark()
         answer(model, inputs, result.case.answer_tokens)
         end = clock.mark()
         clock.synchronize()
-    if memory is not None:
-        result.peak_bytes = max(result.peak_bytes or 0, memory.max_memory_allocated())
+    if known:
+        peak = memory.max_memory_allocated(clock.device)
+        result.peak_bytes = max(result.peak_bytes or 0, peak)
     return phases_of(clock, start, end)
 
 

@@ -52,13 +52,28 @@ def largest_batch(
                 inputs = inputs_for(model, dataclasses.replace(case, batch=batch))
                 answer(model, inputs, case.answer_tokens)
             return True
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             return False
         finally:
             del inputs
             torch.get_device_module(model.device).empty_cache()
 
     return search_largest(fits, limit, guess)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory is full; libraries below PyTorch say it their own way."""
+    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+
+
+def is_computable(model: Any) -> bool:
+    """Whether `FORMULA` knows the model's tower: one whose layers are counted one by one."""
+    base: Any = base_model(model)
+    adapter = find_adapter(base)
+    return adapter.tower_flops(base, adapter.footprint(base)) is None
 
 
 def search_largest(fits: Callable[[int], bool], limit: int, guess: int = 1) -> int:

@@ -6,6 +6,7 @@ models or clocks.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
@@ -89,6 +90,23 @@ def break_even(base: Estimate, merged: Estimate, worth: float = WORTH) -> Length
     return Lengths(1 + math.ceil(-saved / per_token), None)
 
 
+def pays_for(base: Phases, one: Phases, *, measured: bool = False) -> Lengths | None:
+    """`break_even` of two budgets timed in the same rounds.
+
+    Where a further token's time differs by less than rounds do, it counts as the same: what is
+    noise per token would decide about long answers.
+
+    Args:
+        base: what is compared with.
+        one: the budget.
+        measured: of the model as it was timed, instead of its whole depth.
+    """
+    own, other = (x.measured if measured else x.whole for x in (one, base))
+    if one.decodes_alike(base):
+        own = dataclasses.replace(own, decode=other.decode)
+    return break_even(other, own)
+
+
 @dataclass
 class Phases:
     """Times of one budget in one case.
@@ -144,6 +162,24 @@ class Phases:
         further = (self.depth - 1) * self.median("decode_layers")
         own = self.measured
         return Estimate(own.first + more, own.prefill + more, own.decode + further)
+
+    def decodes_alike(self, base: Phases) -> bool:
+        """Whether the quartiles of what a further token saves, round by round, have 0 in between.
+
+        Args:
+            base: the budget to compare with, timed in the same rounds.
+        """
+        saved = [a - b for a, b in zip(self._decoding, base._decoding, strict=True)]
+        if len(saved) < 2:
+            return False
+        low, _, high = statistics.quantiles(saved, n=4)
+        return low <= 0 <= high
+
+    @property
+    def _decoding(self) -> list[float]:
+        """Milliseconds of one further token at the whole depth, one entry per round."""
+        rounds = zip(self.rounds["decode"], self.rounds["decode_layers"], strict=True)
+        return [all_of_it + (self.depth - 1) * layers for all_of_it, layers in rounds]
 
     @property
     def kv_bytes(self) -> int:

@@ -22,7 +22,7 @@ class Case:
 
     Attributes:
         batch: prompts at a time.
-        text_tokens: tokens of every prompt that are no visual tokens.
+        text_tokens: tokens of every prompt that are no visual tokens, more than `images`.
         answer_tokens: tokens of every answer.
         images: pictures in every prompt.
         image_size: (height, width) of every picture in pixels; None for a typical one.
@@ -37,6 +37,11 @@ class Case:
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("text_tokens", 2), ("answer_tokens", 2), ("images", 1)):
             whole_number(name, getattr(self, name), least)
+        if self.text_tokens <= self.images:
+            raise ValueError(
+                f"text_tokens must be more than images ({self.images}), as one stands in front of "
+                f"every picture and one behind the last, got {self.text_tokens}"
+            )
         if self.image_size is not None:
             checked_size(self.image_size)
 
@@ -54,20 +59,16 @@ def inputs_for(model: Any, case: Case, seed: int = 0) -> dict[str, Tensor]:
     """
     base: Any = base_model(model)
     adapter = find_adapter(base)
-    if adapter.calls != "transformers" or adapter.own_positions:
+    if adapter.calls != "transformers":
         raise TypeError(
             f"bench does not know how to ask a {type(base).__name__}; it times LLaVA, ViP-LLaVA, "
-            "LLaVA-NeXT, LLaVA-OneVision and their relatives in transformers"
+            "LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL and their relatives in transformers"
         )
     generator = torch.Generator().manual_seed(seed)
-    footprint = adapter.footprint(base, image_size=case.image_size)
-    image = adapter.placeholder_ids(base)["image"]
-    limit = min(base.config.get_text_config().vocab_size, image)
-    words = torch.randint(3, limit, (case.text_tokens,), generator=generator)
-    pictures = torch.full((footprint.full * case.images,), image)
-    row = torch.cat([words[:1], pictures, words[1:]])
-    ids = row.expand(case.batch, -1).contiguous()
-    vision = _pixels(base, case, footprint.tiles, generator)
+    ids = _row(base, case, generator).expand(case.batch, -1).contiguous()
+    vision = adapter.random_pictures(
+        base, ids, case.batch * case.images, image_size=case.image_size, generator=generator
+    )
     device, dtype = base.device, _pixel_dtype(base)
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **vision}
     return {
@@ -76,17 +77,18 @@ def inputs_for(model: Any, case: Case, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def _pixels(base: Any, case: Case, tiles: int, generator: torch.Generator) -> dict[str, Tensor]:
-    adapter, side = find_adapter(base), base.config.vision_config.image_size
-    name = next(name for name, kind in adapter.pixel_inputs.items() if kind == "image")
-    pictures = case.batch * case.images
-    if not adapter.tower_shape(base).packed:
-        return {name: torch.randn(pictures, 3, side, side, generator=generator)}
-    size = case.image_size or adapter.default_image_size
-    return {
-        name: torch.randn(pictures, tiles, 3, side, side, generator=generator),
-        "image_sizes": torch.tensor([size] * pictures),
-    }
+def _row(base: Any, case: Case, generator: torch.Generator) -> Tensor:
+    """[T] ids of one prompt: every picture behind a token of text, the rest behind the last one."""
+    adapter = find_adapter(base)
+    placeholders, opening = adapter.placeholder_ids(base), adapter.opening_token(base)
+    special = [*placeholders.values(), *([] if opening is None else [opening])]
+    limit = min(base.config.get_text_config().vocab_size, *special)
+    words = torch.randint(3, limit, (case.text_tokens,), generator=generator)
+    full = adapter.footprint(base, image_size=case.image_size).full
+    picture, parts = torch.full((full,), placeholders["image"]), []
+    for index in range(case.images):
+        parts += [words[index : index + 1] if opening is None else torch.tensor([opening]), picture]
+    return torch.cat([*parts, words[case.images :]])
 
 
 def _pixel_dtype(base: Any) -> torch.dtype:

@@ -18,7 +18,7 @@ import transformers
 from ..files import write_text
 from ..machine import processor_name
 from ..version import __version__
-from .phases import SCALED, TIMES, Estimate, Phases, break_even, iqr
+from .phases import SCALED, TIMES, Phases, iqr, pays_for
 
 FORMAT = "pitome_vlm bench 3"
 FORMULAS = (
@@ -131,7 +131,7 @@ class Report:
             shown(one.kv_bytes / 2**20),
             "-" if one.peak_bytes is None else f"{one.peak_bytes / 2**30:.2f}",
             f"{one.answers_per_second(own):.3g}",
-            _pays(base, one, other, own),
+            _pays(base, one, measured=True),
         )
 
     def _whole_row(self, base: Phases, one: Phases) -> tuple[str, ...]:
@@ -143,7 +143,7 @@ class Report:
             f"{other.first / own.first:.2f}x",
             f"{other.total(length) / own.total(length):.2f}x",
             f"{one.answers_per_second(own):.3g}",
-            _pays(base, one, other, own),
+            _pays(base, one, measured=False),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -183,10 +183,10 @@ class Report:
         return " and ".join(map(str, found)) + " rounds in turns"
 
 
-def _pays(base: Phases, one: Phases, other: Estimate, own: Estimate) -> str:
+def _pays(base: Phases, one: Phases, *, measured: bool) -> str:
     if one is base:
         return "-"
-    lengths = break_even(other, own)
+    lengths = pays_for(base, one, measured=measured)
     return "no" if lengths is None else str(lengths)
 
 
@@ -226,7 +226,7 @@ def values(base: Phases, one: Phases) -> dict[str, Any]:
     }
     for name in ("measured", "whole"):
         own, other = getattr(one, name), getattr(base, name)
-        lengths = break_even(other, own)
+        lengths = pays_for(base, one, measured=name == "measured")
         length = one.case.answer_tokens
         found[name] = {
             **vars(own),

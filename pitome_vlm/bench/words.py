@@ -5,7 +5,7 @@ Knows: the numbers of a report. Does not know: how they were made.
 
 from __future__ import annotations
 
-from .phases import WORTH, Phases, break_even
+from .phases import WORTH, Phases, pays_for
 from .report import Report, shown
 
 # Below this much of a difference a first token is not called sooner or later.
@@ -21,16 +21,17 @@ def _about(report: Report, base: Phases, one: Phases) -> str:
     own, other = one.whole, base.whole
     head = f"{one.budget.name}, batch {one.case.batch} ({base.tokens} -> {one.tokens} tokens): "
     cut = " (at the whole depth, scaled up)" if one.depth != 1 else ""
-    lengths, sooner = break_even(other, own), other.first / own.first
+    lengths, sooner = pays_for(base, one), other.first / own.first
+    alike = "; a further token differs by less than rounds do" if one.decodes_alike(base) else ""
     if lengths is None:
         start = f"{head}does not help: no answer gets {WORTH:.0%} faster{cut}"
-        return f"{start}; {_first(sooner)}{_memory(base, one)}{_batch(report, base, one)}."
+        return f"{start}; {_first(sooner)}{alike}{_memory(base, one)}{_batch(report, base, one)}."
     reach = "answers of any length"
     if lengths.most is not None:
         reach = f"answers of up to {lengths.most} tokens"
     elif lengths.least > 1:
         reach = f"answers of {lengths.least} tokens and more"
-    text = f"{head}{reach} get at least {WORTH:.0%} faster{cut}; {_first(sooner)}"
+    text = f"{head}{reach} get at least {WORTH:.0%} faster{cut}; {_first(sooner)}{alike}"
     return f"{text}{_memory(base, one)}{_batch(report, base, one)}."
 
 

@@ -38,8 +38,14 @@ def find_fits(
 
 def _compute(model: Any, whole: Any, report: Report, memory: float | None) -> None:
     from ..bench import fitting_batch
-    from ..bench.memory import FORMULA
+    from ..bench.memory import FORMULA, is_computable
     from ..bench.report import Fit
+
+    if not is_computable(whole):
+        report.notes.append(
+            "max batch: not computed for this model, whose tower takes pictures of any size"
+        )
+        return
 
     size, whose = _memory(model, memory)
     report.notes.append(f"max batch: computed for {size / GIB:.1f} GiB ({whose}): {FORMULA}")

@@ -274,19 +274,31 @@ def _measure(
     loaded: Loaded, budgets: list[Budget], cases: list[Case], report: Report, question: Question
 ) -> None:
     from ..bench import Bench, counted_over_formula
+    from ..bench.memory import out_of_memory
 
     if question.check_flops:
         for budget in budgets:
             share = counted_over_formula(loaded.model, budget, cases[0])
             report.notes.append(f"FLOPs counted by PyTorch / formula, {budget.name}: {share:.4f}")
+    said = ""
     for case in cases:
         bench = Bench(loaded.model, budgets, case, depth=loaded.depth)
         report.results.append(bench.results)
-        bench.run(
-            repeats=question.repeats,
-            warmup=question.warmup,
-            progress=_progress(case.batch, time.monotonic()),
-        )
+        try:
+            bench.run(
+                repeats=question.repeats,
+                warmup=question.warmup,
+                progress=_progress(case.batch, time.monotonic()),
+            )
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            said = f"batch {case.batch}: out of memory for at least one budget"
+            report.notes.append(f"{said}; larger ones were not tried")
+            say(said)
+            break
+    if not any(case[0].repeats for case in report.results):
+        raise MemoryError(f"{said}; try a smaller --batch, --load-4bit or --layers")
 
 
 def _progress(batch: int, started: float) -> Callable[[int, int], None]:

@@ -8,54 +8,17 @@ import math
 
 import pytest
 import torch
-from transformers import (
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-)
+from tiny_qwen import IMAGE, PATCH, START, VIDEO, qwen
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 import pitome_vlm
 from pitome_vlm import MergeConfig, algorithms, encode_images, encode_videos
 from pitome_vlm.wrapper import merging_of
 
-IMAGE, VIDEO, START, PATCH = 99, 98, 97, 14
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 KINDS = ("qwen2_5_vl", "qwen2_vl")
 # (frames, rows, columns) of patches; twice what is left behind the patch merger.
 SMALL, WIDE, TALL = (1, 8, 8), (1, 4, 16), (1, 12, 6)
-
-
-def qwen(kind="qwen2_5_vl", *, seed=0):
-    torch.manual_seed(seed)
-    words = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64}
-    words |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    words |= {"max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1}
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3]}
-    newer = (
-        "rope_parameters" in inspect.signature(type(Qwen2VLConfig().get_text_config())).parameters
-    )
-    words |= {"rope_parameters": rope | {"rope_theta": 1e4}} if newer else {"rope_scaling": rope}
-    vision = {"depth": 3, "num_heads": 4, "patch_size": PATCH, "temporal_patch_size": 2}
-    vision |= {"spatial_merge_size": 2}
-    tokens = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START}
-    if kind == "qwen2_vl":
-        vision |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
-        config = Qwen2VLConfig(text_config=words, vision_config=vision, **tokens)
-        model = Qwen2VLForConditionalGeneration(config).eval()
-    else:
-        vision |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64}
-        vision |= {"window_size": 56, "fullatt_block_indexes": [2]}
-        config = Qwen2_5_VLConfig(text_config=words, vision_config=vision, **tokens)
-        model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 1.0 if "embed_tokens" in name or "lm_head" in name else 0.2)
-        model.lm_head.weight[[IMAGE, VIDEO, START]] = 0
-    model.generation_config.pad_token_id = 0
-    model.generation_config.eos_token_id = None
-    return model
 
 
 def pixels(grids, seed=1):
