@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_run import Run, first_line, vision_inputs
+from gpu_run import Run, vision_inputs
 
 import pitome_vlm
 from pitome_vlm.bench import iqr, median
-from pitome_vlm.bench.attention import time_ways
+from pitome_vlm.bench.attention import first_line, time_ways
 from pitome_vlm.bench.clock import Clock
 from pitome_vlm.bench.report import table
 
@@ -67,8 +67,7 @@ def attention(run: Run, name: str) -> None:
             try:
                 times = encode_times(run, name, ATTENTION[variant], keep, batch)
             except Exception as error:  # whatever a compiler or kernel says belongs in the report
-                reason = first_line(error)[:120]
-                rows.append([variant, f"failed: {type(error).__name__}: {reason}", ""])
+                rows.append([variant, f"failed: {type(error).__name__}: {first_line(error)}", ""])
                 continue
             what = "untouched" if keep is None else f"keep={keep}"
             rows.append([variant, what, f"{median(times):.2f} ±{iqr(times):.2f}"])

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from gpu_attention import ATTENTION, attention, ways
-from gpu_run import OutOfTimeError, Run, first_line, vision_inputs
+from gpu_run import OutOfTimeError, Run, vision_inputs
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import pitome_vlm
@@ -30,6 +30,7 @@ from pitome_vlm.bench import (
     installed,
     iqr,
 )
+from pitome_vlm.bench.attention import first_line
 from pitome_vlm.bench.clock import Clock, watched
 from pitome_vlm.bench.fits import tried_fit
 from pitome_vlm.bench.memory import out_of_memory
@@ -167,7 +168,7 @@ def largest_batches(run: Run, model: Any, report: Report, until: float) -> list[
         try:
             report.fits[result.budget.name], timed = tried_fit(model, result, memory)
         except Exception as error:
-            said = f"{type(error).__name__}: {first_line(error)[:120]}"
+            said = f"{type(error).__name__}: {first_line(error)}"
             report.notes.append(f"largest batch of {result.budget.name}: {said}")
             continue
         found += [] if timed is None else [timed]

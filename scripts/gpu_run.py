@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pitome_vlm.bench import Case, build, inputs_for
+from pitome_vlm.bench.attention import first_line
 from pitome_vlm.files import write_text
 
 
@@ -88,11 +89,6 @@ class Run:
 
 class OutOfTimeError(Exception):
     """The rest of the steps is left out."""
-
-
-def first_line(error: BaseException) -> str:
-    """Of its message."""
-    return next(iter(str(error).splitlines()), "no details")
 
 
 def vision_inputs(model: Any, batch: int) -> dict[str, torch.Tensor]:

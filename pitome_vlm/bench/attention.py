@@ -20,6 +20,11 @@ WARM_UP = 3
 CALLS = 20
 
 
+def first_line(error: BaseException) -> str:
+    """Of an error's message, as a cell of a table; some have no message."""
+    return next(iter(str(error).splitlines()), "no details")[:120].replace("|", "/")
+
+
 def plain(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
     """Attention that ignores sizes: what the others are compared with."""
     del bias
@@ -71,8 +76,7 @@ def time_ways(
                         way(query, key, value, bias, scale)
                 clock.synchronize()
             except Exception as error:  # whatever a compiler or kernel says is the result here
-                said = next(iter(str(error).splitlines()), "")[:120].replace("|", "/")
-                found[name] = f"{type(error).__name__}: {said}"
+                found[name] = f"{type(error).__name__}: {first_line(error)}"
                 continue
             if turn >= WARM_UP:
                 times.append(clock.total(name) / calls)

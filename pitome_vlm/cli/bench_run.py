@@ -280,11 +280,10 @@ def _measure(
         for budget in budgets:
             share = counted_over_formula(loaded.model, budget, cases[0])
             report.notes.append(f"FLOPs counted by PyTorch / formula, {budget.name}: {share:.4f}")
-    said = ""
     for case in cases:
-        bench = Bench(loaded.model, budgets, case, depth=loaded.depth)
-        report.results.append(bench.results)
         try:
+            bench = Bench(loaded.model, budgets, case, depth=loaded.depth)
+            report.results.append(bench.results)
             bench.run(
                 repeats=question.repeats,
                 warmup=question.warmup,
@@ -294,11 +293,12 @@ def _measure(
             if not out_of_memory(error):
                 raise
             said = f"batch {case.batch}: out of memory for at least one budget"
+            if not any(done[0].repeats for done in report.results):
+                hint = "try a smaller --batch, --load-4bit or --layers"
+                raise MemoryError(f"{said}; {hint}") from error
             report.notes.append(f"{said}; larger ones were not tried")
             say(said)
             break
-    if not any(case[0].repeats for case in report.results):
-        raise MemoryError(f"{said}; try a smaller --batch, --load-4bit or --layers")
 
 
 def _progress(batch: int, started: float) -> Callable[[int, int], None]:
