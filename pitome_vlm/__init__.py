@@ -1,4 +1,4 @@
-"""Faster LLaVA-style models: visual tokens are merged before the language model sees them.
+"""Faster multimodal models: visual tokens are merged before the language model sees them.
 
     import pitome_vlm
     model = pitome_vlm.wrap(model, keep=0.25)
@@ -10,14 +10,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .config import MergeConfig
-from .version import __version__
+from .common import __version__, lazy_names
+from .merge.config import MergeConfig
 
 if TYPE_CHECKING:
-    from .description import describe
-    from .image_cache import ImageCache
     from .loading import load
-    from .wrapper import compact_inputs, encode_images, encode_videos, unwrap, wrap, wrapped
+    from .measure import describe
+    from .wrapping import (
+        ImageCache,
+        compact_inputs,
+        encode_images,
+        encode_videos,
+        unwrap,
+        wrap,
+        wrapped,
+    )
 
 __all__ = [
     "ImageCache",
@@ -33,29 +40,19 @@ __all__ = [
     "wrapped",
 ]
 
-# Loaded on first use, so that `pitome-vlm --help` does not wait for torch.
-_LAZY = {
-    "ImageCache": "image_cache",
-    "compact_inputs": "wrapper",
-    "describe": "description",
-    "encode_images": "wrapper",
-    "encode_videos": "wrapper",
-    "load": "loading",
-    "unwrap": "wrapper",
-    "wrap": "wrapper",
-    "wrapped": "wrapper",
-}
+_WRAPPING = ("ImageCache", "compact_inputs", "encode_images", "encode_videos")
+_load = lazy_names(
+    __name__,
+    dict.fromkeys((*_WRAPPING, "unwrap", "wrap", "wrapped"), "wrapping")
+    | {"describe": "measure", "load": "loading"},
+)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    from .requirements import check_transformers
-
-    check_transformers()
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    if name in __all__:
+        # First, because an old transformers would fail with an ImportError about some name.
+        from . import releases  # noqa: F401
+    return _load(name)
 
 
 def __dir__() -> list[str]:

@@ -1,26 +1,63 @@
-"""What releases of transformers call differently: the cache, the image features of an output.
+"""What depends on the release of a library: which are needed, and what they call differently.
 
-Knows: names of arguments and of output fields, old and new. Does not know: what is in a cache or
-how images are encoded. Nothing here changes what is computed.
+Importing this module checks that transformers is recent enough, so that an old one leads to a
+sentence instead of an ImportError about a name. Nothing here changes what is computed.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
+
+OLDEST_TRANSFORMERS = (4, 57)
+
+
+def check_transformers(found: str) -> None:
+    """See that transformers is recent enough.
+
+    Args:
+        found: its version.
+
+    Raises:
+        ImportError: it is not; the message says what is missing there.
+    """
+    parts = re.match(r"(\d+)\.(\d+)", found)
+    if parts and tuple(map(int, parts.groups())) < OLDEST_TRANSFORMERS:
+        oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
+        raise ImportError(
+            f"pitome_vlm needs transformers {oldest} or later, found {found}: older releases lack "
+            "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS and transformers.masking_utils, "
+            "or differ from them. The original llava package runs on later releases too "
+            "(docs/original-llava.md)"
+        )
+
+
+TRANSFORMERS = importlib.metadata.version("transformers")
+check_transformers(TRANSFORMERS)
+
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+# Before release 5 generate reads ids instead of embeddings once a cache holds something.
+EMBEDS_NEED_EMPTY_CACHE = int(TRANSFORMERS.split(".")[0]) < 5
+# Before release 5 checkpoints of some towers had other names for their weights.
+RENAMES_TOWER_WEIGHTS = int(TRANSFORMERS.split(".")[0]) >= 5
+# The length GenerationConfig() came with before release 5; it means "not set".
+LEGACY_DEFAULT_LENGTH = 20
+# Arguments of this release's mask functions.
+MASK_ARGUMENTS = frozenset(inspect.signature(create_masks_for_generate).parameters)
+
 # Release 5.24 renamed the argument and the output field; the old name is understood until 5.40.
 _CACHE_NAMES = ("cache", "past_key_values")
-CACHE_NAME = next(
-    name for name in _CACHE_NAMES if name in inspect.signature(create_masks_for_generate).parameters
-)
+CACHE_NAME = next(name for name in _CACHE_NAMES if name in MASK_ARGUMENTS)
 _CAPTURING = "transformers.utils.output_capturing"
 _KEEPS_NAMED_STATES = importlib.util.find_spec(_CAPTURING) is not None and hasattr(
     importlib.import_module(_CAPTURING), "select_hidden_states"

@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 
-from pitome_vlm import algorithms
-from pitome_vlm.bench.report import hardware
-from pitome_vlm.config import MergeConfig
-from pitome_vlm.merge import MergeContext, make_plan
+from pitome_vlm.measure.bench.report import hardware
+from pitome_vlm.merge import algorithms
+from pitome_vlm.merge.algorithm import MergeContext, make_plan
+from pitome_vlm.merge.config import MergeConfig
 
 HERE = Path(__file__).resolve().parent.parent
 OUT = HERE / "eval" / "results" / "performance"

@@ -34,13 +34,13 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import pitome_vlm
 from pitome_vlm import MergeConfig
-from pitome_vlm.bench import configuration
-from pitome_vlm.bench.clock import Clock, TimedPass
-from pitome_vlm.bench.report import hardware
-from pitome_vlm.costs import costs
-from pitome_vlm.merge import log_size_bias
-from pitome_vlm.merge_pass import MergePass
-from pitome_vlm.wrapper import merging_of, schedule_of
+from pitome_vlm.measure.accounting import costs
+from pitome_vlm.measure.bench import configuration
+from pitome_vlm.measure.bench.clock import Clock, TimedPass
+from pitome_vlm.measure.bench.report import hardware
+from pitome_vlm.merge.algorithm import log_size_bias
+from pitome_vlm.merge.merge_pass import MergePass
+from pitome_vlm.wrapping.wrap import merging_of, schedule_of
 
 KEEPS = (0.5, 0.25, 0.11)
 MERGE_LIMIT, TIME_LIMIT = 0.03, 0.03

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from pitome_vlm.bench import (
+from pitome_vlm.common import write_text
+from pitome_vlm.measure.bench import (
     Bench,
     Budget,
     Case,
@@ -33,9 +34,8 @@ from pitome_vlm.bench import (
     iqr,
     pays_for,
 )
-from pitome_vlm.bench.report import hardware, shown, table
-from pitome_vlm.config import MergeConfig
-from pitome_vlm.files import write_text
+from pitome_vlm.measure.bench.report import hardware, shown, table
+from pitome_vlm.merge.config import MergeConfig
 
 PEERS = ("tome", "visionzip", "divprune", "pool", "pitome", "pitome_plus")
 LENGTHS = (1, 32, 128)

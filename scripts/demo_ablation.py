@@ -26,9 +26,9 @@ from demo_benchmark import load_model, measure_part
 from tqdm import tqdm
 
 from pitome_vlm import MergeConfig
+from pitome_vlm.common import write_text
 from pitome_vlm.demo import checkpoint_path, load_split
-from pitome_vlm.demo.benchmark import Setting, concatenate, interval, provenance
-from pitome_vlm.files import write_text
+from pitome_vlm.measure.demo_benchmark import Setting, concatenate, interval, provenance
 
 BUDGETS = (72, 36, 18, 9)
 # (what is varied, its value, the options that differ from the default)

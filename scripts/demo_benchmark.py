@@ -42,14 +42,9 @@ from tqdm import tqdm
 import pitome_vlm
 from pitome_vlm import MergeConfig
 from pitome_vlm.demo import checkpoint_path, load_split
-from pitome_vlm.demo.benchmark import (
-    Setting,
-    batches,
-    concatenate,
-    provenance,
-    run,
-)
-from pitome_vlm.measure import describe, time_prefill
+from pitome_vlm.measure.demo_benchmark import Setting, batches, concatenate, provenance, run
+from pitome_vlm.measure.description import describe
+from pitome_vlm.measure.timing import time_prefill
 
 
 def methods(tokens: int) -> list[Setting]:

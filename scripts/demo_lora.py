@@ -29,10 +29,10 @@ from demo_lora_report import write_report
 import pitome_vlm
 from pitome_vlm import MergeConfig
 from pitome_vlm.demo import checkpoint_path, load_split
-from pitome_vlm.demo.benchmark import Setting, provenance, run
 from pitome_vlm.demo.drawing import draw_scene
 from pitome_vlm.demo.questions import QUESTION_TYPES, Question, questions_of_type
 from pitome_vlm.demo.scenes import KINDS, Scene, layout_hash, sample_scene
+from pitome_vlm.measure.demo_benchmark import Setting, provenance, run
 
 TOKENS = 16
 # The buckets of layouts that the demo's dataset leaves to training (its module docstring).

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from pitome_vlm import MergeConfig
+from pitome_vlm.common import write_text
 from pitome_vlm.demo import Sample
-from pitome_vlm.demo.benchmark import interval
-from pitome_vlm.files import write_text
+from pitome_vlm.measure.demo_benchmark import interval
 
 TITLES = {
     "base": "untrained",

@@ -13,7 +13,7 @@ import numpy as np
 
 from pitome_vlm import MergeConfig
 from pitome_vlm.demo import Sample
-from pitome_vlm.demo.benchmark import Outcome, Setting, accuracy_by, interval
+from pitome_vlm.measure.demo_benchmark import Outcome, Setting, accuracy_by, interval
 
 BASELINE = "none"
 BUDGETS = (72, 36, 18, 9)

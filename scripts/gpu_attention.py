@@ -12,10 +12,10 @@ import torch
 from gpu_run import Run, vision_inputs
 
 import pitome_vlm
-from pitome_vlm.bench import iqr, median
-from pitome_vlm.bench.attention import first_line, time_ways
-from pitome_vlm.bench.clock import Clock
-from pitome_vlm.bench.report import table
+from pitome_vlm.measure.bench import iqr, median
+from pitome_vlm.measure.bench.attention import first_line, time_ways
+from pitome_vlm.measure.bench.clock import Clock
+from pitome_vlm.measure.bench.report import table
 
 # Of one picture in CLIP-L/336: before, half way and behind merging to a quarter.
 CLIP_TOKENS = (577, 300, 145)

@@ -20,22 +20,13 @@ from gpu_run import OutOfTimeError, Run, vision_inputs
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import pitome_vlm
-from pitome_vlm.bench import (
-    Bench,
-    Budget,
-    Case,
-    Phases,
-    Report,
-    build,
-    installed,
-    iqr,
-)
-from pitome_vlm.bench.attention import first_line
-from pitome_vlm.bench.clock import Clock, watched
-from pitome_vlm.bench.fits import tried_fit
-from pitome_vlm.bench.memory import out_of_memory
-from pitome_vlm.bench.report import hardware, table
-from pitome_vlm.config import MergeConfig
+from pitome_vlm.measure.bench import Bench, Budget, Case, Phases, Report, build, installed, iqr
+from pitome_vlm.measure.bench.attention import first_line
+from pitome_vlm.measure.bench.clock import Clock, watched
+from pitome_vlm.measure.bench.fits import tried_fit
+from pitome_vlm.measure.bench.memory import out_of_memory
+from pitome_vlm.measure.bench.report import hardware, table
+from pitome_vlm.merge.config import MergeConfig
 
 ANSWER = 16
 # What a search for the largest batch may take.

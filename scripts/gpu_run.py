@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from pitome_vlm.bench import Case, build, inputs_for
-from pitome_vlm.bench.attention import first_line
-from pitome_vlm.files import write_text
+from pitome_vlm.common import write_text
+from pitome_vlm.measure.bench import Case, build, inputs_for
+from pitome_vlm.measure.bench.attention import first_line
 
 
 @dataclass

@@ -26,7 +26,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from pitome_vlm import MergeConfig
 from pitome_vlm.demo import Sample, checkpoint_path, load_split
-from pitome_vlm.demo.benchmark import ANSWER_TOKENS, Outcome, Setting, interval, run
+from pitome_vlm.measure.demo_benchmark import ANSWER_TOKENS, Outcome, Setting, interval, run
 from pitome_vlm.vllm import served_config
 
 

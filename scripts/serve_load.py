@@ -38,7 +38,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pitome_vlm.demo import load_split, picture
-from pitome_vlm.machine import processor_name
+from pitome_vlm.measure.machine import processor_name
 
 try:
     import httpx

@@ -22,7 +22,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from pitome_vlm import MergeConfig
 from pitome_vlm.demo import checkpoint_path, load_split
-from pitome_vlm.demo.benchmark import Setting, interval, run
+from pitome_vlm.measure.demo_benchmark import Setting, interval, run
 
 OFF: dict[str, Any] = {"size_bias": False, "positions": "compact"}
 ALGORITHMS = ("pitome_plus", "divprune", "tome", "pitome", "visionzip", "pool")

@@ -15,7 +15,7 @@ from tiny import tiny_model
 
 import pitome_vlm
 from pitome_vlm.demo import checkpoint_path, load_split, picture
-from pitome_vlm.demo.benchmark import prompt_for
+from pitome_vlm.measure.demo_benchmark import prompt_for
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..counts import Footprint
-from ..merge_pass import MergePass
-from ..schedule import TowerShape
-from ..visual_tokens import Encoded
+from ..merge.counts import Footprint
+from ..merge.merge_pass import MergePass
+from ..merge.schedule import TowerShape
+from ..merge.tokens import Encoded
 from .hf_anyres import HFAnyResAdapter
 from .hf_llava import HFLlavaAdapter
 from .hf_video import HFNextVideoAdapter, HFVideoAdapter, HFVideoLlavaAdapter
@@ -30,7 +30,7 @@ class Adapter(Protocol):
     Attributes:
         model_types: values of `config.model_type`.
         calls: the calling convention, which decides what is put in front of the model's class
-            (`wrapper.MIXINS`).
+            (`wrapping.wrap.MIXINS`).
         counted_per: what the numbers of `tower_shape` are about, "image", "tile" or "frame".
         pixel_inputs: arguments of the model that hold pixels, and the kind each is encoded to.
         vision_inputs: all arguments that `encode` consumes, those included; the language model

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..merge_pass import MergePass
+from ..merge.merge_pass import MergePass
+from ..merge.schedule import TowerShape
 from ..releases import states_to_keep
-from ..schedule import TowerShape
 from .tower import encoding
 from .tower_tokens import feature_depth, leading_tokens, patch_grid
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..counts import Footprint
-from ..merge_pass import MergePass
-from ..packed import PackedItem, merge_packed
-from ..schedule import TowerShape
-from ..visual_tokens import Encoded
+from ..merge.counts import Footprint
+from ..merge.merge_pass import MergePass
+from ..merge.schedule import TowerShape
+from ..merge.tiles import PackedItem, merge_packed
+from ..merge.tokens import Encoded
 from .features import FEATURE_OPTIONS, checked_pixels, feature_choice, read_features
 from .hf_llava import HFLlavaAdapter
 from .swap import base_class

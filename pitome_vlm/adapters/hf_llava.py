@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ..counts import Footprint
-from ..merge_pass import MergePass
-from ..schedule import TowerShape
-from ..visual_tokens import Encoded, VisualTokens
+from ..merge.counts import Footprint
+from ..merge.merge_pass import MergePass
+from ..merge.schedule import TowerShape
+from ..merge.tokens import Encoded, VisualTokens
 from .features import (
     FEATURE_OPTIONS,
     check_count,

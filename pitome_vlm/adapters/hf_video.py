@@ -1,7 +1,7 @@
 """Hugging Face models that take videos: LLaVA-OneVision, LLaVA-NeXT-Video, Video-LLaVA.
 
 Knows: how frames are pooled, in front of the projector or behind it, and what stands between them.
-Does not know: how windows of frames are merged (`packed.py`), prompts, algorithms.
+Does not know: how windows of frames are merged (`tiles.py`), prompts, algorithms.
 
 A frame goes through the tower like a picture; its groups are spread over its grid again, the
 model's own pooling makes fewer cells of them, and these are merged to the video's exact count.
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import whole_number
-from ..counts import Footprint
-from ..merge_pass import MergePass
-from ..packed import PackedItem, merge_packed
-from ..visual_tokens import Encoded, VisualTokens
+from ..common import whole_number
+from ..merge.counts import Footprint
+from ..merge.merge_pass import MergePass
+from ..merge.tiles import PackedItem, merge_packed
+from ..merge.tokens import Encoded, VisualTokens
 from .features import checked_pixels, feature_choice, read_features
 from .hf_anyres import HFAnyResAdapter
 from .hf_llava import HFLlavaAdapter

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..merge import log_size_bias
-from ..merge_pass import MergePass
+from ..merge.algorithm import log_size_bias
+from ..merge.merge_pass import MergePass
 
 Heads = tuple[Tensor, Tensor, Tensor]
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..counts import Footprint
-from ..merge_pass import MergePass
-from ..packed import PackedItem, merge_packed
-from ..schedule import TowerShape
-from ..visual_tokens import Encoded, VisualTokens
+from ..merge.counts import Footprint
+from ..merge.merge_pass import MergePass
+from ..merge.schedule import TowerShape
+from ..merge.tiles import PackedItem, merge_packed
+from ..merge.tokens import Encoded, VisualTokens
 from .features import check_count, no_videos
 from .original_code import PLACEHOLDER, PREPARE, Pictures, own_function, pack, pictures_of
 from .parts import ModelParts

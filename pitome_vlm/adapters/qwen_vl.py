@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import whole_number
-from ..counts import Footprint
-from ..merge_pass import MergePass
-from ..packed import PackedItem, merge_grids
-from ..schedule import TowerShape
-from ..visual_tokens import Encoded
+from ..common import whole_number
+from ..merge.counts import Footprint
+from ..merge.merge_pass import MergePass
+from ..merge.schedule import TowerShape
+from ..merge.tiles import PackedItem, merge_grids
+from ..merge.tokens import Encoded
 from .features import token_id
 from .parts import ModelParts
 

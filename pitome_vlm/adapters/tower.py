@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from ..merge_pass import MergePass
+from ..merge.merge_pass import MergePass
 from .merged_layer import Heads, LayerKernels, merged_layer
 from .proportional import WIDEST, channel_width, with_size_channels
 from .swap import base_class, swap_in, swap_out

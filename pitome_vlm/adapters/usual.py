@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..counts import Footprint
+from ..merge.counts import Footprint
 
 
 class UsualModel:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..version import __version__
+from ..common import __version__
 from .ask import ask
 from .bench import bench
 from .chat import chat

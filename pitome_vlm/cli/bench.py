@@ -1,6 +1,6 @@
 """`pitome-vlm bench`: will merging help this model, this batch, this length of answer?
 
-Knows: its options. Does not know: how anything is timed (`pitome_vlm.bench`) or how the result
+Knows: its options. Does not know: how anything is timed (`pitome_vlm.measure.bench`) or how the result
 looks (`bench_show.py`).
 """
 

@@ -1,7 +1,7 @@
 """The largest batch of every budget: tried out on an accelerator, computed anywhere.
 
 Knows: which of the two is asked for, whose memory it is about, what a reader must be told. Does not
-know: how either is done (`pitome_vlm.bench`).
+know: how either is done (`pitome_vlm.measure.bench`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..bench import Report
+    from ..measure.bench import Report
 
 GIB = 2**30
 
@@ -37,9 +37,9 @@ def find_fits(
 
 
 def _compute(model: Any, whole: Any, report: Report, memory: float | None) -> None:
-    from ..bench import fitting_batch
-    from ..bench.memory import FORMULA, is_computable
-    from ..bench.report import Fit
+    from ..measure.bench import fitting_batch
+    from ..measure.bench.memory import FORMULA, is_computable
+    from ..measure.bench.report import Fit
 
     if not is_computable(whole):
         report.notes.append(
@@ -61,7 +61,7 @@ def _compute(model: Any, whole: Any, report: Report, memory: float | None) -> No
 
 
 def _try_out(model: Any, report: Report) -> None:
-    from ..bench.fits import tried_fit
+    from ..measure.bench.fits import tried_fit
 
     size, _ = _memory(model, None)
     report.notes.append("the largest batches were tried out")

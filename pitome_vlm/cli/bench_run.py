@@ -1,7 +1,7 @@
 """What `pitome-vlm bench` does, in order: check everything, load, time, show, write.
 
 Knows: what options mean and what can be refused before minutes are spent. Does not know: how
-anything is timed (`pitome_vlm.bench`) or printed (`bench_show.py`).
+anything is timed (`pitome_vlm.measure.bench`) or printed (`bench_show.py`).
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..checks import whole_number
-from ..config import MergeConfig
+from ..common import whole_number
+from ..merge.config import MergeConfig
 from .bench_fits import find_fits
 from .options import LoadOptions
 from .terminal import say
 
 if TYPE_CHECKING:
-    from ..bench import Budget, Case, Report
+    from ..measure.bench import Budget, Case, Report
 
 Number = TypeVar("Number", int, float)
 
@@ -48,7 +48,7 @@ class Source:
         if self.threads is not None:
             whole_number("threads", self.threads, 1)
         if self.config is not None:
-            from ..bench import configuration
+            from ..measure.bench import configuration
 
             configuration(self.config, layers=self.layers)
 
@@ -95,7 +95,7 @@ class Question:
         Raises:
             ValueError: no number, a number out of range, or an unknown algorithm.
         """
-        from ..bench import Budget
+        from ..measure.bench import Budget
         from .session import check_algorithm
 
         names: list[str | None] = [None]
@@ -123,7 +123,7 @@ class Question:
         Raises:
             ValueError: no number, or a number out of range.
         """
-        from ..bench import Case
+        from ..measure.bench import Case
 
         whole_number("repeats", self.repeats, 1)
         whole_number("warmup", self.warmup, 0)
@@ -151,7 +151,7 @@ class Files:
             ValueError: a kind of picture that cannot be written.
         """
         if self.plot is not None:
-            from ..bench import check_plot
+            from ..measure.bench import check_plot
 
             check_plot(self.plot)
         for path in (self.json, self.plot, self.report):
@@ -179,7 +179,7 @@ def run(source: Source, question: Question, files: Files) -> bool:
     question.check(source.layers)
     budgets, cases = question.budgets(), question.cases()
     files.check()
-    from ..bench import Report
+    from ..measure.bench import Report
     from .bench_show import show
 
     loaded = _loaded(source)
@@ -212,7 +212,7 @@ def run(source: Source, question: Question, files: Files) -> bool:
 def _loaded(source: Source) -> Loaded:
     import torch
 
-    from ..wrapper import unwrap
+    from ..wrapping.wrap import unwrap
     from .session import accelerator, load_model
 
     if source.threads is not None:
@@ -221,8 +221,8 @@ def _loaded(source: Source) -> Loaded:
         vlm, _ = load_model(source.loading, {})
         vlm = unwrap(vlm).eval()
         return Loaded(vlm, vlm, 1.0, [])
-    from ..bench import build, configuration
-    from ..checkpoints import torch_dtype
+    from ..loading.checkpoints import torch_dtype
+    from ..measure.bench import build, configuration
 
     dtype: Any = torch_dtype(source.loading.dtype or "float32")
     device = source.loading.device or accelerator() or "cpu"
@@ -262,7 +262,7 @@ def _check_budgets(vlm: Any, budgets: list[Budget], question: Question) -> None:
     Raises:
         ValueError: it asks for more tokens than there are.
     """
-    from ..wrapper import planned_count, planned_schedule
+    from ..wrapping.encode import planned_count, planned_schedule
 
     for budget in budgets:
         if budget.config is not None:
@@ -273,8 +273,8 @@ def _check_budgets(vlm: Any, budgets: list[Budget], question: Question) -> None:
 def _measure(
     loaded: Loaded, budgets: list[Budget], cases: list[Case], report: Report, question: Question
 ) -> None:
-    from ..bench import Bench, counted_over_formula
-    from ..bench.memory import out_of_memory
+    from ..measure.bench import Bench, counted_over_formula
+    from ..measure.bench.memory import out_of_memory
 
     if question.check_flops:
         for budget in budgets:
@@ -315,9 +315,9 @@ def _progress(batch: int, started: float) -> Callable[[int, int], None]:
 
 
 def _write(report: Report, files: Files) -> None:
-    from ..bench import plot, verdict
-    from ..bench.report import COLUMN_NOTE, FORMULAS, hardware
-    from ..files import write_text
+    from ..common import write_text
+    from ..measure.bench import plot, verdict
+    from ..measure.bench.report import COLUMN_NOTE, FORMULAS, hardware
 
     if files.json is not None:
         report.save(files.json)

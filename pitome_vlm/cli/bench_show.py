@@ -15,7 +15,7 @@ from rich.table import Table
 from .terminal import out, write
 
 if TYPE_CHECKING:
-    from ..bench import Report
+    from ..measure.bench import Report
 
 # What tables are laid out for where output is piped or the terminal is wide.
 WIDTH = 100
@@ -23,8 +23,8 @@ WIDTH = 100
 
 def show(report: Report) -> None:
     """Tables, what they were measured on, formulas, notes, and what it all means."""
-    from ..bench import verdict
-    from ..bench.report import (
+    from ..measure.bench import verdict
+    from ..measure.bench.report import (
         COLUMN_NOTE,
         FIT_COLUMNS,
         FORMULAS,

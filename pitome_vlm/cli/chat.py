@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checks import suggest
+from ..common import suggest
 from . import options as o
 from .terminal import one_line, quiet, say, write
 
@@ -155,7 +155,7 @@ class Chat:
         say(f"looking at {', '.join(names)} ({sizes}); new conversation")
 
     def _budget(self, **budget: Any) -> None:
-        from ..wrapper import is_wrapped, merge_config, wrap
+        from ..wrapping.wrap import is_wrapped, merge_config, wrap
         from .session import merging_line
 
         model = self.conversation.model

@@ -21,7 +21,7 @@ from .terminal import err, out, quiet, write
 
 if TYPE_CHECKING:
     from ..demo import Sample
-    from ..demo.benchmark import Outcome
+    from ..measure.demo_benchmark import Outcome
     from .demo_run import Demo, Score
 
 WIDE = 110

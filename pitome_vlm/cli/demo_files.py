@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import transformers
 
+from ..common import __version__
 from ..demo import Sample, picture
-from ..demo.benchmark import Outcome
-from ..version import __version__
-from ..visualize import Cell, Figure, Table, html_report, overlay, strip
+from ..measure.demo_benchmark import Outcome
+from ..measure.visualize import Cell, Figure, Table, html_report, overlay, strip
 from .demo import note, score_row
 from .demo_run import KEEPS, SHOWN_KEEP, SPLIT, Demo, Score, settings
 

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..config import MergeConfig
 from ..demo import Sample, checkpoint_path, load_split
-from ..demo.benchmark import Outcome, Setting, batches, interval, run
-from ..measure import describe, time_prefill
-from ..visualize import SourceMap, source_map
-from ..wrapper import wrapped
+from ..measure.demo_benchmark import Outcome, Setting, batches, interval, run
+from ..measure.description import describe
+from ..measure.timing import time_prefill
+from ..measure.visualize import SourceMap, source_map
+from ..merge.config import MergeConfig
+from ..wrapping.wrap import wrapped
 from .options import LoadOptions
 from .session import load_model
 

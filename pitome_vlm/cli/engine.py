@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from ..image_cache import ImageCache
-from ..wrapper import is_wrapped
+from ..wrapping.image_cache import ImageCache
+from ..wrapping.wrap import is_wrapped
 
 PLACEHOLDER = "<image>"
 

@@ -17,8 +17,8 @@ from .eval_run import Plan, Sweep, circumstances, is_first, report
 from .terminal import say
 
 if TYPE_CHECKING:
-    from ..lmms.records import Folder
-    from ..lmms.suites import Suite
+    from ..measure.evaluate.records import Folder
+    from ..measure.evaluate.suites import Suite
 
 EXIT_FAILED_CELL = 1
 _WHAT = "What is measured"
@@ -132,7 +132,7 @@ def evaluate(
     folder = _checked(output, plots, limit, include_path)
     plan = _plan(suite, tasks, model, algorithms, tokens, batch_size, model_args, gen_kwargs)
     run = circumstances(plan, limit)
-    from ..lmms.sweep import pending
+    from ..measure.evaluate.sweep import pending
 
     todo = pending(plan.cells, folder, run, resume=resume)
     sweep = Sweep(plan, folder, run, todo, include_path, verbose)
@@ -152,14 +152,14 @@ def _checked(output: Path, plots: bool, limit: int | None, include_path: Path | 
     if find_spec("lmms_eval") is None:
         raise ImportError('eval needs lmms-eval; install it with: pip install "pitome-vlm[eval]"')
     if plots:
-        from ..lmms.plots import check_matplotlib
+        from ..measure.evaluate.plots import check_matplotlib
 
         check_matplotlib()
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     if include_path is not None and not include_path.is_dir():
         raise ValueError(f"include_path must be a folder, got {include_path}")
-    from ..lmms.records import Folder
+    from ..measure.evaluate.records import Folder
 
     return Folder(output)
 
@@ -174,7 +174,7 @@ def _plan(
     model_args: str,
     gen_kwargs: str | None,
 ) -> Plan:
-    from ..lmms import suites
+    from ..measure.evaluate import suites
     from .session import model_path
 
     if (suite is None) == (tasks is None):
@@ -196,7 +196,7 @@ def _plan(
 
 
 def _settings(suite: Suite, algorithms: str | None, tokens: str | None) -> tuple[Any, ...]:
-    from ..lmms import suites
+    from ..measure.evaluate import suites
 
     if algorithms is None and tokens is None and suite.settings:
         return suite.settings

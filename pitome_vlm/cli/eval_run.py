@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from .terminal import quiet, say, write
 
 if TYPE_CHECKING:
-    from ..lmms.records import Folder
-    from ..lmms.suites import Cell
-    from ..lmms.sweep import Event
+    from ..measure.evaluate.records import Folder
+    from ..measure.evaluate.suites import Cell
+    from ..measure.evaluate.sweep import Event
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Plan:
 
 def circumstances(plan: Plan, limit: int | None) -> dict[str, Any]:
     """What is the same for all cells, as it is stored with them."""
-    from ..lmms.records import fingerprint
-    from ..lmms.sweep import versions
+    from ..measure.evaluate.records import fingerprint
+    from ..measure.evaluate.sweep import versions
     from .session import model_path
 
     bundled = plan.model == model_path("demo")
@@ -85,7 +85,7 @@ class Sweep:
             if evaluator.processes > 1:
                 # All have read the folder before the first one writes to it.
                 evaluator.wait()
-            from ..lmms.sweep import run_sweep
+            from ..measure.evaluate.sweep import run_sweep
 
             failures = run_sweep(
                 plan.cells,
@@ -125,8 +125,8 @@ class Sweep:
         return all(stored["settings"].get(name) == value for name, value in wanted.items())
 
     def _identities(self, settings: list[Any]) -> dict[str, Any]:
-        from ..lmms.suites import Cell
-        from ..lmms.sweep import identity
+        from ..measure.evaluate.suites import Cell
+        from ..measure.evaluate.sweep import identity
 
         task = self.plan.tasks[0]
         return {s.name: identity(Cell(task, s), self.run) for s in settings}
@@ -145,7 +145,7 @@ class Sweep:
 def report(sweep: Sweep, failures: dict[Cell, str], *, plots: bool, published: bool) -> None:
     """Write the report of what is finished and say where it is."""
     with quiet():
-        from ..lmms.report_pages import write_report
+        from ..measure.evaluate.report_pages import write_report
 
         files = write_report(
             sweep.plan.cells,

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import CONFIG_NAME, MergeConfig
+from ..merge.config import CONFIG_NAME, MergeConfig
 from . import options as o
 from .terminal import quiet, write
 
 if TYPE_CHECKING:
-    from ..measure import Description
+    from ..measure.description import Description
 
 
 def info(
@@ -92,8 +92,8 @@ def _described(
     image_size: tuple[int, int] | None,
     frames: int | None,
 ) -> Description:
-    from ..measure import from_config
-    from ..wrapper import make_config
+    from ..measure.description import from_config
+    from ..wrapping.wrap import make_config
     from .session import check_algorithm
 
     check_algorithm(merging)
@@ -110,7 +110,7 @@ def _source(model: str) -> tuple[Any, MergeConfig | None]:
     """What `from_config` takes, and the merge config saved beside it."""
     from transformers import AutoConfig
 
-    from ..peft_loading import find_adapter_at
+    from ..loading.peft import find_adapter_at
     from .session import model_path
 
     name = model_path(model)

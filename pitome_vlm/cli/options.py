@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import MergeConfig
+from ..merge.config import MergeConfig
 
 _BUDGET = "Visual tokens (give one of keep, tokens, ratio)"
 _LOADING = "Loading"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import CONFIG_NAME, MergeConfig
+from ..merge.config import CONFIG_NAME, MergeConfig
 from . import options as o
 from .terminal import quiet, say, write
 
@@ -75,7 +75,7 @@ def planned(model: str, options: o.MergeOptions) -> PlannedServing:
         ValueError: see `plan_serving`.
     """
     from ..vllm.options import plan_serving
-    from ..wrapper import make_config
+    from ..wrapping.wrap import make_config
     from .session import check_algorithm, model_path
 
     # A preset's other fields need a budget beside them.
@@ -93,7 +93,7 @@ def planned(model: str, options: o.MergeOptions) -> PlannedServing:
 def _config_of(name: str) -> Any:
     from transformers import AutoConfig
 
-    from ..checkpoints import existing
+    from ..loading.checkpoints import existing
 
     # Not `read_config`: models that the library cannot wrap are refused with vLLM's reasons.
     try:

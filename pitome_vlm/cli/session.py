@@ -38,7 +38,7 @@ def load_model(
         verbose: let the libraries talk.
     """
     with quiet(verbose):
-        from ..loading import load
+        from ..loading.models import load
 
         check_algorithm(merging)
         model, processor = load(
@@ -58,7 +58,7 @@ def check_algorithm(merging: dict[str, Any]) -> None:
     Raises:
         ValueError: there is none of that name.
     """
-    from .. import algorithms
+    from ..merge import algorithms
 
     if "algorithm" in merging:
         algorithms.get(merging["algorithm"])
@@ -74,14 +74,14 @@ def accelerator() -> str | None:
 
 def load_images(paths: Sequence[Path | str]) -> list[Image.Image]:
     """Pictures from files, within the limits of `loading.ImageLimits`."""
-    from ..loading import load_image
+    from ..loading.images import load_image
 
     return [load_image(path) for path in paths]
 
 
 def merging_line(model: Any) -> str:
     """What is merged, in one line."""
-    from ..wrapper import is_wrapped, merge_config, merging_of
+    from ..wrapping.wrap import is_wrapped, merge_config, merging_of
 
     if not is_wrapped(model):
         return "no merging"

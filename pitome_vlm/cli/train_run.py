@@ -100,9 +100,9 @@ def tell(text: str) -> None:
 
 
 def _load(plan: Plan) -> tuple[Any, Any]:
-    from ..loading import load, saved_merge_config
-    from ..peft_loading import find_adapter_at
-    from ..quantization import compute_dtype
+    from ..loading.models import load, saved_merge_config
+    from ..loading.peft import find_adapter_at
+    from ..loading.quantization import compute_dtype
     from .session import check_algorithm, model_path
 
     check_algorithm(plan.merging)

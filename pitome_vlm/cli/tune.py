@@ -1,7 +1,7 @@
 """`pitome-vlm tune`: the smallest budget within a loss of quality, on the user's own questions.
 
 Knows: its options, what is refused before anything is loaded, and how progress looks. Does not
-know: how anything is searched, measured or worded (`pitome_vlm.tuning`).
+know: how anything is searched, measured or worded (`pitome_vlm.measure.tune`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from . import options as o
 from .terminal import err, one_line, quiet, say, write
 
 if TYPE_CHECKING:
-    from ..tuning import Event, Recipe, Row, TuneResult
+    from ..measure.tune import Event, Recipe, Row, TuneResult
 
 DEMO_SPLIT = "val"
 EXIT_INTERRUPTED = 130
@@ -131,9 +131,9 @@ def tune(
     del debug  # read by the command group
     recipes, budgets = _recipes(algorithms), _budgets(tokens)
     with quiet(verbose):
-        from ..tuning import Plan
-        from ..tuning.journal import check_folder
-        from ..tuning.plots import check_matplotlib
+        from ..measure.tune import Plan
+        from ..measure.tune.journal import check_folder
+        from ..measure.tune.plots import check_matplotlib
 
     Plan(max_loss, recipes, budgets, seed, confidence=confidence)
     check_folder(output, resume=resume)
@@ -147,7 +147,7 @@ def tune(
     loading = o.LoadOptions(model, load_4bit, load_8bit, chosen, device)
     vlm, processor = load_model(loading, {}, verbose=verbose)
     with quiet(verbose), _progress() as tell:
-        from .. import tuning
+        from ..measure import tune as tuning
 
         try:
             result = tuning.tune(
@@ -177,8 +177,8 @@ def _recipes(text: str | None) -> list[Recipe] | None:
     """The grammar of `eval --algorithms`, without a budget."""
     if text is None:
         return None
-    from ..lmms.suites import method_setting
-    from ..tuning import Recipe
+    from ..measure.evaluate.suites import method_setting
+    from ..measure.tune import Recipe
 
     recipes = []
     for name in _words("algorithms", text):
@@ -208,7 +208,7 @@ def _words(field: str, text: str) -> list[str]:
 def _rows(data: str, limit: int | None, ignore_answers: bool) -> list[Row]:
     import dataclasses
 
-    from ..tuning import read_rows
+    from ..measure.tune import read_rows
 
     demo = data == "demo" and not Path(data).is_file()
     rows = _demo_rows(limit) if demo else read_rows(data, limit=limit)
@@ -217,7 +217,7 @@ def _rows(data: str, limit: int | None, ignore_answers: bool) -> list[Row]:
 
 def _demo_rows(limit: int | None) -> list[Row]:
     from ..demo import load_split, picture
-    from ..tuning import Row
+    from ..measure.tune import Row
 
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
@@ -269,7 +269,7 @@ def _progress() -> Iterator[Any]:
 
 
 def _line(event: Event) -> str:
-    from ..tuning.result import percent
+    from ..measure.tune.result import percent
 
     cell = event.cell
     assert cell is not None

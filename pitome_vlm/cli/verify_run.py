@@ -1,7 +1,7 @@
 """How `pitome-vlm verify` is carried through: read the request, load, measure.
 
 Knows: the order, and where pictures come from. Does not know: options, how anything is measured
-(`pitome_vlm.spectral`) or shown and written (`verify_show.py`).
+(`pitome_vlm.measure.spectral`) or shown and written (`verify_show.py`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .. import algorithms as registry
-from ..config import MergeConfig
 from ..demo import picture
 from ..demo.dataset import SPLIT_SCENES
-from ..spectral.features import TowerChange, merge_changes
-from ..spectral.study import (
+from ..measure.spectral.features import TowerChange, merge_changes
+from ..measure.spectral.study import (
     DEFAULT_SIZES,
     CaseResult,
     Checks,
@@ -31,7 +29,9 @@ from ..spectral.study import (
     synthetic_study,
     under_assumptions,
 )
-from ..spectral.synthetic import Clusters, can_merge
+from ..measure.spectral.synthetic import Clusters, can_merge
+from ..merge import algorithms as registry
+from ..merge.config import MergeConfig
 from .demo_run import one_thread
 from .options import LoadOptions
 from .session import DEMO, load_images, load_model

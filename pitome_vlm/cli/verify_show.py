@@ -19,11 +19,11 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from ..machine import processor_name
-from ..spectral import plots, report
-from ..spectral.study import CaseResult, FeatureRow
-from ..spectral.synthetic import RATIO
-from ..version import __version__
+from ..common import __version__
+from ..measure.machine import processor_name
+from ..measure.spectral import plots, report
+from ..measure.spectral.study import CaseResult, FeatureRow
+from ..measure.spectral.synthetic import RATIO
 from .terminal import out, write
 from .verify_run import Outcome, Request
 

@@ -1,6 +1,6 @@
 """`pitome-vlm visualize`: which patches of a picture became one token.
 
-Knows: its options. Does not know: how groups are found or drawn (`pitome_vlm.visualize`).
+Knows: its options. Does not know: how groups are found or drawn (`pitome_vlm.measure.visualize`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import MergeConfig
+from ..merge.config import MergeConfig
 from . import options as o
 from .terminal import quiet, say, write
 
@@ -70,15 +70,15 @@ def _save(drawn: Image.Image, output: Path) -> None:
 
 
 def _alone(model: Any, processor: Any, picture: Image.Image, size: int) -> Image.Image:
-    from ..visualize import overlay, source_map
+    from ..measure.visualize import overlay, source_map
 
     return overlay(picture, source_map(model, processor, picture), size=size)
 
 
 def _compared(model: Any, processor: Any, picture: Image.Image, size: int) -> Image.Image:
     """The picture and every algorithm at the number of tokens that is in force."""
-    from ..visualize import overlay, source_map, strip
-    from ..wrapper import merge_config, schedule_of, wrapped
+    from ..measure.visualize import overlay, source_map, strip
+    from ..wrapping.wrap import merge_config, schedule_of, wrapped
 
     tokens, own = schedule_of(model).tokens_out, merge_config(model)
     figures = [("picture", picture)]

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import algorithms
-from ..checkpoints import torch_dtype
-from ..checks import suggest
-from ..config import PRESETS, MergeConfig
+from ..common import suggest
+from ..loading.checkpoints import torch_dtype
+from ..merge import algorithms
+from ..merge.config import PRESETS, MergeConfig
 
 BUDGET = ("keep", "tokens", "ratio")
 MERGING = tuple(item.name for item in dataclasses.fields(MergeConfig))

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..wrapper import base_model, is_wrapped, merge_config, prompt_images, schedule_of
+from ..wrapping.encode import prompt_images
+from ..wrapping.wrap import base_model, is_wrapped, merge_config, schedule_of
 from .requests import Prompt, RequestError
 
 logger = logging.getLogger(__name__)

@@ -20,15 +20,16 @@ from lmms_eval import utils
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager, get_task_dict
 
-from ..checks import suggest
-from ..demo.benchmark import provenance
-from ..measure import describe, time_prefill
-from ..wrapper import planned_schedule
+from ..common import suggest
+from ..measure.demo_benchmark import provenance
+from ..measure.description import describe
+from ..measure.evaluate.records import Measured
+from ..measure.evaluate.suites import BASELINE, Cell, Setting
+from ..measure.timing import time_prefill
+from ..wrapping.encode import planned_schedule
 from . import tasks_path
 from .model import PitomeLlava
-from .records import Measured
 from .samples import answer_text, input_tokens, question_scores, questions, task_metrics
-from .suites import BASELINE, Cell, Setting
 
 TIMED_ROUNDS = 20
 MOST_TIMED = 8

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import squeezed
-from ..loading import load
+from ..loading.checkpoints import squeezed
+from ..loading.models import load
 from .arguments import ModelArguments
 
 

@@ -22,8 +22,8 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
-from ..config import MergeConfig
-from ..wrapper import is_wrapped, unwrap, wrap
+from ..merge.config import MergeConfig
+from ..wrapping.wrap import is_wrapped, unwrap, wrap
 from .arguments import ModelArguments, combined
 from .engine import Engine, Work
 from .loader import load_model

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..images import load_image
+from ..loading.images import load_image
 
 PLACEHOLDER = "<image>"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .records import Question
+from ..measure.evaluate.records import Question
 
 # What a task's documents call the picture and the type of a question. A question number counts
 # as a picture: MME asks twice under the same one.

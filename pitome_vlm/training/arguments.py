@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..checks import suggest
-from ..quantization import compute_dtype
+from ..common import suggest
+from ..loading.quantization import compute_dtype
 
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 2e-4,

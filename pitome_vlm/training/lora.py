@@ -14,9 +14,9 @@ from torch import nn
 
 from ..adapters import find_adapter
 from ..adapters.tower import find_encoder_layers
-from ..config import MergeConfig
-from ..quantization import allow_gradients
-from ..wrapper import base_model, is_wrapped, merge_config, wrap
+from ..loading.quantization import allow_gradients
+from ..merge.config import MergeConfig
+from ..wrapping.wrap import base_model, is_wrapped, merge_config, wrap
 
 PARTS = ("language_model", "projector", "vision_tower")
 

@@ -17,11 +17,12 @@ import torch
 import transformers
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
-from ..config import MergeConfig
-from ..quantization import recorded
-from ..version import __version__
-from ..wrapped_peft import remember_training
-from ..wrapper import base_model, merge_config, planned_schedule
+from ..common import __version__
+from ..merge.config import MergeConfig
+from ..wrapping.encode import planned_schedule
+from ..wrapping.peft import remember_training
+from ..wrapping.peft_record import recorded
+from ..wrapping.wrap import base_model, merge_config
 from .arguments import global_batch, identity, training_arguments
 from .collate import Collator
 from .lora import LoraOptions, prepare

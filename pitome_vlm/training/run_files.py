@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
+from ..common import write_text
 
 RUN_NAME = "training_run.json"
 RESULT_NAME = "adapter_model.safetensors"

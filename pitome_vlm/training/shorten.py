@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..prompt import IGNORED_LABEL, compaction, surplus_placeholders
-from ..wrapper import is_wrapped, merging_of
+from ..wrapping.columns import IGNORED_LABEL, compaction, surplus_placeholders
+from ..wrapping.wrap import is_wrapped, merging_of
 
 
 def shorten(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from ..images import ImageError, load_image
+from ..loading.images import ImageError, load_image
 from .conversations import Conversation, DataError, parse
 
 

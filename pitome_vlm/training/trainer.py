@@ -14,16 +14,10 @@ import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LabelSmoother
 
-from ..config import MergeConfig
+from ..merge.config import MergeConfig
 from ..releases import CACHE_NAME
-from ..wrapper import (
-    compact_inputs,
-    is_wrapped,
-    merge_config,
-    planned_schedule,
-    wrap,
-    wrapped,
-)
+from ..wrapping.encode import compact_inputs, planned_schedule
+from ..wrapping.wrap import is_wrapped, merge_config, wrap, wrapped
 from .metrics import answer_metrics, most_likely
 from .shorten import shorten
 

@@ -14,8 +14,8 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
-from ..config import MergeConfig
-from ..images import ImageLimits
+from ..loading.images import ImageLimits
+from ..merge.config import MergeConfig
 from . import CONNECTOR_VARIABLE
 from .options import MEDIA_CONNECTOR, hf_overrides
 

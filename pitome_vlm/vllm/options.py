@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import MergeConfig
-from ..schedule import Schedule, TowerShape
+from ..merge.config import MergeConfig
+from ..merge.schedule import Schedule, TowerShape
 
 ARCHITECTURE = "PiToMeLlavaForConditionalGeneration"
 OPTIONS_KEY = "pitome"
@@ -113,8 +113,8 @@ def plan_serving(hf_config: Any, config: MergeConfig | None = None) -> PlannedSe
             vLLM cannot carry out.
     """
     # Torch comes with it, which a process that only registers the model does not need.
-    from .. import algorithms
-    from ..merging import schedule_for
+    from ..merge import algorithms
+    from ..merge.budget import schedule_for
 
     given = _given(hf_config) if config is None else config
     served = served_config(given)

@@ -17,9 +17,9 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 
-from .. import algorithms
 from ..adapters.merged_layer import Heads, LayerKernels, merged_layer
-from ..merge_pass import MergePass
+from ..merge import algorithms
+from ..merge.merge_pass import MergePass
 from .options import PlannedServing
 
 

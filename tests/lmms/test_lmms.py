@@ -13,12 +13,13 @@ import torch
 from lmms_requests import QUARTER, SHORT, continuation, instance, library, question, texts
 
 import pitome_vlm
-from pitome_vlm.config import MergeConfig
-from pitome_vlm.demo import benchmark, checkpoint_path, load_split, picture
+from pitome_vlm.demo import checkpoint_path, load_split, picture
 from pitome_vlm.lmms import manifests, tasks_path
 from pitome_vlm.lmms.arguments import ModelArguments
 from pitome_vlm.lmms.tasks import demo_vqa
-from pitome_vlm.wrapper import is_wrapped, merge_config
+from pitome_vlm.measure import demo_benchmark as benchmark
+from pitome_vlm.merge.config import MergeConfig
+from pitome_vlm.wrapping.wrap import is_wrapped, merge_config
 
 LIMIT = 13
 PLAIN = MergeConfig(keep=1.0)

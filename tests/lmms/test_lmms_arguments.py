@@ -7,11 +7,11 @@ import logging
 import pytest
 from PIL import Image
 
-from pitome_vlm.config import MergeConfig
 from pitome_vlm.demo import checkpoint_path
 from pitome_vlm.lmms.arguments import ModelArguments, combined
 from pitome_vlm.lmms.engine import generation_options, joined, stop_strings
 from pitome_vlm.lmms.requests import opened, plain_messages, rendered
+from pitome_vlm.merge.config import MergeConfig
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 Knows: the columns of `demo_vqa.jsonl` and what lmms-eval calls a task's functions with. Does not
 know: models. Pictures are not stored: they are drawn from the number of their scene, the same
-pixels that `pitome_vlm.demo.benchmark` asks about.
+pixels that `pitome_vlm.measure.demo_benchmark` asks about.
 """
 
 from __future__ import annotations

@@ -1,0 +1,8 @@
+"""From files and hubs to models and images: checkpoints, quantisation, adapters, pixels."""
+
+from __future__ import annotations
+
+from .images import ImageError, ImageLimits, load_image
+from .models import load
+
+__all__ = ["ImageError", "ImageLimits", "load", "load_image"]

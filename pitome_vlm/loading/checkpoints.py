@@ -1,0 +1,254 @@
+"""Folders and hub names from outside: checked, and their weights loaded complete or not at all.
+
+Knows: what can be wrong with a checkpoint and how transformers says so. Does not know: merging,
+processors, pictures. Whatever is wrong is said before weights are read where it can be.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
+
+from ..adapters import model_types
+from ..releases import RENAMES_TOWER_WEIGHTS
+
+DTYPES = ("float32", "float16", "bfloat16")
+# Parts of a tower that LLaVA reads nothing from; checkpoints may leave them out.
+_UNREAD = re.compile(r"vision_tower\..*\b(head|post_layernorm)\.")
+_RENAMED_TOWERS = ("clip_vision_model", "siglip_vision_model")
+
+
+def read_config(
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The checked config of a checkpoint; weights are not touched.
+
+    Args:
+        path: a folder, or a name on the Hugging Face hub.
+        revision: branch, tag or commit on the hub.
+        local_files_only: do not use the network.
+        trust_remote_code: run Python code that comes with the checkpoint.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        OSError: the hub does not have it, or cannot be reached.
+        TypeError: not a model this package knows.
+        ValueError: there is no config.json, or it cannot be read.
+    """
+    name = existing(path)
+    source = {"revision": revision, "local_files_only": local_files_only}
+    raw = raw_config(name, **source)
+    if is_original(raw):
+        raise TypeError(
+            f"{name} is a checkpoint of the original llava package (no vision_config in its "
+            "config.json), which transformers cannot load; take the converted one, for instance "
+            "llava-hf/llava-1.5-7b-hf, or load it with that package and wrap() the model "
+            "(docs/original-llava.md)"
+        )
+    check_model_type(raw.get("model_type"), name)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **source)
+    except Exception as error:
+        # Depending on field and release a wrong value ends in any kind of error.
+        raise ValueError(f"{name}: config.json cannot be used: {squeezed(error)}") from error
+
+
+def raw_config(path: str | os.PathLike[str], **source: Any) -> dict[str, Any]:
+    """What a checkpoint's config.json holds.
+
+    Args:
+        path: a folder, or a name on the Hugging Face hub.
+        **source: `revision`, `local_files_only`.
+
+    Raises:
+        OSError: there is none, or the hub cannot be reached.
+        ValueError: there is no config.json, or it cannot be read.
+    """
+    name = existing(path)
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(name, **source)
+    except (OSError, ValueError) as error:
+        raise _one_line(name, error) from error
+    except TypeError:
+        # Transformers 4.57 looks keys up in JSON that is no object.
+        raw = None
+    if not isinstance(raw, dict) or not raw:
+        raise ValueError(f"{name}: config.json is missing or holds no JSON object")
+    return raw
+
+
+def is_original(raw: dict[str, Any]) -> bool:
+    """Whether a config.json is one of the original llava package."""
+    named = str(raw.get("model_type")).startswith("llava")
+    return "vision_config" not in raw and ("mm_vision_tower" in raw or named)
+
+
+def check_model_type(model_type: Any, source: str) -> None:
+    """See that a model type is supported.
+
+    Raises:
+        TypeError: it is not; the message names `source` and the supported types.
+    """
+    if model_type not in model_types():
+        raise TypeError(
+            f"{source} has model_type {model_type!r}; supported: {', '.join(model_types())} "
+            "(LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, ViP-LLaVA and their fine-tunes in the format "
+            "of transformers)"
+        )
+
+
+def existing(path: str | os.PathLike[str]) -> str:
+    """The path as a string, if it is a folder with a config or may be a name on the hub.
+
+    Raises:
+        FileNotFoundError: it looks like a path, but there is nothing.
+        NotADirectoryError: it is a file.
+        ValueError: a folder without a config.json.
+        TypeError: neither a string nor a path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a folder or a hub name, got {type(path).__name__}")
+    text = os.path.expanduser(os.fspath(path))
+    if os.path.isdir(text):
+        _check_folder(Path(text))
+    elif os.path.exists(text):
+        raise NotADirectoryError(f"{text} is a file; give the folder of the checkpoint")
+    elif isinstance(path, os.PathLike) or _looks_local(text):
+        raise FileNotFoundError(
+            f"no such folder: {text!r}; give the folder of a checkpoint, or a hub name such as "
+            "llava-hf/llava-1.5-7b-hf"
+        )
+    return text
+
+
+def _looks_local(text: str) -> bool:
+    """Whether a name that does not exist was meant as a path; hub names are [org/]name."""
+    parent = os.path.dirname(text)
+    return (
+        text.startswith((".", "~", os.sep))
+        or text.endswith(("/", os.sep))
+        or text.count("/") > 1
+        or not text
+        or (bool(parent) and os.path.isdir(parent))
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds a PEFT adapter, no model; give the folder of its base model here, or "
+            "load both with pitome_vlm.load"
+        )
+    raise ValueError(f"{folder} holds no config.json; give the folder of a complete checkpoint")
+
+
+def torch_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
+    """A floating point dtype from its name; None and "auto" are "auto".
+
+    Raises:
+        ValueError: anything else.
+    """
+    if dtype is None or dtype == "auto":
+        return "auto"
+    named = getattr(torch, dtype) if dtype in DTYPES else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)} or a torch dtype, got {dtype!r}")
+    return named
+
+
+def load_weights(name: str, config: Any, *, allow_pickle: bool, **arguments: Any) -> Any:
+    """The model of a checkpoint, complete, in eval mode.
+
+    Args:
+        name: a folder or hub name that `read_config` accepted.
+        config: what `read_config` returned.
+        allow_pickle: also load weights that are not safetensors.
+        **arguments: of `from_pretrained`; None means not given.
+
+    Raises:
+        OSError: the hub cannot be reached.
+        ValueError: weights are missing, damaged, of other shapes, or not safetensors.
+    """
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    if not allow_pickle:
+        arguments["use_safetensors"] = True
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            name, output_loading_info=True, **_renamed_keys(config), **arguments
+        )
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise _weights_error(name, error) from error
+    missing = sorted(key for key in info["missing_keys"] if not _UNREAD.search(key))
+    if missing:
+        # transformers fills such weights with random numbers and goes on.
+        other = len(info["unexpected_keys"])
+        raise ValueError(
+            f"{name} lacks {len(missing)} of the model's weights, the first is {missing[0]}, and "
+            f"holds {other} of another name; give a complete checkpoint of this architecture"
+            + (", or use the release of transformers that saved it" if other else "")
+        )
+    return model.eval()
+
+
+def _renamed_keys(config: Any) -> dict[str, Any]:
+    """What transformers 4.57 needs to read a tower that was saved by transformers 5.
+
+    The tower's modules lost the level `vision_model` in release 5, which reads both forms. 4.57
+    reads only its own, and leaves the tower random otherwise.
+    """
+    vision = getattr(config.vision_config, "model_type", None)
+    if RENAMES_TOWER_WEIGHTS or vision not in _RENAMED_TOWERS:
+        return {}
+    model_class = AutoModelForImageTextToText._model_mapping[type(config)]
+    pattern = r"^(?:model\.)?vision_tower\.(?!vision_model\.)"
+    renamed = {pattern: "model.vision_tower.vision_model."}
+    return {"key_mapping": renamed | model_class._checkpoint_conversion_mapping}
+
+
+def _weights_error(name: str, error: Exception) -> Exception:
+    text = str(error)
+    if isinstance(error, SafetensorError):
+        return ValueError(
+            f"{name}: the weights are damaged or cut off ({squeezed(error)}); download them again"
+        )
+    if isinstance(error, OSError) and "safetensors" in text:
+        return ValueError(
+            f"{name} has no safetensors weights ({squeezed(error)}); convert them, or pass "
+            "allow_pickle=True if you trust whoever made the file with your machine"
+        )
+    if isinstance(error, OSError):
+        return _one_line(name, error)
+    if "mismatch" in text:
+        return ValueError(
+            f"{name}: the weights do not have the shapes that config.json asks for; give a folder "
+            "whose files belong together"
+        )
+    return error
+
+
+def _one_line(name: str, error: Exception) -> Exception:
+    """The hub's (or a damaged folder's) error, which may run over many lines, as one."""
+    if os.path.isdir(name):
+        return ValueError(f"{name}: {squeezed(error)}")
+    return OSError(
+        f"cannot load {name!r} from the Hugging Face hub: {squeezed(error)} (for a checkpoint of "
+        "your own give the path of its folder)"
+    )
+
+
+def squeezed(error: BaseException) -> str:
+    """The first sentence or so of an error message, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200].rsplit(" ", 1)[0] + " ..."

@@ -1,0 +1,143 @@
+"""What a picture costs: operations and key-value cache, from shapes and a schedule alone.
+
+Knows: what belongs to the first token of a prompt. Does not know: formulas (`flops.py`), time,
+hardware; nothing is run.
+
+A picture that is cut into tiles costs the tower as often as it has tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapters import find_adapter
+from ..merge.config import MergeConfig
+from ..merge.counts import count_tokens
+from ..merge.schedule import Schedule
+from ..wrapping.encode import checked_size, planned_schedule
+from ..wrapping.wrap import base_model, is_wrapped, merge_config, schedule_of
+from .flops import head_dim, prefill_flops, projector_flops, tower_flops
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Cost of the first token of one prompt: its images, its text, batch size one.
+
+    Attributes:
+        images: pictures in the prompt.
+        text_tokens: tokens of the prompt that are no visual tokens.
+        visual_tokens: tokens per image that reach the language model.
+        layer_flops: FLOPs of every tower layer that is run, for one image (all its tiles).
+        tower_flops: patch embedding, layers and (SigLIP) pooling head, for all images.
+        projector_flops: merging in front of the projector and the projector, for all images.
+        merge_flops: the part of `tower_flops` and `projector_flops` that is there for merging
+            alone: comparing tokens, ranking them by attention, resampling them.
+        prefill_flops: the language model over the whole prompt, logits of one position.
+        kv_bytes_per_image: key-value cache taken by the visual tokens of one image.
+        kv_bytes: key-value cache after the prompt.
+    """
+
+    images: int
+    text_tokens: int
+    visual_tokens: int
+    layer_flops: tuple[int, ...]
+    tower_flops: int
+    projector_flops: int
+    merge_flops: int
+    prefill_flops: int
+    kv_bytes_per_image: int
+    kv_bytes: int
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens the language model prefills."""
+        return self.text_tokens + self.images * self.visual_tokens
+
+    @property
+    def total_flops(self) -> int:
+        """Everything that happens before the first token: tower, projector and prefill."""
+        return self.tower_flops + self.projector_flops + self.prefill_flops
+
+
+def costs(
+    model: nn.Module,
+    schedule: Schedule | None = None,
+    text_tokens: int = 64,
+    images: int = 1,
+    dtype: torch.dtype | None = None,
+    *,
+    config: MergeConfig | None = None,
+    image_size: tuple[int, int] | None = None,
+    frames: int | None = None,
+) -> Costs:
+    """Costs of one prompt, nothing is run.
+
+    Args:
+        model: a LLaVA, wrapped or not, also on the meta device or inside a `PeftModel`.
+        schedule: token counts; None takes those in force (no merging on an unwrapped model).
+        text_tokens: tokens of the prompt that are no visual tokens.
+        images: pictures in the prompt.
+        dtype: of the key-value cache; None takes that of the embeddings.
+        config: the options behind `schedule` (algorithm, metric and placement change what a
+            merge costs); None takes those in force, else the defaults.
+        image_size: (height, width) of every picture in pixels, None for a typical one; models
+            that bring every picture to one size ignore it.
+        frames: the prompt shows videos of so many frames instead of pictures.
+
+    Raises:
+        TypeError: not a supported model.
+        ValueError: a negative number of text tokens or images.
+    """
+    _check_count("text_tokens", text_tokens)
+    _check_count("images", images)
+    base: Any = base_model(model)
+    adapter = find_adapter(base)
+    size = None if image_size is None else checked_size(image_size)
+    footprint = adapter.footprint(base, image_size=size, frames=frames)
+    if config is None:
+        config = merge_config(model) if is_wrapped(model) else MergeConfig(keep=1.0)
+    if schedule is None:
+        schedule = schedule_of(model) if is_wrapped(model) else planned_schedule(model, config)
+    layers, around, tower_merging = tower_flops(base, schedule, config, footprint)
+    projector, projector_merging = projector_flops(base, schedule, config, footprint)
+    together = config.frames_together
+    visual = count_tokens(schedule, config.budget, footprint, frames_together=together).out
+    tiles = footprint.tiles
+    per_token = kv_bytes_per_token(base, dtype)
+    prompt = text_tokens + images * visual
+    return Costs(
+        images=images,
+        text_tokens=text_tokens,
+        visual_tokens=visual,
+        layer_flops=tuple(tiles * layer for layer in layers),
+        tower_flops=images * tiles * (sum(layers) + around),
+        projector_flops=images * projector,
+        merge_flops=images * (tiles * tower_merging + projector_merging),
+        prefill_flops=prefill_flops(base, prompt),
+        kv_bytes_per_image=visual * per_token,
+        kv_bytes=prompt * per_token,
+    )
+
+
+def kv_bytes_per_token(base: Any, dtype: torch.dtype | None = None) -> int:
+    """Key-value cache of one token: layers x 2 x kv_heads x head_dim x bytes per element.
+
+    Args:
+        base: the LLaVA itself.
+        dtype: of the cache; None takes that of the embeddings, which the cache follows also
+            where linear layers are quantised.
+    """
+    text = base.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    dtype = dtype or base.get_input_embeddings().weight.dtype
+    size: int = text.num_hidden_layers * 2 * heads * head_dim(text) * dtype.itemsize
+    return size
+
+
+def _check_count(field: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{field} must be a whole number >= 0, got {value!r}")

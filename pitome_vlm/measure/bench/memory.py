@@ -1,0 +1,147 @@
+"""How many prompts fit: found on an accelerator, computed anywhere.
+
+Knows: what fills memory while an answer is made. Does not know: time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...adapters import find_adapter
+from ...wrapping.encode import planned_schedule
+from ...wrapping.wrap import base_model
+from ..accounting import kv_bytes_per_token
+from ..weights import weights_of
+from .measurement import Budget, answer, installed
+from .phases import Phases
+from .prompts import Case, inputs_for
+
+FORMULA = (
+    "(memory - weights) / (KV cache of prompt and answer + the larger of: "
+    "tower, its kept states and one layer's activations; prefill, one layer's activations)"
+)
+
+
+def largest_batch(
+    model: Any, budget: Budget, case: Case, limit: int = 1024, *, guess: int = 1
+) -> int:
+    """The largest batch whose answers fit the device's memory, within 1/16, by trying.
+
+    Args:
+        model: an unwrapped model on an accelerator.
+        budget: what is merged.
+        case: what is asked; answers are as long as it says, because their cache counts.
+        limit: not more than that.
+        guess: what is tried first, for instance what `fitting_batch` says.
+
+    Raises:
+        ValueError: on a CPU, where running out of memory ends the process.
+    """
+    if model.device.type == "cpu":
+        raise ValueError(
+            "the largest batch is tried out on an accelerator only; on a CPU it is computed"
+        )
+
+    def fits(batch: int) -> bool:
+        inputs = None
+        try:
+            with installed(model, budget), torch.no_grad():
+                inputs = inputs_for(model, dataclasses.replace(case, batch=batch))
+                answer(model, inputs, case.answer_tokens)
+            return True
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return False
+        finally:
+            del inputs
+            torch.get_device_module(model.device).empty_cache()
+
+    return search_largest(fits, limit, guess)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory is full; libraries below PyTorch say it their own way."""
+    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+
+
+def is_computable(model: Any) -> bool:
+    """Whether `FORMULA` knows the model's tower: one whose layers are counted one by one."""
+    base: Any = base_model(model)
+    adapter = find_adapter(base)
+    return adapter.tower_flops(base, adapter.footprint(base)) is None
+
+
+def search_largest(fits: Callable[[int], bool], limit: int, guess: int = 1) -> int:
+    """The largest number up to `limit` that fits, within 1/16 below it; 0 where 1 does not.
+
+    Args:
+        fits: true up to some number and false above it.
+        limit: >= 1.
+        guess: what is tried first.
+    """
+    low, high = 0, limit + 1
+    probe, factor = min(max(1, guess), limit), 1.25 if guess > 1 else 2.0
+    while high - low > max(1, low // 16):
+        if fits(probe):
+            low = probe
+            probe = max(low + 1, int(low * factor)) if high > limit else (low + high) // 2
+        else:
+            high = probe
+            probe = min(high - 1, int(high / factor)) if not low else (low + high) // 2
+        probe = min(max(1, probe), limit)
+    return low
+
+
+def fitting_batch(whole: Any, result: Phases, memory: int, dtype: torch.dtype) -> int:
+    """The largest batch by `FORMULA`, which leaves fragmentation and workspaces out.
+
+    Args:
+        whole: the model at its whole depth, on the meta device as well.
+        result: budget and case.
+        memory: bytes there are for weights and everything else.
+        dtype: of activations and cache.
+
+    Returns:
+        0 where the weights alone do not fit.
+    """
+    left = memory - weights_of(whole).total
+    return max(0, int(left // prompt_bytes(whole, result, dtype)))
+
+
+def prompt_bytes(whole: Any, result: Phases, dtype: torch.dtype) -> int:
+    """Bytes of one prompt of a batch: its cache and the activations that stand at one time."""
+    base: Any = base_model(whole)
+    text, vision = base.config.get_text_config(), find_adapter(base).parts(base).vision_config
+    prompt = result.costs.prompt_tokens
+    cache = (prompt + result.case.answer_tokens) * kv_bytes_per_token(base, dtype)
+    # Residual, its norm, attention's output; gate, up and their product.
+    prefill = prompt * (3 * text.hidden_size + 3 * text.intermediate_size) * dtype.itemsize
+    prefill += text.vocab_size * 2 * 4  # logits are turned to float32
+    footprint = find_adapter(base).footprint(base, image_size=result.case.image_size)
+    inner = getattr(vision, "intermediate_size", 4 * vision.hidden_size)
+    widest = _tower_tokens(base, result.budget)
+    states = sum(widest) * vision.hidden_size
+    states += max(widest) * (3 * vision.hidden_size + 2 * inner)
+    tower = states * footprint.tiles * result.case.images * dtype.itemsize
+    return int(cache + max(prefill, tower))
+
+
+def _tower_tokens(base: Any, budget: Budget) -> list[int]:
+    """Tokens of every hidden state of the tower, all of which are kept until features are read."""
+    adapter = find_adapter(base)
+    if budget.config is None:
+        shape = adapter.tower_shape(base)
+        return [shape.n_tokens + shape.n_leading] * (shape.n_layers + 1)
+    schedule = planned_schedule(base, budget.config)
+    after, tokens = dict(schedule.tower), schedule.n_tokens
+    found = [tokens + schedule.n_leading]
+    for layer in range(schedule.n_layers):
+        tokens = after.get(layer, tokens)
+        found.append(tokens + schedule.n_leading)
+    return found

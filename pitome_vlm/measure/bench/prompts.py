@@ -1,0 +1,101 @@
+"""What is asked of a model that is timed: pictures and words without meaning, of the right size.
+
+Knows: the inputs of the families that can be timed. Does not know: time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...adapters import find_adapter
+from ...common import whole_number
+from ...wrapping.encode import checked_size
+from ...wrapping.wrap import base_model
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked.
+
+    Attributes:
+        batch: prompts at a time.
+        text_tokens: tokens of every prompt that are no visual tokens, more than `images`.
+        answer_tokens: tokens of every answer.
+        images: pictures in every prompt.
+        image_size: (height, width) of every picture in pixels; None for a typical one.
+    """
+
+    batch: int = 1
+    text_tokens: int = 64
+    answer_tokens: int = 32
+    images: int = 1
+    image_size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("text_tokens", 2), ("answer_tokens", 2), ("images", 1)):
+            whole_number(name, getattr(self, name), least)
+        if self.text_tokens <= self.images:
+            raise ValueError(
+                f"text_tokens must be more than images ({self.images}), as one stands in front of "
+                f"every picture and one behind the last, got {self.text_tokens}"
+            )
+        if self.image_size is not None:
+            checked_size(self.image_size)
+
+
+def inputs_for(model: Any, case: Case, seed: int = 0) -> dict[str, Tensor]:
+    """Arguments of `generate`: a batch of random pictures and words, the same words in every row.
+
+    Args:
+        model: a LLaVA of transformers or a relative, wrapped or not.
+        case: what is asked.
+        seed: of pictures and words.
+
+    Raises:
+        TypeError: a model whose inputs are not known here.
+    """
+    base: Any = base_model(model)
+    adapter = find_adapter(base)
+    if adapter.calls != "transformers":
+        raise TypeError(
+            f"bench does not know how to ask a {type(base).__name__}; it times LLaVA, ViP-LLaVA, "
+            "LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL and their relatives in transformers"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    ids = _row(base, case, generator).expand(case.batch, -1).contiguous()
+    vision = adapter.random_pictures(
+        base, ids, case.batch * case.images, image_size=case.image_size, generator=generator
+    )
+    device, dtype = base.device, _pixel_dtype(base)
+    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **vision}
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else None)
+        for name, value in found.items()
+    }
+
+
+def _row(base: Any, case: Case, generator: torch.Generator) -> Tensor:
+    """[T] ids of one prompt: every picture behind a token of text, the rest behind the last one."""
+    adapter = find_adapter(base)
+    placeholders, opening = adapter.placeholder_ids(base), adapter.opening_token(base)
+    special = [*placeholders.values(), *([] if opening is None else [opening])]
+    limit = min(base.config.get_text_config().vocab_size, *special)
+    words = torch.randint(3, limit, (case.text_tokens,), generator=generator)
+    full = adapter.footprint(base, image_size=case.image_size).full
+    picture, parts = torch.full((full,), placeholders["image"]), []
+    for index in range(case.images):
+        parts += [words[index : index + 1] if opening is None else torch.tensor([opening]), picture]
+    return torch.cat([*parts, words[case.images :]])
+
+
+def _pixel_dtype(base: Any) -> torch.dtype:
+    """The tower's, which stays unquantised beside a quantised language model."""
+    for parameter in find_adapter(base).parts(base).vision_tower.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    found: torch.dtype = base.dtype
+    return found

@@ -1,0 +1,336 @@
+"""`describe`: what is merged where and what it saves, as a table a person reads.
+
+Knows: how to lay out a config, a schedule and two `Costs`. Does not know: how costs are computed
+(`accounting.py`) or how a model is wrapped.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText
+
+from ..adapters import find_adapter
+from ..loading.checkpoints import check_model_type, read_config
+from ..loading.original import original_shapes
+from ..merge.config import MergeConfig
+from ..merge.counts import Footprint, TokenCount
+from ..merge.schedule import Schedule
+from ..wrapping.encode import planned_calibration, planned_count, planned_schedule
+from ..wrapping.positions import Calibration
+from ..wrapping.wrap import base_model, is_wrapped, merge_config
+from .accounting import Costs, costs
+from .weights import Weights, weights_of
+
+# Shown for a model that is not wrapped and a caller who asks for nothing in particular.
+EXAMPLE_KEEP = 0.25
+
+
+@dataclass(frozen=True)
+class Description:
+    """What merging does to a model; `str()` is a plain text table.
+
+    Attributes:
+        config: the merge options described.
+        schedule: token counts of an image, or of a tile where images are cut into tiles.
+        footprint: tokens and tiles of the image described.
+        count: its tokens without and with merging.
+        image_size: its (height, width) in pixels; None where all images have one size.
+        wrapped: whether these options are in force; otherwise they are a plan.
+        before: costs without merging, of a prompt with one image.
+        after: costs with merging, of the same prompt.
+        calibration: what the language model is told about merged tokens.
+        weights: bytes of the model's weights as they are loaded, quantised or not.
+    """
+
+    config: MergeConfig
+    schedule: Schedule
+    footprint: Footprint
+    count: TokenCount
+    image_size: tuple[int, int] | None
+    wrapped: bool
+    before: Costs
+    after: Costs
+    calibration: Calibration
+    weights: Weights
+
+    @property
+    def summary(self) -> str:
+        """One line: algorithm, options, budget, tokens in and out."""
+        return (
+            f"{self.config.summary()}: {self.tokens_in} -> {self.count.shown} visual tokens per "
+            f"{self._thing}{self._of_size()}"
+        )
+
+    @property
+    def _thing(self) -> str:
+        return "video" if self.footprint.frames else "image"
+
+    def _of_size(self) -> str:
+        if self.footprint.frames:
+            return f" of {self.footprint.frames} frame{'s' * (self.footprint.frames > 1)}"
+        if self.image_size is None:
+            return ""
+        height, width = self.image_size
+        return f" of {width} x {height} pixels"
+
+    @property
+    def tokens_in(self) -> int:
+        """Visual tokens per image without merging."""
+        return self.count.full
+
+    @property
+    def tokens_out(self) -> int:
+        """Visual tokens per image with merging; the most, where every image has its own count."""
+        return self.count.out
+
+    @property
+    def tower_steps(self) -> tuple[tuple[int, int, int], ...]:
+        """(layer, patches before, patches after) of every merging tower layer, no CLS counted.
+
+        Of one tile where images are cut into tiles.
+        """
+        before = (self.schedule.n_tokens, *(count for _, count in self.schedule.tower))
+        return tuple(
+            (layer, entering, leaving)
+            for (layer, leaving), entering in zip(self.schedule.tower, before, strict=False)
+        )
+
+    @property
+    def projector_steps(self) -> tuple[tuple[int, int], ...]:
+        """(patches before, patches after) of every merging step in front of the projector.
+
+        None where images are cut into tiles: these are merged behind it (`count`).
+        """
+        if self.schedule.packed:
+            return ()
+        tower, steps = self.schedule.tower, self.schedule.projector
+        first = tower[-1][1] if tower else self.schedule.n_tokens
+        pairs = zip((first, *steps), steps, strict=False)
+        return tuple((entering, leaving) for entering, leaving in pairs if leaving < entering)
+
+    def saved(self, field: str) -> float:
+        """Percent saved in a field or property of `Costs`, for instance "prefill_flops"."""
+        whole = getattr(self.before, field)
+        return 100.0 * (1 - getattr(self.after, field) / whole) if whole else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: the options, the counts, and every cost without, with and saved."""
+        fields = [name for name, _, _ in _ROWS]
+        return {
+            "wrapped": self.wrapped,
+            "summary": self.summary,
+            "config": self.config.to_dict(),
+            "tokens_in": self.tokens_in,
+            "tokens_out": self.tokens_out,
+            "image_size": None if self.image_size is None else list(self.image_size),
+            "tiles": self.footprint.tiles,
+            "frames": self.footprint.frames or None,
+            "tower_steps": [list(step) for step in self.tower_steps],
+            "projector_steps": [list(step) for step in self.projector_steps],
+            "calibration": dataclasses.asdict(self.calibration),
+            "text_tokens": self.before.text_tokens,
+            "weights": dataclasses.asdict(self.weights) | {"total": self.weights.total},
+            "costs": {
+                name: {
+                    "without": getattr(self.before, name),
+                    "with": getattr(self.after, name),
+                    "saved_percent": self.saved(name),
+                }
+                for name in fields
+            },
+        }
+
+    def __str__(self) -> str:
+        lines = [self.summary] if self.wrapped else [_NOT_IN_FORCE, self.summary]
+        rest = [*self._where(), "", *self._table(), "", *self._weights(), self._footnote()]
+        return "\n".join([*lines, *rest])
+
+    def _where(self) -> list[str]:
+        lines = self._tiles()
+        if self.count.is_identity:
+            return [*lines, "nothing is merged: the untouched code runs"]
+        if self.tower_steps:
+            steps = [f"{layer}: {a} -> {b}" for layer, a, b in self.tower_steps]
+            of_a_tile = " of a tile" if self.schedule.packed else ""
+            lines += _folded(f"patches{of_a_tile} by tower layer", steps)
+        if self.schedule.whole_tower:
+            lines.append(f"tokens behind the tower: {self.count.full} -> {self.count.shown}")
+        elif self.schedule.packed:
+            tiles = f"{self.footprint.tiles} x {self.schedule.tower_out}"
+            lines.append(f"tokens behind the projector: {tiles} of tiles -> {self.count.shown}")
+        if self.projector_steps:
+            steps = [f"{a} -> {b}" for a, b in self.projector_steps]
+            lines += _folded("patches before the projector", steps)
+        skipped = self.schedule.n_layers - len(self.after.layer_flops)
+        if skipped and not self.schedule.whole_tower:
+            lines.append(f"tower layers not run (nothing reads them): {skipped}")
+        lines.append(f"told to the language model: {self.calibration}")
+        return lines
+
+    def _tiles(self) -> list[str]:
+        if not self.schedule.packed or self.schedule.whole_tower:
+            return []
+        tiles, newlines = self.footprint.tiles, self.footprint.newlines
+        return [
+            f"tiles of {self.schedule.tokens_in} patches: {tiles}, packed to "
+            f"{self.footprint.full - newlines} patches and {newlines} newlines"
+        ]
+
+    def _table(self) -> list[str]:
+        head = f"{'':<26}{'without':>14}{'with':>14}{'saved':>10}"
+        rows = [
+            f"{title:<26}{show(getattr(self.before, name)):>14}"
+            f"{show(getattr(self.after, name)):>14}{self.saved(name):>8.1f} %"
+            for name, title, show in _ROWS
+        ]
+        return [head, *rows]
+
+    def _weights(self) -> list[str]:
+        parts, kind = self.weights, self.weights.quantisation
+        sizes = [
+            f"language model {_bytes(parts.language_model)}" + (f" in {kind}" if kind else ""),
+            f"vision tower {_bytes(parts.vision_tower)}",
+            f"projector {_bytes(parts.projector)}",
+            f"other {_bytes(parts.other)}",
+        ]
+        return _folded(f"weights {_bytes(parts.total)}", sizes)
+
+    def _footnote(self) -> str:
+        most = "" if self.schedule.fewest is None else " that keeps the most tokens"
+        return (
+            f"computed for one {self._thing}{self._of_size()}{most} and "
+            f"{self.before.text_tokens} text tokens, batch 1; one multiply-add is 2 FLOP"
+        )
+
+
+_NOT_IN_FORCE = "plan (nothing is merged before wrap() is called):"
+
+
+def describe(
+    model: nn.Module,
+    *,
+    text_tokens: int = 64,
+    config: MergeConfig | None = None,
+    image_size: tuple[int, int] | None = None,
+    frames: int | None = None,
+) -> Description:
+    """What merging does to a model: tokens per layer, FLOPs and cache without and with it.
+
+    Args:
+        model: a LLaVA, wrapped or not, on its own or inside a `PeftModel`.
+        text_tokens: tokens of the prompt beside the image's.
+        config: describe these options instead of those in force; the model is not changed. None
+            takes those in force, and keep=0.25 as an example on an unwrapped model.
+        image_size: (height, width) of the image in pixels, for models whose number of tokens
+            depends on it; None for a typical photo, 768 x 1024. Others ignore it.
+        frames: describe a video of so many frames instead of an image.
+
+    Raises:
+        TypeError: not a supported model.
+        ValueError: `text_tokens` is negative, or the budget of `config` does not fit.
+    """
+    in_force = is_wrapped(model) and (config is None or config == merge_config(model))
+    if config is None:
+        config = merge_config(model) if in_force else MergeConfig(keep=EXAMPLE_KEEP)
+    schedule = planned_schedule(model, config)
+    nothing = MergeConfig(keep=1.0)
+    untouched = planned_schedule(model, nothing)
+    default = find_adapter(base_model(model)).default_image_size
+    size = None if frames else default and (image_size or default)
+    shown: dict[str, Any] = {"image_size": size, "frames": frames}
+    footprint, count = planned_count(model, config, **shown)
+    return Description(
+        config=config,
+        schedule=schedule,
+        footprint=footprint,
+        count=count,
+        image_size=size,
+        wrapped=in_force,
+        before=costs(model, untouched, text_tokens, config=nothing, **shown),
+        after=costs(model, schedule, text_tokens, config=config, **shown),
+        calibration=planned_calibration(model, config),
+        weights=weights_of(model),
+    )
+
+
+def from_config(
+    config_or_path: Any,
+    merging: MergeConfig | None = None,
+    *,
+    text_tokens: int = 64,
+    image_size: tuple[int, int] | None = None,
+    frames: int | None = None,
+) -> Description:
+    """`describe` for a checkpoint whose weights are not loaded (nor downloaded).
+
+    Args:
+        config_or_path: a model's config, or a folder or hub name that has one; also one of a
+            checkpoint of the original llava package, which is not needed for it.
+        merging: the options to describe, None for keep=0.25 as an example.
+        text_tokens: tokens of the prompt beside the image's.
+        image_size: see `describe`.
+        frames: see `describe`.
+
+    Raises:
+        TypeError: not the config of a supported model.
+        OSError: see `pitome_vlm.loading.checkpoints.read_config`.
+        ValueError: the budget does not fit the model, or the config cannot be read.
+    """
+    model: Any = None
+    if isinstance(config_or_path, (str, os.PathLike)):
+        model = original_shapes(config_or_path)
+        config: Any = read_config(config_or_path) if model is None else None
+    else:
+        # Building a model writes a dtype into its config.
+        config = copy.deepcopy(config_or_path)
+        check_model_type(getattr(config, "model_type", None), type(config).__name__)
+    if model is None:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+    return describe(
+        model, text_tokens=text_tokens, config=merging, image_size=image_size, frames=frames
+    )
+
+
+def _folded(title: str, steps: list[str]) -> list[str]:
+    """The title and the steps in lines of at most 78 characters, no step broken in two."""
+    # textwrap breaks at spaces only, so those within a step are something else meanwhile.
+    text = ", ".join(step.replace(" ", "\0") for step in steps)
+    folded = textwrap.wrap(f"{title}: {text}", 78, subsequent_indent="  ", break_long_words=False)
+    return [line.replace("\0", " ") for line in folded]
+
+
+def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if value < base:
+            return f"{value:.4g} {unit}"
+        value /= base
+    return f"{value:.4g} {units[-1]}"
+
+
+def _flops(value: float) -> str:
+    return _scaled(value, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"))
+
+
+def _bytes(value: float) -> str:
+    return _scaled(value, 1024, ("B", "KiB", "MiB", "GiB"))
+
+
+_ROWS = (
+    ("visual_tokens", "visual tokens per image", str),
+    ("prompt_tokens", "prompt tokens", str),
+    ("tower_flops", "vision tower", _flops),
+    ("projector_flops", "projector", _flops),
+    ("prefill_flops", "language model prefill", _flops),
+    ("total_flops", "all before the first token", _flops),
+    ("kv_bytes_per_image", "KV cache per image", _bytes),
+    ("kv_bytes", "KV cache of the prompt", _bytes),
+)

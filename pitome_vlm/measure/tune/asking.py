@@ -1,0 +1,275 @@
+"""Ask a model questions under a merge config: greedy answers and the first token's distribution.
+
+Knows: processors, batches, `generate`. Does not know: what is searched for, scores, or files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...loading.images import ImageLimits
+from ...merge.config import MergeConfig
+from ...wrapping.encode import planned_schedule
+from ...wrapping.wrap import base_model, wrapped
+from ..description import describe
+from .provenance import circumstances
+from .rows import Row
+
+# From processor, question and number of pictures to the text of a prompt.
+Prompt = Callable[[Any, str, int], str]
+
+UNREDUCED = MergeConfig(keep=1.0, algorithm="none")
+# Prepared batches are kept up to this many bytes; large pictures take longer to prepare than to
+# look at.
+_CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Replies:
+    """What came back for some rows.
+
+    Attributes:
+        answers: one text per row.
+        first: [rows, vocabulary] float32 log-probabilities of the first answer token; only where
+            there was nothing to compare with.
+        divergence: per row KL(unreduced || this) of the first answer token in nats; only where
+            there was.
+    """
+
+    answers: list[str]
+    first: np.ndarray | None = None
+    divergence: list[float] | None = None
+
+
+class Asker(Protocol):
+    """What a search needs of a model. Rows are named by their numbers."""
+
+    tokens_in: int
+
+    def tokens(self, config: MergeConfig) -> int:
+        """Visual tokens per image under a config.
+
+        Raises:
+            ValueError: the model cannot have it.
+        """
+        ...
+
+    def ask(
+        self,
+        config: MergeConfig,
+        rows: Sequence[int],
+        reference: np.ndarray | None,
+        advance: Callable[[int], object],
+    ) -> Replies:
+        """Answer rows under a config; `reference` is `Replies.first` of the unreduced model."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the answers, and where they were computed."""
+        ...
+
+    def savings(self, config: MergeConfig) -> str:
+        """What a config saves, as a phrase; may be empty."""
+        ...
+
+
+def chat_prompt(processor: Any, question: str, images: int) -> str:
+    """A question after its pictures, in the processor's chat template.
+
+    Raises:
+        ValueError: the processor has none.
+    """
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(
+            "the processor has no chat template; pass prompt=, a function from processor, "
+            "question and number of pictures to the text of a prompt"
+        )
+    content = [*[{"type": "image"}] * images, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    return str(processor.apply_chat_template(messages, add_generation_prompt=True))
+
+
+class ModelAsker:
+    """A LLaVA of transformers with its processor, and the rows it can be asked.
+
+    The model is left as it was after every call: wrapped or not, training or not.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        rows: Sequence[Row],
+        digests: Sequence[tuple[str, ...]],
+        *,
+        prompt: Prompt = chat_prompt,
+        batch_size: int = 8,
+        max_new_tokens: int = 16,
+        limits: ImageLimits | None = None,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.rows = rows
+        self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens
+        self.limits = limits or ImageLimits()
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.prompts = [_prompt(processor, row, prompt) for row in rows]
+        self.digests = digests
+        self._prepared: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        self._bytes = 0
+        if batch_size > 1 and self.tokenizer.pad_token is None:
+            raise ValueError(
+                "the tokenizer has no padding token, so prompts cannot be batched; set one, or "
+                "use a batch size of 1"
+            )
+        self.tokens_in = planned_schedule(model, UNREDUCED).tokens_in
+
+    def tokens(self, config: MergeConfig) -> int:
+        """Visual tokens per image under a config.
+
+        Raises:
+            ValueError: the model cannot have it.
+        """
+        return planned_schedule(self.model, config).tokens_out
+
+    def facts(self) -> dict[str, Any]:
+        """Model, pictures, prompts, generation options, hardware, versions."""
+        data = hashlib.sha256()
+        for prompt, pictures in zip(self.prompts, self.digests, strict=True):
+            data.update("\0".join((prompt, *pictures, "")).encode())
+        return {
+            **circumstances(base_model(self.model)),
+            "questions": len(self.rows),
+            "data": f"sha256:{data.hexdigest()[:16]}",
+            "batch_size": self.batch_size,
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+    def savings(self, config: MergeConfig) -> str:
+        """Computed FLOPs and cache, as a phrase."""
+        described = describe(self.model, config=config)
+        return (
+            f"{described.tokens_out} of {described.tokens_in} visual tokens per image; computed "
+            f"for one image and {described.before.text_tokens} text tokens: "
+            f"{described.saved('total_flops'):.0f} % fewer FLOPs up to the first token, "
+            f"{described.saved('kv_bytes'):.0f} % less KV cache"
+        )
+
+    def ask(
+        self,
+        config: MergeConfig,
+        rows: Sequence[int],
+        reference: np.ndarray | None,
+        advance: Callable[[int], object],
+    ) -> Replies:
+        """Answer rows greedily under a config.
+
+        Args:
+            config: merge options; `UNREDUCED` for the model as it is.
+            rows: row numbers.
+            reference: [rows, vocabulary] float32 log-probabilities of the unreduced model, None
+                where they are what is wanted.
+            advance: called with the number of rows after every batch.
+
+        Raises:
+            ValueError: a picture has become unreadable, or the config does not fit.
+        """
+        answers: list[str] = []
+        first: list[np.ndarray] = []
+        divergence: list[float] = []
+        with _evaluating(self.model), wrapped(self.model, config=config):
+            for start in range(0, len(rows), self.batch_size):
+                part = tuple(rows[start : start + self.batch_size])
+                texts, logprobs = self._answer(self._batch(part))
+                answers += texts
+                if reference is None:
+                    first.append(logprobs.cpu().numpy())
+                else:
+                    known = torch.from_numpy(np.array(reference[start : start + len(part)]))
+                    divergence += kl_divergence(known.to(logprobs.device), logprobs).tolist()
+                advance(len(part))
+        if reference is None:
+            return Replies(answers, first=np.concatenate(first))
+        return Replies(answers, divergence=divergence)
+
+    def _answer(self, batch: dict[str, Tensor]) -> tuple[list[str], Tensor]:
+        model = self.model
+        inputs = {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for name, value in batch.items()
+        }
+        out = model.generate(
+            **inputs,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            # Checkpoints come with sampling options that greedy decoding warns of.
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        new = out.sequences[:, inputs["input_ids"].shape[1] :]
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [text.strip() for text in texts], out.logits[0].float().log_softmax(-1)
+
+    def _batch(self, part: tuple[int, ...]) -> dict[str, Tensor]:
+        if part in self._prepared:
+            return self._prepared[part]
+        prompts = [self.prompts[row] for row in part]
+        begin = self.tokenizer.bos_token
+        # Some chat templates write the token themselves; the tokenizer would add a second one.
+        special = {"add_special_tokens": False} if begin and prompts[0].startswith(begin) else {}
+        padding = {"padding": True, "padding_side": "left"} if len(part) > 1 else {}
+        batch = dict(
+            self.processor(
+                images=[picture for row in part for picture in self.rows[row].load(self.limits)],
+                text=prompts,
+                return_tensors="pt",
+                **padding,
+                **special,
+            )
+        )
+        size = sum(value.numel() * value.element_size() for value in batch.values())
+        if self._bytes + size <= _CACHE_BYTES:
+            self._prepared[part] = batch
+            self._bytes += size
+        return batch
+
+
+def kl_divergence(reference: Tensor, other: Tensor) -> Tensor:
+    """[B] float32 KL(reference || other) in nats of log-probabilities [B, V]; never negative."""
+    terms = reference.exp() * (reference - other)
+    # Where the reference has no mass, 0 log 0 counts as 0.
+    return terms.masked_fill(reference == -torch.inf, 0.0).sum(-1).clamp(min=0)
+
+
+def _prompt(processor: Any, row: Row, prompt: Prompt) -> str:
+    placeholder = str(getattr(processor, "image_token", None) or "<image>")
+    if placeholder in row.question:
+        raise ValueError(
+            f"{row.source}: the question must not contain {placeholder!r}: pictures are put in "
+            "front of it"
+        )
+    return prompt(processor, row.question, len(row.images))
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode for a while: dropout would make answers random."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,244 @@
+"""Measure one setting on one part of the questions, unless that was done before.
+
+Knows: cells (setting x part), scores, what is already in the journal. Does not know: which
+settings are worth measuring, or how a model is asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from ...merge.config import MergeConfig
+from .asking import UNREDUCED, Asker
+from .intervals import Loss, relative_loss
+from .journal import Journal
+from .recipes import Recipe
+from .rows import Row
+from .scoring import Scorer, checked_score
+from .split import Parts
+
+Part = Literal["search", "check"]
+UNREDUCED_NAME = "unreduced"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A setting measured on one part.
+
+    Attributes:
+        part: "search" or "check".
+        recipe: options without the budget.
+        config: with it.
+        tokens: visual tokens per image.
+        loss: against the unreduced model on the same questions.
+        divergence: mean over questions of KL(unreduced || reduced) of the first answer token, in
+            nats.
+        seconds: wall time of asking.
+        answers: one per question of the part.
+    """
+
+    part: Part
+    recipe: Recipe
+    config: MergeConfig
+    tokens: int
+    loss: Loss
+    divergence: float
+    seconds: float
+    answers: tuple[str, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a person who waits wants to know.
+
+    Attributes:
+        kind: "start" of something that takes `count` steps, "advance" by `count` steps, "cell"
+            that is finished, "note" to be read.
+        text: what begins, or the note.
+        count: see `kind`.
+        cell: the finished one.
+        kept: it was in the folder already.
+    """
+
+    kind: Literal["start", "advance", "cell", "note"]
+    text: str = ""
+    count: int = 0
+    cell: Cell | None = None
+    kept: bool = False
+
+
+Listener = Callable[[Event], object]
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The unreduced model on a part."""
+
+    answers: list[str]
+    scores: list[float]
+    reference: np.ndarray
+
+
+class Bench:
+    """Rows, an asker and a journal; hands out cells."""
+
+    def __init__(
+        self,
+        asker: Asker,
+        rows: Sequence[Row],
+        parts: Parts,
+        journal: Journal,
+        *,
+        scorer: Scorer,
+        answered: bool,
+        confidence: float,
+        tell: Listener,
+    ) -> None:
+        self.asker = asker
+        self.rows = rows
+        self.parts = parts
+        self.journal = journal
+        self.scorer = scorer
+        self.answered = answered
+        self.confidence = confidence
+        self.tell = tell
+        self._bases: dict[Part, _Base] = {}
+
+    def members(self, part: Part) -> tuple[int, ...]:
+        """Row numbers of a part."""
+        return self.parts.search if part == "search" else self.parts.check
+
+    def cell(self, part: Part, recipe: Recipe, config: MergeConfig) -> Cell:
+        """A setting on a part, from the journal where it is there.
+
+        Args:
+            part: "search" or "check".
+            recipe: what the setting is called.
+            config: the recipe with a budget.
+
+        Search intervals have the plain level. On the check part the i-th setting that is looked
+        at has level 1 - (1 - confidence) / i: the chance that any of three upper ends lies below
+        the truth then adds up to (1 + 1/2 + 1/3) / 2, less than one, times 1 - confidence.
+
+        Raises:
+            ValueError: the model cannot have this setting, or gets nothing right without it.
+        """
+        left = self.asker.tokens(config)
+        base = self._base(part)
+        key = self._key(part, config)
+        level = self.confidence
+        if part == "check":
+            level = 1 - (1 - self.confidence) / (self._looks_before(key) + 1)
+        record = self.journal.cells.get(key)
+        kept = record is not None
+        if record is None:
+            shown = {"recipe": recipe.name, "tokens": left}
+            record, _ = self._ask(part, config, base.reference, shown)
+            self.journal.add(key, record)
+        made = self._made(part, recipe, config, left, record, level)
+        self.tell(Event("cell", cell=made, kept=kept))
+        return made
+
+    def unreduced_score(self, part: Part) -> float:
+        """Mean score of the unreduced model on a part."""
+        return float(np.mean(self._base(part).scores))
+
+    def _base(self, part: Part) -> _Base:
+        if part not in self._bases:
+            key, rows = self._key(part, UNREDUCED), self.members(part)
+            record, reference = self.journal.cells.get(key), self.journal.array(part)
+            if record is None or reference is None or len(reference) != len(rows):
+                shown = {"recipe": UNREDUCED_NAME, "tokens": self.asker.tokens_in}
+                again, reference = self._ask(part, UNREDUCED, None, shown)
+                assert reference is not None
+                # First, so that a stored cell always has its reference.
+                self.journal.keep_array(part, reference)
+                if record is None:
+                    self.journal.add(key, again)
+                    record = again
+            answers = record["answers"]
+            scores = self._scores(part, answers, answers)
+            if not any(scores):
+                raise ValueError(
+                    f"the unreduced model answers none of the {len(scores)} questions of the "
+                    f"{part} part right, so there is nothing to lose; ask for short answers in "
+                    "the prompt, check the answers, or leave them out to compare with the "
+                    "unreduced model's own"
+                )
+            self._bases[part] = _Base(answers, scores, reference)
+        return self._bases[part]
+
+    def _ask(
+        self, part: Part, config: MergeConfig, reference: np.ndarray | None, shown: dict[str, Any]
+    ) -> tuple[dict[str, Any], np.ndarray | None]:
+        rows = self.members(part)
+        self.tell(Event("start", f"{shown['recipe']}, {shown['tokens']} tokens", len(rows)))
+        begin = time.perf_counter()
+        replies = self.asker.ask(
+            config, rows, reference, lambda count: self.tell(Event("advance", count=count))
+        )
+        record = {
+            "part": part,
+            **shown,
+            "config": _plain(config),
+            "seconds": time.perf_counter() - begin,
+            "answers": replies.answers,
+            "divergence": replies.divergence,
+        }
+        return record, replies.first
+
+    def _made(
+        self,
+        part: Part,
+        recipe: Recipe,
+        config: MergeConfig,
+        tokens: int,
+        record: dict[str, Any],
+        level: float,
+    ) -> Cell:
+        base, rows = self._base(part), self.members(part)
+        answers = record["answers"]
+        loss = relative_loss(
+            base.scores,
+            self._scores(part, answers, base.answers),
+            [self.parts.groups[row] for row in rows],
+            level=level,
+            gains=self.answered,
+        )
+        divergence = float(np.mean(record["divergence"]))
+        seconds = float(record["seconds"])
+        return Cell(part, recipe, config, tokens, loss, divergence, seconds, tuple(answers))
+
+    def _scores(self, part: Part, answers: Sequence[str], base: Sequence[str]) -> list[float]:
+        """Every answer against the user's, else against the unreduced model's own."""
+        return [
+            checked_score(self.scorer, given, self.rows[row].answers or (unreduced,))
+            for row, given, unreduced in zip(self.members(part), answers, base, strict=True)
+        ]
+
+    def _looks_before(self, key: str) -> int:
+        """How many other settings were checked on the check part before this one."""
+        looked = [
+            other
+            for other, record in self.journal.cells.items()
+            if record["part"] == "check" and record["recipe"] != UNREDUCED_NAME
+        ]
+        return looked.index(key) if key in looked else len(looked)
+
+    def _key(self, part: Part, config: MergeConfig) -> str:
+        values = {"part": part, "rows": self.members(part), "config": _plain(config)}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _plain(config: MergeConfig) -> dict[str, Any]:
+    """A config as JSON values; the package's version stands in run.json."""
+    values = config.to_dict()
+    values.pop("pitome_vlm_version")
+    return values

@@ -1,0 +1,228 @@
+"""The user's questions: read from JSONL, checked, every picture known by its content.
+
+Knows: the file format and what can be wrong with it. Does not know: models, prompts, or what is
+done with a question.
+
+    {"image": "cat.jpg", "question": "What is on the mat?", "answer": "a cat"}
+    {"images": ["a.png", "b.png"], "question": "Which is brighter?", "answer": ["a", "first"]}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ...loading.images import ImageError, ImageLimits, load_image
+
+# Where a picture comes from; a text is a path, as in `load_image`.
+Picture = str | os.PathLike[str] | Image.Image
+_IMAGES, _ANSWERS = ("image", "images"), ("answer", "answers")
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One question about one or more pictures.
+
+    Attributes:
+        images: files or Pillow pictures, at least one.
+        question: text without image placeholders.
+        answers: accepted answers; empty where the user gave none.
+        source: where it comes from, for messages.
+    """
+
+    images: tuple[Picture, ...]
+    question: str
+    answers: tuple[str, ...] = ()
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        # A text is a sequence too, of letters.
+        for name in ("images", "answers"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple):
+                raise TypeError(f"{name} must be a tuple, got {type(value).__name__} {value!r}")
+        if not self.images:
+            raise ValueError("images must hold at least one picture")
+
+    def load(self, limits: ImageLimits) -> list[Image.Image]:
+        """The pictures in RGB.
+
+        Raises:
+            ValueError: a picture cannot be used; the message names the row.
+        """
+        return [self._load(picture, limits) for picture in self.images]
+
+    def _load(self, picture: Picture, limits: ImageLimits) -> Image.Image:
+        if isinstance(picture, Image.Image):
+            return picture.convert("RGB")
+        try:
+            return load_image(picture, limits)
+        except ImageError as error:
+            raise ImageError(f"{self.source}: {error}") from error
+
+
+def read_rows(path: str | os.PathLike[str], *, limit: int | None = None) -> list[Row]:
+    """Questions from a JSONL file; paths of pictures are relative to the file.
+
+    Keys: `image` or `images` (a path or a list of them), `question`, and optionally `answer` or
+    `answers` (a text or a list of accepted ones). Other keys and empty lines are ignored. No
+    picture is opened yet.
+
+    Args:
+        path: the file.
+        limit: take the first rows only.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is wrong, or there is no row; the message names the line.
+    """
+    file = Path(path)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    if not file.is_file():
+        raise FileNotFoundError(f"data must be a JSONL file, but there is no file {file}")
+    rows: list[Row] = []
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if limit is not None and len(rows) == limit:
+                    break
+                if line.strip():
+                    rows.append(_parse(line, file.parent, f"{file} line {number}"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+    if not rows:
+        raise ValueError(f"{file} holds no question")
+    return rows
+
+
+def as_rows(rows: Iterable[Row | Mapping[str, Any]]) -> list[Row]:
+    """Rows as they are, mappings with the keys of the file checked the same way.
+
+    Raises:
+        ValueError: a row is wrong, or there is none.
+        TypeError: neither a `Row` nor a mapping.
+    """
+    made: list[Row] = []
+    for number, row in enumerate(rows, 1):
+        source = f"row {number}"
+        if isinstance(row, Row):
+            made.append(row if row.source else Row(row.images, row.question, row.answers, source))
+        elif isinstance(row, Mapping):
+            made.append(_row(row, None, source))
+        else:
+            raise TypeError(f"{source} must be a Row or a mapping, got {type(row).__name__}")
+    if not made:
+        raise ValueError("rows must hold at least one question")
+    return made
+
+
+def has_answers(rows: Sequence[Row]) -> bool:
+    """Whether the user gave answers.
+
+    Raises:
+        ValueError: to some questions only.
+    """
+    without = [row for row in rows if not row.answers]
+    if without and len(without) < len(rows):
+        first = next(row for row in rows if row.answers)
+        raise ValueError(
+            f"{without[0].source} has no answer but {first.source} has; give all questions "
+            "answers, or none to compare with the unreduced model's own"
+        )
+    return not without
+
+
+def picture_digests(
+    rows: Sequence[Row], limits: ImageLimits, advance: Callable[[int], object]
+) -> list[tuple[str, ...]]:
+    """What every row's pictures show, as digests of their pixels; opens every picture once.
+
+    Two files with the same pixels are one picture: a split by file name would let the check part
+    see what was searched.
+
+    Raises:
+        ValueError: a picture cannot be used; the message names the row.
+    """
+    known: dict[str, str] = {}
+    digests: list[tuple[str, ...]] = []
+    for row in rows:
+        found = []
+        for picture in row.images:
+            name = "" if isinstance(picture, Image.Image) else os.fspath(picture)
+            digest = known.get(name) or _digest(row._load(picture, limits))
+            if name:
+                known[name] = digest
+            found.append(digest)
+        digests.append(tuple(found))
+        advance(1)
+    return digests
+
+
+def _digest(picture: Image.Image) -> str:
+    content = hashlib.sha256(f"{picture.size}".encode())
+    content.update(picture.tobytes())
+    return content.hexdigest()
+
+
+def _parse(line: str, folder: Path, source: str) -> Row:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source} is not valid JSON: {error.msg} (column {error.colno})") from (
+            error
+        )
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} must be a JSON object, got {type(values).__name__}")
+    return _row(values, folder, source)
+
+
+def _row(values: Mapping[str, Any], folder: Path | None, source: str) -> Row:
+    pictures = _listed(values, _IMAGES, source)
+    if not pictures:
+        raise ValueError(f"{source} has no 'image' (a path, or 'images' with a list of them)")
+    question = values.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"{source} needs a 'question' (a text), got {question!r}")
+    answers = _listed(values, _ANSWERS, source)
+    for answer in answers:
+        if not isinstance(answer, str) or not answer.strip():
+            raise ValueError(
+                f"{source}: 'answer' must be a text or a list of texts, got {answer!r}"
+            )
+    return Row(
+        tuple(_picture(picture, folder, source) for picture in pictures),
+        question.strip(),
+        tuple(answers),
+        source,
+    )
+
+
+def _listed(values: Mapping[str, Any], names: tuple[str, str], source: str) -> list[Any]:
+    given = [name for name in names if values.get(name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{source} must have one of {names[0]!r} and {names[1]!r}, not both")
+    if not given:
+        return []
+    value = values[given[0]]
+    value = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not value:
+        raise ValueError(f"{source}: {given[0]!r} is an empty list")
+    return value
+
+
+def _picture(value: Any, folder: Path | None, source: str) -> Picture:
+    if isinstance(value, Image.Image) and folder is None:
+        return value
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"{source}: 'image' must be the path of a picture, got {value!r}")
+    # An address stays as it is, so that it is refused as one and not as a missing file.
+    return path if folder is None or "://" in path else str(folder / path)

@@ -1,0 +1,157 @@
+"""PiToMe (NeurIPS 2024, arXiv 2405.16148): protect informative tokens, merge the redundant.
+
+Written from the paper's formulas (eq. 3-4, Algorithm 1). Knows: keys and options. Does not know:
+what the keys were computed from, nor how the plan is applied. The variants of the authors'
+released code are options of this one algorithm, not copies.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..algorithm import Algorithm, MergeContext, every_pair
+from ..matching import alternating_pairs, match_alternating, match_most_similar
+from ..plan import MergePlan
+from ..similarity import Similarity
+
+
+def margin_at(depth: float) -> float:
+    """The paper's m_l = 0.9 - 0.9 l / L for a relative depth l / L in [0, 1]."""
+    return 0.9 - 0.9 * depth
+
+
+def energy_score(
+    similarity: Tensor,
+    margin: float,
+    *,
+    form: str,
+    alpha: float,
+    first: int = 0,
+    overwrite: bool = False,
+) -> Tensor:
+    """How redundant each token is: E_i = 1/N sum over its neighbours j of f_m(cos(v_i, v_j)).
+
+    Args:
+        similarity: [B, N, N] cosines, or some of their rows.
+        margin: m.
+        form: "paper" is eq. 4, f_m(x) = x if x >= m else alpha (exp(x - m) - 1); "elu" is the
+            released code's ELU(x - m); "gaussian" the released text model's kernel with
+            sigma = 1 - m.
+        alpha: alpha of eq. 4.
+        first: number of the first row, where only some are given.
+        overwrite: `similarity` may be written over.
+
+    Returns:
+        [B, rows]; high energy means a large cluster, hence mergeable.
+    """
+    if form == "paper":
+        # Both branches as a sum of which one is zero, in place: fresh memory for every N x N step
+        # costs more than the arithmetic, `where` and masks of bools several times as much.
+        # `expm1` takes twice as long as `exp`, and its further digits are lost in the sum.
+        # `threshold` takes x > t; what is m but for the rounding of a cosine counts as m.
+        below_margin = margin - 2 * torch.finfo(similarity.dtype).eps
+        score = torch.threshold(similarity, below_margin, 0.0)
+        below = similarity.sub_(margin) if overwrite else similarity - margin
+        score = score.add_(below.clamp_max_(0).exp_().sub_(1), alpha=alpha)
+    elif form == "elu":
+        score = torch.nn.functional.elu(similarity - margin, alpha=alpha)
+    else:
+        # A margin of one would be a kernel of width zero.
+        sigma = max(1 - margin, 1e-2)
+        score = torch.exp(-((1 - similarity) ** 2) / (2 * sigma**2))
+        score = score / (sigma * math.sqrt(2 * math.pi))
+    # A token is not its own neighbour.
+    own = score.diagonal(first, -2, -1)
+    return score.sum(-1).sub_(own).div_(similarity.shape[-1])
+
+
+def energies(similarity: Similarity, ctx: MergeContext, *, last: bool = False) -> Tensor:
+    """`energy_score` of all tokens [B, N], with the options of a context.
+
+    Args:
+        similarity: of N tokens.
+        ctx: options and relative depth.
+        last: see `Similarity.by_row`.
+    """
+    config = ctx.config
+    margin = margin_at(ctx.depth) if config.margin is None else config.margin
+    return similarity.by_row(
+        lambda rows, first: energy_score(
+            rows, margin, form=config.energy, alpha=config.alpha, first=first, overwrite=last
+        ),
+        last=last,
+    )
+
+
+def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
+    """Paper Algorithm 1, lines 2-10; see `MergeConfig` for the variants.
+
+    Args:
+        keys: [B, N, D].
+        n_out: N - k with 2 k <= N.
+        ctx: options, relative depth and parity.
+
+    Raises:
+        ValueError: more than half of the tokens would have to go in one step.
+    """
+    config, n_tokens = ctx.config, keys.shape[1]
+    n_merge = n_tokens - n_out
+    if 2 * n_merge > n_tokens:
+        raise ValueError(
+            f"pitome merges at most half of the tokens in one step (2k <= N): n_out must be in "
+            f"{(n_tokens + 1) // 2}..{n_tokens}, got {n_out}"
+        )
+    similarity = Similarity(keys, ctx.pairs)
+    if _matches_early(ctx):
+        return match_alternating(similarity, n_merge, offset=ctx.n_leading)
+    energy = energies(similarity, ctx, last=_computes_edges_again(n_tokens, n_out, ctx))
+    by_energy = energy.argsort(dim=-1, descending=True, stable=True)
+    if not config.protect:
+        halves = by_energy[:, ::2], by_energy[:, 1::2]
+        sources, destinations = match_most_similar(similarity, *halves, n_merge)
+        return MergePlan.from_pairs(n_tokens, sources, destinations)
+    side_a, side_b = _split(by_energy[:, : 2 * n_merge], ctx)
+    _, partner = similarity.best(side_a, side_b)
+    order = None
+    if not config.restore_order:
+        order = torch.cat([by_energy[:, 2 * n_merge :], side_b], 1)
+    return MergePlan.from_pairs(n_tokens, side_a, side_b.gather(1, partner), order=order)
+
+
+def _matches_early(ctx: MergeContext) -> bool:
+    return ctx.config.early_matching > 0 and ctx.depth <= ctx.config.early_matching
+
+
+def _computes_edges_again(n_in: int, n_out: int, ctx: MergeContext) -> bool:
+    """Where few tokens go, their k x k products are cheaper than the memory to keep all N x N."""
+    return ctx.config.protect and 8 * (n_in - n_out) <= n_in
+
+
+def pairs_compared(n_in: int, n_out: int, ctx: MergeContext) -> int:
+    """All pairs and those matched; in the early layers of the released code those of ToMe."""
+    if _matches_early(ctx):
+        return alternating_pairs(n_in, n_out, ctx)
+    again = (n_in - n_out) ** 2 if _computes_edges_again(n_in, n_out, ctx) else 0
+    return every_pair(n_in, n_out, ctx) + again
+
+
+def _split(mergeable: Tensor, ctx: MergeContext) -> tuple[Tensor, Tensor]:
+    """The 2k mergeable tokens [B, 2k], in energy order, into sources and destinations [B, k]."""
+    half = mergeable.shape[1] // 2
+    if ctx.config.split == "ordered":
+        return mergeable[:, ::2], mergeable[:, 1::2]
+    if ctx.config.split == "high_low":
+        return mergeable[:, :half], mergeable[:, half:]
+    shuffled = mergeable[:, ctx.random_order(2 * half, mergeable.device)]
+    return shuffled[:, :half], shuffled[:, half:]
+
+
+ALGORITHM = Algorithm(
+    name="pitome",
+    plan=plan,
+    source="PiToMe, arXiv 2405.16148, eq. 3-4 and Algorithm 1",
+    pairs_compared=pairs_compared,
+)

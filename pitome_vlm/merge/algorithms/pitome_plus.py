@@ -1,0 +1,96 @@
+"""pitome_plus: energy-weighted matching in the tower, coverage behind it (ours, issue 4).
+
+Knows: keys and options. Does not know: what the keys were computed from, nor how the plan is
+applied.
+
+PiToMe merges all of its 2k redundant tokens pairwise, however different the partners are, because
+it has no floor on similarity; ToMe takes the most similar pairs, wherever they are, and so merges
+one object with its twin. In the tower every edge between two halves is scored here by how similar
+its ends are *and* how redundant they are,
+
+    score(a, b) = cos(a, b) + (E(a) + E(b)) / 2,
+
+and the r best edges are merged: a pair of twins on an empty background loses against two patches
+of that background. Nothing is protected beforehand; isolated tokens have no good edge.
+
+Pairs run out when few tokens are left: at 1/16 of the tokens some layer has to merge what should
+stay apart. So the tower does two thirds of the (logarithmic) reduction, and the last third is one
+step on finished features: the tokens farthest from each other stay (the greedy max-min selection
+of k-center, as in DivPrune, arXiv 2503.02175), and every other one is averaged into its nearest.
+
+Chosen on the demo model's validation split (eval/results/ablation).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..algorithm import Algorithm, MergeContext
+from ..matching import complement, match_most_similar
+from ..plan import MergePlan
+from ..similarity import Similarity
+from .pitome import energies
+
+
+def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
+    """Matching in the tower; coverage at the projector, and where more than half have to go.
+
+    Args:
+        keys: [B, N, D].
+        n_out: 1..N.
+        ctx: relative depth, and of the options `energy`, `alpha`, `margin`, `restore_order`.
+    """
+    similarity = Similarity(keys, ctx.pairs)
+    if ctx.at_projector or 2 * n_out < keys.shape[1]:
+        return _coverage(similarity, n_out)
+    return _matching(similarity, n_out, ctx)
+
+
+def _matching(similarity: Similarity, n_out: int, ctx: MergeContext) -> MergePlan:
+    """The r best edges between tokens that alternate in energy order.
+
+    Args:
+        similarity: of N tokens.
+        n_out: N - r with 2 r <= N.
+        ctx: see `plan`.
+    """
+    config, n_tokens = ctx.config, similarity.n_tokens
+    energy = energies(similarity, ctx)
+    by_energy = energy.argsort(dim=-1, descending=True, stable=True)
+    # Alternating, so that both ends of a good edge are rarely on one side.
+    sources, destinations = match_most_similar(
+        similarity, by_energy[:, ::2], by_energy[:, 1::2], n_tokens - n_out, energy
+    )
+    order = None
+    if not config.restore_order:
+        gone = torch.zeros_like(by_energy, dtype=torch.bool).scatter(1, sources, True)
+        stays = ~gone.gather(1, by_energy)
+        last = stays.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        order = by_energy.gather(1, last[:, :n_out])
+    return MergePlan.from_pairs(n_tokens, sources, destinations, order=order)
+
+
+def _coverage(similarity: Similarity, n_out: int) -> MergePlan:
+    """Tokens far from each other stay, every other one joins the most similar of them.
+
+    Args:
+        similarity: of N tokens.
+        n_out: 1..N.
+    """
+    centres = similarity.farthest_first(n_out)
+    others = complement(centres, similarity.n_tokens)
+    _, nearest = similarity.best(others, centres)
+    return MergePlan.from_pairs(similarity.n_tokens, others, centres.gather(1, nearest))
+
+
+ALGORITHM = Algorithm(
+    name="pitome_plus",
+    plan=plan,
+    source="pitome_vlm issue 4: energy-weighted matching of PiToMe (arXiv 2405.16148) and ToMe, "
+    "then k-center coverage",
+    pairwise=False,
+    default_stage="both",
+    tower_share=2 / 3,
+    metric="hidden",
+)

@@ -1,0 +1,39 @@
+"""Random selection: the baseline every designed method has to beat.
+
+Knows: a seed. Does not know: anything about the tokens it keeps. It drops, it does not average
+(`MergePlan.prune`): a dropped token is only booked on its most similar survivor, so that source
+maps and sizes still account for every patch.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..algorithm import Algorithm, MergeContext, gone_with_kept
+from ..matching import keep_only
+from ..plan import MergePlan
+from ..similarity import Similarity
+
+
+def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
+    """Keep `n_out` of N tokens, the same ones for every image (see `MergeContext.random_order`).
+
+    Args:
+        keys: [B, N, D], used for the bookkeeping only.
+        n_out: tokens to keep, 1..N.
+        ctx: seed and layer.
+    """
+    batch, n_tokens = keys.shape[:2]
+    order = ctx.random_order(n_tokens, keys.device).expand(batch, n_tokens)
+    return keep_only(Similarity(keys, ctx.pairs), order[:, :n_out], order[:, n_out:])
+
+
+ALGORITHM = Algorithm(
+    name="random",
+    plan=plan,
+    source="uniform random selection",
+    pairwise=False,
+    default_stage="projector",
+    pairs_compared=gone_with_kept,
+    proportional_attention=False,
+)

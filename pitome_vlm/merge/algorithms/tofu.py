@@ -1,0 +1,51 @@
+"""ToFu (Token Fusion, WACV 2024, arXiv 2312.01026): prune similar tokens early, merge them late.
+
+Knows: ToMe's matching, and a layer's depth. Does not know: how nearly linear a layer really is.
+
+Followed: pairs come from ToMe's bipartite matching over keys. Where a layer answers far from
+linearly to mixtures of its inputs (the early ones), the token that gives up its place is dropped;
+later ones merge by MLERP, the direction of the mean with the largest norm in the group
+(`MergePlan.keep_norm`), because plain means shrink.
+Different: the paper measures which layers are close to linear; here it is half of the depth for
+every model, as in the PiToMe authors' comparison. The mean is size-weighted as in ToMe, and its own
+norm is divided out, which the released comparison leaves out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from ..algorithm import Algorithm, MergeContext
+from ..matching import alternating_pairs
+from ..plan import MergePlan
+from . import tome
+
+PRUNING_DEPTH = 0.5
+
+
+def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
+    """ToMe's pairs; what becomes of them depends on the depth.
+
+    Args:
+        keys: [B, N, D].
+        n_out: N - r with 2 r <= N.
+        ctx: relative depth, and parity of the leading tokens.
+
+    Raises:
+        ValueError: more than half of the tokens would have to go in one step.
+    """
+    pairs = tome.plan(keys, n_out, ctx=ctx)
+    early = ctx.depth <= PRUNING_DEPTH
+    return dataclasses.replace(pairs, prune=early, keep_norm=not early)
+
+
+# Sizes count also where a value was dropped (it was as good as its partner's), so log(size) belongs
+# into the attention and the language model is told, as with ToMe.
+ALGORITHM = Algorithm(
+    name="tofu",
+    plan=plan,
+    source="ToFu, arXiv 2312.01026, section 3",
+    pairs_compared=alternating_pairs,
+)

@@ -1,0 +1,93 @@
+"""From a config and the numbers of a tower to a schedule; invalid combinations are refused.
+
+Handles: configs and the registry of algorithms. Leaves to adapters: models; a tower is a
+`TowerShape` here.
+"""
+
+from __future__ import annotations
+
+from . import algorithms
+from .config import MergeConfig, Stage
+from .schedule import Budget, Schedule, TowerShape, build_schedule
+
+# Brings a packed image to its exact count where the algorithm works inside the tower only.
+FINISHER = "tome"
+
+
+def stage_of(config: MergeConfig) -> Stage:
+    """Where a config merges: its own stage, else the algorithm's.
+
+    `ratio` is about every merging layer of the tower (the paper's r), so it stays there.
+    """
+    default = algorithms.get(config.algorithm).default_stage
+    if config.ratio is not None and default == "both":
+        default = "tower"
+    return config.stage or default
+
+
+def schedule_for(config: MergeConfig, shape: TowerShape) -> Schedule:
+    """Lay a config's budget out over a tower.
+
+    Raises:
+        ValueError: unknown algorithm, or a budget that cannot be met.
+    """
+    algorithm = algorithms.get(config.algorithm)
+    stage = stage_of(config)
+    if shape.projector_only:
+        if config.stage in ("tower", "both") or config.ratio is not None:
+            asked = f"stage={config.stage!r}" if config.stage else f"ratio={config.ratio}"
+            raise ValueError(
+                f"{asked} merges inside the vision tower, which this model cannot; use "
+                'stage="projector" with keep or tokens'
+            )
+        stage = "projector"
+    if algorithm.one_step and stage == "both":
+        raise ValueError(
+            f"algorithm {algorithm.name!r} reduces in one step, so stage must be 'tower' or "
+            "'projector', got 'both'"
+        )
+    for option, place in (("layers", "projector"), ("projector_steps", "tower")):
+        if stage == place and getattr(config, option) is not None:
+            raise ValueError(
+                f"{option}={getattr(config, option)} has no effect at stage={stage!r}, where "
+                f"{algorithm.name!r} merges here; leave it out or name another stage"
+            )
+    if config.is_adaptive and algorithm.one_step:
+        raise ValueError(
+            f"algorithm {algorithm.name!r} reduces in one step, so it cannot stop where an image "
+            "stops being redundant; keep='auto' needs another algorithm, or give a fixed keep"
+        )
+    if algorithm.needs_attention and stage != "tower":
+        raise ValueError(
+            f"algorithm {algorithm.name!r} ranks tokens by attention in the vision tower, so stage "
+            f"must be 'tower', got {stage!r}"
+        )
+    schedule = build_schedule(
+        shape,
+        config.budget,
+        stage=stage,
+        layers=config.layers,
+        tower_share=config.tower_share or algorithm.tower_share,
+        projector_steps=1 if algorithm.one_step else config.projector_steps,
+        one_step=algorithm.one_step,
+        pairwise=algorithm.pairwise,
+        fewest=Budget(keep=config.keep_range[0]) if config.is_adaptive else None,
+    )
+    if algorithm.name == "none" and not schedule.is_identity:
+        raise ValueError(
+            f"algorithm 'none' keeps all {schedule.tokens_in} visual tokens, but the budget "
+            f"leaves {schedule.tokens_out}; use keep=1.0 or another algorithm"
+        )
+    if algorithm.needs_grid and shape.packed and stage != "projector":
+        raise ValueError(
+            f"algorithm {algorithm.name!r} needs whole grids; where a picture is several tiles "
+            f"these are only known behind the projector, so stage must be 'projector', got "
+            f"{stage!r}"
+        )
+    gridless = shape.grid is None and not shape.packed
+    if algorithm.needs_grid and gridless and not schedule.is_identity:
+        raise ValueError(
+            f"algorithm {algorithm.name!r} needs the whole patch grid, but this model drops one "
+            'patch (vision_feature_select_strategy="default" on a tower without a class token)'
+        )
+    return schedule

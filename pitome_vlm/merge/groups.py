@@ -1,0 +1,216 @@
+"""Groups of cells of one picture, brought to an exact number.
+
+Knows: which cell belongs to which group, how groups are merged further, divided again, and how
+separators are thinned out. Does not know: tiles, models, or how an algorithm decides.
+
+Axes: P cells that hold patches, n groups of them, C channels.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .adaptive import adapt
+from .algorithm import Algorithm, make_plan
+from .counts import shared_out
+from .merge_pass import MergePass
+from .plan import MergePlan
+from .schedule import falling_counts, geometric_counts
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The tokens of one picture, in raster order of the cells they are named after.
+
+    Attributes:
+        features: [n, C].
+        sizes: [n] float32 cells behind every token.
+        assign: [P] int64, the token of every cell.
+        kept: [n] int64, the cell every token is named after.
+    """
+
+    features: Tensor
+    sizes: Tensor
+    assign: Tensor
+    kept: Tensor
+
+    @property
+    def n(self) -> int:
+        """Tokens."""
+        return len(self.kept)
+
+    def merged(self, plan: MergePlan, features: Tensor, sizes: Tensor) -> Groups:
+        """These groups after a plan over them, given what it made of features and sizes.
+
+        Args:
+            plan: of one picture, [1, n].
+            features: [m, C].
+            sizes: [m].
+        """
+        return Groups(features, sizes, plan.assign[0][self.assign], self.kept[plan.kept[0]])
+
+
+def joined(parts: list[Groups]) -> Groups:
+    """Groups of consecutive stretches of cells as those of all of them."""
+    if len(parts) == 1:
+        return parts[0]
+    tokens, cells, assign, kept = 0, 0, [], []
+    for part in parts:
+        assign.append(part.assign + tokens)
+        kept.append(part.kept + cells)
+        tokens, cells = tokens + part.n, cells + len(part.assign)
+    features = torch.cat([part.features for part in parts])
+    sizes = torch.cat([part.sizes for part in parts])
+    return Groups(features, sizes, torch.cat(assign), torch.cat(kept))
+
+
+def group_cells(values: Tensor, labels: Tensor, anchors: Tensor, wanted: int) -> Groups:
+    """Cells of one label become one token; at least `wanted` tokens in all.
+
+    Args:
+        values: [P, C] of the cells; equal within a label unless the cells were resampled.
+        labels: [P] int64, any numbers.
+        anchors: [P] bool, cells that their label is to be named after.
+        wanted: 1..P. Where there are fewer labels, the largest are divided.
+    """
+    _, assign = torch.unique(labels, return_inverse=True)
+    n = int(assign.max()) + 1
+    if n < wanted:
+        assign, n = divided(assign, wanted), wanted
+    cells = torch.arange(len(labels), device=labels.device)
+    # The anchor where it is among the cells, otherwise the first cell.
+    rank = torch.where(anchors, cells, cells + len(labels))
+    empty = rank.new_full((n,), 2 * len(labels))
+    kept, order = (empty.scatter_reduce(0, assign, rank, "amin") % len(labels)).sort()
+    assign = torch.empty_like(order).scatter(0, order, cells[:n])[assign]
+    plan = MergePlan(assign[None], kept[None])
+    features, sizes = plan.apply(values[None])
+    return Groups(features[0], sizes[0], assign, kept)
+
+
+def divided(assign: Tensor, wanted: int) -> Tensor:
+    """Groups [P] of which the largest are divided, in raster order, until there are `wanted`."""
+    sizes = torch.bincount(assign)
+    counts: list[int] = sizes.tolist()
+    parts = [1] * len(counts)
+    queue = [(-float(size), group) for group, size in enumerate(counts)]
+    heapq.heapify(queue)
+    for _ in range(wanted - len(counts)):
+        _, group = queue[0]
+        parts[group] += 1
+        heapq.heapreplace(queue, (-counts[group] / parts[group], group))
+    per_group = torch.tensor(parts, device=assign.device)
+    order = assign.argsort(stable=True)
+    place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+    place = place - (sizes.cumsum(0) - sizes)[assign]
+    first = per_group.cumsum(0) - per_group
+    return first[assign] + place * per_group[assign] // sizes[assign]
+
+
+def merge_further(groups: list[Groups], wanted: list[int], merge_pass: MergePass) -> list[Groups]:
+    """Every picture's groups merged to its count by the algorithm; pictures alike go together.
+
+    Args:
+        groups: of every picture.
+        wanted: tokens of every picture, at most as many as it has.
+        merge_pass: the settings.
+    """
+    found = list(groups)
+    alike: dict[tuple[int, int], list[int]] = {}
+    for index, (own, count) in enumerate(zip(groups, wanted, strict=True)):
+        alike.setdefault((own.n, count), []).append(index)
+    algorithm = merge_pass.finisher or merge_pass.algorithm
+    for (n, count), members in alike.items():
+        if n == count:
+            continue
+        steps = merge_pass.config.projector_steps or 1
+        for step, target in enumerate(geometric_counts(n, steps, count)):
+            together = _merged(
+                [found[index] for index in members], target, step, algorithm, merge_pass
+            )
+            for index, one in zip(members, together, strict=True):
+                found[index] = one
+    return found
+
+
+def _merged(
+    groups: list[Groups], target: int, step: int, algorithm: Algorithm, merge_pass: MergePass
+) -> list[Groups]:
+    """One step of pictures that have the same number of groups."""
+    features = torch.stack([one.features for one in groups])
+    sizes = torch.stack([one.sizes for one in groups])
+    context = merge_pass.context_behind(step)
+    plan = make_plan(algorithm, features, target, ctx=context, sizes=sizes)
+    merged, grown = plan.apply(features, sizes, weighted=merge_pass.config.weighted)
+    return [
+        one.merged(
+            MergePlan(plan.assign[index][None], plan.kept[index][None]), merged[index], grown[index]
+        )
+        for index, one in enumerate(groups)
+    ]
+
+
+def merge_on_grids(
+    groups: Groups, wanted: int, grids: list[tuple[int, int]], merge_pass: MergePass
+) -> Groups:
+    """Groups of single cells merged by an algorithm that follows the grid, grid by grid.
+
+    Args:
+        groups: one per cell.
+        wanted: tokens in all; every grid gets its share.
+        grids: (rows, columns) of the picture's grids, in the order of their cells.
+        merge_pass: the settings.
+
+    Raises:
+        ValueError: fewer tokens than grids.
+    """
+    lengths = [rows * columns for rows, columns in grids]
+    plans, n = [], 0
+    for grid, length, count in zip(grids, lengths, shared_out(wanted, lengths), strict=True):
+        context = merge_pass.context_behind(0, grid=grid)
+        part = groups.features[None, :length]
+        plan = make_plan(merge_pass.algorithm, part, count, ctx=context)
+        plans.append(MergePlan(plan.assign + n, plan.kept))
+        n += count
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    kept = [plan.kept + start for plan, start in zip(plans, starts, strict=True)]
+    whole = MergePlan(torch.cat([plan.assign for plan in plans], 1), torch.cat(kept, 1))
+    features, sizes = whole.apply(groups.features[None], groups.sizes[None])
+    return groups.merged(whole, features[0], sizes[0])
+
+
+def adapted(groups: Groups, fewest: int, merge_pass: MergePass) -> Groups:
+    """keep="auto": the groups of one picture merged as far as its own redundancy allows.
+
+    Args:
+        groups: at the largest count.
+        fewest: the smallest count.
+        merge_pass: the settings.
+    """
+    steps = merge_pass.config.projector_steps or 1
+    found = adapt(
+        groups.features[None],
+        groups.sizes[None],
+        falling_counts(groups.n, min(fewest, groups.n)),
+        merge_pass.config.quality,
+        algorithm=merge_pass.finisher or merge_pass.algorithm,
+        ctx=merge_pass.context_behind(steps),
+        weighted=merge_pass.config.weighted,
+    )[0]
+    assign = found.assign[groups.assign]
+    sizes = torch.bincount(assign, minlength=len(found.kept)).float()
+    return Groups(found.features, sizes, assign, groups.kept[found.kept])
+
+
+def thinned(values: Tensor, wanted: int) -> Groups:
+    """Separators [R, C] (all alike) of which `wanted` stay, each for its share of the rows."""
+    cells = torch.arange(len(values), device=values.device)
+    assign = cells * wanted // max(1, len(values))
+    sizes = torch.bincount(assign, minlength=wanted)
+    # Named after its middle row.
+    kept = sizes.cumsum(0) - sizes + (sizes - 1) // 2
+    return Groups(values[kept], sizes.float(), assign, kept)

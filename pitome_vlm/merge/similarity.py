@@ -1,0 +1,205 @@
+"""All pairs of tokens compared, without ever holding all pairs where there are very many.
+
+Knows: cosines, and in how many pieces to compute them. Does not know: which algorithm asks.
+
+Up to `PairLimits.whole_up_to` tokens the matrix [B, N, N] is made once, where all pairs are asked
+for; partners in one set are found from the products with that set alone. Beyond (video, many tiles)
+its rows are made piece by piece and image by image in one buffer, used and forgotten: 16384 tokens
+would take 1 GiB per image and take `PairLimits.piece_bytes`. Which way it goes, and how the pieces
+are cut, depends on N alone, so that batching changes no answer. Both ways compute the same numbers
+up to rounding; a near tie may fall otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .algorithm import PairLimits, unit_vectors
+from .plan import take_tokens
+
+USUAL = PairLimits()
+
+
+class Similarity:
+    """Cosines between the tokens of every image of a batch.
+
+    Args:
+        keys: [B, N, D] floating point.
+        limits: how many pairs may be held at once, None for `USUAL`.
+    """
+
+    def __init__(self, keys: Tensor, limits: PairLimits | None = None) -> None:
+        limits = limits or USUAL
+        self.n_tokens = keys.shape[1]
+        self._in_pieces = self.n_tokens > limits.whole_up_to
+        # Detached: results written into a buffer have no gradient, and decisions need none.
+        self._unit = unit_vectors(keys.detach() if keys.requires_grad else keys)
+        self._piece_bytes = limits.piece_bytes
+        self._known: Tensor | None = None
+
+    @property
+    def _whole(self) -> Tensor:
+        """[B, N, N], made when it is asked for."""
+        if self._known is None:
+            self._known = torch.bmm(self._unit, self._unit.mT)
+        return self._known
+
+    def tokens(self) -> Tensor:
+        """The numbers of all tokens, [B, N] int64."""
+        index = torch.arange(self.n_tokens, device=self._unit.device)
+        return index.expand(self._unit.shape[0], -1)
+
+    def by_row(self, score: Callable[[Tensor, int], Tensor], *, last: bool = False) -> Tensor:
+        """One number per token from its cosines to all tokens: [B, N].
+
+        Args:
+            score: (rows [b, r, N], number of the first row) to [b, r]. The rows are lent: they
+                are overwritten once it has returned.
+            last: nobody asks for all pairs afterwards, so `score` may write over the rows.
+        """
+        if not self._in_pieces:
+            whole = self._whole
+            self._known = None if last else whole
+            return score(whole, 0)
+        found = torch.empty_like(self._unit[:, :, 0])
+        for image, first, rows in self._row_pieces():
+            found[image, first : first + rows.shape[1]] = score(rows, first)[0]
+        return found
+
+    def best(
+        self, side_a: Tensor, side_b: Tensor, worth: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The best partner in B of every token in A; ties go to the earlier one of B.
+
+        Args:
+            side_a: [B, a] token indices, a >= 0.
+            side_b: [B, b] token indices, b >= 1 unless a = 0.
+            worth: [B, N], the mean of both ends is added to their similarity; None for nothing.
+
+        Returns:
+            scores [B, a], places in `side_b` [B, a] int64.
+        """
+        if side_a.shape[1] == 0:
+            return self._unit.new_empty(side_a.shape), side_a
+        if not self._in_pieces:
+            edges = self._between(side_a, side_b)
+            if worth is not None:
+                edges = _with_worth(edges, worth.gather(1, side_a), worth.gather(1, side_b))
+            scores, places = edges.max(-1)
+            return scores, places
+        scores, places = self._unit.new_empty(side_a.shape), torch.empty_like(side_a)
+        for image, own in enumerate(self._unit):
+            first = 0
+            others = own.index_select(0, side_b[image])
+            for edges in self._pieces(own, others, side_a[image]):
+                last = first + len(edges)
+                if worth is not None:
+                    ends = (side_a[image, first:last], side_b[image])
+                    edges = _with_worth(edges, *(worth[image].index_select(0, end) for end in ends))
+                scores[image, first:last], places[image, first:last] = edges.max(-1)
+                first = last
+        return scores, places
+
+    def farthest_first(self, n_out: int) -> Tensor:
+        """Greedy max-min selection by the distance 1 - cosine, in the order of choice.
+
+        Args:
+            n_out: 1..N.
+
+        Returns:
+            [B, n_out] int64, distinct; ties go to the earlier token.
+        """
+        if not self._in_pieces:
+            return _farthest_first(1 - self._whole, n_out)
+        unit = self._unit
+        to_chosen = torch.full_like(unit[:, :, 0], math.inf)
+        row = torch.empty_like(to_chosen)
+        choice = _first_of_largest(self.by_row(_isolation))
+        chosen = [choice]
+        for _ in range(n_out - 1):
+            # As a row: a batch of matrix-vector products in columns takes several times as long.
+            torch.bmm(take_tokens(unit, choice), unit.transpose(1, 2), out=row[:, None])
+            torch.minimum(to_chosen, row.neg_().add_(1), out=to_chosen)
+            # What is chosen stays at minus infinity and is never the farthest again.
+            choice = to_chosen.scatter_(1, choice, -math.inf).argmax(-1, keepdim=True)
+            chosen.append(choice)
+        return torch.cat(chosen, 1)
+
+    def _between(self, side_a: Tensor, side_b: Tensor) -> Tensor:
+        """Cosines of tokens [B, a] with tokens [B, b]: [B, a, b]."""
+        if self._known is not None:
+            return take_similarity(self._known, side_a, side_b)
+        return torch.bmm(take_tokens(self._unit, side_a), take_tokens(self._unit, side_b).mT)
+
+    def _row_pieces(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(image, first row, [1, rows, N]) from the top to the bottom, image by image."""
+        for image, own in enumerate(self._unit):
+            first = 0
+            for rows in self._pieces(own, own, None):
+                yield image, first, rows[None]
+                first += len(rows)
+
+    def _pieces(self, unit: Tensor, others: Tensor, side_a: Tensor | None) -> Iterator[Tensor]:
+        """Cosines of tokens of A (None for all) with others [b, D], [r, b] at a time.
+
+        One buffer for all pieces: memory taken and given back for each may stay with the process.
+        """
+        n_rows = len(unit) if side_a is None else len(side_a)
+        fit = max(1, self._piece_bytes // (len(others) * unit.element_size()))
+        # Equal pieces: a last one of few rows would go through another kernel, whose sums differ
+        # in their last bit.
+        n_pieces = math.ceil(n_rows / fit)
+        cuts = [n_rows * piece // n_pieces for piece in range(n_pieces + 1)]
+        edges = unit.new_empty(math.ceil(n_rows / n_pieces), len(others))
+        for first, last in pairwise(cuts):
+            some = unit[first:last] if side_a is None else unit.index_select(0, side_a[first:last])
+            yield torch.mm(some, others.T, out=edges[: last - first])
+
+
+def take_similarity(similarity: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """[B, N, N] at rows [B, a] and columns [B, b]: [B, a, b]."""
+    if similarity.shape[0] == 1:
+        return similarity[0].index_select(0, rows[0]).index_select(1, columns[0])[None]
+    taken = take_tokens(similarity, rows)
+    return taken.gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))
+
+
+def _with_worth(edges: Tensor, worth_a: Tensor, worth_b: Tensor) -> Tensor:
+    """Edges [..., a, b] plus the mean worth of their ends [..., a] and [..., b]."""
+    return (worth_a[..., :, None] + worth_b[..., None, :]).div_(2).add_(edges)
+
+
+def _isolation(rows: Tensor, first: int) -> Tensor:
+    """Distance of every token to its nearest neighbour; the rows' own places are overwritten."""
+    rows.diagonal(first, -2, -1).fill_(-math.inf)
+    return 1 - rows.amax(-1)
+
+
+def _first_of_largest(isolation: Tensor) -> Tensor:
+    """The earliest token of the largest isolation up to rounding: [B, N] to [B, 1].
+
+    Two tokens that are each other's nearest have the same one, computed in two ways.
+    """
+    rounding = 32 * torch.finfo(isolation.dtype).eps
+    largest = isolation.amax(-1, keepdim=True) - rounding
+    return (isolation >= largest).to(torch.int8).argmax(-1, keepdim=True)
+
+
+def _farthest_first(distance: Tensor, n_out: int) -> Tensor:
+    """`Similarity.farthest_first` on all distances [B, N, N]."""
+    itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
+    choice = _first_of_largest(distance.masked_fill(itself, math.inf).amin(-1))
+    to_chosen = torch.full_like(distance[:, 0], math.inf)
+    chosen = [choice]
+    for _ in range(n_out - 1):
+        row = take_tokens(distance, choice)[:, 0]
+        # What is chosen stays at minus infinity and is never the farthest again.
+        to_chosen = torch.minimum(to_chosen, row).scatter_(1, choice, -math.inf)
+        choice = to_chosen.argmax(-1)[:, None]
+        chosen.append(choice)
+    return torch.cat(chosen, 1)

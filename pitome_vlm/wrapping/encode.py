@@ -1,0 +1,218 @@
+"""What a model's images become: planned from numbers alone, or encoded.
+
+Knows: models with and without merging on them, footprints, prompts. Does not know: how merging gets
+on a model (`wrap.py`) or what happens in `forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import find_adapter
+from ..common import whole_number
+from ..merge.budget import schedule_for
+from ..merge.config import MergeConfig
+from ..merge.counts import Footprint, TokenCount
+from ..merge.schedule import Schedule
+from ..merge.tokens import VisualTokens
+from .image_cache import IMAGE_CACHE
+from .merging import Merging
+from .original import WrappedOriginalLlava
+from .positions import Calibration, as_model_positions
+from .prompt import PromptImage, images_of, prepare
+from .wrap import base_model, merging_of
+
+
+def planned_schedule(model: nn.Module, config: MergeConfig) -> Schedule:
+    """The counts `wrap(model, config=config)` would lead to; nothing is changed.
+
+    Raises:
+        TypeError: not a supported model.
+        ValueError: the budget does not fit.
+    """
+    base = base_model(model)
+    return schedule_for(config, find_adapter(base).tower_shape(base))
+
+
+def planned_calibration(model: nn.Module, config: MergeConfig) -> Calibration:
+    """What `wrap(model, config=config)` would tell the language model; nothing is changed.
+
+    Raises:
+        TypeError: not a supported model.
+        ValueError: the language model cannot be told what the config asks for.
+    """
+    base = base_model(model)
+    return Merging(config, find_adapter(base)).calibration(base)
+
+
+def planned_count(
+    model: nn.Module,
+    config: MergeConfig,
+    *,
+    image_size: tuple[int, int] | None = None,
+    frames: int | None = None,
+) -> tuple[Footprint, TokenCount]:
+    """Tokens of one picture or video under `wrap(model, config=config)`; nothing is run or changed.
+
+    Args:
+        model: a supported model, wrapped or not.
+        config: the options.
+        image_size: (height, width) in pixels, None for a typical picture; models that bring every
+            picture to one size ignore it.
+        frames: of a video, None for a picture.
+
+    Raises:
+        TypeError: not a supported model.
+        ValueError: the budget does not fit, a size below one pixel, or frames of a model that
+            takes no videos.
+    """
+    base = base_model(model)
+    adapter = find_adapter(base)
+    if image_size is not None:
+        image_size = checked_size(image_size)
+    footprint = adapter.footprint(base, image_size=image_size, frames=frames)
+    return footprint, Merging(config, adapter).new_pass(base).count(footprint)
+
+
+def checked_size(image_size: Any) -> tuple[int, int]:
+    """(height, width) as whole numbers of pixels.
+
+    Raises:
+        TypeError: no two whole numbers.
+        ValueError: below one pixel.
+    """
+    try:
+        height, width = image_size
+    except (TypeError, ValueError):
+        raise TypeError(f"image_size must be (height, width), got {image_size!r}") from None
+    return whole_number("image height", height, 1), whole_number("image width", width, 1)
+
+
+def encode_images(model: nn.Module, pixel_values: Tensor, **inputs: Any) -> VisualTokens:
+    """The visual tokens a wrapped model's language model sees, with sizes and source maps.
+
+    Args:
+        model: a wrapped model.
+        pixel_values: from the model's processor.
+        **inputs: what else the processor gives for images (`image_sizes`, `batch_num_images`),
+            `vision_feature_layer`, `vision_feature_select_strategy`; `image_cache`, an
+            `ImageCache` to look into first.
+
+    Raises:
+        ValueError: the model is not wrapped, or an input is missing.
+    """
+    base, merging = merging_of(model)
+    encoded = merging.encode(base, inputs | {merging.image_input: pixel_values})
+    return next(one.visual for one in encoded if one.kind == "image")
+
+
+def encode_videos(model: nn.Module, pixel_values_videos: Tensor, **inputs: Any) -> VisualTokens:
+    """`encode_images` for videos.
+
+    Args:
+        model: a wrapped model that takes videos.
+        pixel_values_videos: [videos, frames, 3, H, W] from the model's processor.
+        **inputs: `vision_feature_layer`, `vision_feature_select_strategy`, `image_cache`.
+
+    Raises:
+        ValueError: the model is not wrapped, or takes no videos.
+    """
+    base, merging = merging_of(model)
+    if "pixel_values_videos" not in merging.adapter.pixel_inputs:
+        raise ValueError(f"{type(base).__name__} takes no videos")
+    encoded = merging.encode(base, inputs | {"pixel_values_videos": pixel_values_videos})
+    return next(one.visual for one in encoded if one.kind == "video")
+
+
+def visual_token_counts(model: nn.Module, pixel_values: Tensor, **inputs: Any) -> list[int]:
+    """Visual tokens of every image of a wrapped model; the tower is run where images differ.
+
+    Args:
+        model: a wrapped model.
+        pixel_values: from the model's processor.
+        **inputs: as for `encode_images`.
+
+    Raises:
+        ValueError: the model is not wrapped, or an input is missing.
+    """
+    base, merging = merging_of(model)
+    if not merging.config.is_adaptive:
+        counts = merging.counts(base, inputs | {merging.image_input: pixel_values})
+        return [count.out for count in counts["image"]]
+    with torch.no_grad():
+        return encode_images(model, pixel_values, **inputs).counts
+
+
+@torch.no_grad()
+def prompt_images(model: nn.Module, inputs: Mapping[str, Any]) -> list[PromptImage]:
+    """Row, full and merged count of every image of a batch; run only where images differ.
+
+    Args:
+        model: a wrapped model.
+        inputs: a processor's batch with `input_ids` [B, T].
+
+    Raises:
+        ValueError: the model is not wrapped, or placeholders and images do not match.
+    """
+    base, merging = merging_of(model)
+    if not merging.has_pixels(inputs):
+        return []
+    if merging.config.is_adaptive:
+        encoded = merging.encode(base, inputs)
+        counts = {
+            one.kind: list(zip(one.visual.full_counts, one.visual.counts, strict=True))
+            for one in encoded
+        }
+    else:
+        planned = merging.counts(base, inputs)
+        counts = {kind: [(one.full, one.out) for one in found] for kind, found in planned.items()}
+    return images_of(base, merging, inputs["input_ids"], counts)
+
+
+def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
+    """What `model(**inputs)` turns its inputs into, for training loops of one's own.
+
+    Labels and logits then have the same length, so label smoothing, token accuracy and custom
+    losses work on `model(**compact_inputs(model, **batch))` as they do without merging.
+
+    Args:
+        model: a wrapped model.
+        **inputs: a processor's batch: images and `input_ids` or `inputs_embeds`, and
+            where wanted `attention_mask`, `labels`, `position_ids`, `image_cache`; others are
+            passed through.
+
+    Returns:
+        `inputs_embeds` [B, S, C] and the shortened others, without `input_ids` and what was
+        encoded. `position_ids` are float32 where tokens keep their unreduced places, and
+        `token_sizes` [B, S] float32 (what every column stands for) is there where the model's
+        attention uses it; the model takes both. Gradients reach projector and tower. A
+        batch without images comes back unchanged.
+
+    Raises:
+        ValueError: the model is not wrapped, or placeholders and images do not match.
+    """
+    base, merging = merging_of(model)
+    if not merging.has_pixels(inputs):
+        return {name: value for name, value in inputs.items() if name != IMAGE_CACHE}
+    if isinstance(base, WrappedOriginalLlava):
+        return base._pitome_compact_inputs(inputs)
+    prompt = prepare(base, merging, inputs)
+    known = ("inputs_embeds", "attention_mask", "labels", "position_ids")
+    compact = {name: getattr(prompt, name) for name in known if getattr(prompt, name) is not None}
+    if "position_ids" in compact:
+        compact["position_ids"] = as_model_positions(compact["position_ids"])
+    if prompt.calibration.size_bias:
+        compact["token_sizes"] = prompt.sizes
+    shape = prompt.compaction.keep.shape
+    adapter = merging.adapter
+    consumed = {*known, "input_ids", *adapter.vision_inputs, *adapter.feature_options, IMAGE_CACHE}
+    for name, value in inputs.items():
+        if name in consumed:
+            continue
+        per_token = isinstance(value, torch.Tensor) and value.shape == shape
+        compact[name] = prompt.compaction.take(value, 0) if per_token else value
+    return compact

@@ -1,0 +1,110 @@
+"""The bookkeeping around generate: lengths, criteria and the caller's own prompt.
+
+Knows: which arguments of generate count or look at prompt tokens. Does not know: images, merging
+or models; it is told how long a prompt was and how long it became.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+
+from ..releases import LEGACY_DEFAULT_LENGTH
+
+
+def _restored(sequences: Tensor, prompt: Tensor, compact_length: int) -> Tensor:
+    """Sequences that begin with the shortened prompt, beginning with the caller's instead."""
+    copies = sequences.shape[0] // prompt.shape[0]
+    front = prompt.repeat_interleave(copies, 0).to(sequences.device)
+    return torch.cat([front, sequences[:, compact_length:]], 1)
+
+
+class FullPromptCriterion(StoppingCriteria):
+    """A caller's stopping criterion that sees its own prompt, not the shortened one."""
+
+    def __init__(self, criterion: Any, prompt: Tensor, compact_length: int) -> None:
+        self.criterion, self.prompt, self.compact_length = criterion, prompt, compact_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+        """Ask the criterion about [B, T + new] ids."""
+        return self.criterion(
+            _restored(input_ids, self.prompt, self.compact_length), scores, **kwargs
+        )
+
+
+class FullPromptProcessor(LogitsProcessor):
+    """A caller's logits processor that sees its own prompt, not the shortened one."""
+
+    def __init__(self, processor: Any, prompt: Tensor, compact_length: int) -> None:
+        self.processor, self.prompt, self.compact_length = processor, prompt, compact_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Process [B, V] scores for [B, T + new] ids."""
+        full = _restored(input_ids, self.prompt, self.compact_length)
+        result: Tensor = self.processor(full, scores)
+        return result
+
+
+def with_full_prompt(
+    kwargs: dict[str, Any], prompt: Tensor | None, compact_length: int
+) -> dict[str, Any]:
+    """The caller's criteria and processors, wrapped; nothing where none were given."""
+    found: dict[str, Any] = {}
+    if prompt is None:
+        return found
+    for name, wrapper in (
+        ("stopping_criteria", FullPromptCriterion),
+        ("logits_processor", FullPromptProcessor),
+    ):
+        given = kwargs.get(name)
+        if given is not None and len(given):
+            found[name] = type(given)(wrapper(one, prompt, compact_length) for one in given)
+    return found
+
+
+def with_prompt(output: Any, prompt: Tensor | None, compact_length: int) -> Any:
+    """The result of generate with the caller's own prompt in front of what was generated."""
+    if prompt is None:
+        return output
+    if isinstance(output, Tensor):
+        return _restored(output, prompt, compact_length)
+    output.sequences = _restored(output.sequences, prompt, compact_length)
+    return output
+
+
+def shorter_limits(
+    kwargs: dict[str, Any], default: GenerationConfig | None, *, width: int, removed: int
+) -> dict[str, int]:
+    """max_length and min_length count the prompt, hence shrink with it.
+
+    Args:
+        kwargs: arguments of generate.
+        default: the model's own generation config.
+        width: tokens of the caller's prompt.
+        removed: tokens by which it got shorter.
+
+    Raises:
+        ValueError: the prompt alone is longer than max_length, in the caller's numbers.
+    """
+    sources = [kwargs.get("generation_config"), default]
+
+    def lookup(name: str) -> Any:
+        given = [kwargs.get(name)] + [getattr(source, name, None) for source in sources]
+        return next((value for value in given if value is not None), None)
+
+    limits = {}
+    for end in ("max", "min"):
+        value, explicit = lookup(f"{end}_length"), kwargs.get(f"{end}_length") is not None
+        unset = not value or (value == LEGACY_DEFAULT_LENGTH and not explicit)
+        if unset or lookup(f"{end}_new_tokens") is not None:
+            continue
+        if end == "max" and value <= width:
+            raise ValueError(
+                f"max_length is {value}, but the prompt alone has {width} tokens; raise it, or "
+                "use max_new_tokens"
+            )
+        limits[f"{end}_length"] = max(0, value - removed)
+    return limits

@@ -1,0 +1,266 @@
+"""`forward` and `generate` of a wrapped model of the original llava package.
+
+Knows: the package's calling conventions: `images`, one placeholder per picture, a prompt that
+`prepare_inputs_labels_for_multimodal` turns into embeddings. Does not know: where a word or a patch
+goes (`original_layout.py`, `original_inputs.py`), nor how a model gets wrapped (`wrap.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from ..adapters.original_code import PREPARE
+from ..releases import CACHE_NAME, EMBEDS_NEED_EMPTY_CACHE, TRANSFORMERS, cache_of, with_cache_name
+from .forward import WrappedLlava
+from .generation import shorter_limits
+from .image_cache import IMAGE_CACHE
+from .kv_cache import (
+    cached_length,
+    calibrated,
+    check_cache,
+    first_position,
+    mark_cache,
+    with_prompt_images,
+)
+from .original_inputs import prepare_original
+from .positions import Calibration
+from .prompt import CompactPrompt
+
+logger = logging.get_logger(__name__)
+
+# What becomes embeddings, and what does when they are there already.
+CONSUMED = (
+    *("input_ids", "images", "image_sizes", "attention_mask", "labels", "position_ids"),
+    IMAGE_CACHE,
+)
+UNCALIBRATED = Calibration(size_bias=False, positions="compact")
+
+
+@dataclass(frozen=True)
+class PreparedPrompt:
+    """Stands in `images` of the package's own `generate` for a prompt that is embedded already."""
+
+    prompt: CompactPrompt
+
+
+class WrappedOriginalLlava(WrappedLlava):
+    """Mixin in front of the class of a model of the original llava package."""
+
+    _pitome_mirrored = (*WrappedLlava._pitome_mirrored, PREPARE)
+
+    def forward(self, *args: Any, token_sizes: Tensor | None = None, **kwargs: Any) -> Any:
+        """The model's own forward on the shortened prompt; logits and loss are of that length.
+
+        Args:
+            *args: as of the model's own method.
+            token_sizes: [B, S] float32 patches behind every column, see `compact_inputs`.
+            **kwargs: as of the model's own method.
+        """
+        original = super(WrappedLlava, self).forward  # type: ignore[misc]
+        call = _named_arguments(original, args, kwargs)
+        image_cache = call.pop(IMAGE_CACHE, None)
+        if not self._pitome_sees_images(call):
+            call = calibrated(self, self._pitome, call, token_sizes)
+            with self._pitome.unmerged(self, call):
+                return original(**_as_named_by(original, call))
+        schedule, cache = self._pitome.schedule(self), call.get(CACHE_NAME)
+        check_cache(self, self._pitome, cache, None, schedule)
+        start = first_position(cache, call.get("attention_mask"), call["input_ids"].device)
+        past, call = _without_past(call)
+        prompt = self._pitome_prompt(call | {IMAGE_CACHE: image_cache}, start=start)
+        short = _without_images(call) | _language_inputs(prompt, past)
+        images = with_prompt_images(cache, prompt, self._pitome.config, schedule.tokens_out)
+        short = calibrated(self, self._pitome, short, images.sizes)
+        output = original(**_as_named_by(original, short))
+        mark_cache(cache_of(output), images)
+        return output
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own generate, which returns the new tokens only."""
+        original = super(WrappedLlava, self).generate  # type: ignore[misc]
+        call = _named_arguments(original, args, kwargs)
+        image_cache = call.pop(IMAGE_CACHE, None)
+        seen = call | {"input_ids": call.get("inputs"), IMAGE_CACHE: image_cache}
+        if not self._pitome_sees_images(seen):
+            with self._pitome.unmerged(self, call):
+                return original(**call)
+        self._refuse_unsupported(call)
+        cache = call.get(CACHE_NAME)
+        self._refuse_filled_cache(cache)
+        check_cache(self, self._pitome, cache, None, self._pitome.schedule(self))
+        # Decoding goes on at the end of a row, so shorter rows are padded in front.
+        prompt = self._pitome_prompt(seen, left=True)
+        full, short = prompt.compaction.keep.shape[1], prompt.inputs_embeds.shape[1]
+        limits = shorter_limits(
+            call,
+            getattr(self, "generation_config", None),
+            width=full,
+            removed=full - short,
+        )
+        given = {
+            "inputs": call["inputs"],
+            # The package hands this to its own preparation, which is ours below.
+            "images": PreparedPrompt(prompt),
+            "token_sizes": prompt.sizes,
+            "token_positions": prompt.position_ids if prompt.calibration.is_active else None,
+            "prompt_images": prompt.images,
+        }
+        known = {name: value for name, value in given.items() if value is not None}
+        return original(**_without_images(call) | limits | known)
+
+    def prepare_inputs_labels_for_multimodal(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own preparation with merged tokens; its six values cannot carry sizes."""
+        original = getattr(super(), PREPARE)
+        call = _by_name(original, args, kwargs)
+        images = call.get("images")
+        if isinstance(images, PreparedPrompt):
+            prompt = images.prompt
+            mask = prompt.attention_mask
+            if mask is None:
+                mask = prompt.compaction.valid.long()
+            return (None, prompt.position_ids, mask, None, prompt.inputs_embeds, None)
+        if not self._pitome_sees_images(call):
+            with self._pitome.unmerged(self, call):
+                return original(**call)
+        if self._pitome.calibration(self).is_active:
+            logger.warning_once(
+                f"{PREPARE}() was called directly: its values cannot carry sizes and places of "
+                "merged tokens, so they are left out, which costs accuracy at small budgets; call "
+                "forward() or generate() with images=..., or use pitome_vlm.compact_inputs()"
+            )
+        prompt = self._pitome_prompt(call, calibration=UNCALIBRATED)
+        return (
+            None,
+            prompt.position_ids,
+            prompt.attention_mask,
+            call.get("past_key_values"),
+            prompt.inputs_embeds,
+            prompt.labels,
+        )
+
+    def _refuse_filled_cache(self, cache: Any) -> None:
+        """Releases before 5 read no embeddings then; later ones must know the cache by its name."""
+        known = CACHE_NAME in inspect.signature(self.forward).parameters
+        if cached_length(cache) and (EMBEDS_NEED_EMPTY_CACHE or not known):
+            raise ValueError(
+                f"the original llava package cannot continue a filled {CACHE_NAME} in generate() "
+                f"on transformers {TRANSFORMERS}, wrapped or not; leave it out"
+            )
+
+    def _pitome_sees_images(self, call: dict[str, Any]) -> bool:
+        """Whether there is something to merge: the package ignores images while it decodes."""
+        ids = call.get("input_ids")
+        given = call.get("images") is not None and call.get("inputs_embeds") is None
+        if not given or not isinstance(ids, Tensor) or ids.shape[1] == 1:
+            return False
+        return not self._pitome.schedule(self).is_identity
+
+    def _pitome_prompt(
+        self, call: dict[str, Any], *, calibration: Calibration | None = None, **options: Any
+    ) -> CompactPrompt:
+        """The prompt of a call with its images encoded and merged; see `prepare_original`."""
+        calibration = calibration or self._pitome.calibration(self)
+        return prepare_original(self, self._pitome, call, calibration=calibration, **options)
+
+    def _pitome_compact_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """See `pitome_vlm.compact_inputs`; a batch without images comes back unchanged."""
+        if not self._pitome_sees_images(inputs):
+            return {name: value for name, value in inputs.items() if name != IMAGE_CACHE}
+        prompt = self._pitome_prompt(inputs)
+        compact = _without_images(inputs) | _language_inputs(prompt, None)
+        if prompt.calibration.size_bias:
+            compact["token_sizes"] = prompt.sizes
+        return {name: value for name, value in compact.items() if value is not None}
+
+
+@functools.cache
+def _signature(function: Any) -> inspect.Signature:
+    """Looked up once per class: this runs for every decoded token."""
+    return inspect.signature(function)
+
+
+def _parameters(method: Any) -> dict[str, inspect.Parameter]:
+    """Parameters of a bound method, without self."""
+    names = dict(_signature(method.__func__).parameters)
+    del names[next(iter(names))]
+    return names
+
+
+def _takes_any(parameters: dict[str, inspect.Parameter]) -> bool:
+    return any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+
+
+def _named_arguments(method: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name, the cache under this release's name for it."""
+    return with_cache_name(_by_name(method, args, kwargs))
+
+
+def _by_name(method: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    parameters = _parameters(method)
+    by_place = dict(zip(parameters, args, strict=False))
+    twice = by_place.keys() & kwargs.keys()
+    if twice or len(args) > len(by_place):
+        # Let Python say what is wrong.
+        _signature(method.__func__).bind(method.__self__, *args, **kwargs)
+    return by_place | kwargs
+
+
+def _as_named_by(method: Any, call: dict[str, Any]) -> dict[str, Any]:
+    """Arguments under the names that a method of the package has for them.
+
+    Its `forward` lists what transformers 4.37 passed. Releases before 5 pass `cache_position` as
+    well, which follows from the cache; from 5.24 on the cache has another name.
+    """
+    parameters = _parameters(method)
+    if _takes_any(parameters):
+        return call
+    renamed = {
+        _own_cache_name(parameters) if name == CACHE_NAME else name: value
+        for name, value in call.items()
+    }
+    if "cache_position" not in parameters:
+        renamed.pop("cache_position", None)
+    return {n: value for n, value in renamed.items() if value is not None or n in parameters}
+
+
+def _own_cache_name(parameters: dict[str, inspect.Parameter]) -> str:
+    return CACHE_NAME if CACHE_NAME in parameters else "past_key_values"
+
+
+def _without_images(call: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in call.items() if name not in CONSUMED}
+
+
+def _language_inputs(prompt: CompactPrompt, past: Tensor | None) -> dict[str, Any]:
+    """What the language model reads of a prompt; `past` is the mask over the cache, if any."""
+    mask = prompt.attention_mask
+    if past is not None:
+        new = prompt.compaction.valid.to(past) if mask is None else mask.to(past)
+        mask = torch.cat([past.to(new.device), new], 1)
+    return {
+        "inputs_embeds": prompt.inputs_embeds,
+        "attention_mask": mask,
+        "labels": prompt.labels,
+        "position_ids": prompt.position_ids,
+    }
+
+
+def _without_past(call: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
+    """The mask over a filled cache, and the call with the mask over the new tokens alone."""
+    cached = cached_length(call.get(CACHE_NAME))
+    if not cached:
+        return None, call
+    ids, mask = call["input_ids"], call.get("attention_mask")
+    if mask is None:
+        return ids.new_ones(len(ids), cached), call
+    if mask.shape[1] == cached + ids.shape[1]:
+        return mask[:, :cached], call | {"attention_mask": mask[:, cached:]}
+    return mask.new_ones(len(ids), cached), call

@@ -1,0 +1,142 @@
+"""A `PeftModel` around a wrapped LLaVA remembers the merging wherever it is saved.
+
+Knows: PEFT's saving conventions and which files belong beside an adapter. Does not know: how the
+class gets in front of PEFT's own (`wrap.py`), training, or how an adapter is loaded again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+
+from ..adapters.swap import is_swapped
+from .merging import Merging
+from .peft_card import CARD_NAME, card_section, update_card
+from .peft_record import PeftRecord
+
+TRAINING = "_pitome_training"
+
+
+class WrappedPeft:
+    """Mixin in front of the class of a `PeftModel`; `forward` is not touched."""
+
+    _pitome_mirrored = ("save_pretrained",)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the adapter with `pitome_config.json` and `pitome_adapter.json` beside it."""
+        original = super().save_pretrained  # type: ignore[misc]
+        call = _bound(original, args, kwargs)
+        merging = _merging(self)
+        if merging is not None and call.get("is_main_process", True):
+            record = _record(self)
+            names = call.get("selected_adapters") or list(self.peft_config)  # type: ignore[attr-defined]
+            for name in names:
+                folder = Path(call["save_directory"])
+                folder = folder if name == "default" else folder / name
+                merging.config.save_pretrained(folder)
+                record.save(folder)
+        return original(*args, **kwargs)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """PEFT's card with a section on merging, data and accuracy; a person's text is kept."""
+        path, merging = Path(output_dir) / CARD_NAME, _merging(self)
+        previous = ModelCard.load(path).text if path.is_file() else None
+        super().create_or_update_model_card(output_dir)  # type: ignore[misc]
+        if merging is not None:
+            base, record = self.get_base_model(), _record(self)  # type: ignore[attr-defined]
+            section = card_section(record, merging.config, merging.schedule(base))
+            update_card(path, previous, section, record.base_model)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tags: list[str] | None = None,
+        **unused: Any,
+    ) -> Any:
+        """Upload the adapter and everything beside it.
+
+        As transformers does it, but the card is the adapter's: transformers would put an empty
+        one in its place. A card that is on the hub already is kept and its section replaced.
+
+        Args:
+            repo_id: [organisation/]name.
+            commit_message: of the commit.
+            commit_description: of the commit.
+            private: whether a new repository is private.
+            token: of the hub.
+            revision: branch to commit to.
+            create_pr: open a pull request instead.
+            tags: further tags for the card.
+            **unused: further arguments of `PreTrainedModel.push_to_hub` (sizes of shards).
+
+        Returns:
+            What `HfApi.upload_folder` returns.
+        """
+        del unused
+        hub = HfApi()
+        repo_id = hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            card = os.path.join(folder, CARD_NAME)
+            # A new repository has none.
+            with contextlib.suppress(EntryNotFoundError, RepositoryNotFoundError):
+                ModelCard.load(repo_id, token=token).save(card)
+            self.save_pretrained(folder)
+            if tags:
+                written = ModelCard.load(card)
+                written.data["tags"] = sorted({*(written.data.get("tags") or ()), *tags})
+                written.save(card)
+            return hub.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message or "Upload adapter",
+                commit_description=commit_description,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+
+def can_remember(model: Any) -> bool:
+    """Whether this is a PEFT model that saves adapters (`PeftMixedModel` does not)."""
+    return hasattr(type(model), "peft_config") and hasattr(type(model), "get_base_model")
+
+
+def remember_training(model: Any, training: dict[str, Any] | None) -> None:
+    """Facts about the training that go into the record and the card from now on."""
+    model.__dict__[TRAINING] = training
+
+
+def _record(model: Any) -> PeftRecord:
+    return PeftRecord.of(model.get_base_model(), model.__dict__.get(TRAINING))
+
+
+def _merging(model: Any) -> Merging | None:
+    """What is on the model inside, None once that was unwrapped on its own."""
+    base = model.get_base_model()
+    merging: Merging | None = base.__dict__.get("_pitome") if is_swapped(base) else None
+    return merging
+
+
+@functools.cache
+def _signature(function: Any) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def _bound(method: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    bound = _signature(method.__func__).bind(method.__self__, *args, **kwargs)
+    return dict(bound.arguments)

@@ -1,0 +1,344 @@
+"""Telling a language model how much a merged token stands for and where it sits.
+
+Knows: attention masks, position ids and caches of a Hugging Face language model, and that a token
+of size s counts like s equal tokens when log(s) is added to its attention logit. Does not know:
+how tokens were merged, vision towers, or `generate`.
+
+Both together recover most of what merging loses, each alone hurts (design 6, issue 4; published
+for LLaVA-1.5 as "size and position calibration", reference/peers.md 3). The bias travels as a
+float attention mask made by transformers' own mask functions, so padding, packing, sliding
+windows and static caches are theirs, and sdpa, eager and flex attention add it in their kernels.
+
+Axes: B rows, Q new columns, S columns of which sizes are known, K columns of keys.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import logging
+
+from ..merge.config import MergeConfig, Positions
+from ..releases import CACHE_NAME, MASK_ARGUMENTS
+
+logger = logging.get_logger(__name__)
+
+# Implementations that add a float mask to the attention logits. Flash kernels read a mask as
+# padding only.
+TAKES_FLOAT_MASK = ("eager", "sdpa", "flex_attention")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the language model is told about merged tokens.
+
+    Attributes:
+        size_bias: add log(size) to the attention logits of visual keys, in every layer.
+        positions: "mean" and "original" leave text where it was without merging and put a merged
+            token at the mean raster position of its patches, or at that of the patch it is named
+            after; "compact" counts the tokens that are left.
+    """
+
+    size_bias: bool
+    positions: Positions
+
+    @property
+    def is_active(self) -> bool:
+        """Whether anything differs from a plain shorter prompt."""
+        return self.size_bias or self.positions != "compact"
+
+    def __str__(self) -> str:
+        bias = "log-size bias" if self.size_bias else "no size bias"
+        return f"{bias}, {self.positions} positions"
+
+
+def resolve(config: MergeConfig, text_config: Any, *, wanted: bool) -> Calibration:
+    """The calibration in force for a config on a language model.
+
+    An option that is None follows the other one, because each alone hurts; with both None it is
+    on where the algorithm gains by it and the attention implementation can do it.
+
+    Args:
+        config: the merge options.
+        text_config: configuration of the language model.
+        wanted: whether the algorithm is better with calibration (`Algorithm.calibrated`).
+
+    Raises:
+        ValueError: `size_bias=True` on an attention implementation that adds no float mask, or
+            fractional positions on a language model without rotary embeddings.
+    """
+    bias, positions = config.size_bias, config.positions
+    obstacle = _obstacle(text_config)
+    if bias is None:
+        bias = wanted if positions is None else positions != "compact"
+        if bias and obstacle and positions is None:
+            logger.warning_once(
+                f"{obstacle}; merging runs without size bias and positions, which costs accuracy "
+                "at small budgets"
+            )
+            bias = False
+    if positions is None:
+        positions = "mean" if bias else "compact"
+    if bias and obstacle:
+        raise ValueError(
+            f"size_bias: {obstacle}; load the model with attn_implementation='sdpa', or pass "
+            "size_bias=False, positions='compact'"
+        )
+    return Calibration(bias, positions)
+
+
+def _obstacle(text_config: Any) -> str | None:
+    """Why a language model cannot be calibrated, None where it can."""
+    name = getattr(text_config, "_attn_implementation", None) or "sdpa"
+    if name not in TAKES_FLOAT_MASK:
+        return (
+            f"attention implementation {name!r} of the language model adds no float mask "
+            f"({', '.join(TAKES_FLOAT_MASK)} do)"
+        )
+    if not _is_rotary(text_config):
+        return (
+            f"the language model ({getattr(text_config, 'model_type', 'unknown')}) has no rotary "
+            "positions, which mean positions of merged tokens need"
+        )
+    return None
+
+
+def _is_rotary(text_config: Any) -> bool:
+    return any(
+        getattr(text_config, name, None) is not None
+        for name in ("rope_parameters", "rope_theta", "rope_scaling")
+    )
+
+
+def image_offsets(calibration: Calibration, means: list[Tensor], anchors: list[Tensor]) -> Tensor:
+    """Where the tokens of all images sit, counted from their image's first place.
+
+    Args:
+        calibration: positions "mean" or "original".
+        means: per image [n_i] float32, mean raster position of every token.
+        anchors: per image [n_i] int64, raster position of the patch every token is named after.
+
+    Returns:
+        [sum of n_i] float32.
+    """
+    return torch.cat(means if calibration.positions == "mean" else anchors).float()
+
+
+def unreduced_positions(
+    slots: Tensor,
+    valid: Tensor,
+    full_counts: list[int],
+    counts: list[int],
+    offsets: Tensor,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Positions of a shortened prompt in the layout it would have had without merging.
+
+    Args:
+        slots: [B, S] bool, columns that hold visual tokens; images follow in row order.
+        valid: [B, S], 0 where padded. Padding takes no position (as `generate` counts).
+        full_counts: tokens every image would have had.
+        counts: tokens every image has.
+        offsets: [sum of counts], see `image_offsets`.
+        start: [B] position of the first column, None for 0.
+
+    Returns:
+        [B, S] float32. A padded column repeats the position before it.
+    """
+    device = slots.device
+    steps = (valid.to(device) != 0).float()
+    # An image takes the room of all its patches, at its last token: all tokens before the end
+    # then share its beginning as their reference.
+    room = torch.cat(
+        [
+            torch.nn.functional.pad(torch.full((1,), float(full)), (n - 1, 0))
+            for full, n in zip(full_counts, counts, strict=True)
+        ]
+    )
+    steps = steps.masked_scatter(slots, room.to(device))
+    before = steps.cumsum(1) - steps
+    moved = torch.zeros_like(steps).masked_scatter(slots, offsets.to(device))
+    positions = (before + moved).where(valid.to(device) != 0, (before - 1).clamp(min=0))
+    return positions if start is None else positions + start.to(device)[:, None]
+
+
+def caller_positions(
+    position_ids: Tensor,
+    placeholders: Tensor,
+    full_counts: list[int],
+    counts: list[int],
+    offsets: Tensor,
+) -> Tensor:
+    """A caller's own positions of the unreduced prompt with merged tokens put in.
+
+    Args:
+        position_ids: [B, T] over the prompt as the processor wrote it.
+        placeholders: [B, T] bool, one per patch; images follow in row order.
+        full_counts: placeholders of every image.
+        counts: tokens every image has; its first `counts[i]` placeholders stay.
+        offsets: [sum of counts], see `image_offsets`.
+
+    Returns:
+        [B, T] float32, meaningful at columns that stay.
+    """
+    own_places = position_ids.to(placeholders.device)[placeholders].float()
+    places = torch.split(own_places, full_counts)
+    moved = []
+    for own, offset in zip(places, torch.split(offsets.to(own_places), counts), strict=True):
+        # The caller's positions may have any spacing: read them off between two patches.
+        low = offset.floor().long()
+        high = (low + 1).clamp(max=len(own) - 1)
+        moved += [torch.lerp(own[low], own[high], offset - low), own[len(offset) :]]
+    return position_ids.float().masked_scatter(placeholders, torch.cat(moved))
+
+
+def spread_places(
+    places: Tensor,
+    placeholders: Tensor,
+    source_maps: list[Tensor],
+    anchors: list[Tensor],
+    calibration: Calibration,
+) -> Tensor:
+    """Places of an unreduced prompt with those of merged tokens put in.
+
+    Args:
+        places: [B, T, D] of every token, D numbers each.
+        placeholders: [B, T] bool; images follow in row order.
+        source_maps: per image [n] int64, the token of every placeholder.
+        anchors: per image [m] int64, the placeholder every token is named after.
+        calibration: positions "mean" or "original".
+
+    Returns:
+        [B, T, D], meaningful at columns that stay.
+
+    Raises:
+        ValueError: the placeholders were dropped before, so there is no layout to point back to.
+    """
+    lengths = [len(source) for source in source_maps]
+    if int(placeholders.sum()) != sum(lengths):
+        raise ValueError(
+            f"the prompt has {int(placeholders.sum())} placeholders where {sum(lengths)} are "
+            "needed: this model's positions follow from the whole prompt; pass it as the "
+            "processor wrote it"
+        )
+    moved = []
+    own_places = torch.split(places[placeholders.to(places.device)], lengths)
+    for own, source, anchor in zip(own_places, source_maps, anchors, strict=True):
+        source, anchor = source.to(own.device), anchor.to(own.device)
+        if calibration.positions == "original":
+            found = own[anchor]
+        else:
+            total = own.new_zeros(len(anchor), own.shape[1]).index_add(0, source, own)
+            found = total / torch.bincount(source, minlength=len(anchor))[:, None]
+        moved += [found, own[len(found) :]]
+    slots = placeholders.to(places.device)[..., None]
+    return places.masked_scatter(slots, torch.cat(moved))
+
+
+def as_model_positions(positions: Tensor | None) -> Tensor | None:
+    """Positions as a model takes them: [B, S] stays, [B, S, D] becomes [D, B, S]."""
+    if positions is None or positions.dim() < 3:
+        return positions
+    return positions.permute(2, 0, 1)
+
+
+def extended(values: Tensor, length: int, fill: float) -> Tensor:
+    """[B, S] to [B, length], `fill` behind what is known, cut where it is longer."""
+    missing = length - values.shape[1]
+    if missing <= 0:
+        return values[:, :length]
+    return torch.nn.functional.pad(values, (0, missing), value=fill)
+
+
+def later_positions(positions: Tensor, mask: Tensor | None, length: int) -> Tensor:
+    """Positions of a prompt and of what comes behind it: [B, S] to [B, length].
+
+    Args:
+        positions: [B, S] of the prompt, of any dtype, or [B, S, D].
+        mask: [B, length], 0 where padded, None for no padding.
+        length: columns wanted; those behind the prompt count on from its end.
+    """
+    more = length - positions.shape[1]
+    if more <= 0:
+        return positions[:, :length]
+    if mask is None:
+        steps = torch.ones(len(positions), more, device=positions.device)
+    else:
+        steps = mask[:, -more:] != 0
+    steps = steps.to(positions).cumsum(1)
+    if positions.dim() == 3:
+        steps = steps[..., None]
+    return torch.cat([positions, positions[:, -1:] + steps], 1)
+
+
+def additive_mask(
+    text_config: Any,
+    sizes: Tensor | None,
+    *,
+    batch: int,
+    queries: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention_mask: Tensor | None,
+    cache: Any = None,
+    packed_positions: Tensor | None = None,
+) -> Any:
+    """The language model's own causal mask as floats, with log(size) added to merged keys.
+
+    Args:
+        text_config: configuration of the language model.
+        sizes: [B, S] float32 patches behind every column, 1 for text and for columns that are
+            not covered; None adds nothing.
+        batch: B.
+        queries: Q, new columns.
+        dtype: of the attention logits.
+        device: of the result.
+        attention_mask: [B, cached + Q] with 0 where padded, or None.
+        cache: keys of earlier columns, or None.
+        packed_positions: [B, Q] integer positions that restart where several samples share a row.
+
+    Returns:
+        [B, 1, Q, K] in `dtype`, or a dict of them by layer type where the language model
+        has several kinds of layers.
+    """
+    own = copy.copy(text_config)
+    # Only for the mask functions: this implementation's masks are floats and always there.
+    own._attn_implementation = "eager"
+    if attention_mask is not None:
+        # Asking a static cache for its length would wait for the device at every step.
+        total = attention_mask.shape[1]
+    else:
+        total = queries + (int(cache.get_seq_length()) if cache is not None else 0)
+    shape = torch.empty(batch, queries, 0, dtype=dtype, device=device)
+    arguments = {
+        "inputs_embeds": shape,
+        "input_embeds": shape,
+        "attention_mask": attention_mask,
+        CACHE_NAME: cache,
+        "position_ids": packed_positions,
+        "cache_position": torch.arange(total - queries, total, device=device),
+    }
+    known = {name: value for name, value in arguments.items() if name in MASK_ARGUMENTS}
+    masks: Any = create_masks_for_generate(config=own, **known)
+    known_sizes = torch.ones(batch, total) if sizes is None else extended(sizes, total, 1.0)
+    bias = known_sizes.to(device).log()
+    if isinstance(masks, dict):
+        return {kind: _with_bias(mask, bias) for kind, mask in masks.items()}
+    return _with_bias(masks, bias)
+
+
+def _with_bias(mask: Tensor, bias: Tensor) -> Tensor:
+    """[B, 1, Q, K] mask plus [B, total] bias of the columns that the mask is about."""
+    keys = mask.shape[-1]
+    # A sliding window's cache has dropped its first columns; a static one has room behind.
+    visible = extended(bias[:, max(0, bias.shape[1] - keys) :], keys, 0.0)
+    # A padded query attends to nothing. Its output is never read, but with all its logits at the
+    # lowest float torch's CPU kernel returns wrong gradients (1,133 where eager has 2.6): let it
+    # attend to everything instead.
+    nothing = (mask < 0).all(-1, keepdim=True)
+    return mask.masked_fill(nothing, 0.0) + visible.to(mask.dtype)[:, None, None, :]

@@ -1,0 +1,194 @@
+"""wrap, unwrap, wrapped: join a model, an adapter and a merge config.
+
+Knows all three, and how to put merging on a model all-or-nothing and take it off without a
+trace. Does not know: what happens in a forward pass (`forward.py`) or how tokens are chosen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..adapters import find_adapter
+from ..adapters.swap import is_swapped, swap_in, swap_out
+from ..merge.budget import stage_of
+from ..merge.config import CONFIG_NAME, MergeConfig
+from ..merge.schedule import Schedule
+from .forward import WrappedLlava
+from .merging import Merging
+from .original import WrappedOriginalLlava
+from .peft import WrappedPeft, can_remember
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_STATE = "_pitome"
+# What is put in front of a model's class, by the calling convention that its adapter names.
+MIXINS: dict[str, type] = {"transformers": WrappedLlava, "original": WrappedOriginalLlava}
+
+
+def wrap(
+    model: Model,
+    *,
+    keep: float | None = None,
+    tokens: int | None = None,
+    ratio: float | None = None,
+    config: MergeConfig | None = None,
+    **options: Any,
+) -> Model:
+    """Merge the visual tokens of a LLaVA before its language model sees them; in place.
+
+    The processor, `generate`, `Trainer`, PEFT and accelerate are used as before. Wrapping again
+    replaces the settings. Weights, `state_dict` keys and class names are untouched.
+
+    Args:
+        model: a LLaVA of transformers or of the original llava package (docs/models.md lists
+            them), on its own or inside a `PeftModel`.
+        keep: fraction of an image's visual tokens to keep, in (0, 1]; 1.0 changes nothing.
+        tokens: the same as a count per image; per tile for models that cut pictures into tiles.
+        ratio: the paper's r, the fraction kept at every merging layer.
+        config: a ready `MergeConfig`; a budget or options beside it replace its own.
+        **options: fields of `MergeConfig`, for instance `algorithm="tome"`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: not a supported model, or an option of the wrong type.
+        ValueError: an option out of range, or a budget that does not fit the model. The model is
+            unchanged after any error.
+    """
+    config = make_config(config, keep=keep, tokens=tokens, ratio=ratio, **options)
+    base = base_model(model)
+    if hasattr(base, "_orig_mod"):
+        raise TypeError("wrap() the model first and compile it then, not the other way round")
+    merging = Merging(config, find_adapter(base))
+    merging.check(base)
+    fresh = not is_wrapped(base)
+    try:
+        merging.adapter.install(base, inside_tower=stage_of(config) != "projector")
+        swap_in(base, MIXINS[merging.adapter.calls])
+    except BaseException:
+        if fresh:
+            merging.adapter.uninstall(base)
+        raise
+    base.__dict__[_STATE] = merging
+    if can_remember(model):
+        # From now on what is saved of a PeftModel says how it was merged.
+        swap_in(model, WrappedPeft)
+    return model
+
+
+def unwrap(model: Model) -> Model:
+    """Take merging off; the model is as it was before `wrap`. A no-op on an unwrapped model."""
+    base = base_model(model)
+    if is_wrapped(base):
+        swap_out(base)
+        base.__dict__.pop(_STATE).adapter.uninstall(base)
+    if model is not base:
+        swap_out(model)
+    return model
+
+
+@contextlib.contextmanager
+def wrapped(
+    model: Model,
+    *,
+    keep: float | None = None,
+    tokens: int | None = None,
+    ratio: float | None = None,
+    config: MergeConfig | None = None,
+    **options: Any,
+) -> Iterator[Model]:
+    """`wrap` for the length of a `with` block; what was on before comes back, error or not."""
+    previous = merge_config(model) if is_wrapped(model) else None
+    wrap(model, keep=keep, tokens=tokens, ratio=ratio, config=config, **options)
+    try:
+        yield model
+    finally:
+        unwrap(model) if previous is None else wrap(model, config=previous)
+
+
+def make_config(config: MergeConfig | None = None, **options: Any) -> MergeConfig:
+    """A `MergeConfig` from an existing one and changes to it; None means not given.
+
+    Raises:
+        TypeError: `config` is no MergeConfig.
+        ValueError: see `MergeConfig`; unknown options are named with the closest known one.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in ("format_version", "pitome_vlm_version"):
+        if name in given:
+            raise ValueError(f"{name} belongs into a {CONFIG_NAME}, it is no option of wrap()")
+    if config is None:
+        return MergeConfig.from_dict(given)
+    if not isinstance(config, MergeConfig):
+        raise TypeError(f"config must be a MergeConfig, got {type(config).__name__}")
+    budget = {"keep", "tokens", "ratio"}
+    merged = config.to_dict()
+    if budget & given.keys():
+        merged |= dict.fromkeys(budget)
+    return MergeConfig.from_dict(merged | given)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model inside a `PeftModel`, or the model itself."""
+    if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+        inner: nn.Module = model.get_base_model()  # type: ignore[operator]
+        return inner
+    return model
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether `wrap` is in force on this model."""
+    base = base_model(model)
+    return isinstance(base, nn.Module) and is_swapped(base) and _STATE in base.__dict__
+
+
+def merging_of(model: nn.Module) -> tuple[nn.Module, Merging]:
+    """The wrapped model itself and what is on it.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    base = base_model(model)
+    if not is_wrapped(base):
+        raise ValueError(
+            f"{type(base).__name__} is not wrapped; call pitome_vlm.wrap(model, keep=0.25) first"
+        )
+    return base, base.__dict__[_STATE]
+
+
+def put_merging(model: nn.Module, merging: Merging) -> None:
+    """Another `Merging` in place of the one in force, for instance one that watches its passes.
+
+    Args:
+        model: a wrapped model.
+        merging: with the same config and adapter.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    base, _ = merging_of(model)
+    base.__dict__[_STATE] = merging
+
+
+def merge_config(model: nn.Module) -> MergeConfig:
+    """The settings in force.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    return merging_of(model)[1].config
+
+
+def schedule_of(model: nn.Module) -> Schedule:
+    """Token counts layer by layer, known without running anything.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    base, merging = merging_of(model)
+    return merging.schedule(base)

@@ -1,0 +1,112 @@
+"""The attention that tokens are ranked by, and where algorithms that need it may stand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from test_exactness import duplicated_picture
+from tiny import tiny_batch, tiny_model
+
+import pitome_vlm
+from pitome_vlm import MergeConfig
+from pitome_vlm.measure.visualize import source_map
+from pitome_vlm.merge.algorithm import Algorithm
+from pitome_vlm.merge.merge_pass import MergePass
+from pitome_vlm.merge.plan import MergePlan
+from pitome_vlm.wrapping.encode import planned_schedule
+from pitome_vlm.wrapping.wrap import merging_of
+
+RANKED = {"algorithm": "diffrate"}
+
+
+def seen_attention(model, pixels, layer):
+    """What an algorithm that merges neighbours is shown in a layer: [B, N] float32."""
+    seen = {}
+
+    def merge_neighbours(keys, n_out, *, ctx):
+        seen[ctx.layer] = ctx.required_attention()
+        cells = torch.arange(keys.shape[1]) * n_out // keys.shape[1]
+        return MergePlan.from_assignment(cells.expand(keys.shape[:2]), n_out)
+
+    base, merging = merging_of(model)
+    spy = Algorithm("spy", merge_neighbours, "test", pairwise=False, needs_attention=True)
+    merge_pass = MergePass(
+        config=merging.config,
+        schedule=merging.schedule(base),
+        algorithm=spy,
+        grid=merging.adapter.tower_shape(base).grid,
+    )
+    merging.adapter.encode(base, {"pixel_values": pixels}, merge_pass)
+    return seen[layer]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["clip", "clip_full", "siglip", "siglip_default"])
+@pytest.mark.parametrize("layer", [0, 3])
+def test_is_the_models_own_attention(kind, attention, layer):
+    pixels = tiny_batch(kind, (2,), (3,))["pixel_values"]
+    tower = tiny_model(kind, attention="eager").model.vision_tower
+    with torch.no_grad():
+        own = tower(pixels, output_attentions=True).attentions[layer].mean(1)
+    row = own[:, 0] if kind.startswith("clip") else own.mean(1)
+    leading = 0 if kind == "siglip" else 1
+    model = pitome_vlm.wrap(
+        tiny_model(kind, attention=attention), tokens=100, layers=(layer,), **RANKED
+    )
+    ours = seen_attention(model, pixels, layer)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, row[:, leading:], atol=1e-5, rtol=0)
+    assert ours.std() > 1e-4  # the oracle can tell tokens apart
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_merged_token_gets_what_its_members_got(kind):
+    model = tiny_model(kind)
+    pixels = duplicated_picture(model)  # neighbours 2i and 2i + 1 are equal
+    whole = seen_attention(pitome_vlm.wrap(model, ratio=0.5, layers=(3,), **RANKED), pixels, 3)
+    pitome_vlm.wrap(model, ratio=0.5, layers=(1, 3), **RANKED)
+    merged = seen_attention(model, pixels, 3)
+    torch.testing.assert_close(merged, whole.view(1, 72, 2).sum(-1), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ["diffrate", "visionzip"])
+@pytest.mark.parametrize("stage", ["projector", "both"])
+def test_outside_of_the_tower_it_is_refused_by_name(algorithm, stage):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=f"algorithm '{algorithm}'.*stage must be 'tower'"):
+        pitome_vlm.wrap(model, keep=0.5, algorithm=algorithm, stage=stage)
+
+
+class Pixels:
+    """An image processor that hands out one prepared picture."""
+
+    def __init__(self, pixels):
+        self.pixels = pixels
+
+    def __call__(self, images, return_tensors):
+        return {"pixel_values": self.pixels}
+
+
+@pytest.mark.parametrize("kind", ["clip", "clip_full", "siglip"])
+def test_source_maps_show_what_was_dropped(kind):
+    model, picture = tiny_model(kind), Image.new("RGB", (96, 96))
+    processor = Pixels(tiny_batch(kind, (1,), (3,))["pixel_values"])
+    whole = planned_schedule(model, MergeConfig(keep=1.0)).tokens_in
+
+    def seen(**options):
+        pitome_vlm.wrap(model, tokens=40, **options)
+        found = source_map(model, processor, picture)
+        assert found.tokens == 40
+        return found
+
+    one = seen(algorithm="diffrate", layers=(2,))
+    assert one.seen.sum() == 144 - (whole - 40) // 2
+    for algorithm in ("divprune", "energy_select"):
+        kept = seen(algorithm=algorithm)
+        assert kept.seen.sum() == 40 - (whole - 144)
+    # Dropped in any of several layers, as a patch or as a part of a group, is dropped.
+    layers = seen(algorithm="diffrate")
+    assert 40 <= layers.seen.sum() + (whole - 144) < 144
+    for algorithm in ("dct", "visionzip"):
+        assert seen(algorithm=algorithm).seen is None

@@ -1,0 +1,566 @@
+"""`pitome-vlm eval`: sweeps, their statistics, reports, suites and published numbers."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sweep_stand_in as stand_in
+import yaml
+from scipy import stats
+from typer.testing import CliRunner
+
+from pitome_vlm import MergeConfig
+from pitome_vlm.cli import app
+from pitome_vlm.lmms.samples import question_score, question_scores, questions, task_metrics
+from pitome_vlm.measure.evaluate import published, statistics, suites
+from pitome_vlm.measure.evaluate.records import Folder, fingerprint
+from pitome_vlm.measure.evaluate.report_pages import write_report
+
+ROOT = Path(__file__).resolve().parents[2]
+REPORT = ("report.md", "report.html", "accuracy_tokens.png")
+
+
+def report_files(folder: Path, failures=None) -> dict[str, bytes]:
+    write_report(stand_in.wanted(), Folder(folder), stand_in.RUN, failures or {})
+    return {name: (folder / name).read_bytes() for name in REPORT}
+
+
+# --- sweeps: resume, failures, identity
+
+
+def test_a_sweep_killed_in_the_middle_resumes_to_the_report_of_an_undisturbed_one(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert stand_in.sweep(whole, resume=False) == {}
+    script = Path(stand_in.__file__)
+    process = subprocess.Popen([sys.executable, str(script), str(cut)])
+    deadline = time.monotonic() + 60
+    while len(list((cut / "cells").glob("*.json"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    before = {path: path.stat().st_mtime_ns for path in (cut / "cells").glob("*.json")}
+    assert 3 <= len(before) < len(stand_in.wanted())
+
+    measured = []
+
+    def evaluate(cell):
+        measured.append(cell)
+        return stand_in.measure(cell)
+
+    assert stand_in.sweep(cut, resume=True, evaluate=evaluate) == {}
+    assert len(measured) == len(stand_in.wanted()) - len(before)
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+    assert report_files(cut) == report_files(whole)
+
+
+def test_a_failing_cell_is_named_kept_apart_and_tried_again(tmp_path):
+    bad = stand_in.wanted()[2]
+
+    def evaluate(cell):
+        if cell == bad:
+            raise RuntimeError("document 7: no | picture")
+        return stand_in.measure(cell)
+
+    events = []
+    failures = stand_in.sweep(tmp_path, resume=False, evaluate=evaluate, tell=events.append)
+    assert failures == {bad: "RuntimeError: document 7: no | picture"}
+    assert [event.kind for event in events if event.kind != "start"].count("failed") == 1
+    assert Folder(tmp_path).finished() == len(stand_in.wanted()) - 1
+    assert "document 7" in Folder(tmp_path).failure(bad).read_text()
+    report = report_files(tmp_path, failures)["report.md"].decode()
+    assert "## Failed" in report
+    assert bad.name in report
+    assert r"no \| picture" in report
+
+    assert stand_in.sweep(tmp_path, resume=True) == {}
+    assert not Folder(tmp_path).failure(bad).exists()
+    undisturbed = tmp_path / "undisturbed"
+    stand_in.sweep(undisturbed, resume=False)
+    assert report_files(tmp_path) == report_files(undisturbed)
+
+
+def test_processes_that_work_together_stop_at_the_first_failure(tmp_path):
+    def evaluate(cell):
+        raise RuntimeError("broken")
+
+    wanted = stand_in.wanted()
+    with pytest.raises(RuntimeError, match="broken"):
+        stand_in.run_sweep(
+            wanted, wanted, evaluate, Folder(tmp_path), stand_in.RUN, stop_at_failure=True
+        )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("batch_size", 8, "batch_size 4, now it is 8"),
+        ("limit", 10, "limit None, now it is 10"),
+        ("versions", {"pitome-vlm": "1"}, "versions.pitome-vlm '0', now it is '1'"),
+        ("checkpoint", "sha256:1", "checkpoint 'sha256:0'"),
+    ],
+)
+def test_resume_refuses_cells_measured_otherwise(tmp_path, field, value, said):
+    stand_in.sweep(tmp_path, resume=False)
+    other = {**stand_in.RUN, field: value}
+    with pytest.raises(ValueError, match=re.escape(said)):
+        stand_in.pending(stand_in.wanted(), Folder(tmp_path), other, resume=True)
+    with pytest.raises(ValueError, match="10 finished cells; --resume goes on"):
+        stand_in.pending(stand_in.wanted(), Folder(tmp_path), stand_in.RUN, resume=False)
+
+
+def test_damaged_or_foreign_files_are_refused_by_name(tmp_path):
+    stand_in.sweep(tmp_path, resume=False)
+    folder, cell = Folder(tmp_path), stand_in.wanted()[0]
+    whole = folder.cell(cell).read_text()
+    folder.cell(cell).write_text(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=re.escape(str(folder.cell(cell)))):
+        folder.load(cell)
+    folder.cell(cell).write_text(whole.replace('"format": 1', '"format": 99', 1))
+    with pytest.raises(ValueError, match="format must be 1, got 99"):
+        folder.load(cell)
+    folder.cell(cell).write_text(whole)
+    folder.questions(cell.task).write_text("{}")
+    with pytest.raises(ValueError, match="does not belong to the questions"):
+        folder.load(cell)
+
+
+def test_changed_questions_are_a_failure_not_a_comparison(tmp_path):
+    def evaluate(cell):
+        measured = stand_in.measure(cell)
+        if cell == stand_in.wanted()[1]:
+            measured.questions[0] = dataclasses.replace(measured.questions[0], target="no")
+        return measured
+
+    failures = stand_in.sweep(tmp_path, resume=False, evaluate=evaluate)
+    assert list(failures) == [stand_in.wanted()[1]]
+    assert "the questions differ" in failures[stand_in.wanted()[1]]
+
+
+def test_fingerprints_tell_trainings_apart(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(64))
+    first = fingerprint(str(tmp_path))
+    assert fingerprint(str(tmp_path)) == first
+    weights.write_bytes(bytes(63) + b"\1")
+    assert fingerprint(str(tmp_path)) != first
+    assert fingerprint("some/name-on-the-hub") == "some/name-on-the-hub"
+
+
+# --- statistics against independent computations
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained"), [(0, 0), (0, 1), (12, 1), (5, 9), (40, 40), (900, 700)]
+)
+def test_mcnemar_is_the_exact_binomial_test(lost, gained):
+    expected = stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
+    assert statistics.mcnemar_exact(lost, gained) == pytest.approx(expected, rel=1e-9)
+
+
+def test_sign_flips_by_question_agree_with_scipy():
+    rng = np.random.default_rng(3)
+    values = rng.normal(0.25, 1, 14)
+    exact = stats.permutation_test(
+        (values,), np.mean, permutation_type="samples", n_resamples=np.inf
+    ).pvalue
+    ours = statistics.sign_flip(values, list(range(14)))
+    assert ours == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / statistics.FLIPS))
+
+
+def test_sign_flips_move_whole_pictures():
+    # Ten right answers about a single picture are one observation, not ten.
+    one_picture = statistics.sign_flip(np.ones(10), ["same"] * 10)
+    ten_pictures = statistics.sign_flip(np.ones(10), list(range(10)))
+    assert one_picture == 1.0
+    assert ten_pictures < 0.01
+
+
+def test_differences_and_counts():
+    base, other = np.array([1.0, 1, 1, 0, 0, 1]), np.array([1.0, 0, 0, 1, 0, 0])
+    paired = statistics.compare(other, base, list("aabbcc"))
+    assert paired.difference == pytest.approx(-2 / 6)
+    assert (paired.lost, paired.gained) == (3, 1)
+    assert paired.low <= paired.difference <= paired.high
+    soft = statistics.compare(np.array([0.3, 1.0]), np.array([0.6, 1.0]), ["a", "b"])
+    assert (soft.lost, soft.gained, soft.mcnemar) == (None, None, None)
+    with pytest.raises(ValueError, match="same questions"):
+        statistics.compare(other, base[:3], list("aabbcc"))
+
+
+def test_intervals_of_many_pictures_agree_with_resampling(monkeypatch):
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(400), rng.integers(1, 6, 400))
+    values = (rng.random(len(clusters)) < rng.random(400)[clusters]).astype(float)
+    resampled = statistics.mean_interval(values, clusters.tolist())
+    monkeypatch.setattr(statistics, "MOST_RESAMPLED", 0)
+    approximate = statistics.mean_interval(values, clusters.tolist())
+    width = resampled[1] - resampled[0]
+    assert np.allclose(resampled, approximate, atol=0.06 * width)
+    # Independent questions would claim more certainty than there is.
+    naive = 2 * 1.96 * values.std() / math.sqrt(len(values))
+    assert width > 1.2 * naive
+
+
+def test_holm_is_the_step_down_procedure():
+    p_values = [0.01, 0.04, 0.03, 0.005]
+    assert statistics.holm(p_values) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert statistics.holm([]) == []
+
+
+# --- what tasks say about a question
+
+
+@pytest.mark.parametrize(
+    ("value", "score"),
+    [
+        (1.0, 1.0),
+        (True, 1.0),
+        (0.6, 0.6),
+        ({"question_id": "a", "category": "OCR", "score": 1.0}, 1.0),
+        ({"pred": "B. a cat", "answer": "B"}, 1.0),
+        ({"pred": "Bat", "answer": "B"}, 0.0),
+        ({"prediction": "c", "answer": "C"}, 1.0),
+        ({"question_id": 3, "answer": "x"}, None),
+        ("text", None),
+    ],
+)
+def test_scores_of_single_questions(value, score):
+    assert question_score(value) == score
+
+
+def test_samples_become_questions():
+    doc = {"imageId": "n1", "category": "colour"}
+    common = {"doc": doc, "target": ["red"], "doc_hash": "h", "filtered_resps": ["red"]}
+    samples = [{"doc_id": i, "exact_match": float(i), **common} for i in range(2)]
+    first = questions(samples)[0]
+    assert (first.cluster, first.group, first.target) == ("n1", "colour", "red")
+    assert question_scores(samples, ["other", "exact_match"]) == [0.0, 1.0]
+    assert question_scores(samples, ["submission"]) is None
+    results = {"alias": "x", "exact_match,none": 0.5, "exact_match_stderr,none": 0.1}
+    assert task_metrics(results) == {"exact_match": 0.5}
+
+
+# --- the report
+
+
+def test_the_report_holds_what_was_measured_and_fetches_nothing(tmp_path):
+    stand_in.sweep(tmp_path, resume=False)
+    files = report_files(tmp_path)
+    text, page = files["report.md"].decode(), files["report.html"].decode()
+    for cell in stand_in.wanted():
+        scores = np.array(stand_in.measure(cell).scores)
+        base = np.array(stand_in.measure(suites.Cell(cell.task, suites.baseline())).scores)
+        section = text.split(f"## Accuracy: {cell.task}")[1].split("##")[0]
+        tokens = cell.setting.config.tokens or 576
+        row = next(
+            line
+            for line in section.splitlines()
+            if line.startswith(f"| {cell.setting.method} | {tokens} |")
+        )
+        assert f"| {100 * scores.mean():.1f} |" in row
+        if cell.setting.method != "none":
+            assert f"| {100 * (scores.mean() - base.mean()):+.1f} |" in row
+            test = stats.binomtest(int((scores < base).sum()), int((scores != base).sum()))
+            shown = "<0.001" if test.pvalue < 0.001 else f"{test.pvalue:.3f}"
+            assert f"| {shown} |" in row
+    assert "one multiply-add is 2 flop" in text.lower()
+    assert files["accuracy_tokens.png"].startswith(b"\x89PNG")
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    assert set(re.findall(r'src="([^"]{0,10})', page)) == {"data:image"}
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_published_numbers_are_labelled_and_near(tmp_path):
+    stand_in.sweep(tmp_path, resume=False)
+    write_report(stand_in.wanted(), Folder(tmp_path), stand_in.RUN, {}, plots=False)
+    text = (tmp_path / "report.md").read_text()
+    section = text.split("## Published beside measured: gqa")[1].split("\n## ")[0]
+    assert "| pitome | 192 | exact_match |" in section
+    assert "| PiToMe | ~183 | exact_match | 59.9 | -2.1 | LLaVA-1.5-7B | paper |" in section
+    assert "measured here" in section
+    assert "| copied |" in section
+    assert "LLaVA-1.5-13B" not in section
+    assert "Published beside measured: counting" not in text
+    write_report(
+        stand_in.wanted(), Folder(tmp_path), stand_in.RUN, {}, plots=False, published=False
+    )
+    assert "Published beside" not in (tmp_path / "report.md").read_text()
+
+
+# --- published numbers and suites
+
+
+def test_every_published_row_says_where_it_comes_from():
+    rows = published.load_published()
+    assert len(rows) > 800
+    assert {row.provenance for row in rows} == set(published.PROVENANCES)
+    table = {
+        (r.method, r.benchmark): r.value
+        for r in rows
+        if r.source.endswith("Table 3") and r.model == "LLaVA-1.5-7B"
+    }
+    assert table["PiToMe", "GQA"] == 59.9
+    assert table["none", "TextVQA"] == 46.0
+    assert table["ToMe", "MME perception"] == 1412.4
+    assert len({dataclasses.astuple(row) for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("provenance", "hearsay", "provenance must be one of"),
+        ("value", "101", "value must be in"),
+        ("value", "many", "could not convert"),
+        ("source", "", "source must not be empty"),
+        ("tokens", "", "does not go with basis"),
+        ("tokens_basis", "felt", "tokens_basis must be one of"),
+    ],
+)
+def test_wrong_published_rows_are_named(tmp_path, column, value, said):
+    source = published.FOLDER / "llava_model_zoo.csv"
+    with source.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows[1][column] = value
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.raises(ValueError, match=rf"x\.csv, line 3: .*{said}"):
+        published.load_published(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def task_manager():
+    from lmms_eval.tasks import TaskManager
+
+    from pitome_vlm.lmms import tasks_path
+
+    return TaskManager("ERROR", include_path=[str(tasks_path())], model_name="pitome_llava")
+
+
+def test_suites_are_lmms_eval_configs_of_known_tasks(task_manager):
+    assert set(suites.available()) == {"demo", "quick", "llava15-paper", "llava15-peers"}
+    for name in suites.available():
+        suite = suites.read_suite(name)
+        assert set(suite.tasks) <= set(task_manager.all_subtasks), name
+        budgets = [setting.config.tokens for setting in suite.settings]
+        expected = [72, 36, 18, 9] if name == "demo" else [192, 128, 64]
+        assert budgets == [None, *expected]
+        assert (ROOT / "eval" / "suites" / f"{name}.yaml").samefile(suites.SUITES / f"{name}.yaml")
+
+
+def test_suites_pass_through_lmms_evals_own_config_loader(monkeypatch):
+    from unittest import mock
+
+    from lmms_eval import __main__ as lmms_main
+
+    from pitome_vlm.lmms.arguments import ModelArguments
+
+    seen = []
+
+    def capture(arguments):
+        seen.append(arguments)
+        return None, None
+
+    monkeypatch.setattr(lmms_main, "cli_evaluate_single", capture)
+    monkeypatch.setattr(lmms_main, "eval_logger", mock.MagicMock())
+    for name in suites.available():
+        file = str(suites.SUITES / f"{name}.yaml")
+        monkeypatch.setattr(sys, "argv", ["lmms-eval", "--config", file])
+        seen.clear()
+        lmms_main.cli_evaluate(lmms_main.parse_eval_args()[1])
+        assert [run.model for run in seen] == ["pitome_llava"] * len(seen)
+        assert len(seen) == len(suites.read_suite(name).settings)
+        from lmms_eval.utils import simple_parse_args_string
+
+        for run, setting in zip(seen, suites.read_suite(name).settings, strict=True):
+            given = ModelArguments.parse(simple_parse_args_string(run.model_args))
+            # A preset arrives as a whole config, options as they were written.
+            config = given.merging.get("config") or MergeConfig.from_dict(given.merging)
+            assert config == setting.config
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": "llava_hf"}, "model must be pitome_llava"),
+        ({"tasks": "gqa,,mme"}, "tasks must be names"),
+        ({"batch_size": 0}, "batch_size must be a whole number"),
+        ({"model_args": "pretrained=x,tokens=0"}, "tokens must be"),
+        ({"model_args": "pretrained"}, "must be key=value"),
+        ({"model_args": "pretrained=x,pretrained=y"}, "given twice"),
+    ],
+)
+def test_wrong_suites_are_refused(tmp_path, change, said):
+    run = {"model": "pitome_llava", "model_args": "pretrained=x,tokens=8", "tasks": "gqa"}
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump([{**run, **change}]))
+    with pytest.raises(ValueError, match=said) as caught:
+        suites.read_suite(str(file))
+    assert str(file) in str(caught.value)
+
+
+def test_runs_of_a_suite_may_differ_in_merging_only(tmp_path):
+    runs = [
+        {"model": "pitome_llava", "model_args": f"pretrained={p},tokens=8", "tasks": "gqa"}
+        for p in "xy"
+    ]
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(runs))
+    with pytest.raises(ValueError, match="may differ in merge options only"):
+        suites.read_suite(str(file))
+
+
+def test_grids_have_the_unreduced_model_once_and_every_method_at_every_budget():
+    settings = suites.grid(["none", "pitome", "released", "random:seed=3"], [64, 192, 64])
+    names = [setting.name for setting in settings]
+    assert names == [
+        "none",
+        "pitome-192",
+        "released-192",
+        "random:seed=3-192",
+        "pitome-64",
+        "released-64",
+        "random:seed=3-64",
+    ]
+    assert settings[2].config.energy == "elu"
+    assert settings[3].config.seed == 3
+    files = [cell.file for cell in suites.cells(["gqa"], settings)]
+    assert len(set(files)) == len(files)
+    assert all(re.fullmatch(r"[\w.=-]+", name) for name in files)
+
+
+# --- the command
+
+
+@pytest.fixture
+def command(monkeypatch, task_manager):
+    """Runs `pitome-vlm eval`; lmms-eval's index of 2000 tasks is built once for all tests."""
+    from pitome_vlm.lmms import evaluation
+
+    monkeypatch.setattr(evaluation, "TaskManager", lambda *a, **k: task_manager)
+    return lambda *words: CliRunner().invoke(app, ["eval", *map(str, words)])
+
+
+WRONG = [
+    ([], "give one of --suite and --tasks"),
+    (["--suite", "demo", "--tasks", "gqa"], "give one of --suite and --tasks"),
+    (["--suite", "dmeo"], "Did you mean 'demo'?"),
+    (["--suite", "demo", "--algorithms", "pitom"], "unknown method 'pitom'. Did you mean"),
+    (["--suite", "demo", "--algorithms", "pitome,,tome"], "algorithms must be separated"),
+    (["--suite", "demo", "--algorithms", "pitome:enrgy=elu"], "Did you mean 'energy'?"),
+    (["--suite", "demo", "--algorithms", "pitome:energy=x"], "energy must be one of"),
+    (["--suite", "demo", "--algorithms", "pitome:keep=0.5"], "got 'keep=0.5'"),
+    (["--suite", "demo", "--tokens", "0"], "tokens must be whole numbers of at least 1, got '0'"),
+    (["--suite", "demo", "--tokens", "12.5"], "got '12.5'"),
+    (["--suite", "demo", "--tokens", "500"], "500"),
+    (["--suite", "demo", "--limit", "0"], "limit must be at least 1, got 0"),
+    (["--suite", "demo", "--limit", "0.5"], "--limit"),
+    (["--suite", "demo", "--batch-size", "0"], "batch_size must be a whole number >= 1, got 0"),
+    (["--suite", "demo", "--model", "/no/such/folder"], "/no/such/folder"),
+    (["--suite", "demo", "--model-args", "keep=0.5,tokens=9"], "keep is set by the sweep"),
+    (["--suite", "demo", "--model-args", "pretrained=x"], "pretrained is given by --model"),
+    (["--suite", "demo", "--model-args", "dtpye=float16"], "Did you mean 'dtype'?"),
+    (["--suite", "demo", "--model-args", "dtype"], "must be key=value"),
+    (["--suite", "demo", "--include-path", "/no/such"], "include_path must be a folder"),
+    (["--tasks", "demo_vqa", "--tokens", "36"], "model must be given"),
+    (["--tasks", "demo_vqa", "--model", "demo"], "tokens must be given for pitome"),
+    (["--tasks", "demo_vqaa", "--model", "demo", "--tokens", "36"], "Did you mean 'demo_vqa'?"),
+    (["--tasks", "vqav2", "--model", "demo", "--tokens", "36"], "vqav2 is a group"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), WRONG)
+def test_wrong_arguments_end_in_one_line_and_code_2(command, tmp_path, words, said):
+    result = command(*words, "--output", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if not line.endswith("lmms-eval ...")]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    assert said in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_packages_are_named_before_anything_is_measured(command, monkeypatch, tmp_path):
+    from pitome_vlm.cli import eval as eval_command
+    from pitome_vlm.measure.evaluate import plots
+
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    result = command("--suite", "demo", "--output", tmp_path)
+    assert result.exit_code == 2
+    assert 'pip install "pitome-vlm[viz]"' in result.stderr
+    monkeypatch.setattr(eval_command, "find_spec", lambda name: None)
+    result = command("--suite", "demo", "--output", tmp_path)
+    assert result.exit_code == 2
+    assert 'pip install "pitome-vlm[eval]"' in result.stderr
+
+
+@pytest.mark.slow
+def test_eval_measures_names_what_failed_and_repairs_it(command, monkeypatch, tmp_path):
+    from pitome_vlm.demo import checkpoint_path, load_split
+    from pitome_vlm.lmms import evaluation
+    from pitome_vlm.loading.models import load
+    from pitome_vlm.measure import demo_benchmark as benchmark
+    from pitome_vlm.wrapping.wrap import is_wrapped, schedule_of
+
+    words = ["--suite", "demo", "--algorithms", "pitome,tome", "--tokens", "36", "--limit", "8"]
+    words += ["--batch-size", "8", "--no-published", "--output", tmp_path]
+    monkeypatch.setattr(evaluation, "TIMED_ROUNDS", 2)
+    answer = evaluation.PitomeLlava.generate_until
+
+    def broken(self, requests):
+        merged = is_wrapped(self.model) and schedule_of(self.model).tokens_out == 36
+        if merged and self.engine.model.__dict__["_pitome"].config.algorithm == "tome":
+            raise RuntimeError("document 3 cannot be answered")
+        return answer(self, requests)
+
+    monkeypatch.setattr(evaluation.PitomeLlava, "generate_until", broken)
+    first = command(*words)
+    assert first.exit_code == 1, first.output
+    assert "demo_vqa tome-36: FAILED: RuntimeError: document 3 cannot be answered" in first.stderr
+    assert "1 of 3 cells failed: demo_vqa tome-36" in first.stderr
+    assert "## Failed" in (tmp_path / "report.md").read_text()
+
+    monkeypatch.setattr(evaluation.PitomeLlava, "generate_until", answer)
+    again = command(*words)
+    assert again.exit_code == 2
+    assert "--resume" in again.stderr
+    second = command(*words, "--resume")
+    assert second.exit_code == 0, second.output
+    assert second.stderr.count("% right") == 1
+    report = (tmp_path / "report.md").read_text()
+    assert "## Failed" not in report
+    assert (tmp_path / "accuracy_time.png").exists()
+
+    model, processor = load(checkpoint_path(), dtype="float32")
+    settings = [
+        benchmark.Setting(cell.setting.name, cell.setting.config)
+        for cell in suites.cells(["demo_vqa"], suites.grid(["pitome", "tome"], [36]))
+    ]
+    samples = load_split("test", 8)
+    outcomes = benchmark.run(model, processor, settings, samples, split="test", batch_size=8)
+    for outcome in outcomes:
+        stored = json.loads((tmp_path / f"cells/demo_vqa--{outcome.setting.name}.json").read_text())
+        assert stored["answers"] == outcome.answers
+        assert stored["results"]["exact_match"] == pytest.approx(outcome.accuracy / 100)
+        assert stored["facts"]["visual_tokens"] == outcome.tokens
+        assert stored["identity"]["merging"]["tokens"] == outcome.setting.config.tokens
+
+    # Nothing left to do: no model is loaded, the report is the same.
+    monkeypatch.setattr(evaluation, "PitomeLlava", None)
+    third = command(*words, "--resume")
+    assert third.exit_code == 0, third.output
+    assert (tmp_path / "report.md").read_text() == report

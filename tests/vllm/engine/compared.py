@@ -1,0 +1,59 @@
+"""When what vLLM answers is what the library answers, and for which merge options."""
+
+from __future__ import annotations
+
+from served_models import Library, pixels_of
+
+from pitome_vlm import MergeConfig
+from pitome_vlm.merge import algorithms
+
+# Compared by keys, which tensor parallelism spreads over processes, and answers depend on it.
+BY_KEYS = MergeConfig.preset("paper", keep=0.25)
+EVERY_ALGORITHM = [
+    *({"algorithm": name, "tokens": 36} for name in algorithms.available() if name != "none"),
+    {"algorithm": "pitome", "ratio": 0.9},
+    {"algorithm": "pitome", "keep": 0.25, "stage": "projector"},
+    {"algorithm": "pitome", "keep": 0.1, "stage": "both", "metric": "hidden"},
+    {"algorithm": "tome", "keep": 0.5, "placement": "after_layer", "layers": [1, 3]},
+    {"algorithm": "pitome", "keep": 0.5, "proportional_attention": False, "weighted": False},
+]
+# Of 16 options times 48 pictures; see `check_features`.
+MOST_TIES = 12
+
+
+def answers(outputs):
+    return [(one["prompt_tokens"], one["answer"]) for one in outputs]
+
+
+def check_varied(expected):
+    """Answers depend on what was asked, without which their equality says little."""
+    assert len({tuple(answer) for _, answer in expected}) >= 3
+
+
+def check_equal(passes, features, path, expected):
+    """Answers of every pass, and visual tokens under `EVERY_ALGORITHM`, are the library's."""
+    check_varied(expected)
+    assert [answers(one) for one in passes] == [expected] * len(passes)
+    check_features(features, path, EVERY_ALGORITHM)
+
+
+def check_features(found, path, options):
+    """Equal for every picture, but where merges hang on the last bit of a float32.
+
+    Energies of two tokens may lie closer together than rounding (8e-8 apart where either kernel is
+    wrong by 3e-7), and what follows in the order of energies then changes sides. The library
+    itself decides such a picture either way when the last bits of its pixels change.
+    """
+    pixels, library = pixels_of(path), Library(path)
+    ties = []
+    for config, ours in zip(options, found, strict=True):
+        theirs = library.features(config, pixels)
+        tolerance = 1e-4 * theirs.abs().max()
+        different = ((ours - theirs).abs().amax((1, 2)) >= tolerance).nonzero().flatten().tolist()
+        for number in different:
+            assert library.last_bit_decides(config, pixels[number], ours[number], tolerance), (
+                config,
+                number,
+            )
+        ties += [(config["algorithm"], number) for number in different]
+    assert len(ties) <= MOST_TIES, ties

@@ -1,0 +1,116 @@
+"""Engines, models and requests for the tests of the vLLM plugin.
+
+`make test-vllm` builds an environment with vLLM and runs this folder; `make test` leaves it out.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from served_models import ANSWER_TOKENS, environment, pixels_of, save_tiny
+
+from pitome_vlm.demo import checkpoint_path, picture
+from pitome_vlm.vllm import hf_overrides
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[2] / "scripts"))
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Four scenes of different shapes, as files."""
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = []
+    for number, size in enumerate([(192, 192), (120, 240), (300, 90), (64, 64)]):
+        path = folder / f"{number}.png"
+        picture(number, "val").resize(size).save(path)
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture(scope="session")
+def requests(pictures):
+    """One picture, two pictures, the first one again with another question, text alone."""
+    return [
+        {"prompt": "user: <image> how many stars are there? assistant:", "images": pictures[:1]},
+        {
+            "prompt": "user: <image> what is this ? user: <image> what colour is the circle? "
+            "assistant:",
+            "images": pictures[1:3],
+        },
+        {
+            "prompt": "user: <image> what colour is the largest object? assistant:",
+            "images": pictures[:1],
+        },
+        {"prompt": "user: what colour is the square? assistant:", "images": []},
+    ]
+
+
+@pytest.fixture(scope="session")
+def demo():
+    return str(checkpoint_path())
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny"), "clip")
+
+
+@pytest.fixture(scope="session")
+def tiny_siglip(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny_siglip"), "siglip")
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """Runs one job in a fresh process and returns its passes (and `pixels_of`'s features)."""
+
+    def run(
+        path,
+        requests,
+        config=None,
+        *,
+        passes=1,
+        features=(),
+        several=False,
+        env=None,
+        **options,
+    ):
+        job = {
+            "engine": {
+                "model": path,
+                "dtype": "float32",
+                "enforce_eager": True,
+                "max_model_len": 400,
+                "max_num_seqs": 4,
+                "limit_mm_per_prompt": {"image": 2},
+                **({"hf_overrides": hf_overrides(config)} if config is not None else {}),
+                **options,
+            },
+            "requests": requests,
+            "tokens": ANSWER_TOKENS,
+            "passes": passes,
+            "features": list(features),
+            "pixels": str(tmp_path / "pixels.pt"),
+        }
+        if features:
+            torch.save(pixels_of(path), job["pixels"])
+        job_path, result_path = tmp_path / "job.json", tmp_path / "result.json"
+        job_path.write_text(json.dumps(job))
+        command = [sys.executable, str(HERE / "offline.py"), str(job_path), str(result_path)]
+        single = {} if several else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        done = subprocess.run(
+            command, env=environment(**single, **(env or {})), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        result = json.loads(result_path.read_text())["passes"]
+        if not features:
+            return result
+        return result, torch.load(str(result_path) + ".pt")
+
+    return run

