@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
-from test_exactness import duplicated_picture
-from tiny import tiny_batch, tiny_model
+from tiny import duplicated_image, tiny_batch, tiny_model
 
 import pitome_vlm
 from pitome_vlm import MergeConfig
@@ -63,7 +62,7 @@ def test_is_the_models_own_attention(kind, attention, layer):
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_a_merged_token_gets_what_its_members_got(kind):
     model = tiny_model(kind)
-    pixels = duplicated_picture(model)  # neighbours 2i and 2i + 1 are equal
+    pixels = duplicated_image(model)  # neighbours 2i and 2i + 1 are equal
     whole = seen_attention(pitome_vlm.wrap(model, ratio=0.5, layers=(3,), **RANKED), pixels, 3)
     pitome_vlm.wrap(model, ratio=0.5, layers=(1, 3), **RANKED)
     merged = seen_attention(model, pixels, 3)

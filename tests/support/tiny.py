@@ -115,3 +115,14 @@ def tiny_batch(
     if sum(images):
         batch["pixel_values"] = torch.randn(sum(images), 3, 96, 96, generator=generator)
     return batch
+
+
+def duplicated_image(model):
+    """Pixels and a tower in which every patch has exactly one equal: no position embedding."""
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "position_embedding"):
+                module.position_embedding.weight.zero_()
+    blocks = torch.randn(1, 3, 12, 6, 8, 8, generator=torch.Generator().manual_seed(3))
+    blocks = blocks.repeat_interleave(2, dim=3)  # neighbours in a row are equal
+    return blocks.permute(0, 1, 2, 4, 3, 5).reshape(1, 3, 96, 96)

@@ -8,7 +8,7 @@ import io
 
 import pytest
 import torch
-from tiny import KINDS, tiny_batch, tiny_model, tokens_per_image
+from tiny import KINDS, duplicated_image, tiny_batch, tiny_model, tokens_per_image
 
 import pitome_vlm
 from pitome_vlm import MergeConfig
@@ -145,23 +145,12 @@ def test_predicted_counts_are_observed_counts(algorithm, stage, kind):
         assert bool(logits.isfinite().all())
 
 
-def duplicated_picture(model):
-    """Pixels and a tower in which every patch has exactly one equal: no position embedding."""
-    with torch.no_grad():
-        for module in model.modules():
-            if hasattr(module, "position_embedding"):
-                module.position_embedding.weight.zero_()
-    blocks = torch.randn(1, 3, 12, 6, 8, 8, generator=torch.Generator().manual_seed(3))
-    blocks = blocks.repeat_interleave(2, dim=3)  # neighbours in a row are equal
-    return blocks.permute(0, 1, 2, 4, 3, 5).reshape(1, 3, 96, 96)
-
-
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("algorithm", ["pitome", "tome", "tofu", "divprune"])
 def test_merging_exact_duplicates_equals_not_merging(kind, attention, algorithm):
     model = tiny_model(kind, attention=attention)
-    pixels = duplicated_picture(model)
+    pixels = duplicated_image(model)
     pitome_vlm.wrap(model, keep=1.0)
     full = encode_images(model, pixels).features[0]
     options = {"algorithm": algorithm, "stage": "tower", "layers": (1,)}
