@@ -1,4 +1,4 @@
-"""What every part of the package shares: the version, lazy names, checks of values, whole files.
+"""What all parts of the package share: version, lazy names, checks, files written atomically.
 
 Nothing here imports torch or another part of the package.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import numbers
 import os
 import tempfile
@@ -78,19 +79,51 @@ def whole_number(field: str, value: Any, low: int, high: int | None = None) -> i
     return plain
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a UTF-8 file beside its place and move it there, so that no half of it ever stands.
+def require(module: str, extra: str, what: str) -> None:
+    """See that an optional dependency is installed; nothing is imported.
 
     Args:
-        path: replaced where it exists; its folder is made where it does not.
-        text: the content.
+        module: name of the module to find.
+        extra: the extra of this package that brings it.
+        what: needs it, for the message: "a plot", "load_in_4bit=True".
+
+    Raises:
+        ImportError: it is missing; the message says how to install it.
+    """
+    if importlib.util.find_spec(module) is None:
+        name = module.replace("_", "-")
+        raise ImportError(f"{what} needs {name}; install it with: {install_hint(extra)}")
+
+
+def install_hint(extra: str) -> str:
+    """The command that installs an extra; it names a clone, because PyPI has no such package."""
+    return f'pip install ".[{extra}]" in a clone of pitome-vlm'
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a UTF-8 text file; see `write_bytes`."""
+    return write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Write a file atomically: readers see the old content or all of the new, never a part.
+
+    Args:
+        path: replaced if it exists; its folder is made if it does not. The file gets mode 0644.
+        data: the content.
+
+    Returns:
+        The path.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            # A rename can reach the disk before the data: after a power failure the file is empty.
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     except BaseException:

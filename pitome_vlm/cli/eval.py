@@ -6,12 +6,12 @@ carried through (`eval_run.py`).
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..common import require
 from . import options as o
 from .eval_run import Plan, Sweep, circumstances, is_first, report
 from .terminal import say
@@ -149,8 +149,7 @@ def evaluate(
 
 def _checked(output: Path, plots: bool, limit: int | None, include_path: Path | None) -> Folder:
     """The output folder, after everything that can be refused without a plan."""
-    if find_spec("lmms_eval") is None:
-        raise ImportError('eval needs lmms-eval; install it with: pip install "pitome-vlm[eval]"')
+    require("lmms_eval", "eval", "eval")
     if plots:
         from ..measure.evaluate.plots import check_matplotlib
 

@@ -6,12 +6,12 @@ Knows: its options. Does not know: how a run is carried through (`train_run.py`)
 from __future__ import annotations
 
 import ast
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..common import require
 from . import options as o
 from .eval_run import is_first
 from .terminal import quiet
@@ -183,8 +183,7 @@ def train(
     --load-4bit -o adapter`
     """
     del debug  # read by the command group
-    if find_spec("peft") is None:
-        raise ImportError('train needs PEFT; install it with: pip install "pitome-vlm[train]"')
+    require("peft", "train", "train")
     merging = o.MergeOptions(keep, tokens, ratio, algorithm, preset).given()
     more = [*(["projector"] * projector), *(["vision_tower"] * vision_tower)]
     parts = ("language_model", *more) if more else None

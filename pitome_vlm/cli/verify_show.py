@@ -6,9 +6,7 @@ Knows: the tables and the three files. Does not know: how anything was measured.
 from __future__ import annotations
 
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from ..common import __version__
+from ..common import __version__, write_bytes, write_text
 from ..measure.machine import processor_name
 from ..measure.spectral import plots, report
 from ..measure.spectral.study import CaseResult, FeatureRow
@@ -156,14 +154,13 @@ def store(request: Request, outcome: Outcome, folder: Path, *, plot: bool) -> No
         "synthetic": [result.to_dict() for result in outcome.results],
         "features": [row.to_dict() for row in outcome.rows],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / RESULTS, _dump(values).encode())
-    _replace(folder / REPORT, text.encode())
+    write_text(folder / RESULTS, _dump(values))
+    write_text(folder / REPORT, text)
     if picture is None:
         # A plot of an earlier run would contradict the numbers beside it.
         (folder / PLOT).unlink(missing_ok=True)
     else:
-        _replace(folder / PLOT, picture)
+        write_bytes(folder / PLOT, picture)
     for name in (REPORT, RESULTS, *([PLOT] if plot else [])):
         write(f"wrote {folder / name}")
 
@@ -178,16 +175,3 @@ def _dump(values: dict[str, Any]) -> str:
         else:
             parts.append(f'"{name}": {json.dumps(value, indent=2)}')
     return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write beside and move, so that an interrupted write never leaves half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

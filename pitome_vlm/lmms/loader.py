@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..common import require
 from ..loading.checkpoints import squeezed
 from ..loading.models import load
 from .arguments import ModelArguments
@@ -91,12 +92,9 @@ def _check_adapter(path: str | None) -> None:
 
 
 def _with_adapter(model: Any, path: str) -> Any:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ImportError(
-            'peft=... needs PEFT; install it with: pip install "pitome-vlm[train]"'
-        ) from error
+    require("peft", "train", "peft=...")
+    from peft import PeftModel
+
     try:
         return PeftModel.from_pretrained(model, path)
     except (OSError, RuntimeError, ValueError) as error:

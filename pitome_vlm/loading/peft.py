@@ -6,7 +6,6 @@ model. Does not know: how a base model is loaded or wrapped (`models.py`).
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
+from ..common import require
 from ..wrapping.peft import remember_training
 from ..wrapping.peft_record import RECORD_NAME, PeftRecord
 from .checkpoints import squeezed
@@ -129,10 +129,7 @@ def find_adapter_at(path: Any, *, allow_pickle: bool = False, **source: Any) -> 
         return None  # no folder, and no name of the hub
     if _found(name, "config.json", source) or not _found(name, ADAPTER_CONFIG, source):
         return None
-    if importlib.util.find_spec("peft") is None:
-        raise ImportError(
-            f'{name} is a PEFT adapter; install PEFT with: pip install "pitome-vlm[train]"'
-        )
+    require("peft", "train", f"{name} (a PEFT adapter)")
     from peft import PeftConfig
 
     try:

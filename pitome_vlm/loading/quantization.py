@@ -7,7 +7,6 @@ they are a few percent of the weights, and tokens are compared by what the tower
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import warnings
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from ..common import require
 from ..wrapping.peft_record import quantization_of
 
 # Releases read these patterns differently (substring of the path, or anchored at its start), so
@@ -57,7 +57,7 @@ def quantization(
         raise ValueError(f"only one of {', '.join(given)} can be given, got {' and '.join(named)}")
     if not (load_in_4bit or load_in_8bit):
         return quantization_config
-    check_bitsandbytes(f"{named[0]}=True")
+    require("bitsandbytes", "quant", f"{named[0]}=True")
     shared = {
         "llm_int8_skip_modules": list(SKIPPED),
         "llm_int8_enable_fp32_cpu_offload": _offloads(device_map),
@@ -86,24 +86,12 @@ def recorded_quantization(values: dict[str, Any], device_map: Any = None) -> Any
     """
     if values.get("quant_method") != "bitsandbytes":
         raise ValueError(f"quantisation method {values.get('quant_method')!r} is not known here")
-    check_bitsandbytes("a model that was quantised in training")
+    require("bitsandbytes", "quant", "a model that was quantised in training")
     config = BitsAndBytesConfig.from_dict(dict(values))
     if config.bnb_4bit_compute_dtype == torch.bfloat16:
         config.bnb_4bit_compute_dtype = compute_dtype(device_map)
     config.llm_int8_enable_fp32_cpu_offload |= _offloads(device_map)
     return config
-
-
-def check_bitsandbytes(what: str) -> None:
-    """See that bitsandbytes is there.
-
-    Raises:
-        ImportError: it is not; the message says what needs it.
-    """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(
-            f'{what} needs bitsandbytes; install it with: pip install "pitome-vlm[quant]"'
-        )
 
 
 def compute_dtype(device_map: Any = None) -> torch.dtype:

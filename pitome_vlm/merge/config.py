@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..common import __version__, check_range, suggest, whole_number
+from ..common import __version__, check_range, suggest, whole_number, write_text
 from .schedule import Budget
 
 CONFIG_NAME = "pitome_config.json"
@@ -299,19 +298,8 @@ class MergeConfig:
         target = Path(folder)
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(f"{target} is a file; give a folder to write {CONFIG_NAME} to")
-        target.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2) + "\n"
-        # Written beside and moved, so that an interrupted write never leaves half a file.
-        handle, temporary = tempfile.mkstemp(dir=target, prefix=f".{CONFIG_NAME}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target / CONFIG_NAME)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        return target / CONFIG_NAME
+        return write_text(target / CONFIG_NAME, text)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> MergeConfig:

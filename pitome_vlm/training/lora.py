@@ -5,7 +5,6 @@ Knows: the parts of a LLaVA and PEFT. Does not know: data, losses or trainers.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 
 from ..adapters import find_adapter
 from ..adapters.tower import find_encoder_layers
+from ..common import require
 from ..loading.quantization import allow_gradients
 from ..merge.config import MergeConfig
 from ..wrapping.wrap import base_model, is_wrapped, merge_config, wrap
@@ -115,8 +115,7 @@ def prepare(model: Any, options: LoraOptions | None = None) -> Any:
         ImportError: PEFT is not installed.
         ValueError: the model is not wrapped, or has an adapter and options are given.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ImportError('training needs PEFT; install it with: pip install "pitome-vlm[train]"')
+    require("peft", "train", "training")
     import peft
 
     if not is_wrapped(model):

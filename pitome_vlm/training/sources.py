@@ -8,7 +8,6 @@ opened; pictures are read when they are needed.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
+from ..common import require
 from ..loading.images import ImageError, load_image
 from .conversations import Conversation, DataError, parse
 
@@ -281,10 +281,7 @@ def _load_dataset(path: Path, name: str, split: str) -> Any:
         raise FileNotFoundError(f"{name} is no regular file")
     if not path.is_dir() and (path.is_absolute() or name.startswith(".") or path.suffix):
         raise FileNotFoundError(f"no such file: {name}")
-    if importlib.util.find_spec("datasets") is None:
-        raise ImportError(
-            f'{name} is no file; for Hugging Face datasets: pip install "pitome-vlm[train]"'
-        )
+    require("datasets", "train", f"{name} is not a file; a Hugging Face dataset")
     import datasets
 
     try:

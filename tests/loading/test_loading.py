@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from absent import hide
 from checkpoint import WEIGHTS, edit_json, edit_weights, save_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
@@ -266,11 +266,8 @@ class TestQuantization:
         fails(ValueError, "load_in_4bit", path=good, load_in_4bit=True, quantization_config={})
 
     def test_bitsandbytes_missing(self, good, monkeypatch):
-        real = importlib.util.find_spec
-        monkeypatch.setattr(
-            importlib.util, "find_spec", lambda n, *a: None if n == "bitsandbytes" else real(n, *a)
-        )
-        fails(ImportError, 'pip install "pitome-vlm[quant]"', path=good, load_in_4bit=True)
+        hide(monkeypatch, "bitsandbytes")
+        fails(ImportError, 'pip install ".[quant]"', path=good, load_in_4bit=True)
 
     def test_compute_dtype_follows_the_cpu(self, monkeypatch):
         for flags, expected in (

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import sweep_stand_in as stand_in
 import yaml
+from absent import hide
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -495,17 +496,16 @@ def test_wrong_arguments_end_in_one_line_and_code_2(command, tmp_path, words, sa
 
 
 def test_missing_packages_are_named_before_anything_is_measured(command, monkeypatch, tmp_path):
-    from pitome_vlm.cli import eval as eval_command
     from pitome_vlm.measure.evaluate import plots
 
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     result = command("--suite", "demo", "--output", tmp_path)
     assert result.exit_code == 2
     assert 'pip install "pitome-vlm[viz]"' in result.stderr
-    monkeypatch.setattr(eval_command, "find_spec", lambda name: None)
+    hide(monkeypatch, "lmms_eval")
     result = command("--suite", "demo", "--output", tmp_path)
     assert result.exit_code == 2
-    assert 'pip install "pitome-vlm[eval]"' in result.stderr
+    assert 'pip install ".[eval]"' in result.stderr
 
 
 @pytest.mark.slow

@@ -15,13 +15,13 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...common import write_bytes, write_text
 from .suites import Cell
 
 FORMAT = 1
@@ -127,7 +127,7 @@ class Folder:
         text = _dump(columns)
         path = self.questions(cell.task)
         if not path.exists():
-            _write(path, text)
+            write_text(path, text)
         elif path.read_text(encoding="utf-8") != text:
             raise ValueError(
                 f"{cell.name}: the questions differ from those in {path}; the task's data has "
@@ -135,7 +135,7 @@ class Folder:
             )
         rest = {k: v for k, v in asdict(measured).items() if k != "questions"}
         body = {"format": FORMAT, "questions_sha256": _digest(text), "identity": record.identity}
-        _write(self.cell(cell), _dump(body | rest))
+        write_text(self.cell(cell), _dump(body | rest))
         self.failure(cell).unlink(missing_ok=True)
 
     def load(self, cell: Cell) -> Record | None:
@@ -170,7 +170,7 @@ class Folder:
 
     def save_timing(self, timing: dict[str, Any]) -> None:
         """Store the timing; atomic."""
-        _write(self.timing, _dump(timing))
+        write_text(self.timing, _dump(timing))
 
     def load_timing(self) -> dict[str, Any] | None:
         """The stored timing, None where there is none."""
@@ -178,13 +178,12 @@ class Folder:
 
     def save_failure(self, cell: Cell, text: str) -> None:
         """Store a failed cell's traceback."""
-        _write(self.failure(cell), text)
+        write_text(self.failure(cell), text)
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Store a file of the report; atomic."""
         path = self.root / name
-        _write(path, content)
-        return path
+        return write_text(path, content) if isinstance(content, str) else write_bytes(path, content)
 
 
 def fingerprint(model: str) -> str:
@@ -229,20 +228,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            # Renamed before it is on the disk, the file could be empty after a power failure.
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

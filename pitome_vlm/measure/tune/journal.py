@@ -13,11 +13,12 @@ from __future__ import annotations
 import io
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ...common import write_bytes, write_text
 
 FORMAT = 1
 RUN, CELLS = "run.json", "cells.jsonl"
@@ -52,7 +53,7 @@ class Journal:
             self._check_identity(identity)
             self._read()
         else:
-            write_file(self.folder / RUN, json.dumps(identity, indent=2) + "\n")
+            write_text(self.folder / RUN, json.dumps(identity, indent=2) + "\n")
 
     def add(self, key: str, record: dict[str, Any]) -> None:
         """Keep a finished cell; on disk when this returns."""
@@ -84,7 +85,7 @@ class Journal:
             return
         data = io.BytesIO()
         np.save(data, values, allow_pickle=False)
-        write_file(path, data.getvalue())
+        write_bytes(path, data.getvalue())
 
     def _array_path(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / f"unreduced_{name}.npy"
@@ -126,7 +127,7 @@ class Journal:
                     f"{path} line {number} is damaged; delete that line to measure it again"
                 ) from error
         if torn:
-            write_file(path, whole + b"\n" if whole else b"")
+            write_bytes(path, whole + b"\n" if whole else b"")
 
 
 def check_folder(folder: str | os.PathLike[str], *, resume: bool) -> None:
@@ -157,22 +158,3 @@ def check_folder(folder: str | os.PathLike[str], *, resume: bool) -> None:
 def _has_cells(folder: Path) -> bool:
     path = folder / CELLS
     return path.is_file() and path.stat().st_size > 0
-
-
-def write_file(path: Path, content: str | bytes) -> Path:
-    """Write a file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            # Renamed before it is on the disk, the file could be empty after a power failure.
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path

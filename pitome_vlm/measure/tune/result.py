@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ...common import write_bytes, write_text
 from ...merge.config import MergeConfig
 from .bench import Cell
 from .intervals import Loss
-from .journal import write_file
 from .search import within
 
 Verdict = Literal["met", "not_shown", "unreduced"]
@@ -110,15 +110,15 @@ class TuneResult:
         drawn = self.plot() if plot else None
         paths = []
         if drawn is not None:
-            paths.append(write_file(target / "loss_tokens.png", drawn))
+            paths.append(write_bytes(target / "loss_tokens.png", drawn))
         else:
             # One of an earlier run with other options would stand beside the wrong report.
             (target / "loss_tokens.png").unlink(missing_ok=True)
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        paths.append(write_file(target / "result.json", text))
+        paths.append(write_text(target / "result.json", text))
         from .report import markdown
 
-        paths.append(write_file(target / "report.md", markdown(self, plot=plot)))
+        paths.append(write_text(target / "report.md", markdown(self, plot=plot)))
         paths.append(self.config.save_pretrained(target))
         return paths
 
