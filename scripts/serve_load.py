@@ -37,7 +37,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pitome_vlm.demo import load_split, picture
+from pitome_vlm.demo import load_split, scene_image
 from pitome_vlm.measure.machine import processor_name
 
 try:
@@ -73,7 +73,7 @@ def workload(options: argparse.Namespace, model: str) -> list[dict[str, Any]]:
 def data_url(scene_id: int) -> str:
     """A scene's picture as it travels in a request."""
     buffer = io.BytesIO()
-    picture(scene_id, "test").save(buffer, "PNG")
+    scene_image(scene_id, "test").save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

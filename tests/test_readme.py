@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import tiny_model
 
 import pitome_vlm
-from pitome_vlm.demo import checkpoint_path, load_split, picture
+from pitome_vlm.demo import checkpoint_path, load_split, scene_image
 from pitome_vlm.measure.demo_benchmark import prompt_for
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +28,7 @@ def scope(tmp_path):
     path = checkpoint_path()
     model, processor = pitome_vlm.load(path, dtype="float32")
     sample = load_split("val", 1)[0]
-    image = picture(sample.scene_id, "val")
+    image = scene_image(sample.scene_id, "val")
     prompt = prompt_for(processor, sample.question)
     batch = dict(processor(images=image, text=prompt, return_tensors="pt"))
     adapter = LoraConfig(target_modules=r".*language_model.*q_proj", r=2)

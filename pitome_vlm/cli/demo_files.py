@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from ..common import __version__
-from ..demo import Sample, picture
+from ..demo import Sample, scene_image
 from ..measure.demo_benchmark import Outcome
 from ..measure.visualize import Cell, Figure, Table, html_report, overlay, strip
 from .demo import note, score_row
@@ -59,10 +59,10 @@ def _kept(keep: float) -> str:
 
 
 def _figures(run: Demo, scene_id: int) -> list[Figure]:
-    image = picture(scene_id, SPLIT, PICTURE_SIZE)
+    image = scene_image(scene_id, SPLIT, PICTURE_SIZE)
     figures = [Figure(image, "The picture")]
     # What the model looks at is the canonical picture; the large one is drawn for the reader.
-    model_input = picture(scene_id, SPLIT)
+    model_input = scene_image(scene_id, SPLIT)
     for setting in [*settings(SHOWN_KEEP)[1:], settings(min(KEEPS))[1]]:
         groups = run.groups(setting, model_input)
         drawn = overlay(image, groups, size=PICTURE_SIZE)

@@ -216,13 +216,13 @@ def _rows(data: str, limit: int | None, ignore_answers: bool) -> list[Row]:
 
 
 def _demo_rows(limit: int | None) -> list[Row]:
-    from ..demo import load_split, picture
+    from ..demo import load_split, scene_image
     from ..measure.tune import Row
 
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     samples = load_split(DEMO_SPLIT, limit)
-    pictures = {s.scene_id: picture(s.scene_id, DEMO_SPLIT) for s in samples}
+    pictures = {s.scene_id: scene_image(s.scene_id, DEMO_SPLIT) for s in samples}
     return [
         Row((pictures[s.scene_id],), s.question, (s.answer,), f"demo question {number}")
         for number, s in enumerate(samples, 1)

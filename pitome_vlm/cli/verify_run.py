@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..demo import picture
+from ..demo import scene_image
 from ..demo.dataset import SPLIT_SCENES
 from ..measure.spectral.features import TowerChange, merge_changes
 from ..measure.spectral.study import (
@@ -188,7 +188,7 @@ def _features(
         loading = LoadOptions(DEMO, loading.load_4bit, loading.load_8bit, "float32", loading.device)
     model, processor = load_model(loading, {})
     configs = {name: MergeConfig(algorithm=name, stage="tower", **request.budget) for name in names}
-    pictures = list(images) or [picture(number, SPLIT) for number in scenes]
+    pictures = list(images) or [scene_image(number, SPLIT) for number in scenes]
     bar = progress.add_task("pictures", total=len(pictures))
     changes: list[dict[str, TowerChange]] = []
     image_processor = getattr(processor, "image_processor", processor)

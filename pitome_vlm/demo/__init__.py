@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pitome_vlm.demo.dataset import Sample, load_split, picture, scene
+from pitome_vlm.demo.dataset import Sample, load_split, scene, scene_image
 from pitome_vlm.demo.drawing import draw_scene
 
-__all__ = ["Sample", "checkpoint_path", "draw_scene", "load_split", "picture", "scene"]
+__all__ = ["Sample", "checkpoint_path", "draw_scene", "load_split", "scene", "scene_image"]
 
 
 def checkpoint_path() -> Path:

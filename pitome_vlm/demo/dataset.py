@@ -76,7 +76,7 @@ def scene(scene_id: int, split: str) -> Scene:
         attempt += 1
 
 
-def picture(scene_id: int, split: str, size: int = CANONICAL_SIZE) -> Image.Image:
+def scene_image(scene_id: int, split: str, size: int = CANONICAL_SIZE) -> Image.Image:
     """The picture of one scene; `size` above the canonical 192 is for display only."""
     return draw_scene(scene(scene_id, split), size)
 

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from ..common import __version__
-from ..demo.dataset import SPLIT_SCENES, Sample, picture
+from ..demo.dataset import SPLIT_SCENES, Sample, scene_image
 from ..merge.config import MergeConfig
 from ..wrapping.encode import visual_token_counts
 from ..wrapping.wrap import wrapped
@@ -88,7 +88,7 @@ def batches(
         part = samples[start : start + batch_size]
         yield dict(
             processor(
-                images=[picture(sample.scene_id, split) for sample in part],
+                images=[scene_image(sample.scene_id, split) for sample in part],
                 text=[prompt_for(processor, sample.question) for sample in part],
                 padding=True,
                 return_tensors="pt",

@@ -38,7 +38,7 @@ pixels as 12 x 12 = 144 patches of 10 (+ CLS), feature layer -2; projector of tw
 ```python
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
-from pitome_vlm.demo import checkpoint_path, load_split, picture
+from pitome_vlm.demo import checkpoint_path, load_split, scene_image
 
 model = LlavaForConditionalGeneration.from_pretrained(checkpoint_path(), dtype=torch.float32)
 processor = AutoProcessor.from_pretrained(checkpoint_path())
@@ -47,7 +47,7 @@ turn = [{"type": "image"}, {"type": "text", "text": sample.question}]
 prompt = processor.apply_chat_template(
     [{"role": "user", "content": turn}], add_generation_prompt=True
 )
-image = picture(sample.scene_id, "test")
+image = scene_image(sample.scene_id, "test")
 inputs = processor(text=prompt, images=image, return_tensors="pt")
 print(processor.decode(model.generate(**inputs, max_new_tokens=2)[0, inputs.input_ids.shape[1]:]))
 ```

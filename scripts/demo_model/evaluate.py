@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from demo_model.data import Arrays
-from pitome_vlm.demo.dataset import Sample, load_split, picture
+from pitome_vlm.demo.dataset import Sample, load_split, scene_image
 from pitome_vlm.demo.processor import vocabulary
 from pitome_vlm.demo.questions import QUESTION_TYPES
 from pitome_vlm.demo.scenes import KINDS
@@ -54,7 +54,7 @@ def ask(checkpoint: Path, split: str, limit: int | None = None, batch: int = 48)
             )
             for s in part
         ]
-        pictures = [picture(s.scene_id, split) for s in part]
+        pictures = [scene_image(s.scene_id, split) for s in part]
         inputs = processor(text=prompts, images=pictures, return_tensors="pt", padding=True)
         with torch.no_grad():
             out = model.generate(**inputs, max_new_tokens=3)

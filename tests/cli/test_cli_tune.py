@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pitome_vlm.cli import app
-from pitome_vlm.demo import load_split, picture
+from pitome_vlm.demo import load_split, scene_image
 from pitome_vlm.measure.tune import asking
 from pitome_vlm.merge.config import MergeConfig
 
@@ -171,7 +171,7 @@ def data(tmp_path_factory):
     lines = []
     for sample in load_split("val", 40)[::3]:
         name = f"{sample.scene_id}.png"
-        picture(sample.scene_id, "val").save(folder / name)
+        scene_image(sample.scene_id, "val").save(folder / name)
         lines.append({"image": name, "question": sample.question, "answer": sample.answer})
     return folder, lines
 

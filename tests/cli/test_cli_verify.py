@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from pitome_vlm import MergeConfig
 from pitome_vlm.cli import app, verify_run
-from pitome_vlm.demo import checkpoint_path, picture
+from pitome_vlm.demo import checkpoint_path, scene_image
 from pitome_vlm.loading.models import load
 from pitome_vlm.measure.spectral import Clusters, merge_changes, merge_clusters
 from pitome_vlm.measure.spectral.study import Checks
@@ -63,7 +63,7 @@ def test_results_are_those_of_the_library(done):
             assert row["mixed"][seed] == pytest.approx(expected.mixed, rel=1e-5)
             assert row["a3_strictly_ordered"][seed] == expected.assumptions.strictly_ordered
     model, processor = load(checkpoint_path(), dtype="float32")
-    images = [picture(number, "val") for number in (0, 1)]
+    images = [scene_image(number, "val") for number in (0, 1)]
     pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
     changes = merge_changes(model, pixels, {"tome": MergeConfig(keep=0.25, algorithm="tome")})
     rows = [row for row in values["features"] if row["algorithm"] == "tome"]

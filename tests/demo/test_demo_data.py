@@ -30,7 +30,7 @@ def test_samples() -> list[demo.Sample]:
 def fingerprint() -> str:
     digest = hashlib.sha256(repr(demo.load_split("test", 60)).encode())
     for scene_id in range(6):
-        digest.update(demo.picture(scene_id, "test").tobytes())
+        digest.update(demo.scene_image(scene_id, "test").tobytes())
     return digest.hexdigest()
 
 
@@ -177,11 +177,11 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="split must be one of train, val, test, got 'dev'"):
         demo.load_split("dev")
     with pytest.raises(ValueError, match=r"scene_id must be in 0\.\.399 .* got 400"):
-        demo.picture(400, "test")
+        demo.scene_image(400, "test")
     with pytest.raises(ValueError, match="limit must be None or at least 0, got -1"):
         demo.load_split("test", -1)
     with pytest.raises(ValueError, match=r"size must be in 48\.\.4096, got 5000"):
-        demo.picture(0, "test", 5000)
+        demo.scene_image(0, "test", 5000)
     with pytest.raises(ValueError, match=r"kind must be one of .* got 'busy'"):
         scenes.sample_scene(random.Random(0), "busy")
     with pytest.raises(ValueError, match=r"question_type must be one of .* got 'why'"):
@@ -212,7 +212,7 @@ def test_identical_scenes_have_touching_equal_blocks() -> None:
 
 
 def test_larger_pictures_show_the_same_scene() -> None:
-    small, large = demo.picture(0, "test"), demo.picture(0, "test", 768)
+    small, large = demo.scene_image(0, "test"), demo.scene_image(0, "test", 768)
     assert small.size == (192, 192)
     assert large.size == (768, 768)
     shrunk = np.asarray(large.resize((24, 24), Image.Resampling.BOX), float)
@@ -230,7 +230,7 @@ def test_processor_round_trip(tmp_path: Path) -> None:
     built = processor.build_processor()
     built.save_pretrained(tmp_path)
     loaded = transformers.AutoProcessor.from_pretrained(tmp_path)
-    picture = demo.picture(3, "test")
+    picture = demo.scene_image(3, "test")
     turns = [
         {"role": "system", "content": [{"type": "text", "text": "Please look."}]},
         {
@@ -276,7 +276,7 @@ def test_checkpoint_is_small_and_answers() -> None:
         )
         for s in samples
     ]
-    pictures = [demo.picture(s.scene_id, "val") for s in samples]
+    pictures = [demo.scene_image(s.scene_id, "val") for s in samples]
     inputs = loaded(text=prompts, images=pictures, return_tensors="pt", padding=True)
     with torch.no_grad():
         out = model.generate(**inputs, max_new_tokens=3)

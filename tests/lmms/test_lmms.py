@@ -13,7 +13,7 @@ import torch
 from lmms_requests import QUARTER, SHORT, continuation, instance, library, question, texts
 
 import pitome_vlm
-from pitome_vlm.demo import checkpoint_path, load_split, picture
+from pitome_vlm.demo import checkpoint_path, load_split, scene_image
 from pitome_vlm.lmms import manifests, tasks_path
 from pitome_vlm.lmms.arguments import ModelArguments
 from pitome_vlm.lmms.tasks import demo_vqa
@@ -107,7 +107,7 @@ def test_task_data_is_the_held_out_split():
 def test_task_functions(docs):
     doc = docs[0]
     (image,) = demo_vqa.doc_to_visual(doc)
-    assert image.tobytes() == picture(doc["scene_id"], "test").tobytes()
+    assert image.tobytes() == scene_image(doc["scene_id"], "test").tobytes()
     assert demo_vqa.doc_to_text(doc) == doc["question"]
     around = {"pre_prompt": "Look. ", "post_prompt": " Briefly."}
     assert demo_vqa.doc_to_text(doc, around) == f"Look. {doc['question']} Briefly."
@@ -202,7 +202,7 @@ def test_likelihoods_with_different_numbers_of_pictures(build, docs):
     lm = build(simple=True)
 
     def request(number, count):
-        visuals = [picture(scene, "test") for scene in range(count)]
+        visuals = [scene_image(scene, "test") for scene in range(count)]
         text = docs[number]["question"]
         return instance("loglikelihood", number, text, lambda doc: "yes", lambda doc: visuals)
 

@@ -16,7 +16,7 @@ from tiny import tiny_model
 
 from pitome_vlm import MergeConfig
 from pitome_vlm.adapters.tower import find_encoder_layers
-from pitome_vlm.demo import checkpoint_path, picture
+from pitome_vlm.demo import checkpoint_path, scene_image
 from pitome_vlm.loading.models import load
 from pitome_vlm.measure.spectral import (
     Clusters,
@@ -522,7 +522,7 @@ def test_a_large_reduction_in_one_layer_is_one_merge():
 def test_blind_groups_are_worse_on_features_with_clusters():
     """The yardstick: groups of the same sizes, members drawn without looking."""
     model, processor = load(checkpoint_path(), dtype="float32")
-    images = [picture(number, "val") for number in range(3)]
+    images = [scene_image(number, "val") for number in range(3)]
     batch = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
     for change in merge_changes(
         model, batch, {n: MergeConfig(keep=0.25, algorithm=n) for n in ("pitome", "tome")}

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import pitome_vlm
-from pitome_vlm.demo import checkpoint_path, load_split, picture
+from pitome_vlm.demo import checkpoint_path, load_split, scene_image
 from pitome_vlm.measure.tune import (
     Plan,
     Recipe,
@@ -703,7 +703,7 @@ def demo():
 
 def demo_rows(count=24, **changes):
     return [
-        Row((picture(s.scene_id, "val"),), s.question, changes.get("answers", (s.answer,)))
+        Row((scene_image(s.scene_id, "val"),), s.question, changes.get("answers", (s.answer,)))
         for s in load_split("val", count)[::2]
     ]
 
@@ -828,7 +828,7 @@ def test_rows_may_be_mappings_and_hold_several_pictures(demo):
     model, processor = demo
     rows = [
         {
-            "images": [picture(2 * i, "val"), picture(2 * i + 1, "val")],
+            "images": [scene_image(2 * i, "val"), scene_image(2 * i + 1, "val")],
             "question": "how many circles?",
         }
         for i in range(6)
@@ -844,7 +844,7 @@ def test_rows_may_be_mappings_and_hold_several_pictures(demo):
 def test_a_broken_picture_is_named_with_its_row_before_anything_is_asked(demo, tmp_path):
     model, processor = demo
     for i in range(6):
-        picture(i, "val").save(tmp_path / f"{i}.png")
+        scene_image(i, "val").save(tmp_path / f"{i}.png")
     (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:300])
     file = write(
         tmp_path, *({"image": f"{i}.png", "question": "what shape is it?"} for i in range(6))
@@ -859,7 +859,7 @@ def test_a_broken_picture_is_named_with_its_row_before_anything_is_asked(demo, t
 def test_copies_of_one_picture_stay_in_one_part(demo, tmp_path):
     model, processor = demo
     for i in range(8):
-        picture(i // 4, "val").save(tmp_path / f"{i}.png")
+        scene_image(i // 4, "val").save(tmp_path / f"{i}.png")
     file = write(
         tmp_path, *({"image": f"{i}.png", "question": "what shape is it?"} for i in range(8))
     )
@@ -912,7 +912,7 @@ def test_the_guide_s_python_and_data_are_true(demo, tmp_path, monkeypatch):
     assert [len(row.images) for row in read_rows("my.jsonl")] == [1, 1, 2]
     written = []
     for i, sample in enumerate(load_split("val", 24)[::2]):
-        picture(sample.scene_id, "val").save(f"{i}.png")
+        scene_image(sample.scene_id, "val").save(f"{i}.png")
         written.append({"image": f"{i}.png", "question": sample.question, "answer": sample.answer})
     write(tmp_path, *written)
     model, processor = demo

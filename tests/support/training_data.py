@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pitome_vlm.demo import load_split, picture
+from pitome_vlm.demo import load_split, scene_image
 
 
 def records(folder: Path, count: int = 12) -> list[dict]:
@@ -15,7 +15,7 @@ def records(folder: Path, count: int = 12) -> list[dict]:
     for number, sample in enumerate(load_split("train", count)):
         file = folder / f"{sample.scene_id}.png"
         if not file.is_file():
-            picture(sample.scene_id, "train").save(file)
+            scene_image(sample.scene_id, "train").save(file)
         found.append(record(file.name, sample.question, sample.answer, id=number))
     return found
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import pitome_vlm
-from pitome_vlm.demo import checkpoint_path, load_split, picture
+from pitome_vlm.demo import checkpoint_path, load_split, scene_image
 from pitome_vlm.measure.demo_benchmark import ask, batches, prompt_for
 
 QUESTIONS = 36
@@ -56,7 +56,7 @@ def test_batches_of_real_prompts_answer_as_alone(bundled):
 def test_an_untouched_processor_and_two_pictures(bundled):
     model, processor = bundled
     sample = load_split("val", 1)[0]
-    image, text = picture(sample.scene_id, "val"), prompt_for(processor, sample.question)
+    image, text = scene_image(sample.scene_id, "val"), prompt_for(processor, sample.question)
     two = processor(images=[image, image], text="<image> " + text, return_tensors="pt")
     assert (two["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")).sum() == 288
     with pitome_vlm.wrapped(model, keep=0.25):

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from pitome_vlm.demo.dataset import Sample, load_split, picture
+from pitome_vlm.demo.dataset import Sample, load_split, scene_image
 
 SPLIT = "test"
 DATA = Path(__file__).with_suffix(".jsonl")
@@ -78,7 +78,7 @@ def doc_to_choice_index(doc: Mapping[str, Any]) -> int:
 @functools.lru_cache(maxsize=512)
 def _picture(scene_id: int) -> Image.Image:
     """Drawn once per scene: drawing takes as long as answering, and a scene has six questions."""
-    return picture(scene_id, SPLIT)
+    return scene_image(scene_id, SPLIT)
 
 
 @functools.cache

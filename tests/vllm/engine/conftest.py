@@ -14,7 +14,7 @@ import pytest
 import torch
 from served_models import ANSWER_TOKENS, environment, pixels_of, save_tiny
 
-from pitome_vlm.demo import checkpoint_path, picture
+from pitome_vlm.demo import checkpoint_path, scene_image
 from pitome_vlm.vllm import hf_overrides
 
 HERE = Path(__file__).resolve().parent
@@ -28,7 +28,7 @@ def pictures(tmp_path_factory):
     paths = []
     for number, size in enumerate([(192, 192), (120, 240), (300, 90), (64, 64)]):
         path = folder / f"{number}.png"
-        picture(number, "val").resize(size).save(path)
+        scene_image(number, "val").resize(size).save(path)
         paths.append(str(path))
     return paths
 

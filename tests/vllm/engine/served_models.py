@@ -21,7 +21,7 @@ from transformers import (
 
 import pitome_vlm
 from pitome_vlm import MergeConfig
-from pitome_vlm.demo import picture
+from pitome_vlm.demo import scene_image
 from pitome_vlm.demo.processor import BOS, EOS, IMAGE, PAD, build_processor, vocabulary
 from pitome_vlm.wrapping.wrap import schedule_of
 
@@ -151,7 +151,7 @@ def pixels_of(path):
     """[3 + SCENES, 3, H, W]: noise, and drawn scenes, whose equal patches make near ties."""
     side = AutoConfig.from_pretrained(path).vision_config.image_size
     noise = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
-    scenes = [picture(number, "val") for number in range(SCENES)]
+    scenes = [scene_image(number, "val") for number in range(SCENES)]
     processor = AutoProcessor.from_pretrained(path).image_processor
     return torch.cat([noise, processor(scenes, return_tensors="pt")["pixel_values"]])
 

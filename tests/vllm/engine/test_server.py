@@ -24,7 +24,7 @@ from served_models import environment
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import pitome_vlm
-from pitome_vlm.demo import checkpoint_path, load_split, picture
+from pitome_vlm.demo import checkpoint_path, load_split, scene_image
 from pitome_vlm.measure.demo_benchmark import Setting, ask, prompt_for, run
 from pitome_vlm.vllm import served_config
 
@@ -112,7 +112,7 @@ def questions(library):
     model, processor, config = library
     samples = load_split("test", QUESTIONS)
     (outcome,) = run(model, processor, [Setting("served", config)], samples, split="test")
-    pictures = {one.scene_id: as_url(png(picture(one.scene_id, "test"))) for one in samples}
+    pictures = {one.scene_id: as_url(png(scene_image(one.scene_id, "test"))) for one in samples}
     requests = [body([pictures[one.scene_id]], one.question) for one in samples]
     return list(zip(requests, outcome.answers, strict=True))
 
@@ -123,7 +123,7 @@ def mixed(library):
     (model, processor, config), found = library, []
     with pitome_vlm.wrapped(model, config=config):
         for one, size in zip(load_split("test", len(SIZES)), SIZES, strict=True):
-            image, text = picture(one.scene_id, "test").resize(size), one.question
+            image, text = scene_image(one.scene_id, "test").resize(size), one.question
             prompt = prompt_for(processor, text)
             batch = processor(images=[image], text=[prompt], return_tensors="pt")
             (answer,) = ask(model, processor, dict(batch))
