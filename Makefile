@@ -109,16 +109,16 @@ test-vllm-old: $(VLLM_OLD_VENV)/.ready ## the same on vLLM 0.27, the release tha
 	OMP_NUM_THREADS=1 $(VLLM_OLD_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/vllm/engine
 
 bench-serving: $(VLLM_VENV)/.ready ## regenerate eval/results/serving/load
-	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python scripts/serve_load.py both --model demo \
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m scripts.serving.load both --model demo \
 		--keep 1.0 0.25 --requests 300 --clients 4 --output eval/results/serving/load \
 		--vllm "--dtype float32 --max-model-len 400 --max-num-seqs 16 --block-size 32 --enforce-eager"
 
 bench-demo: $(VENV)/.dev ## regenerate eval/results/demo (all held-out questions)
-	$(BIN)/python scripts/demo_benchmark.py --output eval/results/demo --readme README.md
+	$(BIN)/python -m scripts.demo.benchmark --output eval/results/demo --readme README.md
 
 bench-ablation: $(VENV)/.dev ## regenerate eval/results/ablation on both splits; goes on where it was
-	$(BIN)/python scripts/demo_ablation.py --split val --limit 600 --output eval/results/ablation
-	$(BIN)/python scripts/demo_ablation.py --split test --limit 600 --output eval/results/ablation
+	$(BIN)/python -m scripts.demo.ablation --split val --limit 600 --output eval/results/ablation
+	$(BIN)/python -m scripts.demo.ablation --split test --limit 600 --output eval/results/ablation
 
 eval-demo: $(VENV)/.dev ## regenerate eval/results/demo_vqa with lmms-eval; RESUME=1 goes on
 	test -n "$(RESUME)" || rm -rf eval/results/demo_vqa

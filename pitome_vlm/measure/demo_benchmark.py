@@ -2,7 +2,7 @@
 
 Knows: how to ask a model every question of a split under one `MergeConfig`, and how uncertain the
 resulting accuracies and differences are. Does not know: files, tables or plots
-(`scripts/demo_benchmark.py` writes those), nor how merging works.
+(`scripts/demo/benchmark.py` writes those), nor how merging works.
 """
 
 from __future__ import annotations

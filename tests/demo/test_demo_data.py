@@ -286,8 +286,7 @@ def test_checkpoint_is_small_and_answers() -> None:
 
 
 def test_packed_questions_equal_questions_asked_alone(tmp_path: Path) -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from demo_model import build, data, language, packing
+    from scripts.training.demo_model import build, data, language, packing
 
     torch.manual_seed(0)
     model = build.build_model(2, 32, 2, 32).eval()
@@ -314,9 +313,9 @@ def test_packed_questions_equal_questions_asked_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_smoke_training_makes_a_loadable_checkpoint(tmp_path: Path) -> None:
-    script = ROOT / "scripts" / "train_demo_model.py"
-    command = [sys.executable, str(script), "all", "--smoke", "--folder", str(tmp_path)]
-    subprocess.run([*command, "--port", "29655"], check=True, timeout=240)
+    command = [sys.executable, "-m", "scripts.training.demo_model", "all", "--smoke"]
+    command += ["--folder", str(tmp_path), "--port", "29655"]
+    subprocess.run(command, check=True, timeout=240, cwd=ROOT)
     model = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "checkpoint")
     assert model.config.vision_config.num_hidden_layers == 2
     assert "Accuracy on test" in (tmp_path / "checkpoint" / "README.md").read_text()

@@ -197,7 +197,7 @@ def script(*words, folder=None, code=0, **environment):
 
 
 def test_peers_script_goes_on_where_it_stopped(tmp_path):
-    words = [sys.executable, "scripts/compare_peers.py", "--shape", "tiny", "--layers", 1]
+    words = [sys.executable, "-m", "scripts.speed.peers", "--shape", "tiny", "--layers", 1]
     words += ["--tokens", "36", "--answer", 2, "--threads", 1, "--out", tmp_path / "peers"]
     script(*words, "--repeats", 1)
     assert "1 rounds so far" in script(*words, "--repeats", 2)
@@ -215,7 +215,8 @@ def test_gpu_script_needs_neither_terminal_nor_plot_libraries(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("\n".join(lines))
     out = tmp_path / "gpu"
     said = script(
-        *("bash", "scripts/gpu_bench.sh", "--repeats", "1", "--batches", "1", "--tokens", "36"),
+        *("bash", "scripts/speed/gpu_bench.sh"),
+        *("--repeats", "1", "--batches", "1", "--tokens", "36"),
         folder=tmp_path,
         DEVICE="cpu",
         OUT=str(out),
@@ -237,7 +238,7 @@ def test_gpu_script_needs_neither_terminal_nor_plot_libraries(tmp_path):
 
 def test_gpu_script_goes_on_behind_a_step_that_fails(tmp_path):
     script(
-        *(sys.executable, "scripts/gpu_bench.py", "--device", "cpu", "--dtype", "float32"),
+        *(sys.executable, "-m", "scripts.speed.gpu_bench", "--device", "cpu", "--dtype", "float32"),
         *("--shapes", "tiny,no-such-shape", "--exact", "tiny", "--tokens", "36"),
         *("--batches", "1", "--repeats", "1", "--attention", "sdpa", "--out", tmp_path),
         code=1,
@@ -252,7 +253,7 @@ def test_gpu_script_goes_on_behind_a_step_that_fails(tmp_path):
 
 def test_gpu_script_stops_in_time_and_writes_what_it_has(tmp_path):
     said = script(
-        *(sys.executable, "scripts/gpu_bench.py", "--device", "cpu", "--dtype", "float32"),
+        *(sys.executable, "-m", "scripts.speed.gpu_bench", "--device", "cpu", "--dtype", "float32"),
         *("--shapes", "tiny", "--exact", "tiny", "--seconds", "1", "--out", tmp_path),
     )
     assert "Left out" in said

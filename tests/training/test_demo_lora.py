@@ -1,12 +1,10 @@
-"""The scenes that scripts/demo_lora.py trains on are in no split, and its table adds up."""
+"""The scenes that scripts/training/lora.py trains on are in no split, and its table adds up."""
 
 from __future__ import annotations
 
 import json
 import random
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,38 +12,34 @@ import pytest
 from pitome_vlm import MergeConfig, demo
 from pitome_vlm.demo.scenes import layout_hash
 from pitome_vlm.training import read_llava
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import demo_lora
-import demo_lora_report
+from scripts.training import lora, lora_report
 
 
 def test_fresh_scenes_share_no_layout_with_held_out_ones():
-    fresh = {layout_hash(demo_lora.fresh_scene(number, 0)) for number in range(300)}
+    fresh = {layout_hash(lora.fresh_scene(number, 0)) for number in range(300)}
     for split in ("val", "test"):
         assert not fresh & {layout_hash(demo.scene(i, split)) for i in range(400)}
-    assert demo_lora.fresh_scene(3, 0) == demo_lora.fresh_scene(3, 0)
-    assert demo_lora.fresh_scene(3, 0) != demo_lora.fresh_scene(3, 1)
+    assert lora.fresh_scene(3, 0) == lora.fresh_scene(3, 0)
+    assert lora.fresh_scene(3, 0) != lora.fresh_scene(3, 1)
 
 
 def test_data_are_in_llava_s_format(tmp_path):
-    file = demo_lora.draw_data(tmp_path, 12, 3, seed=0)
+    file = lora.draw_data(tmp_path, 12, 3, seed=0)
     data = read_llava(file)
     assert len(data) == 12
     assert data[0].images[0].size == (192, 192)
     turns = Counter(len(conversation.messages) for conversation in data.conversations)
     assert max(turns) == 6
-    assert demo_lora.draw_data(tmp_path, 12, 3, seed=0) == file
+    assert lora.draw_data(tmp_path, 12, 3, seed=0) == file
 
 
 def test_questions_are_spread_over_types():
     asked = Counter()
     for number in range(60):
-        scene = demo_lora.fresh_scene(number, 0)
-        questions = demo_lora.ask_about(scene, random.Random(number), 4, asked)
+        scene = lora.fresh_scene(number, 0)
+        questions = lora.ask_about(scene, random.Random(number), 4, asked)
         assert len({question.text for question in questions}) == len(questions)
-    counts = [asked[name] for name in demo_lora.QUESTION_TYPES]
+    counts = [asked[name] for name in lora.QUESTION_TYPES]
     assert min(counts) > 0.5 * np.mean(counts)
 
 
@@ -74,7 +68,7 @@ def test_the_table_compares_with_the_same_base(tmp_path):
             "outcomes": list(outcomes),
         }
 
-    paper, none = demo_lora.PAPER, demo_lora.NONE
+    paper, none = lora.PAPER, lora.NONE
     results = [
         trial("base", "", None, outcome(none, answers(20)), outcome(paper, answers(10))),
         trial("lora", "", paper, outcome(paper, answers(18))),
@@ -83,22 +77,22 @@ def test_the_table_compares_with_the_same_base(tmp_path):
     ]
     recipe = {"scenes": 32, "per_scene": 4, "epochs": 1, "batch_size": 16}
     recipe |= {"learning_rate": 1e-3, "rank": 8, "seed": 0}
-    demo_lora_report.write_report(tmp_path, samples, results, recipe)
+    lora_report.write_report(tmp_path, samples, results, recipe)
     lines = (tmp_path / "report.md").read_text().splitlines()
-    lora = next(line for line in lines if "LoRA, merging on" in line)
-    assert "| 90.0 |" in lora
-    assert "| +40.0 |" in lora
-    assert lora.endswith("| 80 % |")
+    plain = next(line for line in lines if "LoRA, merging on" in line)
+    assert "| 90.0 |" in plain
+    assert "| +40.0 |" in plain
+    assert plain.endswith("| 80 % |")
     qlora = next(line for line in lines if "QLoRA" in line and line.startswith("| 16"))
     assert qlora.endswith("| 50 % |")
     assert json.loads((tmp_path / "results.json").read_text())["recipe"] == recipe
     results[0]["outcomes"][1] = outcome(paper, answers(19))  # a loss that may be chance
-    demo_lora_report.write_report(tmp_path, samples, results, recipe)
+    lora_report.write_report(tmp_path, samples, results, recipe)
     lines = (tmp_path / "report.md").read_text().splitlines()
     assert next(line for line in lines if "LoRA, merging on" in line).endswith("|  |")
 
 
-@pytest.mark.parametrize("trial", demo_lora.TRIALS, ids=lambda trial: trial.name)
+@pytest.mark.parametrize("trial", lora.TRIALS, ids=lambda trial: trial.name)
 def test_trials_train_and_ask_at_the_same_budget(trial):
     for config in (*trial.asked, trial.trained):
         if isinstance(config, MergeConfig) and config.algorithm != "none":

@@ -1,4 +1,4 @@
-"""Table and raw answers of scripts/demo_lora.py.
+"""Table and raw answers of scripts/training/lora.py.
 
 Knows: Markdown, and what is compared with what. Does not know: training or models.
 """
@@ -67,7 +67,7 @@ def report(samples: Sequence[Sample], results: list[dict[str, Any]], recipe: dic
             "",
             f"Measured on: {shown}.",
             "",
-            "Regenerate with `python scripts/demo_lora.py --output eval/results/lora`.",
+            "Regenerate with `python -m scripts.training.lora --output eval/results/lora`.",
             "",
         ]
     )

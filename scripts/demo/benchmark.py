@@ -1,6 +1,6 @@
 """Measure the bundled model over methods and budgets and write table, plot and raw answers.
 
-    python scripts/demo_benchmark.py --output eval/results/demo
+    python -m scripts.demo.benchmark --output eval/results/demo
 
 Writes results.json (every answer, full configuration, hardware, versions), report.md and
 accuracy.png. `--split val` is for choosing options; the committed table is the test split.
@@ -13,14 +13,23 @@ import argparse
 import functools
 import json
 import multiprocessing
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from demo_report import (
+from tqdm import tqdm
+
+import pitome_vlm
+from pitome_vlm import MergeConfig
+from pitome_vlm.demo import checkpoint_path, load_split
+from pitome_vlm.measure.demo_benchmark import Setting, batches, concatenate, provenance, run
+from pitome_vlm.measure.description import describe
+from pitome_vlm.measure.timing import time_prefill
+
+from ..command import command_line
+from .report import (
     BASELINE,
     BASELINES,
     BUDGETS,
@@ -37,14 +46,6 @@ from demo_report import (
     table,
     update_readme,
 )
-from tqdm import tqdm
-
-import pitome_vlm
-from pitome_vlm import MergeConfig
-from pitome_vlm.demo import checkpoint_path, load_split
-from pitome_vlm.measure.demo_benchmark import Setting, batches, concatenate, provenance, run
-from pitome_vlm.measure.description import describe
-from pitome_vlm.measure.timing import time_prefill
 
 
 def methods(tokens: int) -> list[Setting]:
@@ -152,7 +153,7 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
     facts["minutes"] = round((time.time() - start) / 60, 1)
     if wanted.model_name:
         facts["model"] = wanted.model_name
-        facts["command"] = f"Made by `python {' '.join(sys.argv)}`."
+        facts["command"] = f"Made by `{command_line()}`."
     costs = cost_rows(model, processor, split, wanted.budgets)
     return raw(samples, concatenate(done), costs, facts)
 

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_run import Run, vision_inputs
 
 import pitome_vlm
 from pitome_vlm.measure.bench import iqr, median
 from pitome_vlm.measure.bench.attention import first_line, time_ways
 from pitome_vlm.measure.bench.clock import Clock
 from pitome_vlm.measure.bench.report import table
+
+from .gpu_run import Run, vision_inputs
 
 # Of one picture in CLIP-L/336: before, half way and behind merging to a quarter.
 CLIP_TOKENS = (577, 300, 145)

@@ -3,9 +3,9 @@
 Time against FLOPs, and what merging itself costs: plan, apply, and the log-size mask of
 proportional attention. Random weights of the real shape; nothing is downloaded.
 
-    python scripts/bench_tower.py --dtype float32 --threads 1 --output eval/results/performance
+    python -m scripts.speed.tower --dtype float32 --threads 1 --output eval/results/performance
 
-Two limits are checked (issue 7) for the algorithms named in --gate: merging takes at most 3 % of
+Two limits are checked for the algorithms named in --gate: merging takes at most 3 % of
 the tower it runs in, and the tower takes at most its share of FLOPs (those of merging left out)
 plus 3 points of the unmerged one's time. The exit code is 1 where one is missed.
 
@@ -41,6 +41,8 @@ from pitome_vlm.measure.bench.report import hardware
 from pitome_vlm.merge.algorithm import log_size_bias
 from pitome_vlm.merge.merge_pass import MergePass
 from pitome_vlm.wrapping.wrap import merging_of, schedule_of
+
+from ..command import command_line
 
 KEEPS = (0.5, 0.25, 0.11)
 MERGE_LIMIT, TIME_LIMIT = 0.03, 0.03
@@ -322,7 +324,7 @@ def main(say: Callable[[str], Any] = print) -> int:
     measure(model, rows, options)
     found = summary(rows)
     about = {
-        "command": "python " + " ".join(sys.argv),
+        "command": command_line(),
         **hardware(),
         **{n: v for n, v in vars(options).items() if n not in ("output", "keep", "algorithms")},
     }

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_attention import ATTENTION, attention, ways
-from gpu_run import OutOfTimeError, Run, vision_inputs
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import pitome_vlm
@@ -27,6 +25,9 @@ from pitome_vlm.measure.bench.fits import tried_fit
 from pitome_vlm.measure.bench.memory import out_of_memory
 from pitome_vlm.measure.bench.report import hardware, table
 from pitome_vlm.merge.config import MergeConfig
+
+from .gpu_attention import ATTENTION, attention, ways
+from .gpu_run import OutOfTimeError, Run, vision_inputs
 
 ANSWER = 16
 # What a search for the largest batch may take.
@@ -335,7 +336,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     run = Run(parser.parse_args())
     known = ", ".join(f"{name} {value}" for name, value in hardware().items())
-    run.add("# Measured by scripts/gpu_bench.sh", "", f"{known}, {run.options.dtype}.")
+    run.add("# Measured by scripts/speed/gpu_bench.sh", "", f"{known}, {run.options.dtype}.")
     with contextlib.suppress(OutOfTimeError):
         steps(run)
     run.add("", f"{time.monotonic() - run.started:.0f} s in all.")

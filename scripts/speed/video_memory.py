@@ -1,6 +1,6 @@
 """Peak memory of encoding a video with and without merging, each in a process of its own.
 
-    python scripts/video_memory.py            # 32 frames of 27 x 27 patches, SigLIP-so400m's width
+    python -m scripts.speed.video_memory   # 32 frames of 27 x 27 patches, SigLIP-so400m's width
 
 Random weights; the tower has its real width and few layers, because layers run one after the
 other and only their width decides the peak. Prints the peak resident memory above what is
@@ -106,7 +106,7 @@ def main() -> None:
     print(f"{given.frames} frames of 729 patches, {given.layers} layers, float32, torch "
           f"{torch.__version__}")  # fmt: skip
     for options in rows:
-        command = [sys.executable, __file__, "--frames", str(given.frames)]
+        command = [sys.executable, "-m", __spec__.name, "--frames", str(given.frames)]
         command += ["--layers", str(given.layers), "--one", json.dumps(options)]
         out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found = json.loads(out.splitlines()[-1])

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from demo_model import parallel
-from demo_model.build import FEATURE_LAYER, build_model
-from demo_model.data import ALL_SHAPES, Arrays
 from pitome_vlm.demo.processor import GRID
 from pitome_vlm.demo.scenes import BACKGROUNDS, COLOURS, SIZES
+
+from . import parallel
+from .build import FEATURE_LAYER, build_model
+from .data import ALL_SHAPES, Arrays
 
 COMBINATIONS = len(COLOURS) * len(ALL_SHAPES)
 PARTS = (COMBINATIONS + 1, 10, len(SIZES), GRID, GRID, 1)

@@ -1,6 +1,6 @@
 """Memory of vLLM servers that are asked thousands of questions, every fifth of them broken.
 
-    python scripts/serve_memory.py --keep 0.25 1.0 --kernels 16 1024 --thousands 6 -o memory
+    python -m scripts.serving.memory --keep 0.25 1.0 --kernels 16 1024 --thousands 6 -o memory
 
 One server after the other for every budget and every `--kernels`. Memory is what a process holds
 for itself (RssAnon of /proc/PID/status): neither the files it maps nor the buffers that vLLM's
@@ -21,7 +21,6 @@ import json
 import random
 import shlex
 import struct
-import sys
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -29,10 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from serve_load import chat, data_url, environment, httpx, server
 from tqdm import tqdm
 
 from pitome_vlm.demo import load_split
+
+from ..command import command_line
+from .load import chat, data_url, environment, httpx, server
 
 KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 QUESTIONS = 60
@@ -190,7 +191,7 @@ def main() -> None:
             label = f"keep={keep:g}, {kernels} kernels"
             with server(options.model, keep, options.port, words, variables) as (url, pid):
                 runs.append(watch(url, pid, label, options))
-    machine, command = environment(), shlex.join(["python", *sys.argv])
+    machine, command = environment(), command_line()
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     result = {"command": command, "machine": machine, "runs": runs}

@@ -1,8 +1,8 @@
-"""Time and memory of one plan against the number of tokens, 64 to 16384 (issue 7, item 5).
+"""Time and memory of one plan against the number of tokens, 64 to 16384.
 
-    python scripts/bench_plan.py                                  # everything, about 20 minutes
-    python scripts/bench_plan.py --what time --series pitome tome # on an idle machine, in parts
-    python scripts/bench_plan.py --what report                    # tables and plot again
+    python -m scripts.speed.plan                                  # everything, about 20 minutes
+    python -m scripts.speed.plan --what time --series pitome tome # on an idle machine, in parts
+    python -m scripts.speed.plan --what report                    # tables and plot again
 
 Only the decision is measured: which tokens merge, given what they are compared by (a resampling
 decides nothing and is carried out). Time is the
@@ -33,8 +33,7 @@ from pitome_vlm.merge import algorithms
 from pitome_vlm.merge.algorithm import MergeContext, make_plan
 from pitome_vlm.merge.config import MergeConfig
 
-HERE = Path(__file__).resolve().parent.parent
-OUT = HERE / "eval" / "results" / "performance"
+OUT = Path(__file__).resolve().parents[2] / "eval" / "results" / "performance"
 COUNTS = [2**power for power in range(6, 15)]
 LIMIT_MIB = 256
 KEY_WIDTH, HIDDEN_WIDTH = 64, 1024
@@ -120,7 +119,8 @@ def milliseconds(series: Series, n_tokens: int, most: float) -> dict[str, Any]:
 
 
 def in_fresh_process(name: str, n_tokens: int, threads: int) -> float:
-    words = [sys.executable, __file__, "--one", name, str(n_tokens), "--threads", str(threads)]
+    words = [sys.executable, "-m", __spec__.name, "--one", name, str(n_tokens)]
+    words += ["--threads", str(threads)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name} at {n_tokens} tokens failed:\n{done.stderr.strip()}")
@@ -152,7 +152,7 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         "# What a plan costs against the number of tokens",
         "",
-        f"`python scripts/bench_plan.py`: {where['cpu']} ({kind}), "
+        f"`python -m scripts.speed.plan`: {where['cpu']} ({kind}), "
         f"{where['threads']} thread(s), "
         f"{where['dtype']}, batch {where['batch']}, seed {where['seed']}, Python "
         f"{where['python']}, torch {where['torch']}, {where['libc']}, pitome_vlm "

@@ -1,6 +1,6 @@
 """What LoRA wins back at a harsh budget, on the bundled model: train, ask, write the table.
 
-    python scripts/demo_lora.py --output eval/results/lora
+    python -m scripts.training.lora --output eval/results/lora
 
 Draws training scenes that the model has not seen, trains adapters with merging on (LoRA, and QLoRA
 on nf4), asks all held-out questions before and after, and writes results.json (every answer) and
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo_lora_report import write_report
 
 import pitome_vlm
 from pitome_vlm import MergeConfig
@@ -33,6 +32,8 @@ from pitome_vlm.demo.drawing import draw_scene
 from pitome_vlm.demo.questions import QUESTION_TYPES, Question, questions_of_type
 from pitome_vlm.demo.scenes import KINDS, Scene, layout_hash, sample_scene
 from pitome_vlm.measure.demo_benchmark import Setting, provenance, run
+
+from .lora_report import write_report
 
 TOKENS = 16
 # The buckets of layouts that the demo's dataset leaves to training (its module docstring).

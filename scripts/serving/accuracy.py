@@ -1,7 +1,7 @@
 """Ask a running vLLM server the demo's held-out questions and lay the library's answers beside.
 
     pitome-vlm serve demo --keep 0.25 --port 8000 --dtype float32 --max-model-len 400 &
-    python scripts/serve_accuracy.py --url http://127.0.0.1:8000 --keep 0.25 -o accuracy_0.25
+    python -m scripts.serving.accuracy --url http://127.0.0.1:8000 --keep 0.25 -o accuracy_0.25
 
 Give the same budget and algorithm as the server has. Beside the server stand the library with the
 same config (which has to agree) and the library's default, which tells the language model about
@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from serve_load import chat, data_url, environment, httpx
 from tqdm import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -28,6 +25,9 @@ from pitome_vlm import MergeConfig
 from pitome_vlm.demo import Sample, checkpoint_path, load_split
 from pitome_vlm.measure.demo_benchmark import ANSWER_TOKENS, Outcome, Setting, interval, run
 from pitome_vlm.vllm import served_config
+
+from ..command import command_line
+from .load import chat, data_url, environment, httpx
 
 
 def ask_server(url: str, samples: list[Sample], clients: int) -> tuple[list[str], list[int]]:
@@ -132,7 +132,7 @@ def main() -> None:
         "prompt_tokens": float(np.mean(lengths)),
         "dtype": options.dtype,
         "machine": environment(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
     }
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from demo_model.data import Arrays
 from pitome_vlm.demo.dataset import Sample, load_split, scene_image
 from pitome_vlm.demo.processor import vocabulary
 from pitome_vlm.demo.questions import QUESTION_TYPES
 from pitome_vlm.demo.scenes import KINDS
+
+from .data import Arrays
 
 
 @dataclass(frozen=True)

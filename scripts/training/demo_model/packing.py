@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from demo_model.data import Arrays
 from pitome_vlm.demo.processor import (
     ASSISTANT,
     BOS,
@@ -27,6 +26,8 @@ from pitome_vlm.demo.processor import (
     USER,
     vocabulary,
 )
+
+from .data import Arrays
 
 WORDS = vocabulary()
 USER_ID, ASSISTANT_ID = WORDS[USER], WORDS[ASSISTANT]

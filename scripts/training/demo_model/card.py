@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 import transformers
 
-from demo_model.build import build_model
-from demo_model.evaluate import Figure, ask, blind, figures
-from demo_model.export import export
 from pitome_vlm.demo.dataset import SEED, load_split
+
+from .build import build_model
+from .evaluate import Figure, ask, blind, figures
+from .export import export
 
 STAGES = ("tower", "language", "joint")
 
@@ -103,7 +104,7 @@ def _recipe(folder: Path, stage: str, notes: str) -> str:
     report = ast.literal_eval((folder / "data" / "report.txt").read_text().splitlines()[0])
     lines.append(
         f"""
-`python scripts/train_demo_model.py all --folder DIR`: data seed {SEED}, weights seeds 0 (tower)
+`python -m scripts.training.demo_model all --folder DIR`: data seed {SEED}, weights seeds 0 (tower)
 and 1 (language), two single-thread float32 processes, stopped by wall-clock time, so a repeat
 gives a similar, not an identical model.
 

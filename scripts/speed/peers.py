@@ -4,7 +4,7 @@ Peers are written from their papers as algorithms of ours: ToMe in the tower, se
 of the tower (VisionZip), selection before the language model (DivPrune), average pooling. `none`
 is the untouched model of transformers.
 
-    python scripts/compare_peers.py --shape llava-1.5-7b --layers 4 --dtype bfloat16 \
+    python -m scripts.speed.peers --shape llava-1.5-7b --layers 4 --dtype bfloat16 \
         --threads 2 --minutes 3 --out eval/results/performance/peers_cpu
 
 Every round is written to OUT.json as soon as it is finished; called again, the script goes on from
@@ -145,7 +145,7 @@ def markdown(report: Report, results: list[Phases]) -> str:
         f"{known}; batch {results[0].case.batch}, 64 tokens of text, {results[0].repeats} rounds "
         "in turns; medians in ms (± distance of the quartiles).",
         table(columns, rows),
-        "`scripts/compare_peers.py`. Peers are algorithms of ours, written from their papers. "
+        "`scripts/speed/peers.py`. Peers are algorithms of ours, written from their papers. "
         "`pays to`: the longest answer that gets at least 10 % faster than `none`. With equal "
         "tokens a further token is the same work whoever chose them: differences between methods "
         "of one budget in the columns of 32 and 128 new tokens, and in `pays to`, are noise of "

@@ -1,6 +1,7 @@
-"""What merging costs where the language model cannot be told sizes and positions, as in vLLM.
+r"""What merging costs where the language model cannot be told sizes and positions, as in vLLM.
 
-    python scripts/serve_without_calibration.py --keep 0.5 0.25 -o eval/results/serving/uncalibrated
+    python -m scripts.serving.without_calibration --keep 0.5 0.25 \
+        -o eval/results/serving/uncalibrated
 
 The library alone, on the demo's validation questions: algorithms without calibration, and for the
 default what each half of the calibration would give.
@@ -10,19 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from serve_load import environment
 from tqdm import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from pitome_vlm import MergeConfig
 from pitome_vlm.demo import checkpoint_path, load_split
 from pitome_vlm.measure.demo_benchmark import Setting, interval, run
+
+from ..command import command_line
+from .load import environment
 
 OFF: dict[str, Any] = {"size_bias": False, "positions": "compact"}
 ALGORITHMS = ("pitome_plus", "divprune", "tome", "pitome", "visionzip", "pool")
@@ -69,7 +70,7 @@ def main() -> None:
     for name in names:
         cells = ["{:.1f} ({:.1f} to {:.1f})".format(*rows[name, keep]) for keep in options.keep]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    machine, command = environment(), shlex.join(["python", *sys.argv])
+    machine, command = environment(), command_line()
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     text = (
         "# Merging without calibration\n\nAccuracy in % (95 % interval), "

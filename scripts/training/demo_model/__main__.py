@@ -1,10 +1,9 @@
-#!/usr/bin/env python
 """Train the bundled demo model from nothing: scenes, tower, language model, checkpoint.
 
-    python scripts/train_demo_model.py all --folder /tmp/demo_train
-    python scripts/train_demo_model.py tower --folder /tmp/demo_train     # goes on where it was
-    python scripts/train_demo_model.py all --smoke --folder /tmp/smoke    # a few steps of each
-    python scripts/train_demo_model.py all --seed 1000 --vision-layers 6 --folder /tmp/second
+    python -m scripts.training.demo_model all --folder /tmp/demo_train
+    python -m scripts.training.demo_model tower --folder /tmp/demo_train     # goes on where it was
+    python -m scripts.training.demo_model all --smoke --folder /tmp/smoke    # a few steps of each
+    python -m scripts.training.demo_model all --seed 1000 --vision-layers 6 --folder /tmp/second
 
 Needs two CPU cores and about 6 GB of memory; each training stage runs as two single-thread
 processes (two threads in one process are much slower on these small matrices). A stage that was
@@ -21,7 +20,6 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("data", "tower", "language", "joint", "export")
 MINUTES = {"tower": 25.0, "language": 45.0, "joint": 25.0}
 # (rate of the layers' matrices, rate of everything else)
@@ -29,11 +27,11 @@ RATES = {"tower": (4e-3, 2e-3), "language": (4e-3, 2e-3), "joint": (2e-3, 1e-3)}
 BATCH = {"tower": 32, "language": 16, "joint": 16}
 QUESTIONS_PER_PICTURE = 14
 SMOKE_SIZES = {"vision_layers": 2, "vision_width": 32, "text_layers": 2, "text_width": 32}
-LOG = logging.getLogger("train_demo_model")
+LOG = logging.getLogger("demo_model")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog=__package__, description=__doc__.split("\n")[0])
     parser.add_argument("stage", choices=(*STAGES, "all"))
     parser.add_argument("--folder", type=Path, required=True, help="data, logs and checkpoints")
     parser.add_argument("--minutes", type=float, help="of the stage, instead of the default")
@@ -52,7 +50,8 @@ def parse() -> argparse.Namespace:
 
 def launch(stage: str, options: argparse.Namespace) -> None:
     """Run a training stage as several processes and wait for them."""
-    command = [sys.executable, __file__, stage, "--folder", str(options.folder), "--worker"]
+    command = [sys.executable, "-m", __package__, stage, "--worker"]
+    command += ["--folder", str(options.folder)]
     if options.minutes is not None:
         command += ["--minutes", str(options.minutes)]
     for name in ("seed", "vision_layers", "vision_width"):
@@ -89,8 +88,8 @@ def model_sizes(options: argparse.Namespace) -> dict[str, int]:
 
 def work(stage: str, options: argparse.Namespace) -> None:
     """One rank's part of a training stage."""
-    from demo_model.language import train_language
-    from demo_model.tower import train_tower
+    from .language import train_language
+    from .tower import train_tower
 
     minutes = options.minutes or (0.05 if options.smoke else MINUTES[stage])
     sizes = model_sizes(options)
@@ -115,12 +114,12 @@ def work(stage: str, options: argparse.Namespace) -> None:
 def run_stage(stage: str, options: argparse.Namespace) -> None:
     begin = time.time()
     if stage == "data":
-        from demo_model.data import build
+        from .data import build
 
         report = build(options.folder / "data", *((64, 12) if options.smoke else (60_000, 400)))
         LOG.info("data %s", report)
     elif stage == "export":
-        from demo_model.card import export_with_card
+        from .card import export_with_card
 
         sizes, limit = model_sizes(options), 12 if options.smoke else None
         target = options.target or options.folder / "checkpoint"
@@ -132,7 +131,6 @@ def run_stage(stage: str, options: argparse.Namespace) -> None:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
     options = parse()
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.worker:

@@ -1,12 +1,12 @@
 """Drive a running OpenAI-compatible vLLM server with pictures of the demo scenes.
 
     pitome-vlm serve demo --keep 0.25 --port 8000 &
-    python scripts/serve_load.py drive --url http://127.0.0.1:8000 --label keep=0.25 -o small.json
-    python scripts/serve_load.py report whole.json small.json -o report.md
+    python -m scripts.serving.load drive --url http://127.0.0.1:8000 --label keep=0.25 -o small.json
+    python -m scripts.serving.load report whole.json small.json -o report.md
 
 or both servers one after the other, on the same machine, into one report:
 
-    python scripts/serve_load.py both --model demo --keep 1.0 0.25 -o eval/results/serving/load
+    python -m scripts.serving.load both --model demo --keep 1.0 0.25 -o eval/results/serving/load
 
 The load is bounded: `--clients` requests are in flight at most and `--requests` are sent in all.
 Every picture is asked about `--questions` times, so that caches have something to do.
@@ -39,6 +39,8 @@ from tqdm import tqdm
 
 from pitome_vlm.demo import load_split, scene_image
 from pitome_vlm.measure.machine import processor_name
+
+from ..command import command_line
 
 try:
     import httpx
@@ -317,7 +319,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    command = shlex.join(["python", *sys.argv])
+    command = command_line()
     if options.command == "drive":
         run = drive(options.url.rstrip("/"), options.label, options)
         run["machine"] = environment()

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
-from demo_model import parallel
-from demo_model.build import build_model
-from demo_model.data import Arrays
-from demo_model.packing import Packed, pack
-from demo_model.tower import TowerHeads, make_batch, to_pixels, tower_loss, tower_outputs
 from pitome_vlm.demo.processor import EOS, GRID, IMAGE, PATCHES, vocabulary
 from pitome_vlm.demo.questions import NUMBER_WORDS, QUESTION_TYPES
 from pitome_vlm.demo.scenes import COLOURS, KINDS, NUMBER, SHAPES, SIZES
+
+from . import parallel
+from .build import build_model
+from .data import Arrays
+from .packing import Packed, pack
+from .tower import TowerHeads, make_batch, to_pixels, tower_loss, tower_outputs
 
 SHOWN_WORDS = (*COLOURS, *SHAPES, NUMBER, *NUMBER_WORDS, *SIZES)
 MOST = 10

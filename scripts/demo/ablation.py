@@ -1,7 +1,7 @@
 """Vary one merge option at a time around the recommended settings and write the table.
 
-    python scripts/demo_ablation.py --split val --output eval/results/ablation   # for choosing
-    python scripts/demo_ablation.py --split test --output eval/results/ablation  # for reporting
+    python -m scripts.demo.ablation --split val --output eval/results/ablation   # for choosing
+    python -m scripts.demo.ablation --split test --output eval/results/ablation  # for reporting
 
 Every row is the default `MergeConfig` with one thing changed, at 1/2, 1/4, 1/8 and 1/16 of the
 tokens; both together ("calibration") is crossed in full, because each part alone hurts. Differences
@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from demo_benchmark import load_model, measure_part
 from tqdm import tqdm
 
 from pitome_vlm import MergeConfig
 from pitome_vlm.common import write_text
 from pitome_vlm.demo import checkpoint_path, load_split
 from pitome_vlm.measure.demo_benchmark import Setting, concatenate, interval, provenance
+
+from .benchmark import load_model, measure_part
 
 BUDGETS = (72, 36, 18, 9)
 # (what is varied, its value, the options that differ from the default)
@@ -160,7 +161,7 @@ def report(results: dict[str, Any]) -> str:
     text = [
         f"# Ablation on the demo {facts['split']} split",
         "",
-        f"Made by `python scripts/demo_ablation.py --split {facts['split']} --output "
+        f"Made by `python -m scripts.demo.ablation --split {facts['split']} --output "
         "eval/results/ablation`. The first rows are percent right; every other row is its "
         "difference to the default in points, with the 95 % interval of the paired difference "
         "(bootstrap over pictures). An interval that holds 0 shows no difference.",

@@ -1,0 +1,1 @@
+"""Measurements and trainings of this repository; run as modules from its root (README.md)."""

@@ -1,0 +1,1 @@
+"""Load, accuracy and memory of a vLLM server with merging."""

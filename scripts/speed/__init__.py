@@ -1,0 +1,1 @@
+"""Time and memory: one plan, one tower, other algorithms, video, a whole GPU."""

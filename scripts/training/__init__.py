@@ -1,0 +1,1 @@
+"""LoRA with merging on, and the training of the bundled model."""
