@@ -41,7 +41,7 @@ def test_same_data_in_another_process() -> None:
         capture_output=True,
         text=True,
         check=True,
-        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONHASHSEED": "7", "PATH": ""},
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'demo'}", "PYTHONHASHSEED": "7", "PATH": ""},
     )
     assert found.stdout.strip() == fingerprint()
 

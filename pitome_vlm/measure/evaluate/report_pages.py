@@ -1,7 +1,6 @@
 """The report's files: report.md, report.html and two plots.
 
-Knows: Markdown, the page maker of `pitome_vlm.measure.visualize`, and in which order things are shown.
-Does not know: how a table comes about (`report.py`).
+Handles the order in which things are shown; leaves the tables themselves to `report.py`.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ Knows: source maps, how to draw them and how to lay figures and tables out on on
 know: how a model chose its groups, the command line, or the demo. Needs Pillow and numpy only.
 """
 
+from ..tables import Cell, Figure, Table, html_report
 from .drawing import overlay, strip
-from .report import Cell, Figure, Table, html_report
 from .sources import SourceMap, seen_region, source_map
 
 __all__ = [

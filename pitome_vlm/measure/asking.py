@@ -1,0 +1,186 @@
+"""Asking a LLaVA: prompts, tensors, generation, answers.
+
+One way from messages to answers for the command line, the benchmarks, tuning, lmms-eval and
+training. Whether the model is wrapped makes no difference here.
+
+Messages are those of chat templates: `{"role": "user", "content": [{"type": "image"},
+{"type": "text", "text": "What is this?"}]}`; images themselves are handed over separately, in
+order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from PIL import Image
+from torch import Tensor
+
+Message = Mapping[str, Any]
+
+_PLACEHOLDER = "<image>"
+# Checkpoints come with sampling options that greedy decoding warns of.
+_GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+}
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer inside a processor; a tokenizer is its own."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def image_token(processor: Any) -> str:
+    """The text that stands for an image in a prompt, usually "<image>"."""
+    return str(getattr(processor, "image_token", None) or _PLACEHOLDER)
+
+
+def checked_question(question: str, processor: Any) -> str:
+    """The question without outer spaces.
+
+    Raises:
+        ValueError: it is empty, or holds the image token.
+    """
+    question = question.strip()
+    if not question:
+        raise ValueError("the question is empty")
+    token = image_token(processor)
+    if token in question:
+        raise ValueError(
+            f"the question must not contain {token!r}: images are put before the question"
+        )
+    return question
+
+
+def user_message(text: str, images: int = 0) -> dict[str, Any]:
+    """A user's turn: `images` images, then the text."""
+    content = [*[{"type": "image"}] * images, {"type": "text", "text": text}]
+    return {"role": "user", "content": content}
+
+
+def assistant_message(text: str) -> dict[str, Any]:
+    """A turn of the model."""
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def question_prompt(processor: Any, question: str, images: int = 1) -> str:
+    """The whole prompt of one question after its images."""
+    return prompt_text(processor, [user_message(question, images)])
+
+
+def prompt_text(processor: Any, messages: Sequence[Message], *, ask: bool = True) -> str:
+    """Messages as one text: the processor's chat template, or LLaVA-1.5's format without one.
+
+    Args:
+        processor: of the model.
+        messages: turns of a chat; content is text or a list of parts.
+        ask: end with the beginning of an answer.
+    """
+    if getattr(processor, "chat_template", None):
+        return str(
+            processor.apply_chat_template(list(messages), add_generation_prompt=ask, tokenize=False)
+        )
+    end = tokenizer_of(processor).eos_token or ""
+    text = ""
+    for message in messages:
+        said = _flat_content(message["content"], image_token(processor))
+        if message["role"] == "user":
+            text += f"USER: {said} "
+        elif message["role"] == "assistant":
+            text += f"ASSISTANT: {said}{end}"
+        else:
+            text += f"{said} "
+    return f"{text}ASSISTANT:" if ask else text
+
+
+def special_tokens(processor: Any, texts: Sequence[str]) -> bool:
+    """Whether the tokenizer has to add its own first token.
+
+    Some chat templates write it themselves; the tokenizer would add a second one.
+    """
+    begin = tokenizer_of(processor).bos_token
+    return not (begin and texts and all(text.startswith(begin) for text in texts))
+
+
+def encoded(
+    processor: Any,
+    texts: Sequence[str],
+    images: Sequence[Image.Image] = (),
+    *,
+    side: Literal["left", "right"] = "left",
+) -> dict[str, Tensor]:
+    """Prompts and the images of all of them, in order, as the processor's tensors.
+
+    Args:
+        processor: of the model.
+        texts: one prompt per row.
+        images: as many as there are image tokens in the prompts.
+        side: where shorter rows are padded; "left" to generate, because answers continue at the
+            end of a row.
+
+    Returns:
+        `input_ids` and `attention_mask` [B, T], and with images `pixel_values` and what else the
+        processor says about them; on the CPU.
+
+    Raises:
+        ValueError: several prompts, but the tokenizer has no padding token.
+    """
+    if len(texts) > 1 and tokenizer_of(processor).pad_token is None:
+        raise ValueError(
+            "the tokenizer has no padding token, so prompts cannot be batched; set one "
+            "(tokenizer.pad_token = tokenizer.eos_token), or use a batch size of 1"
+        )
+    special = {} if special_tokens(processor, texts) else {"add_special_tokens": False}
+    padding = {"padding": True, "padding_side": side} if len(texts) > 1 else {}
+    given = {"images": list(images)} if images else {}
+    batch = processor(text=list(texts), **given, **padding, **special, return_tensors="pt")
+    found = dict(batch)
+    # LLaVA's language models have no token types, and generation refuses what it does not know.
+    found.pop("token_type_ids", None)
+    return found
+
+
+def on_model(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch on the model's device, floating point tensors in the model's dtype."""
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in batch.items()
+    }
+
+
+def generated(model: Any, batch: Mapping[str, Tensor], **options: Any) -> Any:
+    """What `model.generate` returns for a batch, greedy unless `options` say otherwise.
+
+    Args:
+        model: a LLaVA, wrapped or not.
+        batch: of `encoded`; moved to the model.
+        **options: of `generate`, such as `max_new_tokens`; with `do_sample=True` or `num_beams`
+            greedy decoding's settings give way.
+    """
+    sampled = options.get("do_sample") or options.get("num_beams", 1) > 1
+    return model.generate(**on_model(model, batch), **({} if sampled else _GREEDY) | options)
+
+
+def decoded(processor: Any, batch: Mapping[str, Tensor], sequences: Tensor) -> list[str]:
+    """The answers in generated sequences [B, T + new] without prompt and special tokens."""
+    new = sequences[:, batch["input_ids"].shape[1] :]
+    texts = tokenizer_of(processor).batch_decode(new, skip_special_tokens=True)
+    return [str(text).strip() for text in texts]
+
+
+def answers(
+    model: Any, processor: Any, batch: Mapping[str, Tensor], *, max_new_tokens: int
+) -> list[str]:
+    """The model's greedy answers to a batch of `encoded` prompts, one text per row."""
+    sequences = generated(model, batch, max_new_tokens=max_new_tokens)
+    return decoded(processor, batch, sequences)
+
+
+def _flat_content(content: Any, token: str) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(f"{token}\n" if part["type"] == "image" else part["text"] for part in content)

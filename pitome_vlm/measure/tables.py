@@ -1,0 +1,157 @@
+"""Tables and pages: Markdown, and one self-contained HTML page of figures and tables.
+
+The page (`page.html.jinja`) works without a network, on a phone, in light and dark. Tables for a
+terminal are rendered by the command line.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import html
+import io
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+_TEMPLATE = "page.html.jinja"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An image with a caption and a smaller second line."""
+
+    image: Image.Image
+    caption: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table cell that is right or wrong; shown by a mark and, in HTML, a colour."""
+
+    text: str
+    good: bool
+
+    def __str__(self) -> str:
+        return f"{'✓' if self.good else '✗'} {self.text}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a heading.
+
+    Attributes:
+        caption: the heading.
+        columns: column titles.
+        rows: one text or `Cell` per column.
+        note: what a reader has to know about the numbers.
+        numbers: indices of the columns that are aligned to the right.
+        starts: indices of rows that begin a new block.
+    """
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | Cell]]
+    note: str = ""
+    numbers: frozenset[int] = frozenset()
+    starts: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        wrong = [row for row in self.rows if len(row) != len(self.columns)]
+        if wrong:
+            raise ValueError(
+                f"every row of table {self.caption!r} must have {len(self.columns)} cells, "
+                f"got {len(wrong[0])}"
+            )
+
+    def markdown(self) -> str:
+        """Heading, table and note as Markdown."""
+        parts = [f"## {self.caption}", markdown_table(self.columns, self.rows, self.numbers)]
+        # Markdown passes HTML on, so a note must not look like any.
+        return "\n\n".join([*parts, *([html.escape(self.note)] if self.note else [])])
+
+
+def markdown_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str | Cell]],
+    numbers: Collection[int] = (),
+) -> str:
+    """A Markdown table; bars and line breaks in cells are made harmless.
+
+    Args:
+        columns: column titles.
+        rows: one text or `Cell` per column.
+        numbers: indices of the columns that are aligned to the right.
+    """
+    ruler = ["---:" if index in numbers else "---" for index in range(len(columns))]
+    return "\n".join(_markdown_row(row) for row in (columns, ruler, *rows))
+
+
+def html_report(
+    title: str,
+    *,
+    lead: str = "",
+    figures: Sequence[Figure] = (),
+    tables: Sequence[Table] = (),
+    footer: str = "",
+    figure_width: str = "9.5rem",
+) -> str:
+    """A page that needs no other file: images inline, no script.
+
+    Args:
+        title: heading and window title.
+        lead: a paragraph under it.
+        figures: images in a row that wraps.
+        tables: tables in order; wide ones scroll on their own.
+        footer: provenance of the numbers.
+        figure_width: least width of a figure, as CSS writes it.
+    """
+    text: str = _template().render(
+        title=title,
+        lead=lead,
+        figures=figures,
+        tables=tables,
+        footer=footer,
+        figure_width=figure_width,
+    )
+    return text
+
+
+def percent(value: float, *, signed: bool = False) -> str:
+    """A share of one as percent with one decimal, without the sign for percent."""
+    return f"{100 * value:{'+' if signed else ''}.1f}"
+
+
+def percent_interval(low: float, high: float, *, signed: bool = False) -> str:
+    """The ends of an interval of shares of one as "78.2 to 90.1", in percent."""
+    return f"{percent(low, signed=signed)} to {percent(high, signed=signed)}"
+
+
+def _markdown_row(cells: Sequence[str | Cell]) -> str:
+    # A bar or a line break in an error message would end the cell.
+    texts = (str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells)
+    return f"| {' | '.join(texts)} |"
+
+
+def _base64_png(image: Image.Image) -> str:
+    data = io.BytesIO()
+    image.convert("RGB").save(data, "PNG", optimize=True)
+    return base64.b64encode(data.getvalue()).decode("ascii")
+
+
+@functools.cache
+def _template() -> Any:
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader(__package__, "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["base64_png"] = _base64_png
+    return environment.get_template(_TEMPLATE)
