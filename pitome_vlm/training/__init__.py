@@ -5,11 +5,11 @@
     train(model, processor, "train.jsonl", "adapter", val_fraction=0.05)
     model, processor = pitome_vlm.load("adapter")
 
-Only names. Needs `pip install "pitome-vlm[train]"`.
+Needs the extra `train`.
 """
 
+from ..loading.records import DataError
 from .collate import Collator
-from .conversations import DataError
 from .lora import PARTS, LoraOptions, prepare, save_adapter, target_modules
 from .metrics import answer_metrics, most_likely
 from .recipe import TrainingResult, train

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conversations import ASSISTANT, IMAGE_MARK, USER, Conversation, DataError, Message
+from ..loading.records import DataError
+from .conversations import ASSISTANT, IMAGE_MARK, USER, Conversation, Message
 from .sources import Example
 
 IGNORED = -100

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..loading.records import DataError
+
 IMAGE_MARK = "<image>"
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 _ROLES = {
@@ -20,10 +22,6 @@ _ROLES = {
     "assistant": ASSISTANT,
     "system": SYSTEM,
 }
-
-
-class DataError(ValueError):
-    """A record that cannot be trained on; the message begins with where it is."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from torch.utils.data import Dataset
 
 from ..common import require
 from ..loading.images import ImageError, load_image
-from .conversations import Conversation, DataError, parse
+from ..loading.records import DataError, parse_records
+from .conversations import Conversation, parse
 
 
 @dataclass(frozen=True)
@@ -156,13 +156,9 @@ def read_llava(
     folder = Path(image_folder) if image_folder is not None else file.parent
     if not folder.is_dir():
         raise FileNotFoundError(f"image_folder {folder} is no folder")
-    try:
-        content = file.read_bytes()
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: is no UTF-8 text: {error}") from error
+    content = file.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    return _checked(file.name, digest, _records(file, text), folder, text_only)
+    return _checked(file.name, digest, parse_records(content, str(file)), folder, text_only)
 
 
 def from_records(
@@ -252,28 +248,6 @@ def _located(image: Any, folder: Path, where: str) -> Any:
     if not path.is_file():
         raise DataError(f"{where}: no image file {path}")
     return path
-
-
-def _records(file: Path, text: str) -> Iterator[tuple[str, Any]]:
-    if text.lstrip()[:1] == "[":
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{file} line {error.lineno}: is no valid JSON ({error.msg})"
-            ) from error
-        for index, value in enumerate(values):
-            own = value.get("id") if isinstance(value, dict) else None
-            yield f"{file} record {index}" + (f" (id {own})" if own is not None else ""), value
-        return
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file} line {number}: is no valid JSON ({error.msg})") from error
-        yield f"{file} line {number}", value
 
 
 def _load_dataset(path: Path, name: str, split: str) -> Any:

@@ -1,4 +1,4 @@
-"""The user's questions: read from JSONL, checked, every picture known by its content.
+"""The user's questions: read from JSON or JSONL, checked, every picture known by its content.
 
 Knows: the file format and what can be wrong with it. Does not know: models, prompts, or what is
 done with a question.
@@ -10,7 +10,7 @@ done with a question.
 from __future__ import annotations
 
 import hashlib
-import json
+import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from ...loading.images import ImageError, ImageLimits, load_image
+from ...loading.records import parse_records
 
 # Where a picture comes from; a text is a path, as in `load_image`.
 Picture = str | os.PathLike[str] | Image.Image
@@ -69,7 +70,7 @@ class Row:
 
 
 def read_rows(path: str | os.PathLike[str], *, limit: int | None = None) -> list[Row]:
-    """Questions from a JSONL file; paths of pictures are relative to the file.
+    """Questions from a JSONL file (or a JSON list); paths of pictures are relative to the file.
 
     Keys: `image` or `images` (a path or a list of them), `question`, and optionally `answer` or
     `answers` (a text or a list of accepted ones). Other keys and empty lines are ignored. No
@@ -88,16 +89,8 @@ def read_rows(path: str | os.PathLike[str], *, limit: int | None = None) -> list
         raise ValueError(f"limit must be at least 1, got {limit}")
     if not file.is_file():
         raise FileNotFoundError(f"data must be a JSONL file, but there is no file {file}")
-    rows: list[Row] = []
-    try:
-        with file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if limit is not None and len(rows) == limit:
-                    break
-                if line.strip():
-                    rows.append(_parse(line, file.parent, f"{file} line {number}"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+    records = itertools.islice(parse_records(file.read_bytes(), str(file)), limit)
+    rows = [_parse(record, file.parent, source) for source, record in records]
     if not rows:
         raise ValueError(f"{file} holds no question")
     return rows
@@ -172,13 +165,7 @@ def _digest(picture: Image.Image) -> str:
     return content.hexdigest()
 
 
-def _parse(line: str, folder: Path, source: str) -> Row:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{source} is not valid JSON: {error.msg} (column {error.colno})") from (
-            error
-        )
+def _parse(values: Any, folder: Path, source: str) -> Row:
     if not isinstance(values, dict):
         raise ValueError(f"{source} must be a JSON object, got {type(values).__name__}")
     return _row(values, folder, source)
