@@ -12,19 +12,15 @@ from typing import Any
 
 from PIL import Image
 
+from ..demo import DEMO as DEMO
+from ..demo import resolve
 from .options import LoadOptions
 from .terminal import quiet
-
-DEMO = "demo"
 
 
 def model_path(name: str) -> str:
     """The folder of the bundled model for `demo`, else the name itself."""
-    if name != DEMO or Path(name, "config.json").is_file():
-        return name
-    from ..demo import checkpoint_path
-
-    return str(checkpoint_path())
+    return str(resolve(name))
 
 
 def load_model(

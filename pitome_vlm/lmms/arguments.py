@@ -10,18 +10,16 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..common import suggest
+from ..demo import DEMO, resolve
 from ..loading.checkpoints import torch_dtype
 from ..merge import algorithms
 from ..merge.config import PRESETS, MergeConfig
 
 BUDGET = ("keep", "tokens", "ratio")
 MERGING = tuple(item.name for item in dataclasses.fields(MergeConfig))
-# The words that name a bundled thing instead of a path.
-DEMO = "demo"
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class ModelArguments:
         for name in ("pretrained", "peft", "system_prompt", "dtype", "device", "revision"):
             if name in given:
                 given[name] = str(given[name])
-        given["pretrained"] = _bundled(given["pretrained"])
+        given["pretrained"] = resolve(given["pretrained"])
         return cls(merging=_merging(merging), **given)
 
 
@@ -130,15 +128,6 @@ def _merging(values: dict[str, Any]) -> dict[str, Any]:
     if budget:
         MergeConfig.from_dict(values)
     return values
-
-
-def _bundled(pretrained: str) -> str:
-    # A folder of that name wins, as everywhere in the package.
-    if pretrained != DEMO or Path(pretrained, "config.json").is_file():
-        return pretrained
-    from ..demo import checkpoint_path
-
-    return str(checkpoint_path())
 
 
 def _cleaned(name: str, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""From files and hubs to models and images: checkpoints, quantisation, adapters, pixels."""
+"""Models and images from files and the hub."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Folders and hub names from outside: checked, and their weights loaded complete or not at all.
+"""Checkpoints in folders and on the hub: checked, then loaded completely or not at all.
 
-Knows: what can be wrong with a checkpoint and how transformers says so. Does not know: merging,
-processors, pictures. Whatever is wrong is said before weights are read where it can be.
+Errors are reported before weights are read wherever that is possible. Processors, images and
+merging are handled elsewhere.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
 from ..adapters import model_types
+from ..demo import resolve
 from ..releases import RENAMES_TOWER_WEIGHTS
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -42,8 +43,8 @@ def read_config(
     Raises:
         FileNotFoundError: no such folder.
         OSError: the hub does not have it, or cannot be reached.
-        TypeError: not a model this package knows.
-        ValueError: there is no config.json, or it cannot be read.
+        TypeError: not a supported model.
+        ValueError: config.json is missing or cannot be read.
     """
     name = existing(path)
     source = {"revision": revision, "local_files_only": local_files_only}
@@ -59,20 +60,20 @@ def read_config(
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **source)
     except Exception as error:
-        # Depending on field and release a wrong value ends in any kind of error.
+        # Depending on the field and the release, a wrong value can raise anything.
         raise ValueError(f"{name}: config.json cannot be used: {squeezed(error)}") from error
 
 
 def raw_config(path: str | os.PathLike[str], **source: Any) -> dict[str, Any]:
-    """What a checkpoint's config.json holds.
+    """The content of a checkpoint's config.json.
 
     Args:
         path: a folder, or a name on the Hugging Face hub.
         **source: `revision`, `local_files_only`.
 
     Raises:
-        OSError: there is none, or the hub cannot be reached.
-        ValueError: there is no config.json, or it cannot be read.
+        OSError: the hub does not have it, or cannot be reached.
+        ValueError: config.json is missing or cannot be read.
     """
     name = existing(path)
     try:
@@ -80,21 +81,21 @@ def raw_config(path: str | os.PathLike[str], **source: Any) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise _one_line(name, error) from error
     except TypeError:
-        # Transformers 4.57 looks keys up in JSON that is no object.
+        # transformers 4.57 looks up keys even if the JSON is not an object.
         raw = None
     if not isinstance(raw, dict) or not raw:
-        raise ValueError(f"{name}: config.json is missing or holds no JSON object")
+        raise ValueError(f"{name}: config.json is missing or is not a JSON object")
     return raw
 
 
 def is_original(raw: dict[str, Any]) -> bool:
-    """Whether a config.json is one of the original llava package."""
+    """Whether a config.json was written by the original llava package."""
     named = str(raw.get("model_type")).startswith("llava")
     return "vision_config" not in raw and ("mm_vision_tower" in raw or named)
 
 
 def check_model_type(model_type: Any, source: str) -> None:
-    """See that a model type is supported.
+    """Check that a model type is supported.
 
     Raises:
         TypeError: it is not; the message names `source` and the supported types.
@@ -110,15 +111,17 @@ def check_model_type(model_type: Any, source: str) -> None:
 def existing(path: str | os.PathLike[str]) -> str:
     """The path as a string, if it is a folder with a config or may be a name on the hub.
 
+    "demo" gives the folder of the bundled model; see `demo.resolve`.
+
     Raises:
-        FileNotFoundError: it looks like a path, but there is nothing.
+        FileNotFoundError: it looks like a path, but does not exist.
         NotADirectoryError: it is a file.
         ValueError: a folder without a config.json.
         TypeError: neither a string nor a path.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be a folder or a hub name, got {type(path).__name__}")
-    text = os.path.expanduser(os.fspath(path))
+    text: str = os.path.expanduser(os.fspath(resolve(path)))
     if os.path.isdir(text):
         _check_folder(Path(text))
     elif os.path.exists(text):
@@ -132,7 +135,7 @@ def existing(path: str | os.PathLike[str]) -> str:
 
 
 def _looks_local(text: str) -> bool:
-    """Whether a name that does not exist was meant as a path; hub names are [org/]name."""
+    """Whether a name that does not exist was meant as a path; hub names look like [org/]name."""
     parent = os.path.dirname(text)
     return (
         text.startswith((".", "~", os.sep))
@@ -148,14 +151,14 @@ def _check_folder(folder: Path) -> None:
         return
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
-            f"{folder} holds a PEFT adapter, no model; give the folder of its base model here, or "
-            "load both with pitome_vlm.load"
+            f"{folder} holds a PEFT adapter, not a model; give the folder of its base model "
+            "here, or load both with pitome_vlm.load"
         )
-    raise ValueError(f"{folder} holds no config.json; give the folder of a complete checkpoint")
+    raise ValueError(f"{folder} has no config.json; give the folder of a complete checkpoint")
 
 
 def torch_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
-    """A floating point dtype from its name; None and "auto" are "auto".
+    """The floating point dtype of a name; "auto" for None and "auto".
 
     Raises:
         ValueError: anything else.
@@ -169,7 +172,7 @@ def torch_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
 
 
 def load_weights(name: str, config: Any, *, allow_pickle: bool, **arguments: Any) -> Any:
-    """The model of a checkpoint, complete, in eval mode.
+    """The complete model of a checkpoint, in eval mode.
 
     Args:
         name: a folder or hub name that `read_config` accepted.
@@ -192,21 +195,21 @@ def load_weights(name: str, config: Any, *, allow_pickle: bool, **arguments: Any
         raise _weights_error(name, error) from error
     missing = sorted(key for key in info["missing_keys"] if not _UNREAD.search(key))
     if missing:
-        # transformers fills such weights with random numbers and goes on.
+        # transformers would fill these weights with random numbers and only warn.
         other = len(info["unexpected_keys"])
         raise ValueError(
             f"{name} lacks {len(missing)} of the model's weights, the first is {missing[0]}, and "
-            f"holds {other} of another name; give a complete checkpoint of this architecture"
+            f"has {other} under other names; give a complete checkpoint of this architecture"
             + (", or use the release of transformers that saved it" if other else "")
         )
     return model.eval()
 
 
 def _renamed_keys(config: Any) -> dict[str, Any]:
-    """What transformers 4.57 needs to read a tower that was saved by transformers 5.
+    """The key mapping that transformers 4.57 needs for a tower saved by transformers 5.
 
-    The tower's modules lost the level `vision_model` in release 5, which reads both forms. 4.57
-    reads only its own, and leaves the tower random otherwise.
+    Release 5 dropped the level `vision_model` and reads both forms. 4.57 reads only its own form
+    and would leave the tower with random weights.
     """
     vision = getattr(config.vision_config, "model_type", None)
     if RENAMES_TOWER_WEIGHTS or vision not in _RENAMED_TOWERS:
@@ -232,19 +235,19 @@ def _weights_error(name: str, error: Exception) -> Exception:
         return _one_line(name, error)
     if "mismatch" in text:
         return ValueError(
-            f"{name}: the weights do not have the shapes that config.json asks for; give a folder "
-            "whose files belong together"
+            f"{name}: the weights do not have the shapes in config.json; give a folder whose files "
+            "belong together"
         )
     return error
 
 
 def _one_line(name: str, error: Exception) -> Exception:
-    """The hub's (or a damaged folder's) error, which may run over many lines, as one."""
+    """An error of the hub (or of a damaged folder), which may have many lines, on one line."""
     if os.path.isdir(name):
         return ValueError(f"{name}: {squeezed(error)}")
     return OSError(
-        f"cannot load {name!r} from the Hugging Face hub: {squeezed(error)} (for a checkpoint of "
-        "your own give the path of its folder)"
+        f"cannot load {name!r} from the Hugging Face hub: {squeezed(error)} (for a "
+        "local checkpoint, give the path of its folder)"
     )
 
 

@@ -1,6 +1,5 @@
-"""Pictures from outside: read within limits, or refused in one clear line.
+"""Image files: read within limits, or refused with a message of one line.
 
-Knows: files, formats, and what can be wrong with them. Does not know: models or processors.
 Nothing is fetched from the network.
 """
 
@@ -20,22 +19,24 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from ..common import whole_number
+
 _DECODING = threading.Lock()
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used; the message names the file, what is wrong and the limit."""
+    """An image that cannot be used; the message names the file, the problem and the limit."""
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What is accepted. Only the first frame of an animation or of a file of pages is read.
+    """Limits for image files. Only the first frame or page of a file is read.
 
     Attributes:
         max_bytes: size of the file, >= 1.
         max_pixels: width x height, >= 1; checked before anything is decoded. Pillow itself
-            refuses more than about 179 million pixels whatever stands here.
+            refuses more than about 179 million pixels, whatever this limit is.
     """
 
     max_bytes: int = 20_000_000
@@ -43,8 +44,7 @@ class ImageLimits:
 
     def __post_init__(self) -> None:
         for field, value in vars(self).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field} must be a whole number >= 1, got {value!r}")
+            whole_number(field, value, 1)
 
 
 _DEFAULT_LIMITS = ImageLimits()
@@ -53,34 +53,33 @@ _DEFAULT_LIMITS = ImageLimits()
 def load_image(
     path_or_file: str | os.PathLike[str] | BinaryIO, limits: ImageLimits = _DEFAULT_LIMITS
 ) -> Image.Image:
-    """Read one picture.
+    """Read one image.
 
-    EXIF orientation is applied, transparency is put on white, 16-bit grey is scaled to 8 bit.
+    EXIF orientation is applied, transparency becomes white, 16-bit grey is scaled to 8 bits.
 
     Args:
-        path_or_file: a local file, or an open binary file that is read from where it stands.
-        limits: what is accepted.
+        path_or_file: a local file, or an open binary file, read from its current position.
+        limits: on bytes and pixels.
 
     Returns:
-        An RGB picture, decoded and independent of the file.
+        An RGB image, decoded and independent of the file.
 
     Raises:
-        ImageError: missing, not a regular file, empty, too large, truncated, or no picture in
+        ImageError: missing, not a regular file, empty, too large, truncated, or not an image in
             one of `FORMATS`.
     """
     name, content = _read(path_or_file, limits)
     try:
         with warnings.catch_warnings():
-            # Pillow warns of sizes at a limit that is not ours, and of broken metadata.
+            # Pillow warns at a size limit of its own, and about broken metadata.
             warnings.simplefilter("ignore")
             return _as_rgb(_open(name, content, limits))
     except (ImageError, MemoryError):
         raise
     except Exception as error:
-        # Decoders raise whatever a broken file leads them into: OSError, SyntaxError,
-        # struct.error, IndexError and more. For the caller it is one thing: a broken file.
+        # On broken files decoders raise OSError, SyntaxError, struct.error, IndexError and more.
         raise ImageError(
-            f"{name}: the file is damaged or cut off ({_one_line(error)}); save the picture again "
+            f"{name}: the file is damaged or cut off ({_one_line(error)}); save the image again "
             f"as one of {', '.join(FORMATS)}"
         ) from error
 
@@ -107,16 +106,14 @@ def _read(
 def _read_path(path: str | os.PathLike[str], limits: ImageLimits) -> tuple[str, bytes]:
     name = _printable(os.fspath(path))
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", name):
-        raise ImageError(
-            f"{name}: addresses are not fetched; download the picture and give its path"
-        )
+        raise ImageError(f"{name}: URLs are not fetched; download the image and give its path")
     file = Path(path).expanduser()
     try:
         if not file.exists():
-            raise ImageError(f"{name}: no such file; give the path of a picture")
+            raise ImageError(f"{name}: no such file; give the path of an image")
         if not file.is_file():
-            kind = "a folder" if file.is_dir() else "no regular file"
-            raise ImageError(f"{name}: is {kind}; give the path of a picture file")
+            kind = "a folder" if file.is_dir() else "not a regular file"
+            raise ImageError(f"{name} is {kind}; give the path of an image file")
         _check_bytes(name, file.stat().st_size, limits)
         with file.open("rb") as handle:
             content = handle.read(limits.max_bytes + 1)
@@ -138,29 +135,27 @@ def _check_bytes(name: str, size: int, limits: ImageLimits, *, at_least: bool = 
         shown = f"more than {limits.max_bytes}" if at_least else str(size)
         raise ImageError(
             f"{name}: the file has {shown} bytes; allowed: 1..{limits.max_bytes} bytes. Save a "
-            "smaller picture or raise ImageLimits(max_bytes=...)"
+            "smaller image or raise ImageLimits(max_bytes=...)"
         )
 
 
 def _open(name: str, content: bytes, limits: ImageLimits) -> Image.Image:
-    """The picture's header, checked against the limits; pixels are not decoded yet."""
+    """The image with its header checked against the limits; pixels are not decoded yet."""
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        # Pillow knows the size by now but hands out no picture, only this message.
+        # Pillow knows the size here, but only gives it in this message.
         found = re.search(r"\d+", str(error))
         shown = found.group() if found else f"more than {Image.MAX_IMAGE_PIXELS}"
         raise _too_many_pixels(name, shown, limits) from error
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"{name}: not a picture, or damaged from its first bytes on; allowed formats: "
+            f"{name}: not an image, or damaged from the first bytes on; allowed formats: "
             f"{', '.join(FORMATS)}"
         ) from error
     width, height = image.size
     if width < 1 or height < 1:
-        raise ImageError(
-            f"{name}: the picture is {width} x {height} pixels; allowed: at least 1 x 1"
-        )
+        raise ImageError(f"{name}: the image is {width} x {height} pixels; allowed: at least 1 x 1")
     if width * height > limits.max_pixels:
         raise _too_many_pixels(name, f"{width} x {height} = {width * height}", limits)
     return image
@@ -168,17 +163,17 @@ def _open(name: str, content: bytes, limits: ImageLimits) -> Image.Image:
 
 def _too_many_pixels(name: str, shown: str, limits: ImageLimits) -> ImageError:
     return ImageError(
-        f"{name}: the picture has {shown} pixels; allowed: 1..{limits.max_pixels} pixels. Scale "
-        "it down first (a model looks at a few hundred thousand)"
+        f"{name}: the image has {shown} pixels; allowed: 1..{limits.max_pixels} pixels. Scale "
+        "it down first (models see a few hundred thousand)"
     )
 
 
 @contextlib.contextmanager
 def _complete_files_only() -> Iterator[None]:
-    """Let Pillow refuse cut-off files even where another library told it not to.
+    """Make Pillow refuse truncated files, even if another library has told it not to.
 
-    lmms-eval sets this switch of Pillow when it is imported, for the whole process; a picture
-    whose lower half is grey would then pass for a good one. The switch is put back.
+    Importing lmms-eval sets this switch for the whole process; an image whose lower half is grey
+    would then be accepted. The switch is restored afterwards.
     """
     with _DECODING:
         lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
@@ -193,7 +188,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         image.load()
     image = _upright(image)
     if image.mode.startswith("I"):
-        # Pillow clips 16-bit grey at 255, which makes nearly every such picture white.
+        # Pillow clips 16-bit grey at 255, which makes nearly every such image white.
         grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8
         image = Image.fromarray(grey.astype(np.uint8))
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
@@ -207,12 +202,12 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
     except Exception:
-        # A broken EXIF block says nothing about the pixels; the picture is used as it is stored.
+        # A broken EXIF block does not affect the pixels; the image is used as stored.
         return image
 
 
 def _printable(name: str) -> str:
-    """A file's name for a message of one line; names may hold line breaks."""
+    """A file name for a message of one line; names may contain line breaks."""
     return name if name.isprintable() else repr(name)
 
 

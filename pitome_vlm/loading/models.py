@@ -1,8 +1,7 @@
-"""`load`: one call from a path to a model that answers, wrapped, with its processor.
+"""`load`: from a path to a model and its processor, wrapped if a budget is known.
 
-Knows: in which order checkpoint (`checkpoints.py`), quantisation, PEFT adapter and wrapping go
-together, and what old processors lack. Does not know: how any of them works. Pictures are in
-`images.py`.
+Puts checkpoint, quantisation, PEFT adapter and wrapping together in the right order, and completes
+old processors.
 """
 
 from __future__ import annotations
@@ -16,18 +15,10 @@ from transformers.utils import cached_file
 
 from ..adapters import find_adapter
 from ..adapters.tower_tokens import has_class_token
+from ..demo import resolve
 from ..merge.config import CONFIG_NAME, MergeConfig
 from ..wrapping.wrap import make_config, wrap
-from .checkpoints import (
-    DTYPES,
-    check_model_type,
-    existing,
-    load_weights,
-    read_config,
-    squeezed,
-    torch_dtype,
-)
-from .images import FORMATS, ImageError, ImageLimits, load_image
+from .checkpoints import existing, load_weights, read_config, squeezed, torch_dtype
 from .peft import SavedAdapter, find_adapter_at
 from .quantization import (
     check_quantised,
@@ -36,19 +27,6 @@ from .quantization import (
     recorded_quantization,
     unquantised_dtype,
 )
-
-__all__ = [
-    "DTYPES",
-    "FORMATS",
-    "ImageError",
-    "ImageLimits",
-    "check_model_type",
-    "complete_processor",
-    "load",
-    "load_image",
-    "read_config",
-    "saved_merge_config",
-]
 
 
 def load(
@@ -74,60 +52,61 @@ def load(
     local_files_only: bool = False,
     **options: Any,
 ) -> tuple[Any, Any]:
-    """A LLaVA and its processor, ready to answer, wrapped where a budget is known.
+    """A model and its processor, ready to answer, wrapped if a budget is known.
 
-    A `pitome_config.json` beside the checkpoint restores that wrapping. A budget given here
-    replaces its budget and keeps its other options, and `config` replaces it altogether. Without
-    a file and a budget the model comes back unwrapped.
+    A `pitome_config.json` in the checkpoint's folder restores that wrapping. A budget given here
+    replaces its budget and keeps its other options; `config` replaces it altogether. Without
+    either, the model comes back unwrapped.
 
     The path of a PEFT adapter gives its base model with the adapter on it, quantised and merged
-    as it was trained; what is given here wins.
+    as it was trained; arguments given here take precedence.
 
     Args:
-        path: a folder, or a name on the Hugging Face hub; of a model or of a PEFT adapter.
+        path: a folder or a name on the Hugging Face hub, of a model or a PEFT adapter; or "demo"
+            for the bundled model (a folder `demo` in the working directory with a model in it
+            comes first).
         keep: fraction of an image's visual tokens to keep, in (0, 1].
         tokens: the same as a count per image.
         ratio: the paper's r, the fraction kept at every merging layer.
-        config: a ready `MergeConfig`; a budget or options beside it replace its own.
-        dtype: "auto" (or None) for the checkpoint's, a torch dtype or one of `DTYPES`. Of a
-            quantised model it is the dtype of everything that is not quantised, where "auto"
-            makes 16 bits of a float32 checkpoint on devices that are fast with them.
-        device_map: as for `from_pretrained`: "auto", a device, or a dict; None for its default.
-            Parts that a dict puts on "cpu" or "disk" beside an accelerator are not quantised.
-        attn_implementation: as for `from_pretrained`.
-        load_in_4bit: quantise the language model to 4 bits (bitsandbytes nf4, double
-            quantisation); tower and projector are left alone.
-        load_in_8bit: the same to 8 bits.
-        quantization_config: a quantisation config of your own, taken as it is. The loaded model
-            is checked against its `llm_int8_skip_modules`. False loads the base model of an
-            adapter unquantised, however it was trained.
-        max_memory: as for `from_pretrained`: how much each device may hold.
-        offload_folder: as for `from_pretrained`: where parts on "disk" go.
-        base: the model an adapter belongs to, where it is not where it was.
-        trainable: leave an adapter's weights open for training.
+        config: a ready `MergeConfig`; a budget or options given as well replace its own.
+        dtype: "auto" (or None) for the checkpoint's, a torch dtype, or one of `DTYPES`. For a
+            quantised model, the dtype of everything that is not quantised; "auto" then turns a
+            float32 checkpoint to 16 bits if the device computes fast in them.
+        device_map: as for `from_pretrained`. If a dict uses an accelerator, the modules that it
+            puts on "cpu" or "disk" are not quantised.
+        attn_implementation: as for `from_pretrained`, like `max_memory`, `offload_folder` and
+            `local_files_only`.
+        load_in_4bit: quantise the language model (bitsandbytes nf4, double quantisation).
+        load_in_8bit: the same with LLM.int8().
+        quantization_config: your own, checked after loading against its
+            `llm_int8_skip_modules`. False loads the base model of an adapter unquantised.
+        max_memory: how much each device may hold.
+        offload_folder: where parts on "disk" go.
+        base: the base model of an adapter, if it has moved.
+        trainable: leave an adapter's weights trainable.
         trust_remote_code: run Python code that comes with the checkpoint.
-        allow_pickle: also load weights that are not safetensors; loading such a file can run
-            code that is hidden in it.
-        revision: branch, tag or commit on the hub (of the adapter, where it is one).
+        allow_pickle: also load weights that are not safetensors; such a file can run any code.
+        revision: branch, tag or commit on the hub (of the adapter, if `path` is one).
         local_files_only: do not use the network.
         **options: fields of `MergeConfig`, for instance `algorithm="tome"`.
 
     Returns:
-        (model in eval mode, processor). The model is a `PeftModel` where `path` is an adapter.
+        (model in eval mode, processor). The model is a `PeftModel` if `path` is an adapter.
 
     Raises:
         FileNotFoundError: no such folder.
         OSError: the hub does not have it, or cannot be reached.
-        TypeError: the checkpoint is no LLaVA this package knows.
+        TypeError: not a supported model.
         ValueError: the checkpoint is incomplete or damaged, an option is out of range, or an
             adapter belongs to another model.
         ImportError: bitsandbytes or PEFT is needed and not installed.
-        RuntimeError: something else was quantised than what was to be.
+        RuntimeError: the wrong layers were quantised.
     """
+    path = resolve(path)
     source: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     adapter = find_adapter_at(path, allow_pickle=allow_pickle, **source)
     if base is not None and adapter is None:
-        raise ValueError(f"base={os.fspath(base)} is for PEFT adapters, but {path} is none")
+        raise ValueError(f"base={os.fspath(base)} is for PEFT adapters, which {path} is not")
     bits = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
     quantised = _quantization(adapter, bits, quantization_config, device_map)
     name = existing(path if adapter is None else adapter.base(base))
@@ -156,7 +135,7 @@ def load(
 def saved_merge_config(
     path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
 ) -> MergeConfig | None:
-    """The merge config beside a checkpoint, None where there is none.
+    """The merge config saved with a checkpoint; None if there is none.
 
     Raises:
         ValueError: the file is damaged or holds a wrong value.
@@ -166,7 +145,7 @@ def saved_merge_config(
         CONFIG_NAME,
         revision=revision,
         local_files_only=local_files_only,
-        # The file is optional; whatever is wrong with the hub shows when config.json is read.
+        # The file is optional; problems with the hub show up when config.json is read.
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
@@ -175,11 +154,11 @@ def saved_merge_config(
 
 
 def complete_processor(processor: Any, model: Any) -> Any:
-    """Give an old processor the numbers it needs to count image placeholders; in place.
+    """Give an old processor what it needs to count image placeholders; in place.
 
-    Processors saved before transformers 4.45 lack them and write one placeholder per image,
-    which today's models refuse. As the documentation of transformers recommends, the numbers
-    are taken from the model.
+    Processors saved before transformers 4.45 lack `patch_size` and others, and write one
+    placeholder per image, which today's models refuse. As the documentation of transformers
+    recommends, the values are taken from the model.
 
     Args:
         processor: of a LLaVA.
@@ -195,7 +174,7 @@ def complete_processor(processor: Any, model: Any) -> Any:
     ]
     if "patch_size" in missing:
         processor.patch_size = model.config.vision_config.patch_size
-        # A processor so old does not know of the class token either; 0 is only its default.
+        # Such a processor does not count the class token either; 0 is only its default.
         processor.num_additional_image_tokens = int(
             has_class_token(find_adapter(model).parts(model).vision_tower)
         )
@@ -209,7 +188,7 @@ def complete_processor(processor: Any, model: Any) -> Any:
 def _quantization(
     adapter: SavedAdapter | None, bits: dict[str, bool], config: Any, device_map: Any
 ) -> Any:
-    """What the caller asks for, else how the adapter was trained."""
+    """As the caller asks, else as the adapter was trained."""
     asked = config is not None or any(bits.values())
     if adapter is not None and adapter.record.quantization and not asked:
         return recorded_quantization(adapter.record.quantization, device_map)
@@ -233,7 +212,7 @@ def _load_processor(name: str, source: dict[str, Any]) -> Any:
     lacking = [part for part in ("tokenizer", "image_processor") if not hasattr(processor, part)]
     if lacking:
         raise ValueError(
-            f"{name} holds no complete processor (no {' and no '.join(lacking)}); copy the "
+            f"{name} has no complete processor (no {' and no '.join(lacking)}); copy the "
             "processor files of the model it was made from into the folder"
         )
     return processor

@@ -1,7 +1,7 @@
-"""Numbers of a checkpoint of the original llava package, without that package and without weights.
+"""Shapes of a checkpoint of the original llava package, without that package or any weights.
 
-Knows: its config.json, and which model of transformers has the same shapes. Does not know: how its
-weights are loaded (the package does that), or what costs are.
+Reads config.json and builds the transformers model of the same shapes, for counting costs. Loading
+the weights is left to the package.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import (
 
 from .checkpoints import is_original, raw_config, squeezed
 
-# Language model by model_type; the package's first checkpoints have no other name than "llava".
+# Language model by model_type; the package's first checkpoints only say "llava".
 LANGUAGE_MODELS = {
     "llava": "llama",
     "llava_llama": "llama",
@@ -31,25 +31,26 @@ LANGUAGE_MODELS = {
     "llava_mpt": "mpt",
 }
 STRATEGIES = {"patch": "default", "cls_patch": "full"}
-# Fields that belong to the checkpoint as a whole and not to its language model.
+# Fields of the whole checkpoint, not of its language model.
 _NOT_FOR_TEXT = ("model_type", "architectures", "auto_map", "_name_or_path", "transformers_version")
 
 
 def original_shapes(path: str | os.PathLike[str]) -> nn.Module | None:
-    """A model of transformers, on the meta device, with the shapes of an original checkpoint.
+    """A transformers model on the meta device with the shapes of an original checkpoint.
 
-    What differs: transformers computes the logits of one position of a prompt, the package of all.
+    One difference remains: for a prompt, transformers computes the logits of one position, the
+    package those of all.
 
     Args:
         path: a folder with the checkpoint's config.json, or a name on the hub.
 
     Returns:
-        None where `path` is no checkpoint of the original package.
+        None if `path` is not a checkpoint of the original package.
 
     Raises:
         OSError: its config, or that of the vision tower it names, cannot be read.
-        TypeError: its language model is of a kind that is not known.
-        ValueError: its config lacks a field or cannot be used.
+        TypeError: its language model is of an unknown kind.
+        ValueError: its config lacks a field or has an unusable value.
     """
     raw = raw_config(path)
     if not is_original(raw):
@@ -65,8 +66,8 @@ def _config_like(raw: dict[str, Any], name: str) -> Any:
     kind = raw.get("model_type")
     if kind not in LANGUAGE_MODELS:
         raise TypeError(
-            f"{name} has model_type {kind!r}; of the original llava package "
-            f"{', '.join(LANGUAGE_MODELS)} are known"
+            f"{name} has model_type {kind!r}; known types of the original llava package: "
+            f"{', '.join(LANGUAGE_MODELS)}"
         )
     layer = raw.get("mm_vision_select_layer")
     selection = raw.get("mm_vision_select_feature", "patch")
@@ -102,7 +103,7 @@ def _tower_config(tower: Any, name: str) -> Any:
 
 
 def _pinpoints(raw: dict[str, Any], name: str) -> list[list[int]]:
-    """[height, width] as transformers has them; the package has (width, height), maybe as text."""
+    """[height, width] pairs for transformers; the package writes (width, height), maybe as text."""
     found = raw.get("image_grid_pinpoints")
     try:
         pairs: Any = ast.literal_eval(found) if isinstance(found, str) else found

@@ -1,7 +1,7 @@
-"""From an adapter's folder back to base model, quantisation, adapter and merging.
+"""PEFT adapters: found, read with the record of their base model, and attached to it.
 
-Knows: PEFT's files, ours beside them, and how to see that an adapter does not belong to a base
-model. Does not know: how a base model is loaded or wrapped (`models.py`).
+An adapter that belongs to another base model is refused. Loading and wrapping the base model is
+left to `models.py`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class SavedAdapter:
 
     Attributes:
         path: its folder or hub name.
-        config: PEFT's configuration of it.
-        record: what it remembers of its base model.
-        source: `revision` and `local_files_only`, of the adapter.
+        config: its PEFT configuration.
+        record: what was recorded about its base model and training.
+        source: `revision` and `local_files_only` for the adapter's files.
     """
 
     path: str
@@ -44,23 +44,21 @@ class SavedAdapter:
         """Folder or hub name of the base model.
 
         Args:
-            given: what the caller says it is, None for what the adapter says.
+            given: by the caller; None to use what the adapter recorded.
 
         Raises:
-            ValueError: neither says it.
-            FileNotFoundError: it was a folder and is not there.
+            ValueError: neither names it.
+            FileNotFoundError: the recorded folder does not exist.
         """
         if given is not None:
             return os.path.expanduser(os.fspath(given))
         name = self.record.base_model or self.config.base_model_name_or_path
         if not name:
-            raise ValueError(
-                f"{self.path} does not say which model it belongs to; name it with base=PATH"
-            )
+            raise ValueError(f"{self.path} does not name its base model; give it with base=PATH")
         if os.path.isabs(name) and not os.path.isdir(name):
             raise FileNotFoundError(
-                f"{self.path} belongs to the model at {name}, which is not there; name its folder "
-                "with base=PATH"
+                f"{self.path} belongs to the model at {name}, which does not exist; give its "
+                "folder with base=PATH"
             )
         return str(name)
 
@@ -69,7 +67,7 @@ class SavedAdapter:
 
         Args:
             base: a loaded LLaVA; unusable after an error.
-            trainable: leave the adapter's weights open for training.
+            trainable: leave the adapter's weights trainable.
 
         Raises:
             ValueError: the adapter belongs to another model, or its weights are damaged.
@@ -85,7 +83,7 @@ class SavedAdapter:
         self.config.inference_mode = not trainable
         try:
             with warnings.catch_warnings():
-                # The name of the base may differ from the recorded one: that is what base= is for.
+                # PEFT warns if the base has another name than recorded, which base= is for.
                 warnings.simplefilter("ignore")
                 model = get_peft_model(base, self.config)
                 result = model.load_adapter(
@@ -99,7 +97,7 @@ class SavedAdapter:
         if own or result.unexpected_keys:
             where = f"it lacks {own[0]}" if own else f"no place for {result.unexpected_keys[0]}"
             raise ValueError(self._no_fit(base, where))
-        # Who trains on with a loop of their own must not inherit accuracies of before.
+        # After further training, the recorded accuracies would no longer be true.
         remember_training(model, None if trainable else self.record.training)
         return model.train(trainable)
 
@@ -111,7 +109,7 @@ class SavedAdapter:
 
 
 def find_adapter_at(path: Any, *, allow_pickle: bool = False, **source: Any) -> SavedAdapter | None:
-    """The adapter at a path, None where there is a model or nothing (or no path at all).
+    """The adapter at a path; None if there is a model or nothing (or `path` is not a path).
 
     Args:
         path: a folder, or a name on the hub.
@@ -126,7 +124,7 @@ def find_adapter_at(path: Any, *, allow_pickle: bool = False, **source: Any) -> 
         return None
     name = os.path.expanduser(os.fspath(path))
     if not os.path.isdir(name) and (os.path.exists(name) or isinstance(path, os.PathLike)):
-        return None  # no folder, and no name of the hub
+        return None  # neither a folder nor a name on the hub
     if _found(name, "config.json", source) or not _found(name, ADAPTER_CONFIG, source):
         return None
     require("peft", "train", f"{name} (a PEFT adapter)")
@@ -135,7 +133,7 @@ def find_adapter_at(path: Any, *, allow_pickle: bool = False, **source: Any) -> 
     try:
         config = PeftConfig.from_pretrained(name, **source)
         if config.peft_type is None:
-            raise ValueError("it names no peft_type")
+            raise ValueError("peft_type is missing")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{name} holds a PEFT adapter whose {ADAPTER_CONFIG} cannot be used "
@@ -152,7 +150,7 @@ def find_adapter_at(path: Any, *, allow_pickle: bool = False, **source: Any) -> 
 
 
 def _found(name: str, file: str, source: dict[str, Any]) -> str | None:
-    """A file of a folder or hub repository, None where it is not there or cannot be reached."""
+    """A file of a folder or hub repository; None if it is missing or cannot be reached."""
     if os.path.isdir(name):
         path = Path(name) / file
         return str(path) if path.is_file() else None
@@ -166,5 +164,5 @@ def _found(name: str, file: str, source: dict[str, Any]) -> str | None:
             _raise_exceptions_for_connection_errors=False,
         )
     except (OSError, ValueError):
-        return None  # no name of the hub; reading its config.json says so
+        return None  # not a name on the hub; reading config.json will say so
     return found

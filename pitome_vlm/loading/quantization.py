@@ -1,8 +1,8 @@
 """4-bit and 8-bit loading through bitsandbytes, of the language model only.
 
-Knows: what to quantise, how to see that it happened, and what stops quantised layers from passing
-gradients on. Does not know: checkpoints or merging. Vision tower and projector stay in 16 bits:
-they are a few percent of the weights, and tokens are compared by what the tower computes.
+Vision tower and projector stay in 16 bits: they are a few percent of the weights, and tokens are
+compared by the tower's features. The result is checked after loading, and layers that would not
+pass gradients on are repaired.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from ..wrapping.peft_record import quantization_of
 UNQUANTISED = ("vision_tower", "multi_modal_projector")
 SKIPPED = ("lm_head", *UNQUANTISED, *(f"model.{name}" for name in UNQUANTISED))
 QUANTISED_CLASSES = ("Linear4bit", "Linear8bitLt")
-# Rows that bitsandbytes' kernel for AVX512-BF16 takes at once.
+OFFLOADED = frozenset({"cpu", "disk"})
+# The AVX512-BF16 kernel of bitsandbytes takes this many rows at once.
 _PACKED_ROWS = 32
 
 
@@ -34,14 +35,14 @@ def quantization(
     quantization_config: Any = None,
     device_map: Any = None,
 ) -> Any:
-    """The quantisation config to load with, None for none.
+    """The quantisation config to load with; None to load without.
 
     Args:
         load_in_4bit: nf4 with double quantisation, computing in `compute_dtype(device_map)`.
         load_in_8bit: LLM.int8().
-        quantization_config: one of the caller's own, taken as it is.
-        device_map: where the model goes, as for `from_pretrained`. A dict may put some modules on
-            "cpu" or "disk" beside an accelerator: those are not quantised (bitsandbytes).
+        quantization_config: the caller's own, taken as it is.
+        device_map: as for `from_pretrained`. If a dict uses an accelerator, the modules that it
+            puts on "cpu" or "disk" are not quantised (bitsandbytes).
 
     Raises:
         ValueError: more than one of the three.
@@ -74,18 +75,20 @@ def quantization(
 
 
 def recorded_quantization(values: dict[str, Any], device_map: Any = None) -> Any:
-    """The config that `recorded` was made from; bfloat16 only where the device multiplies it.
+    """The quantisation config that an adapter was trained with, for the device of this machine.
 
     Args:
-        values: see `recorded`.
-        device_map: where the model goes this time.
+        values: see `wrapping.peft_record.recorded`.
+        device_map: as for `from_pretrained`; bfloat16 is replaced if the device lacks it.
 
     Raises:
         ImportError: bitsandbytes is not installed.
         ValueError: the values are those of another method, or damaged.
     """
     if values.get("quant_method") != "bitsandbytes":
-        raise ValueError(f"quantisation method {values.get('quant_method')!r} is not known here")
+        raise ValueError(
+            f"unknown quantisation method {values.get('quant_method')!r}; bitsandbytes is supported"
+        )
     require("bitsandbytes", "quant", "a model that was quantised in training")
     config = BitsAndBytesConfig.from_dict(dict(values))
     if config.bnb_4bit_compute_dtype == torch.bfloat16:
@@ -95,14 +98,14 @@ def recorded_quantization(values: dict[str, Any], device_map: Any = None) -> Any
 
 
 def compute_dtype(device_map: Any = None) -> torch.dtype:
-    """The widest type the device multiplies fast: bfloat16 in hardware, else float16 (float32).
+    """The dtype to compute in: one with hardware support on the device.
 
     Args:
         device_map: a device or the name of one; anything else (None, "auto", a dict) means the
-            accelerator of this machine, or the CPU where there is none.
+            accelerator of this machine, or the CPU if there is none.
 
     Returns:
-        bfloat16 where the hardware has it; otherwise float16 on an accelerator, float32 on a CPU.
+        bfloat16 if the hardware has it; otherwise float16 on an accelerator, float32 on a CPU.
     """
     device = _named_device(device_map) or _best_device()
     module = torch.get_device_module(device)
@@ -119,16 +122,15 @@ def compute_dtype(device_map: Any = None) -> torch.dtype:
 def unquantised_dtype(
     dtype: str | torch.dtype, checkpoint: Any, device_map: Any = None
 ) -> str | torch.dtype:
-    """What tower, projector and embeddings of a quantised model are loaded in.
+    """The dtype for tower, projector and embeddings of a quantised model.
 
     Args:
-        dtype: what was asked for; anything but "auto" is taken as it is.
-        checkpoint: dtype the checkpoint was saved in, None where it does not say.
-        device_map: where the model goes.
+        dtype: as requested; anything but "auto" is taken as it is.
+        checkpoint: dtype the checkpoint was saved in; None if it does not say.
+        device_map: as for `from_pretrained`.
 
     Returns:
-        The checkpoint's own 16 bits; of a float32 checkpoint the device's 16 bits, where it has
-        fast ones.
+        "auto" (the checkpoint's own), or for a float32 checkpoint `compute_dtype(device_map)`.
     """
     if dtype != "auto" or checkpoint != torch.float32:
         return dtype
@@ -141,18 +143,19 @@ def quantised_modules(model: nn.Module) -> list[str]:
 
 
 def check_quantised(model: nn.Module, *, language_model_only: bool = False) -> None:
-    """See that what was to be quantised is, and what was to be left alone was left alone.
+    """Check that the right layers were quantised.
 
-    Releases of transformers read `llm_int8_skip_modules` differently and say nothing about an
-    entry that fits no module, so the loaded model is looked at.
+    Releases of transformers read `llm_int8_skip_modules` differently and do not report an entry
+    that matches no module, so the loaded model itself is inspected.
 
     Args:
-        model: loaded with a bitsandbytes config; others pass.
-        language_model_only: all linear layers of the language model (none on "cpu" or "disk"
-            beside an accelerator, not lm_head) and no layer of tower and projector.
+        model: loaded with a bitsandbytes config; other models pass.
+        language_model_only: require every linear layer of the language model to be quantised
+            (except lm_head and layers offloaded to "cpu" or "disk"), and none of tower and
+            projector.
 
     Raises:
-        RuntimeError: otherwise, naming a module.
+        RuntimeError: a layer was quantised that should not be, or the other way round.
     """
     config = quantization_of(model)
     if config is None:
@@ -160,16 +163,16 @@ def check_quantised(model: nn.Module, *, language_model_only: bool = False) -> N
     found = quantised_modules(model)
     if not found:
         raise RuntimeError(
-            "no linear layer of the language model was quantised; pass a quantization_config of "
-            "your own, or load without quantisation"
+            "no linear layer of the language model was quantised; pass your own "
+            "quantization_config, or load without quantisation"
         )
     wishes = list(config.llm_int8_skip_modules or ())
     for wish in [*wishes, *(UNQUANTISED if language_model_only else ())]:
         wrong = [name for name in found if _is_part(name, wish)]
         if wrong:
             raise RuntimeError(
-                f"{len(wrong)} modules of {wish!r} were quantised although they must not be, the "
-                f"first is {wrong[0]}; this release of transformers reads llm_int8_skip_modules "
+                f"{len(wrong)} modules of {wish!r} were quantised but must not be, the first is "
+                f"{wrong[0]}; this release of transformers reads llm_int8_skip_modules "
                 f"from the start of a path: name {wrong[0][: _end_of(wrong[0], wish)]!r} in the "
                 "quantization_config as well"
             )
@@ -178,19 +181,19 @@ def check_quantised(model: nn.Module, *, language_model_only: bool = False) -> N
 
 
 def allow_gradients(model: nn.Module) -> int:
-    """Let 4-bit layers pass gradients on, whatever ran before; in place.
+    """Make 4-bit layers pass gradients on, whatever ran before; in place.
 
-    On CPUs with AVX512-BF16 bitsandbytes (0.50) repacks the weights of a `Linear4bit` in the
-    first forward outside of training, for a kernel that has no gradient: training then changes
-    nothing and says nothing, also after `train()`. Here the layers are told not to repack, and
-    those that did are unpacked again. Call it before training, or before any evaluation between
-    training steps; inference gives the same answers, on such CPUs more slowly.
+    On CPUs with AVX512-BF16, bitsandbytes (0.50) repacks the weights of a `Linear4bit` in the
+    first forward pass outside training, for a kernel without gradients: training then silently
+    changes nothing, even after `train()`. This function tells the layers not to repack, and
+    unpacks those that did. Call it before training, and before any evaluation between training
+    steps. Inference gives the same answers, but is slower on such CPUs.
 
     Args:
         model: with or without quantised layers, also inside a `PeftModel`.
 
     Returns:
-        How many layers had been repacked; a warning says that their scales were rounded by it.
+        How many layers had been repacked; a warning says that this rounded their scales.
     """
     repacked = 0
     layers: list[Any] = [module for module in model.modules() if _is_a(module, "Linear4bit")]
@@ -214,17 +217,17 @@ def allow_gradients(model: nn.Module) -> int:
 
 
 def keep_unpackable(model: nn.Module) -> int:
-    """Let 4-bit layers that bitsandbytes cannot repack be computed as they are; in place.
+    """Keep bitsandbytes from repacking 4-bit layers that it cannot repack; in place.
 
-    On CPUs with AVX512-BF16 the first forward pass repacks every `Linear4bit` row by row. Rows
-    that are no whole number of quantisation blocks, and a number of rows that is no multiple of
-    the kernel's, make bitsandbytes (0.50) fail there with a shape error.
+    On CPUs with AVX512-BF16 the first forward pass repacks every `Linear4bit` row by row.
+    bitsandbytes (0.50) fails there with a shape error if a row is not a whole number of
+    quantisation blocks, or the number of rows is not a multiple of the kernel's.
 
     Args:
         model: with or without quantised layers.
 
     Returns:
-        How many layers are kept as they are.
+        How many layers will not be repacked.
     """
     kept = 0
     layers: list[Any] = [module for module in model.modules() if _is_a(module, "Linear4bit")]
@@ -240,8 +243,8 @@ def keep_unpackable(model: nn.Module) -> int:
 
 def _check_all_quantised(model: nn.Module, skipped: list[str]) -> None:
     placed = getattr(model, "hf_device_map", None) or {}
-    beside = {str(place) for place in placed.values()} - {"cpu", "disk"}
-    away = [name for name, place in placed.items() if beside and str(place) in ("cpu", "disk")]
+    accelerators = {str(place) for place in placed.values()} - OFFLOADED
+    away = [name for name, place in placed.items() if accelerators and str(place) in OFFLOADED]
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or _is_quantised(module):
             continue
@@ -250,13 +253,13 @@ def _check_all_quantised(model: nn.Module, skipped: list[str]) -> None:
             if any(name == there or name.startswith(f"{there}.") for there in away):
                 continue
             raise RuntimeError(
-                f"{name} of the language model was not quantised although it was to be; pass a "
-                "quantization_config of your own, or load without quantisation"
+                f"{name} of the language model should be quantised but is not; pass your own "
+                "quantization_config, or load without quantisation"
             )
 
 
 def _is_part(name: str, wish: str) -> bool:
-    """Whether a module lies in what an entry of `llm_int8_skip_modules` was meant to name."""
+    """Whether an entry of `llm_int8_skip_modules` is meant to cover a module."""
     if f".{wish}." in f".{name}.":
         return True
     try:
@@ -283,10 +286,9 @@ def _is_a(module: nn.Module, class_name: str) -> bool:
 
 
 def _offloads(device_map: Any) -> bool:
-    """Whether some modules go to an accelerator and others to memory or disk."""
+    """Whether some modules go to an accelerator and others to "cpu" or "disk"."""
     places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else ()
-    away = {"cpu", "disk"}
-    return bool(set(places) & away) and bool(set(places) - away)
+    return bool(set(places) & OFFLOADED) and bool(set(places) - OFFLOADED)
 
 
 def _named_device(device_map: Any) -> torch.device | None:

@@ -170,7 +170,7 @@ def fails_in_one_line(result, message: str) -> None:
         (["--count", "401"], "count must be in 1..400"),
         (["--count", "2", "--image", "x.png"], "give one of --image and --count"),
         (["--image", "nowhere.png"], "nowhere.png: no such file"),
-        (["--image", __file__], "not a picture"),
+        (["--image", __file__], "not an image"),
         (["--keep", "0"], "keep must be in (0, 1], got 0"),
         (["--keep", "1"], "keeps all 144 visual tokens"),
         (["--keep", "0.5", "--tokens", "9"], "exactly one of keep"),

@@ -11,7 +11,9 @@ from checkpoint import WEIGHTS, edit_json, edit_weights, save_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
 
-from pitome_vlm.loading.models import load, read_config, saved_merge_config
+from pitome_vlm.demo import checkpoint_path, resolve
+from pitome_vlm.loading.checkpoints import read_config
+from pitome_vlm.loading.models import load, saved_merge_config
 from pitome_vlm.loading.quantization import compute_dtype, quantised_modules
 from pitome_vlm.merge.config import CONFIG_NAME, MergeConfig
 from pitome_vlm.wrapping.wrap import is_wrapped, merge_config, schedule_of
@@ -41,8 +43,8 @@ def fails(error, *said, **arguments):
 
 
 def answer(model, processor, n=4):
-    picture = Image.effect_mandelbrot((120, 120), (-2, -1, 1, 1), 50).convert("RGB")
-    inputs = processor(images=picture, text=PROMPT, return_tensors="pt")
+    image = Image.effect_mandelbrot((120, 120), (-2, -1, 1, 1), 50).convert("RGB")
+    inputs = processor(images=image, text=PROMPT, return_tensors="pt")
     inputs = inputs.to(dtype=model.dtype)
     with torch.no_grad():
         return model.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False)
@@ -148,6 +150,16 @@ class TestPath:
 
     def test_wrong_type(self):
         fails(TypeError, "NoneType", path=None)
+
+    def test_the_bundled_model_is_called_demo_unless_a_folder_is(self, good, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        bundled = load("demo", keep=0.25)[0]
+        assert bundled.name_or_path == str(checkpoint_path())
+        assert (schedule_of(bundled).tokens_in, schedule_of(bundled).tokens_out) == (144, 36)
+        (tmp_path / "demo").mkdir()  # an output folder is not a model
+        assert resolve("demo") == str(checkpoint_path())
+        shutil.copytree(good, "demo", dirs_exist_ok=True)
+        assert load("demo")[0].name_or_path == "demo"
 
 
 class TestConfig:
