@@ -35,7 +35,7 @@ class Costs:
         tower_flops: patch embedding, layers and (SigLIP) pooling head, for all images.
         projector_flops: merging in front of the projector and the projector, for all images.
         merge_flops: the part of `tower_flops` and `projector_flops` that is there for merging
-            alone: comparing tokens, ranking them by attention, resampling them.
+            alone: comparing tokens, ranking them by attention.
         prefill_flops: the language model over the whole prompt, logits of one position.
         kv_bytes_per_image: key-value cache taken by the visual tokens of one image.
         kv_bytes: key-value cache after the prompt.

@@ -55,40 +55,13 @@ def similarity_flops(
 
     Pairs are n^2, or fewer where an algorithm compares two sets only. One that pairs tokens up
     takes several steps where more than half of them go, on fewer tokens each time. One that follows
-    the grid or the sequence compares nothing.
+    the grid compares nothing.
     """
     total = 0
     while n_in > n_out and algorithm.compares:
         left = max(n_out, (n_in + 1) // 2) if algorithm.pairwise else n_out
         total += 2 * algorithm.pairs_compared(n_in, left, ctx) * width
         n_in = left
-    return total
-
-
-def blend_flops(n_in: int, n_out: int, width: int) -> int:
-    """FLOPs of one resampling of n_in tokens of a width to n_out.
-
-    2 (n_out - 1) (n_in + n_out) width, to the frequencies and back; the mean is not counted.
-    """
-    return 2 * (n_out - 1) * (n_in + n_out) * width
-
-
-def merging_flops(
-    n_in: int, n_out: int, metric: int, width: int, algorithm: Algorithm, ctx: MergeContext
-) -> int:
-    """FLOPs of one merge: comparing tokens, or resampling them.
-
-    Args:
-        n_in: tokens before, without leading ones.
-        n_out: tokens after, without leading ones.
-        metric: width of what is compared.
-        width: of the tokens.
-        algorithm: who decides.
-        ctx: what it looks at beside the tokens.
-    """
-    total = similarity_flops(n_in, n_out, metric, algorithm, ctx)
-    if algorithm.resamples and n_out < n_in:
-        total += blend_flops(n_in, n_out, width)
     return total
 
 
@@ -133,7 +106,7 @@ def tower_flops(
         metric = block.self_attn.head_dim if by_keys else vision.hidden_size
         n_first = entering + schedule.n_leading
         ctx = MergeContext(config, index, schedule.depth(index))
-        compared = merging_flops(entering, leaving, metric, vision.hidden_size, algorithm, ctx)
+        compared = similarity_flops(entering, leaving, metric, algorithm, ctx)
         if algorithm.needs_attention and leaving < entering:
             asked = 1 if has_class_token(tower) else n_first
             compared += attention_flops(asked, n_first, vision.hidden_size) // 2
@@ -172,19 +145,17 @@ def projector_flops(
     parts, algorithm = find_adapter(base).parts(base), algorithms.get(config.algorithm)
     projector, hidden = parts.projector, parts.vision_config.hidden_size
     depths = _feature_depths(base.config, schedule)
-    merging = _carrying_flops(depths, hidden, schedule, algorithm)
     if footprint is not None and (schedule.packed or footprint.frames):
-        packed = _packed_flops(base, schedule, config, footprint)
-        merging = footprint.tiles * merging + packed
+        merging = _packed_flops(base, schedule, config, footprint)
         projected = footprint.tiles * schedule.tower_out
         if footprint.frames and find_adapter(base).videos_pooled_first:
             projected = _out(schedule, config, footprint)
         return merging + projected * linear_flops(projector), merging
     width = hidden * len(depths)
     entering = schedule.tower[-1][1] if schedule.tower else schedule.n_tokens
-    ctx = _context_behind(config, schedule)
+    ctx, merging = _context_behind(config, schedule), 0
     for leaving in schedule.projector:
-        merging += merging_flops(entering, leaving, width, width, algorithm, ctx)
+        merging += similarity_flops(entering, leaving, width, algorithm, ctx)
         entering = leaving
     return merging + schedule.tokens_out * linear_flops(projector), merging
 
@@ -208,7 +179,7 @@ def _packed_flops(base: Any, schedule: Schedule, config: MergeConfig, footprint:
     lengths = [cells * frames for frames in footprint.windows(config.frames_together)]
     shares = zip(shared_out(entering, lengths), shared_out(patches, lengths), strict=True)
     ctx = _context_behind(config, schedule)
-    return sum(merging_flops(n, left, width, width, algorithm, ctx) for n, left in shares)
+    return sum(similarity_flops(n, left, width, algorithm, ctx) for n, left in shares)
 
 
 def _context_behind(config: MergeConfig, schedule: Schedule) -> MergeContext:
@@ -223,16 +194,6 @@ def _out(schedule: Schedule, config: MergeConfig, footprint: Footprint) -> int:
 
 def _text_width(base: Any) -> int:
     return int(base.config.get_text_config().hidden_size)
-
-
-def _carrying_flops(depths: list[int], width: int, schedule: Schedule, algorithm: Algorithm) -> int:
-    """Features of shallower layers that go through the resamplings made behind them."""
-    total, entering = 0, schedule.n_tokens
-    for layer, leaving in schedule.tower if algorithm.resamples else ():
-        states = sum(depth <= layer for depth in depths)
-        total += states * blend_flops(entering, leaving, width)
-        entering = leaving
-    return total
 
 
 def prefill_flops(base: Any, n_tokens: int) -> int:

@@ -149,7 +149,6 @@ class Algorithm:
         calibrated: sizes and positions are told to the language model by default.
         compares: tokens with each other, which is what it costs (`costs`).
         pairs_compared: (N, M, context) to how many pairs a step from N to M tokens compares.
-        resamples: its plans carry a `MergePlan.blend`, whose products cost as well.
     """
 
     name: str
@@ -166,7 +165,6 @@ class Algorithm:
     calibrated: bool = True
     compares: bool = True
     pairs_compared: Callable[[int, int, MergeContext], int] = every_pair
-    resamples: bool = False
 
 
 @torch.no_grad()

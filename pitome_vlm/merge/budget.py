@@ -7,6 +7,7 @@ Handles: configs and the registry of algorithms. Leaves to adapters: models; a t
 from __future__ import annotations
 
 from . import algorithms
+from .algorithm import Algorithm
 from .config import MergeConfig, Stage
 from .schedule import Budget, Schedule, TowerShape, build_schedule
 
@@ -14,25 +15,36 @@ from .schedule import Budget, Schedule, TowerShape, build_schedule
 FINISHER = "tome"
 
 
-def stage_of(config: MergeConfig) -> Stage:
+def stage_of(config: MergeConfig, algorithm: Algorithm | None = None) -> Stage:
     """Where a config merges: its own stage, else the algorithm's.
 
     `ratio` is about every merging layer of the tower (the paper's r), so it stays there.
+
+    Args:
+        config: the merge options.
+        algorithm: the one that the config names, None to look it up.
     """
-    default = algorithms.get(config.algorithm).default_stage
+    default = (algorithm or algorithms.get(config.algorithm)).default_stage
     if config.ratio is not None and default == "both":
         default = "tower"
     return config.stage or default
 
 
-def schedule_for(config: MergeConfig, shape: TowerShape) -> Schedule:
+def schedule_for(
+    config: MergeConfig, shape: TowerShape, algorithm: Algorithm | None = None
+) -> Schedule:
     """Lay a config's budget out over a tower.
+
+    Args:
+        config: the merge options.
+        shape: the tower.
+        algorithm: the one that the config names, None to look it up.
 
     Raises:
         ValueError: unknown algorithm, or a budget that cannot be met.
     """
-    algorithm = algorithms.get(config.algorithm)
-    stage = stage_of(config)
+    algorithm = algorithm or algorithms.get(config.algorithm)
+    stage = stage_of(config, algorithm)
     if shape.projector_only:
         if config.stage in ("tower", "both") or config.ratio is not None:
             asked = f"stage={config.stage!r}" if config.stage else f"ratio={config.ratio}"

@@ -43,15 +43,17 @@ class Groups:
         """Tokens."""
         return len(self.kept)
 
-    def merged(self, plan: MergePlan, features: Tensor, sizes: Tensor) -> Groups:
+    def merged(self, plan: MergePlan, image: int, features: Tensor, sizes: Tensor) -> Groups:
         """These groups after a plan over them, given what it made of features and sizes.
 
         Args:
-            plan: of one picture, [1, n].
+            plan: over the groups of several images, [B, n].
+            image: which of them this is.
             features: [m, C].
             sizes: [m].
         """
-        return Groups(features, sizes, plan.assign[0][self.assign], self.kept[plan.kept[0]])
+        assign, kept = plan.assign[image], plan.kept[image]
+        return Groups(features, sizes, assign[self.assign], self.kept[kept])
 
 
 def joined(parts: list[Groups]) -> Groups:
@@ -87,7 +89,7 @@ def group_cells(values: Tensor, labels: Tensor, anchors: Tensor, wanted: int) ->
     empty = rank.new_full((n,), 2 * len(labels))
     kept, order = (empty.scatter_reduce(0, assign, rank, "amin") % len(labels)).sort()
     assign = torch.empty_like(order).scatter(0, order, cells[:n])[assign]
-    plan = MergePlan(assign[None], kept[None])
+    plan = MergePlan.from_groups(assign[None], kept[None])
     features, sizes = plan.apply(values[None])
     return Groups(features[0], sizes[0], assign, kept)
 
@@ -147,10 +149,7 @@ def _merged(
     plan = make_plan(algorithm, features, target, ctx=context, sizes=sizes)
     merged, grown = plan.apply(features, sizes, weighted=merge_pass.config.weighted)
     return [
-        one.merged(
-            MergePlan(plan.assign[index][None], plan.kept[index][None]), merged[index], grown[index]
-        )
-        for index, one in enumerate(groups)
+        one.merged(plan, index, merged[index], grown[index]) for index, one in enumerate(groups)
     ]
 
 
@@ -169,18 +168,17 @@ def merge_on_grids(
         ValueError: fewer tokens than grids.
     """
     lengths = [rows * columns for rows, columns in grids]
-    plans, n = [], 0
+    assign, kept, start, n = [], [], 0, 0
     for grid, length, count in zip(grids, lengths, shared_out(wanted, lengths), strict=True):
         context = merge_pass.context_behind(0, grid=grid)
         part = groups.features[None, :length]
         plan = make_plan(merge_pass.algorithm, part, count, ctx=context)
-        plans.append(MergePlan(plan.assign + n, plan.kept))
-        n += count
-    starts = [sum(lengths[:index]) for index in range(len(lengths))]
-    kept = [plan.kept + start for plan, start in zip(plans, starts, strict=True)]
-    whole = MergePlan(torch.cat([plan.assign for plan in plans], 1), torch.cat(kept, 1))
+        assign.append(plan.assign + n)
+        kept.append(plan.kept + start)
+        start, n = start + length, n + count
+    whole = MergePlan.from_groups(torch.cat(assign, 1), torch.cat(kept, 1))
     features, sizes = whole.apply(groups.features[None], groups.sizes[None])
-    return groups.merged(whole, features[0], sizes[0])
+    return groups.merged(whole, 0, features[0], sizes[0])
 
 
 def adapted(groups: Groups, fewest: int, merge_pass: MergePass) -> Groups:

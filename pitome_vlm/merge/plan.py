@@ -1,132 +1,64 @@
 """What a merge is and how it is carried out.
 
-Knows: groups of tokens, size-weighted means, sizes, source maps. Does not know: who decided the
-groups and why, and nothing about models.
+Handles groups of tokens, size-weighted means, sizes and source maps. Who decided the groups and why
+is the business of the algorithms.
 
 Axes: B images, N tokens before, M tokens after a merge, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MergePlan:
     """A partition of N tokens into M groups, the same shape for every image of a batch.
 
-    Args:
-        given_assign: [B, N] int64, the group of every token, 0..M-1; None where it follows from
-            `given_moves`.
-        given_kept: [B, M] int64, the token each group is named after; its place is the group's
-            place. None where it follows from `given_moves`: raster order.
+    Made by `from_pairs`, `from_groups`, `from_assignment` or `identity`; all tensors are int64 and
+    computed once, without reading a value back from the device.
+
+    Attributes:
+        assign: [B, N], the group of every token, 0..M-1.
+        kept: [B, M], the token each group is named after; its place is the group's place.
+        moved: [B, N - M], the tokens that give up their place.
+        target: [B, N - M], the group of every moved token.
+        named: [B, N - M], the token that this group is named after.
         prune: the group's value is its named token alone instead of the mean. The other members
-            are still booked on it, so that sizes count every patch.
-        dropped: [B, N] bool, members that are booked on their group and give nothing to its mean;
-            None for none. A group's named token always gives.
+            are still counted in its size, so that sizes add up to all patches.
+        dropped: [B, N] bool, members that count in their group's size and give nothing to its
+            mean; None for none. A group's named token always gives.
         keep_norm: means are scaled to the largest norm in their group (MLERP).
-        blend: [B, N, C] to [B, M, C], the new tokens as fixed combinations of all old ones instead
-            of means of groups (a resampling); `assign` then says whom each one mostly stands for.
-        given_moves: the tokens that give up their place, and the named tokens of the groups they
-            join, each [B, N - M] int64; None where they follow from `given_assign`.
-        n_in: N.
-        n_leading: tokens in front that `blend` is not shown and that stay as they are.
     """
 
-    given_assign: Tensor | None
-    given_kept: Tensor | None
+    assign: Tensor
+    kept: Tensor
+    moved: Tensor
+    target: Tensor
+    named: Tensor
     prune: bool = False
     dropped: Tensor | None = None
     keep_norm: bool = False
-    blend: Callable[[Tensor], Tensor] | None = None
-    given_moves: tuple[Tensor, Tensor] | None = None
-    n_in: int = -1
-    n_leading: int = 0
-    # What was asked for once (`functools.cached_property` takes a lock, which no compiler enters).
-    _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.given_assign is not None:
-            object.__setattr__(self, "n_in", self.given_assign.shape[1])
 
     @property
-    def assign(self) -> Tensor:
-        """[B, N] int64, the group of every token. Most plans are applied without asking for it."""
-        if self.given_assign is not None:
-            return self.given_assign
-        if "assign" not in self._known:
-            kept, moved = self.kept, self.moved
-            places = torch.arange(self.n_out, device=moved.device).expand_as(kept)
-            assign = moved.new_empty(len(moved), self.n_in).scatter_(1, kept, places)
-            self._known["assign"] = assign.scatter_(1, moved, self.target)
-        found: Tensor = self._known["assign"]
-        return found
-
-    @property
-    def kept(self) -> Tensor:
-        """[B, M] int64, the token each group is named after."""
-        if self.given_kept is not None:
-            return self.given_kept
-        if "kept" not in self._known:
-            # A stable sort brings those that stay to the front: no data-dependent shape, hence no
-            # host synchronisation on an accelerator.
-            gone = self.moved.new_zeros(len(self.moved), self.n_in, dtype=torch.int8)
-            order = gone.scatter_(1, self.moved, 1).argsort(dim=1, stable=True)
-            self._known["kept"] = order[:, : self.n_out]
-        found: Tensor = self._known["kept"]
-        return found
-
-    @property
-    def moves(self) -> tuple[Tensor, Tensor]:
-        """Tokens that give up their place, and the named ones of their groups, [B, N - M] int64."""
-        if self.given_moves is not None:
-            return self.given_moves
-        if "moves" not in self._known:
-            stays = torch.ones_like(self.assign).scatter_(1, self.kept, 0)
-            moved = stays.argsort(dim=1, descending=True, stable=True)[:, : self.n_in - self.n_out]
-            target = self.assign.gather(1, moved)
-            self._known["target"] = target
-            self._known["moves"] = (moved, self.kept.gather(1, target))
-        found: tuple[Tensor, Tensor] = self._known["moves"]
-        return found
-
-    @property
-    def moved(self) -> Tensor:
-        """[B, N - M] int64, the tokens that give up their place."""
-        return self.moves[0]
-
-    @property
-    def target(self) -> Tensor:
-        """[B, N - M] int64, the group of every moved token."""
-        _, named = self.moves
-        if "target" not in self._known:
-            if self.given_kept is None:
-                found = torch.searchsorted(self.kept.contiguous(), named.contiguous())
-            else:
-                places = torch.arange(self.n_out, device=named.device).expand_as(self.kept)
-                rank = named.new_empty(len(named), self.n_in).scatter_(1, self.kept, places)
-                found = rank.gather(1, named)
-            self._known["target"] = found
-        target: Tensor = self._known["target"]
-        return target
+    def n_in(self) -> int:
+        """N, tokens before."""
+        return self.assign.shape[1]
 
     @property
     def n_out(self) -> int:
-        """Tokens after."""
-        if self.given_kept is not None:
-            return self.given_kept.shape[1]
-        return self.n_in - self.moves[0].shape[1]
+        """M, tokens after."""
+        return self.kept.shape[1]
 
     @classmethod
     def identity(cls, keys: Tensor) -> MergePlan:
         """Every token its own group, for keys [B, N, ...]."""
         index = torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[0], -1)
-        return cls(index, index)
+        nothing = index[:, :0]
+        return cls(index, index, nothing, nothing, nothing)
 
     @classmethod
     def from_pairs(
@@ -148,7 +80,42 @@ class MergePlan:
                 them in raster order.
             prune: see `MergePlan`.
         """
-        return cls(None, order, prune, given_moves=(sources, destinations), n_in=n_tokens)
+        batch, n_out = len(sources), n_tokens - sources.shape[1]
+        kept = order
+        if kept is None:
+            # A stable sort brings those that stay to the front: no data-dependent shape, hence no
+            # host synchronisation on an accelerator.
+            gone = sources.new_zeros(batch, n_tokens, dtype=torch.int8).scatter_(1, sources, 1)
+            kept = gone.argsort(dim=1, stable=True)[:, :n_out]
+        places = torch.arange(n_out, device=sources.device).expand(batch, n_out)
+        assign = sources.new_empty(batch, n_tokens).scatter_(1, kept, places)
+        target = assign.gather(1, destinations)
+        return cls(assign.scatter_(1, sources, target), kept, sources, target, destinations, prune)
+
+    @classmethod
+    def from_groups(
+        cls,
+        assign: Tensor,
+        kept: Tensor,
+        *,
+        prune: bool = False,
+        dropped: Tensor | None = None,
+        keep_norm: bool = False,
+    ) -> MergePlan:
+        """Groups and the tokens they are named after.
+
+        Args:
+            assign: [B, N] int64 with every value of 0..M-1 present in every row.
+            kept: [B, M] int64, a member of every group.
+            prune: see `MergePlan`.
+            dropped: [B, N] bool, see `MergePlan`.
+            keep_norm: see `MergePlan`.
+        """
+        stays = torch.zeros_like(assign, dtype=torch.int8).scatter_(1, kept, 1)
+        moved = stays.argsort(dim=1, stable=True)[:, : assign.shape[1] - kept.shape[1]]
+        target = assign.gather(1, moved)
+        named = kept.gather(1, target)
+        return cls(assign, kept, moved, target, named, prune, dropped, keep_norm)
 
     @classmethod
     def from_assignment(cls, assign: Tensor, n_out: int) -> MergePlan:
@@ -161,59 +128,52 @@ class MergePlan:
         batch, n_tokens = assign.shape
         index = torch.arange(n_tokens, device=assign.device).expand(batch, n_tokens)
         first = torch.full((batch, n_out), n_tokens, dtype=torch.int64, device=assign.device)
-        return cls(assign, first.scatter_reduce(1, assign, index, "amin"))
+        return cls.from_groups(assign, first.scatter_reduce(1, assign, index, "amin"))
 
     def then(self, later: MergePlan) -> MergePlan:
-        """This plan followed by another one on its output, as one plan.
-
-        Raises:
-            ValueError: a resampling is no partition and has to be applied on its own.
-        """
-        if self.blend is not None or later.blend is not None:
-            raise ValueError("a plan with `blend` cannot be chained; apply one after the other")
+        """This plan followed by another one on its output, as one plan."""
         dropped = self.dropped
         if later.dropped is not None:
             carried = later.dropped.gather(1, self.assign)
             dropped = carried if dropped is None else dropped | carried
-        return MergePlan(
+        return MergePlan.from_groups(
             later.assign.gather(1, self.assign),
             self.kept.gather(1, later.kept),
-            self.prune or later.prune,
-            dropped,
-            self.keep_norm or later.keep_norm,
+            prune=self.prune or later.prune,
+            dropped=dropped,
+            keep_norm=self.keep_norm or later.keep_norm,
         )
 
     def with_leading(self, n_leading: int) -> MergePlan:
-        """The same plan with `n_leading` untouched tokens (CLS) put in front."""
+        """The same plan with `n_leading` untouched tokens (CLS) before its own."""
         if n_leading == 0:
             return self
-        dropped, moves = self.dropped, self.given_moves
+        dropped = self.dropped
         if dropped is not None:
             dropped = torch.nn.functional.pad(dropped, (n_leading, 0))
+        leading = torch.arange(n_leading, device=self.kept.device).expand(len(self.kept), -1)
         return MergePlan(
-            None if self.given_assign is None else _behind(self.given_assign, n_leading),
-            None if self.given_kept is None else _behind(self.given_kept, n_leading),
+            torch.cat([leading, self.assign + n_leading], 1),
+            torch.cat([leading, self.kept + n_leading], 1),
+            self.moved + n_leading,
+            self.target + n_leading,
+            self.named + n_leading,
             self.prune,
             dropped,
             self.keep_norm,
-            self.blend,
-            None if moves is None else (moves[0] + n_leading, moves[1] + n_leading),
-            self.n_in + n_leading,
-            self.n_leading + n_leading,
         )
 
     def merge_sizes(self, sizes: Tensor | None) -> Tensor:
-        """Patches behind every group: [B, N] sizes (None means all one) to [B, M] float32."""
+        """Patches each group stands for: [B, N] sizes (None means all one) to [B, M] float32."""
         return self._sums(sizes)[0]
 
     def _sums(self, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights of every group [B, M] and of every moved token [B, N - M]; None for all one."""
-        kept = self.kept
         if weights is None:
-            total = torch.ones(kept.shape, dtype=torch.float32, device=kept.device)
+            total = torch.ones_like(self.kept, dtype=torch.float32)
             joining = total.new_ones(1, 1).expand_as(self.moved)
         else:
-            total, joining = weights.gather(1, kept), weights.gather(1, self.moved)
+            total, joining = weights.gather(1, self.kept), weights.gather(1, self.moved)
         return total.scatter_add_(1, self.target, joining), joining
 
     def apply(
@@ -233,13 +193,6 @@ class MergePlan:
         sums = self._sums(sizes)
         new_sizes = sums[0]
         exact = torch.promote_types(x.dtype, torch.float32)
-        if self.blend is not None:
-            # Autocast would take the products in half precision.
-            with torch.autocast(x.device.type, enabled=False):
-                mixed = self.blend(x[:, self.n_leading :].to(exact)).to(x.dtype)
-            if self.n_leading:
-                mixed = torch.cat([x[:, : self.n_leading], mixed], 1)
-            return mixed, new_sizes
         merged = take_tokens(x, self.kept)
         if self.prune or self.n_in == self.n_out:
             return merged, new_sizes
@@ -269,10 +222,9 @@ class MergePlan:
         Returns:
             [B, N - M, C].
         """
-        moved, named = self.moves
         share = joining.to(dtype) / total.gather(1, self.target).to(dtype)
-        values = take_tokens(x, moved).to(dtype)
-        return (values - take_tokens(x, named)).mul_(share[..., None])
+        values = take_tokens(x, self.moved).to(dtype)
+        return (values - take_tokens(x, self.named)).mul_(share[..., None])
 
     def _add(self, merged: Tensor, change: Tensor) -> Tensor:
         """Groups' named tokens [B, M, C] and what their other members change."""
@@ -307,14 +259,6 @@ class MergePlan:
     def unmerge(self, y: Tensor) -> Tensor:
         """Spread group values back over their tokens: [B, M, C] to [B, N, C]."""
         return take_tokens(y, self.assign)
-
-
-def _behind(index: Tensor, n_leading: int) -> Tensor:
-    """[B, n] numbers of tokens as they are behind `n_leading` others, and those in front."""
-    moved = torch.nn.functional.pad(index + n_leading, (n_leading, 0))
-    if n_leading > 1:
-        moved[:, :n_leading] = torch.arange(n_leading, device=index.device)
-    return moved
 
 
 def _flat_rows(index: Tensor, n_tokens: int) -> Tensor:

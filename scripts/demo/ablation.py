@@ -22,12 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
-from pitome_vlm import MergeConfig
+from pitome_vlm import MergeConfig, algorithms
 from pitome_vlm.common import write_text
 from pitome_vlm.demo import checkpoint_path, load_split
 from pitome_vlm.measure.demo_benchmark import Setting, concatenate, interval, provenance
+from pitome_vlm.merge import Algorithm, MergeContext, MergePlan
+from pitome_vlm.merge.algorithms.pitome import energies
+from pitome_vlm.merge.matching import keep_only
+from pitome_vlm.merge.similarity import Similarity
 
 from .benchmark import load_model, measure_part
 
@@ -59,11 +64,42 @@ ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("algorithm", "pitome", {"algorithm": "pitome"}),
     ("algorithm", "pitome, hidden states", {"algorithm": "pitome", "metric": "hidden"}),
     ("algorithm", "divprune", {"algorithm": "divprune"}),
+    ("algorithm", "energy_select", {"algorithm": "energy_select"}),
     ("split", "pitome, random", {"algorithm": "pitome", "metric": "hidden", "split": "random"}),
     ("split", "pitome, high/low", {"algorithm": "pitome", "metric": "hidden", "split": "high_low"}),
     ("protect", "pitome, none", {"algorithm": "pitome", "metric": "hidden", "protect": False}),
 )
 BASELINE = MergeConfig(keep=1.0, algorithm="none")
+
+
+def keep_lowest_energy(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
+    """What the paper's energy is worth without its matching: the least redundant tokens stay.
+
+    Args:
+        keys: [B, N, D].
+        n_out: 1..N tokens of lowest energy to keep, of equal ones the earlier.
+        ctx: relative depth.
+    """
+    similarity = Similarity(keys, ctx.pairs)
+    order = energies(similarity, ctx).argsort(dim=-1, stable=True)
+    return keep_only(similarity, order[:, :n_out], order[:, n_out:])
+
+
+# Each process imports this module again and so registers it for itself.
+algorithms.register(
+    Algorithm(
+        name="energy_select",
+        plan=keep_lowest_energy,
+        source="PiToMe's energy (arXiv 2405.16148, eq. 3-4) as a selection score, ours",
+        pairwise=False,
+        one_step=True,
+        # No attention follows the one step in the last layer.
+        proportional_attention=False,
+        # On the bundled model (400 validation questions) it depends on the budget: 89.0 with
+        # against 64.5 without at 36 of 144 tokens, 43.8 against 49.8 at 18.
+        calibrated=False,
+    )
+)
 
 
 def settings() -> Iterator[tuple[str, Setting]]:
@@ -139,6 +175,8 @@ def table(results: dict[str, Any]) -> list[str]:
     whole = f"{100 * right['unreduced'].mean():.1f}"
     lines.append(f"| no reduction | all 144 tokens | {' | '.join([whole] * len(BUDGETS))} |")
     for group, value, options in ROWS:
+        if f"{group}/{value}/{BUDGETS[0]}" not in right:
+            continue  # the run is older than the row
         cells = []
         for tokens in BUDGETS:
             own, default = (

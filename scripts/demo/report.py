@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pitome_vlm import MergeConfig
+from pitome_vlm import MergeConfig, algorithms
 from pitome_vlm.demo import Sample
 from pitome_vlm.measure.demo_benchmark import Outcome, Setting, accuracy_by, interval
 
@@ -23,10 +23,8 @@ BASELINES = {
     "ToMe": "tome",
     "ToFu": "tofu",
     "DiffRate": "diffrate",
-    "DCT": "dct",
     "VisionZip": "visionzip",
     "DivPrune": "divprune",
-    "lowest energy kept": "energy_select",
     "pool": "pool",
 }
 # What every baseline is given too, so that algorithms are compared and not calibrations.
@@ -325,6 +323,8 @@ def from_raw(results: dict[str, Any]) -> tuple[list[Sample], list[Row]]:
     truth = np.array([sample.answer for sample in samples])
     outcomes = []
     for one in results["outcomes"]:
+        if one["config"]["algorithm"] not in algorithms.available():
+            continue  # measured with an algorithm that the package no longer has
         setting = Setting(one["method"], MergeConfig.from_dict(one["config"]))
         correct = np.array(one["answers"]) == truth
         outcomes.append(Outcome(setting, one["tokens"], one["answers"], correct))

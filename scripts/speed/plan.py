@@ -55,10 +55,7 @@ class Series:
         context = MergeContext(
             config, layer=1, depth=0.2, at_projector=self.at_projector, cls_attention=attention
         )
-        made = make_plan(algorithms.get(self.algorithm), keys, n_out, ctx=context)
-        if made.blend is not None:
-            # The decision is nothing there, all work is in carrying it out.
-            made.apply(keys)
+        make_plan(algorithms.get(self.algorithm), keys, n_out, ctx=context)
 
 
 def all_series() -> dict[str, Series]:
@@ -66,10 +63,8 @@ def all_series() -> dict[str, Series]:
     found = {}
     for name in algorithms.available():
         algorithm = algorithms.get(name)
-        costs = algorithm.compares or algorithm.resamples
-        if costs and name not in ("none", "pitome_plus"):
-            by_keys = algorithm.metric == "keys" and not algorithm.resamples
-            width = KEY_WIDTH if by_keys else HIDDEN_WIDTH
+        if algorithm.compares and name not in ("none", "pitome_plus"):
+            width = KEY_WIDTH if algorithm.metric == "keys" else HIDDEN_WIDTH
             # The most that a pairwise step can do; selections leave a quarter.
             share = 0.5 if algorithm.pairwise else 0.25
             found[name] = Series(name, width, share)
@@ -161,8 +156,7 @@ def markdown(found: dict[str, Any]) -> str:
         "64-d are attention keys averaged over heads, 1024-d the hidden states of CLIP-L. Pairwise "
         "algorithms merge half of the tokens, the others leave a quarter. Up to 4096 tokens all "
         "cosines are one matrix, beyond they are made piece by piece. Algorithms that compare "
-        "nothing (`pool`, `none`) are left out; `dct` compares nothing either, its plan is "
-        "measured with carrying it out on the 1024-d tokens.",
+        "nothing (`pool`, `none`) are left out.",
     ]
     tables = (
         ("time", "ms", "Time of one plan in ms (median)"),

@@ -45,10 +45,9 @@ OPTIONS = {
     "pitome, few merges": {"ratio": 0.9, "algorithm": "pitome", "metric": "hidden"},
     "matching early": {"keep": 0.5, "algorithm": "pitome", "early_matching": 0.5},
     "random": {"keep": 0.25, "algorithm": "random"},
-    "dct in front of the projector": {"keep": 0.3, "algorithm": "dct", "stage": "projector"},
     **{
         name: {"keep": 0.3, "algorithm": name}
-        for name in ("tofu", "dct", "diffrate", "visionzip", "divprune", "energy_select")
+        for name in ("tofu", "diffrate", "visionzip", "divprune")
     },
 }
 

@@ -42,7 +42,6 @@ from pitome_vlm.measure.spectral.study import (
     synthetic_study,
     under_assumptions,
 )
-from pitome_vlm.merge.plan import MergePlan
 from pitome_vlm.wrapping.encode import encode_images
 from pitome_vlm.wrapping.wrap import is_wrapped, wrapped
 
@@ -242,13 +241,6 @@ def test_wrong_arguments_are_named(call, message):
 
 def change_of(assign):
     return spectral_change(token_graph(torch.eye(3)), torch.tensor(assign), 3)
-
-
-def test_a_resampling_is_no_partition():
-    index = torch.arange(4)[None]
-    plan = MergePlan(index // 2, index[:, ::2], blend=torch.full((2, 4), 0.25))
-    with pytest.raises(ValueError, match="this algorithm resamples tokens"):
-        composed_groups([plan])
 
 
 def test_mixed_groups_counts_groups_with_several_labels():

@@ -91,28 +91,6 @@ def mlerp(values, group):
     return [v / length * longest for v in mean]
 
 
-def dct_truncated(values, n_out):
-    """One channel: DCT-II, the first n_out coefficients, inverse DCT of that length."""
-    n = len(values)
-
-    def norm(k, points):
-        return math.sqrt((1 if k == 0 else 2) / points)
-
-    spectrum = [
-        norm(k, n)
-        * sum(values[i] * math.cos(math.pi * (2 * i + 1) * k / (2 * n)) for i in range(n))
-        for k in range(n_out)
-    ]
-    return [
-        math.sqrt(n_out / n)
-        * sum(
-            norm(k, n_out) * spectrum[k] * math.cos(math.pi * (2 * i + 1) * k / (2 * n_out))
-            for k in range(n_out)
-        )
-        for i in range(n_out)
-    ]
-
-
 def diffrate_groups(keys, attention, n_out):
     """Groups by kept token, and the members that are pruned instead of merged."""
     ranked = sorted(range(len(keys)), key=lambda i: -attention[i])

@@ -43,7 +43,7 @@ class RecordedMerge:
 
     def change(self) -> SpectralChange:
         """What the merge did to the spectrum of the graph it saw, [B]."""
-        assign = composed_groups([self.plan], algorithm=self.algorithm)
+        assign = composed_groups([self.plan])
         return spectral_change(token_graph(self.keys), assign, self.plan.n_out)
 
 
@@ -126,7 +126,7 @@ def recorded_merges(
 def _without_leading(plan: MergePlan, n_leading: int) -> MergePlan:
     """The partition of the tokens behind the leading ones, which nothing is merged with."""
     assign, kept = (part[:, n_leading:] - n_leading for part in (plan.assign, plan.kept))
-    return MergePlan(assign.cpu(), kept.cpu(), blend=plan.blend)
+    return MergePlan.from_groups(assign.cpu(), kept.cpu())
 
 
 def _recording(algorithm: Algorithm, seen: dict[int, Tensor]) -> Algorithm:
@@ -163,7 +163,7 @@ def merge_changes(
     for name, config in configs.items():
         merges = recorded_merges(model, pixel_values, config)
         plans = [merge.plan for merge in merges]
-        whole, n_out = composed_groups(plans, algorithm=config.algorithm), plans[-1].n_out
+        whole, n_out = composed_groups(plans), plans[-1].n_out
         generator = torch.Generator().manual_seed(config.seed)
         blind = whole[:, torch.randperm(whole.shape[1], generator=generator)]
         changes[name] = TowerChange(

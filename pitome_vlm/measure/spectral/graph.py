@@ -193,26 +193,20 @@ def lemma1_error(
     return (lifted - claimed).abs().amax(-1)
 
 
-def composed_groups(plans: Iterable[MergePlan], *, algorithm: str = "this algorithm") -> Tensor:
+def composed_groups(plans: Iterable[MergePlan]) -> Tensor:
     """Plans made one after the other as one partition of the tokens before the first one.
 
     Args:
         plans: at least one, over the same batch.
-        algorithm: who made them, for the error message.
 
     Returns:
         [B, N] int64, the group of every token after the last plan.
 
     Raises:
-        ValueError: a plan resamples tokens instead of grouping them.
+        ValueError: `plans` is empty.
     """
     assign: Tensor | None = None
     for plan in plans:
-        if plan.blend is not None:
-            raise ValueError(
-                f"{algorithm} resamples tokens instead of grouping them, so there is no partition "
-                "whose spectrum could be compared; leave it out"
-            )
         assign = plan.assign if assign is None else plan.assign.gather(1, assign)
     if assign is None:
         raise ValueError("plans is empty; give at least one")

@@ -197,7 +197,7 @@ def merge_clusters(
     options = options.replace(ratio=ratio, algorithm=algorithm, seed=seed)
     tokens, labels = clusters.draw(seed)
     plans, margins, step_sizes = _merge(tokens, labels, options, steps)
-    assign, n_groups = composed_groups(plans, algorithm=algorithm)[0], plans[-1].n_out
+    assign, n_groups = composed_groups(plans)[0], plans[-1].n_out
     weights = token_graph(tokens)
     change = spectral_change(weights, assign, n_groups)
     within, across = _extreme_cosines(tokens, labels)
@@ -226,7 +226,7 @@ def _merge(
     for step, n_out in enumerate(counts):
         margins.append(margin_at(step / steps) if config.margin is None else config.margin)
         before = plans or [MergePlan.identity(values)]
-        assign = composed_groups(before, algorithm=algorithm.name)[0]
+        assign = composed_groups(before)[0]
         step_sizes.append(_cluster_sizes(assign, labels))
         context = MergeContext(
             config=config,

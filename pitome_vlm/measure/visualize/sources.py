@@ -120,10 +120,7 @@ def _pixel_values(image_processor: Any, image: Image.Image) -> torch.Tensor:
 
 
 def _seen_patches(merge_pass: MergePass, grid: tuple[int, int]) -> npt.NDArray[np.bool_] | None:
-    """Patches whose content is part of some output token, None where all of them are.
-
-    A resampling (`MergePlan.blend`) uses them all.
-    """
+    """Patches whose content is part of some output token, None where all of them are."""
     schedule = merge_pass.schedule
     tower = [merge_pass.plans[layer] for layer in sorted(merge_pass.plans)]
     plans = [*tower, *merge_pass.projector_plans]

@@ -9,10 +9,8 @@ from __future__ import annotations
 from ...common import suggest
 from ..algorithm import Algorithm
 from . import (
-    dct,
     diffrate,
     divprune,
-    energy_select,
     none,
     pitome,
     pitome_plus,
@@ -62,11 +60,9 @@ for _module in (
     pitome_plus,
     tome,
     tofu,
-    dct,
     diffrate,
     visionzip,
     divprune,
-    energy_select,
     random_drop,
     pool,
     none,
