@@ -35,11 +35,16 @@ def swapped_class(base: Any, mixin: Any) -> type[nn.Module]:
 
 def _mirrored(original: Any, replacement: Any) -> Any:
     """`replacement` under the name, docs and signature of `original`, which callers inspect."""
-
-    @functools.wraps(original)
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return replacement(self, *args, **kwargs)
-
+    # A copy and no function around it: some of these run for every decoded token.
+    method = types.FunctionType(
+        replacement.__code__,
+        replacement.__globals__,
+        replacement.__name__,
+        replacement.__defaults__,
+        replacement.__closure__,
+    )
+    method.__kwdefaults__ = replacement.__kwdefaults__
+    functools.update_wrapper(method, original)
     method.__signature__ = _with_added(original, replacement)  # type: ignore[attr-defined]
     return method
 

@@ -1,7 +1,7 @@
 """`pitome-vlm bench`: will merging help this model, this batch, this length of answer?
 
-Knows: its options. Does not know: how anything is timed (`pitome_vlm.measure.bench`) or how the result
-looks (`bench_show.py`).
+Knows: its options. Does not know: how anything is timed (`pitome_vlm.measure.bench`) or how the
+result looks (`bench_show.py`).
 """
 
 from __future__ import annotations

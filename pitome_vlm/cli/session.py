@@ -82,6 +82,6 @@ def merging_line(model: Any) -> str:
     if not is_wrapped(model):
         return "no merging"
     base, merging = merging_of(model)
-    schedule, unit = merging.schedule(base), merging.adapter.counted_per
+    schedule, unit = merging.plan(base).schedule, merging.adapter.counted_per
     name = merge_config(model).algorithm
     return f"{name}: {schedule.tokens_in} -> {schedule.counts_out} visual tokens per {unit}"

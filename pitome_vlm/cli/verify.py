@@ -1,7 +1,8 @@
 """`pitome-vlm verify`: what merging does to the spectrum of the token graph.
 
 Knows: its options, and what is refused before anything is measured. Does not know: how it is
-carried through (`verify_run.py`), shown (`verify_show.py`) or measured (`pitome_vlm.measure.spectral`).
+carried through (`verify_run.py`), shown (`verify_show.py`) or measured
+(`pitome_vlm.measure.spectral`).
 """
 
 from __future__ import annotations

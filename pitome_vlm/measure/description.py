@@ -23,7 +23,7 @@ from ..loading.original import original_shapes
 from ..merge.config import MergeConfig
 from ..merge.counts import Footprint, TokenCount
 from ..merge.schedule import Schedule
-from ..wrapping.encode import planned_calibration, planned_count, planned_schedule
+from ..wrapping.encode import planned, planned_count, planned_schedule
 from ..wrapping.positions import Calibration
 from ..wrapping.wrap import base_model, is_wrapped, merge_config
 from .accounting import Costs, costs
@@ -256,7 +256,7 @@ def describe(
         wrapped=in_force,
         before=costs(model, untouched, text_tokens, config=nothing, **shown),
         after=costs(model, schedule, text_tokens, config=config, **shown),
-        calibration=planned_calibration(model, config),
+        calibration=planned(model, config).calibration,
         weights=weights_of(model),
     )
 

@@ -9,8 +9,11 @@ backward pass.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +42,7 @@ class MergePass:
             work inside the tower; None for the algorithm.
         adapted: what came of every image where each has a count of its own.
         counted: the schedule that budgets are counted by, where it is another one.
+        watch: given "merge in tower", returns a context manager to merge in; None for nobody.
     """
 
     config: MergeConfig
@@ -51,6 +55,7 @@ class MergePass:
     projector_plans: list[MergePlan] = field(default_factory=list)
     adapted: list[Adapted] | None = None
     counted: Schedule | None = None
+    watch: Callable[[str], contextlib.AbstractContextManager[Any]] | None = None
     _after: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,7 +63,9 @@ class MergePass:
 
     def fresh(self) -> MergePass:
         """A pass with the same settings that has seen nothing yet."""
-        return MergePass(self.config, self.schedule, self.algorithm, self.grid, self.finisher)
+        return MergePass(
+            self.config, self.schedule, self.algorithm, self.grid, self.finisher, watch=self.watch
+        )
 
     def count(self, footprint: Footprint) -> TokenCount:
         """Tokens of a picture without and with merging."""
@@ -126,6 +133,14 @@ class MergePass:
         Returns:
             [B, n_leading + M, C].
         """
+        if self.watch is None:
+            return self._merge_in_layer(layer, hidden, metric, cls_attention)
+        with self.watch("merge in tower"):
+            return self._merge_in_layer(layer, hidden, metric, cls_attention)
+
+    def _merge_in_layer(
+        self, layer: int, hidden: Tensor, metric: Tensor, cls_attention: Tensor | None
+    ) -> Tensor:
         before = self.sizes_before(layer)
         if layer not in self._after:
             if before is not None:

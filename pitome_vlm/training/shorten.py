@@ -49,7 +49,8 @@ def shorten(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     base, merging = merging_of(model)
     if not merging.has_pixels(given) or merging.config.is_adaptive:
         return given
-    if merging.is_identity(base, given):
+    plan = merging.plan(base, given)
+    if plan.is_identity():
         return given
     if given.get("position_ids") is not None:
         raise ValueError(
@@ -58,7 +59,7 @@ def shorten(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         )
     placeholders, drop = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids) != 0
     kinds = []
-    for kind, found in merging.counts(base, given).items():
+    for kind, found in plan.counts().items():
         places = ids == merging.adapter.placeholder_ids(base)[kind]
         counts = [one.full for one in found], [one.out for one in found]
         kinds.append((places, *counts, kind))

@@ -20,33 +20,33 @@ from ..merge.counts import Footprint, TokenCount
 from ..merge.schedule import Schedule
 from ..merge.tokens import VisualTokens
 from .image_cache import IMAGE_CACHE
-from .merging import Merging
+from .merging import CallPlan, Merging
 from .original import WrappedOriginalLlava
-from .positions import Calibration, as_model_positions
+from .positions import as_model_positions
 from .prompt import PromptImage, images_of, prepare
 from .wrap import base_model, merging_of
 
 
-def planned_schedule(model: nn.Module, config: MergeConfig) -> Schedule:
-    """The counts `wrap(model, config=config)` would lead to; nothing is changed.
+def planned(model: nn.Module, config: MergeConfig) -> CallPlan:
+    """What `wrap(model, config=config)` would lead to; nothing is run or changed.
+
+    Args:
+        model: a supported model, wrapped or not, also inside a `PeftModel`.
+        config: the options.
 
     Raises:
         TypeError: not a supported model.
-        ValueError: the budget does not fit.
+        ValueError: the budget does not fit, or the language model cannot be told what the config
+            asks for.
     """
+    base = base_model(model)
+    return Merging(config, find_adapter(base)).plan(base)
+
+
+def planned_schedule(model: nn.Module, config: MergeConfig) -> Schedule:
+    """The schedule of `planned`, also where the language model cannot be calibrated as asked."""
     base = base_model(model)
     return schedule_for(config, find_adapter(base).tower_shape(base))
-
-
-def planned_calibration(model: nn.Module, config: MergeConfig) -> Calibration:
-    """What `wrap(model, config=config)` would tell the language model; nothing is changed.
-
-    Raises:
-        TypeError: not a supported model.
-        ValueError: the language model cannot be told what the config asks for.
-    """
-    base = base_model(model)
-    return Merging(config, find_adapter(base)).calibration(base)
 
 
 def planned_count(
@@ -75,7 +75,7 @@ def planned_count(
     if image_size is not None:
         image_size = checked_size(image_size)
     footprint = adapter.footprint(base, image_size=image_size, frames=frames)
-    return footprint, Merging(config, adapter).new_pass(base).count(footprint)
+    return footprint, Merging(config, adapter).plan(base).new_pass().count(footprint)
 
 
 def checked_size(image_size: Any) -> tuple[int, int]:
@@ -106,8 +106,7 @@ def encode_images(model: nn.Module, pixel_values: Tensor, **inputs: Any) -> Visu
         ValueError: the model is not wrapped, or an input is missing.
     """
     base, merging = merging_of(model)
-    encoded = merging.encode(base, inputs | {merging.image_input: pixel_values})
-    return next(one.visual for one in encoded if one.kind == "image")
+    return _encoded(base, merging, inputs | {merging.image_input: pixel_values}, "image")
 
 
 def encode_videos(model: nn.Module, pixel_values_videos: Tensor, **inputs: Any) -> VisualTokens:
@@ -124,8 +123,19 @@ def encode_videos(model: nn.Module, pixel_values_videos: Tensor, **inputs: Any) 
     base, merging = merging_of(model)
     if "pixel_values_videos" not in merging.adapter.pixel_inputs:
         raise ValueError(f"{type(base).__name__} takes no videos")
-    encoded = merging.encode(base, inputs | {"pixel_values_videos": pixel_values_videos})
-    return next(one.visual for one in encoded if one.kind == "video")
+    return _encoded(base, merging, inputs | {"pixel_values_videos": pixel_values_videos}, "video")
+
+
+def _encoded(base: Any, merging: Merging, inputs: dict[str, Any], kind: str) -> VisualTokens:
+    for name in merging.adapter.pixel_inputs:
+        pixels = inputs.get(name)
+        if isinstance(pixels, Tensor) and not pixels.is_floating_point():
+            raise ValueError(
+                f"{name} must be floating point as the model's processor returns it (rescaled "
+                f"and normalised), got {pixels.dtype}"
+            )
+    found = merging.plan(base, inputs).encode(inputs.get(IMAGE_CACHE))
+    return next(one.visual for one in found if one.kind == kind)
 
 
 def visual_token_counts(model: nn.Module, pixel_values: Tensor, **inputs: Any) -> list[int]:
@@ -141,8 +151,8 @@ def visual_token_counts(model: nn.Module, pixel_values: Tensor, **inputs: Any) -
     """
     base, merging = merging_of(model)
     if not merging.config.is_adaptive:
-        counts = merging.counts(base, inputs | {merging.image_input: pixel_values})
-        return [count.out for count in counts["image"]]
+        plan = merging.plan(base, inputs | {merging.image_input: pixel_values})
+        return [count.out for count in plan.counts()["image"]]
     with torch.no_grad():
         return encode_images(model, pixel_values, **inputs).counts
 
@@ -161,16 +171,18 @@ def prompt_images(model: nn.Module, inputs: Mapping[str, Any]) -> list[PromptIma
     base, merging = merging_of(model)
     if not merging.has_pixels(inputs):
         return []
+    plan = merging.plan(base, inputs)
     if merging.config.is_adaptive:
-        encoded = merging.encode(base, inputs)
+        encoded = plan.encode(inputs.get(IMAGE_CACHE))
         counts = {
             one.kind: list(zip(one.visual.full_counts, one.visual.counts, strict=True))
             for one in encoded
         }
     else:
-        planned = merging.counts(base, inputs)
-        counts = {kind: [(one.full, one.out) for one in found] for kind, found in planned.items()}
-    return images_of(base, merging, inputs["input_ids"], counts)
+        counts = {
+            kind: [(one.full, one.out) for one in found] for kind, found in plan.counts().items()
+        }
+    return images_of(plan, inputs["input_ids"], counts)
 
 
 def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
@@ -200,15 +212,16 @@ def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
         return {name: value for name, value in inputs.items() if name != IMAGE_CACHE}
     if isinstance(base, WrappedOriginalLlava):
         return base._pitome_compact_inputs(inputs)
-    prompt = prepare(base, merging, inputs)
+    plan = merging.plan(base, inputs)
+    prompt = prepare(plan, inputs, image_cache=inputs.get(IMAGE_CACHE))
     known = ("inputs_embeds", "attention_mask", "labels", "position_ids")
     compact = {name: getattr(prompt, name) for name in known if getattr(prompt, name) is not None}
     if "position_ids" in compact:
         compact["position_ids"] = as_model_positions(compact["position_ids"])
-    if prompt.calibration.size_bias:
+    if plan.calibration.size_bias:
         compact["token_sizes"] = prompt.sizes
     shape = prompt.compaction.keep.shape
-    adapter = merging.adapter
+    adapter = plan.adapter
     consumed = {*known, "input_ids", *adapter.vision_inputs, *adapter.feature_options, IMAGE_CACHE}
     for name, value in inputs.items():
         if name in consumed:

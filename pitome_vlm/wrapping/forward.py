@@ -6,48 +6,49 @@ Knows: the calling conventions of transformers. Does not know: how images are en
 
 from __future__ import annotations
 
-import functools
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from ..merge.schedule import Schedule
 from ..releases import (
     CACHE_NAME,
     EMBEDS_NEED_EMPTY_CACHE,
     TRANSFORMERS,
     cache_of,
     fill_image_states,
-    with_cache_name,
 )
+from .arguments import named_arguments
 from .columns import compaction
 from .generation import shorter_limits, with_full_prompt, with_prompt
 from .image_cache import IMAGE_CACHE
 from .kv_cache import (
+    CACHED_IMAGES,
     CachedImages,
     cached_images,
     cached_length,
     calibrated,
     check_cache,
+    continued,
     first_position,
     mark_cache,
     query_of,
     with_prompt_images,
 )
-from .merging import Merging
-from .positions import as_model_positions, later_positions
+from .merging import CallPlan, Merging
+from .positions import as_model_positions
 from .prompt import (
     SEQUENCE_INPUTS,
     CompactPrompt,
-    PromptImages,
     all_placeholders,
     compact_attention_mask,
     drop_stale_placeholders,
     prepare,
 )
+
+# In the inputs of a pass: `prepare_inputs_for_generation` has seen to everything.
+PREPARED = "pitome_prepared"
 
 
 class WrappedLlava:
@@ -66,15 +67,16 @@ class WrappedLlava:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward on the shortened prompt; logits and loss are of that length."""
+        if kwargs.pop(PREPARED, False):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         original = super().forward  # type: ignore[misc]
-        call = _named_arguments(original, args, kwargs)
+        call = named_arguments(original, args, kwargs)
         sizes, image_cache = call.pop("token_sizes", None), call.pop(IMAGE_CACHE, None)
         if not self._pitome.has_pixels(call):
-            self._refuse_stale_inputs(call)
-            return original(**calibrated(self, self._pitome, call, sizes))
-        schedule, cache = self._pitome_schedule(call), call.get(CACHE_NAME)
-        if self._pitome.is_identity(self, call):
-            with self._pitome.unmerged(self, call):
+            return original(**self._pitome_without_pixels(call, sizes))
+        plan, cache = self._pitome.plan(self, call), call.get(CACHE_NAME)
+        if plan.is_identity():
+            with plan.unmerged():
                 return original(**call)
         keep = call.get("logits_to_keep")
         if isinstance(keep, Tensor) and keep.numel() > 1:
@@ -82,18 +84,24 @@ class WrappedLlava:
                 "logits_to_keep must be a number where images are merged: indices would point "
                 "into the prompt as it was before"
             )
-        check_cache(self, self._pitome, cache, None, schedule)
+        check_cache(plan, cache, None)
         cached = cached_length(cache)
         start = first_position(cache, call.get("attention_mask"), self.device)  # type: ignore[attr-defined]
-        seen = call | {IMAGE_CACHE: image_cache}
-        prompt = prepare(self, self._pitome, seen, cached=cached, start=start)
+        prompt = prepare(plan, call, image_cache=image_cache, cached=cached, start=start)
         call = self._without_images(call, prompt) | {
             name: getattr(prompt, name) for name in ("attention_mask", "labels", "position_ids")
         }
         call["inputs_embeds"] = prompt.inputs_embeds
         call["position_ids"] = as_model_positions(prompt.position_ids)
-        images = with_prompt_images(cache, prompt, self._pitome.config, schedule.tokens_out)
-        call = calibrated(self, self._pitome, call, images.sizes, prompt.packed_positions)
+        images = with_prompt_images(cache, plan, prompt)
+        call = calibrated(
+            self,
+            call,
+            plan.calibration,
+            images.sizes,
+            images.mask_config,
+            prompt.packed_positions,
+        )
         output = original(**call)
         for one in prompt.encoded:
             fill_image_states(output, one.visual.features, one.kind)
@@ -104,25 +112,22 @@ class WrappedLlava:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate; `sequences` begin with the caller's prompt as it was."""
         original = super().generate  # type: ignore[misc]
-        call = _named_arguments(original, args, kwargs)
+        call = named_arguments(original, args, kwargs)
         ids, image_cache = call.pop("inputs", None), call.pop(IMAGE_CACHE, None)
         if ids is not None:
             call["input_ids"] = ids
         ids, cache = call.get("input_ids"), call.get(CACHE_NAME)
-        schedule, has_pixels = self._pitome_schedule(call), self._pitome.has_pixels(call)
-        if self._pitome.is_identity(self, call) or (
-            not has_pixels and (ids is None or not cached_length(cache))
-        ):
-            # From release 5.24 on generate itself asks for the features, in front of `forward`.
-            with self._pitome.unmerged(self, call):
+        plan, has_pixels = self._pitome.plan(self, call), self._pitome.has_pixels(call)
+        if plan.is_identity() or (not has_pixels and (ids is None or not cached_length(cache))):
+            # From release 5.24 on generate itself asks for the features, before `forward`.
+            with plan.unmerged():
                 return original(**call)
         self._refuse_unsupported(call)
-        placeholders = None if ids is None else all_placeholders(self, self._pitome, ids)
-        check_cache(self, self._pitome, cache, placeholders, schedule)
+        placeholders = None if ids is None else all_placeholders(plan.adapter, self, ids)
+        check_cache(plan, cache, placeholders)
         if not has_pixels:
-            return self._continue_chat(original, ids, call)
-        seen = call | {IMAGE_CACHE: image_cache}
-        prompt = prepare(self, self._pitome, seen, left=_pad_left(call))
+            return self._continue_chat(original, plan, ids, call)
+        prompt = prepare(plan, call, image_cache=image_cache, left=_pad_left(call))
         if EMBEDS_NEED_EMPTY_CACHE and cached_length(cache):
             self._refuse_new_image(prompt, cached_length(cache))
         mask = prompt.attention_mask
@@ -131,66 +136,44 @@ class WrappedLlava:
             "attention_mask": prompt.compaction.valid.long() if mask is None else mask,
             "input_ids": prompt.input_ids,
             # With several numbers per token they are only put in step by step (below).
-            "position_ids": None if self._pitome.adapter.own_positions else prompt.position_ids,
-            "token_sizes": prompt.sizes,
-            "token_positions": prompt.position_ids,
-            "prompt_images": prompt.images,
+            "position_ids": None if plan.adapter.own_positions else prompt.position_ids,
+            "prompt_images": CachedImages.of(plan, prompt),
         }
         return self._run(original, call, short, ids, prompt.inputs_embeds.shape[1])
 
     def prepare_inputs_for_generation(
-        self,
-        *args: Any,
-        token_sizes: Tensor | None = None,
-        token_positions: Tensor | None = None,
-        prompt_images: PromptImages | None = None,
-        **kwargs: Any,
+        self, *args: Any, prompt_images: CachedImages | None = None, **kwargs: Any
     ) -> Any:
         """The model's own inputs of one step, with sizes and positions of merged tokens in them.
 
+        This and `forward` run for every decoded token: what follows from the prompt is not worked
+        out again.
+
         Args:
             *args: as of the model's own method.
-            token_sizes: [B, S] float32, patches behind every column of the prompt.
-            token_positions: [B, S] float32 positions of the prompt, None for the model's own.
-            prompt_images: every image of the prompt.
+            prompt_images: the images of the prompt and what is told about them.
             **kwargs: as of the model's own method.
         """
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
-        if token_sizes is None:
+        cache = inputs.get(CACHE_NAME)
+        images = getattr(cache, CACHED_IMAGES, None)
+        if prompt_images is None:
+            if images is None and not self._pitome.has_pixels(inputs):
+                inputs[PREPARED] = True
             return inputs
-        cache, mask = inputs.get(CACHE_NAME), kwargs.get("attention_mask")
-        images = cached_images(cache)
-        if images is None or images.sizes is not token_sizes:
-            # The first step of this prompt. What follows from the model's modules is not looked
-            # up again for every token.
-            images = CachedImages(
-                self._pitome.config,
-                self._pitome.schedule(self).tokens_out,
-                prompt_images or PromptImages([], len(token_sizes)),
-                self._pitome.calibration(self),
-                token_sizes,
-                token_positions,
-            )
+        if images is None or prompt_images not in (images, images.prompt):
+            # The first step of this prompt.
+            images = prompt_images.copied(len(query_of(inputs)))
             mark_cache(cache, images)
-        # The mask with two axes: one made for a compiled step knows nothing of sizes.
-        step = inputs if mask is None else inputs | {"attention_mask": mask}
-        if token_positions is not None:
-            queries = query_of(inputs).shape[1]
-            total = cached_length(cache) + queries if mask is None else mask.shape[1]
-            positions = as_model_positions(
-                later_positions(token_positions, mask, total)[:, -queries:]
-            )
-            step, inputs = step | {"position_ids": positions}, inputs | {"position_ids": positions}
-        return (
-            calibrated(self, self._pitome, step, token_sizes)
-            if images.calibration.size_bias
-            else inputs
-        )
+        weight: Tensor = self.get_input_embeddings().weight  # type: ignore[attr-defined]
+        images.step(inputs, kwargs.get("attention_mask"), weight.dtype)
+        inputs[PREPARED] = True
+        return inputs
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save the untouched checkpoint with `pitome_config.json` beside it."""
         original = super().save_pretrained  # type: ignore[misc]
-        call = _named_arguments(original, args, kwargs)
+        call = named_arguments(original, args, kwargs)
         if call.get("is_main_process", True):
             # First, so that it is there when the folder is pushed to a hub.
             self._pitome.config.save_pretrained(call["save_directory"])
@@ -200,7 +183,7 @@ class WrappedLlava:
         """Say in `print(model)` what is on."""
         note = f"pitome: {self._pitome.config.summary()}"
         try:
-            schedule = self._pitome.schedule(self)
+            schedule = self._pitome.plan(self).schedule
             unit = self._pitome.adapter.counted_per
             note += f", {schedule.tokens_in} -> {schedule.counts_out} visual tokens per {unit}"
         except (TypeError, ValueError) as error:
@@ -208,10 +191,14 @@ class WrappedLlava:
             note += f", not applicable: {error}"
         return ", ".join(part for part in (super().extra_repr(), note) if part)  # type: ignore[misc]
 
-    def _pitome_schedule(self, call: dict[str, Any]) -> Schedule:
-        names = self._pitome.adapter.feature_options
-        options = {name: call[name] for name in names if call.get(name) is not None}
-        return self._pitome.schedule(self, **options)
+    def _pitome_without_pixels(self, call: dict[str, Any], sizes: Tensor | None) -> dict[str, Any]:
+        """Arguments of a pass over text alone, or over what `compact_inputs` made."""
+        self._refuse_stale_inputs(call)
+        if sizes is not None:
+            plan = self._pitome.plan(self)
+            return calibrated(self, call, plan.calibration, sizes, plan.mask_config())
+        images = cached_images(call.get(CACHE_NAME))
+        return call if images is None else continued(self, call, images)
 
     def _without_images(self, call: dict[str, Any], prompt: CompactPrompt) -> dict[str, Any]:
         """The other arguments; further per-token ones (token types) are shortened with it."""
@@ -239,8 +226,10 @@ class WrappedLlava:
         covered = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else 0
         long_mask = covered > expected
         # One token a step is the decoding loop; looking at it would cost a synchronisation too.
-        old_images = ids.shape[1] > 1 and bool(all_placeholders(self, self._pitome, ids).any())
-        if not (long_mask or old_images) or self._pitome_schedule(call).is_identity:
+        old_images = ids.shape[1] > 1 and bool(
+            all_placeholders(self._pitome.adapter, self, ids).any()
+        )
+        if not (long_mask or old_images) or self._pitome.plan(self, call).schedule.is_identity:
             return
         if long_mask:
             raise ValueError(
@@ -272,11 +261,11 @@ class WrappedLlava:
                 f"{CACHE_NAME} for this turn, or use transformers 5"
             )
 
-    def _continue_chat(self, original: Any, ids: Any, call: dict[str, Any]) -> Any:
+    def _continue_chat(self, original: Any, plan: CallPlan, ids: Any, call: dict[str, Any]) -> Any:
         """A later turn on a cache whose images were merged when they were encoded."""
         images = cached_images(call[CACHE_NAME])
         known = None if images is None else images.images
-        placeholders, drop = drop_stale_placeholders(self, self._pitome, ids, known)
+        placeholders, drop = drop_stale_placeholders(plan, ids, known)
         if not bool(placeholders.any()):
             return original(**call)
         mask, positions = call.get("attention_mask"), call.get("position_ids")
@@ -297,9 +286,7 @@ class WrappedLlava:
         short = call | {
             "input_ids": compact,
             "attention_mask": moves.valid.long() if compact_mask is None else compact_mask,
-            "token_sizes": None if images is None else images.sizes,
-            "token_positions": None if images is None else images.positions,
-            "prompt_images": known,
+            "prompt_images": images,
         }
         return self._run(original, call, short, ids, compact.shape[1])
 
@@ -318,23 +305,6 @@ class WrappedLlava:
         short |= with_full_prompt(call, ids, length)
         given = {name: value for name, value in short.items() if value is not None}
         return with_prompt(original(**given), ids, length)
-
-
-@functools.cache
-def _signature(function: Any) -> inspect.Signature:
-    """Looked up once per class: this runs for every decoded token."""
-    return inspect.signature(function)
-
-
-def _named_arguments(function: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by name, those of **kwargs included."""
-    signature = _signature(function.__func__)
-    named = dict(signature.bind(function.__self__, *args, **kwargs).arguments)
-    del named[next(iter(signature.parameters))]  # self
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            named |= named.pop(name, {})
-    return with_cache_name(named)
 
 
 def _pad_left(call: dict[str, Any]) -> bool | None:

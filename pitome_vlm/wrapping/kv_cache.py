@@ -1,14 +1,13 @@
-"""What a cache remembers about the merged images in it, and how a forward pass goes on from there.
+"""What a key-value cache remembers about the merged images in it, and how a pass continues there.
 
-Knows: caches, masks and positions over columns that are cached and columns that are new. Does not
-know: how images are encoded (`prompt.py`), how a mask or a position is computed
-(`positions.py`), or `generate`.
-
-What is remembered travels as an attribute of the cache: it is copied, kept and thrown away with it.
+Masks and positions over columns that are cached and columns that are new. What is remembered
+travels as an attribute of the cache: it is copied, kept and thrown away with it. How images are
+encoded and how a mask is computed is left to `prompt.py` and `positions.py`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +16,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..merge.config import MergeConfig
-from ..merge.schedule import Schedule
 from ..releases import CACHE_NAME
-from .merging import Merging
+from .merging import CallPlan
 from .positions import Calibration, additive_mask, as_model_positions, extended, later_positions
 from .prompt import CompactPrompt, PromptImages
 
 # The attribute of a cache that holds its `CachedImages`.
-_CACHED_IMAGES = "_pitome_images"
+CACHED_IMAGES = "_pitome_images"
 
 
 def cached_length(cache: Any) -> int:
@@ -32,7 +30,7 @@ def cached_length(cache: Any) -> int:
     return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CachedImages:
     """What a cache remembers about the merged images in it.
 
@@ -42,8 +40,10 @@ class CachedImages:
             differ).
         images: every image that is in it.
         calibration: what the language model was told when the keys were computed.
-        sizes: [B, S] float32, patches behind every column of the prompt.
-        positions: [B, S] float32, positions of the prompt's columns; None for its own columns.
+        sizes: [B, S] float32, patches that every column of the prompt stands for.
+        positions: [B, S] (or [B, S, D]) float32 of the prompt's columns; None for the model's own.
+        mask_config: see `positions.mask_config`.
+        prompt: what this was copied from for beams and samples; None where it was not.
     """
 
     config: MergeConfig
@@ -52,35 +52,92 @@ class CachedImages:
     calibration: Calibration
     sizes: Tensor
     positions: Tensor | None
+    mask_config: Any
+    prompt: CachedImages | None = None
+
+    @classmethod
+    def of(cls, plan: CallPlan, prompt: CompactPrompt) -> CachedImages:
+        """What a cache that holds one prompt remembers."""
+        return cls(
+            config=plan.config,
+            tokens_out=plan.schedule.tokens_out,
+            images=prompt.images,
+            calibration=plan.calibration,
+            sizes=prompt.sizes,
+            positions=prompt.position_ids,
+            mask_config=plan.mask_config(),
+        )
+
+    def copied(self, rows: int) -> CachedImages:
+        """The same after `generate` copied every row, so that there are `rows` of them."""
+        copies = rows // len(self.sizes)
+        if copies < 2:
+            return self
+        places = self.positions
+        return dataclasses.replace(
+            self,
+            sizes=self.sizes.repeat_interleave(copies, 0),
+            positions=None if places is None else places.repeat_interleave(copies, 0),
+            prompt=self,
+        )
+
+    def step(self, inputs: dict[str, Any], mask: Tensor | None, dtype: torch.dtype) -> None:
+        """Put positions and mask of merged tokens into the inputs of one step of `generate`.
+
+        This runs for every decoded token.
+
+        Args:
+            inputs: what the model's own preparation returned; changed.
+            mask: [B, T] over everything up to now, None for no padding.
+            dtype: of the attention logits.
+        """
+        embeds, cache = inputs.get("inputs_embeds"), inputs.get(CACHE_NAME)
+        query = inputs["input_ids"] if embeds is None else embeds
+        queries = query.shape[1]
+        if mask is not None:
+            total = mask.shape[1]
+        else:
+            total = queries + (0 if cache is None else int(cache.get_seq_length()))
+        if self.positions is not None:
+            places = later_positions(self.positions, mask, total)[:, -queries:]
+            inputs["position_ids"] = places if places.dim() < 3 else places.permute(2, 0, 1)
+        if self.calibration.size_bias:
+            inputs["attention_mask"] = additive_mask(
+                self.mask_config,
+                self.sizes,
+                batch=query.shape[0],
+                queries=queries,
+                dtype=dtype if embeds is None else embeds.dtype,
+                device=query.device,
+                # With two axes: a mask made for a compiled step knows nothing of sizes.
+                attention_mask=mask,
+                cache=cache,
+            )
 
 
 def mark_cache(cache: Any, images: CachedImages) -> None:
     """Remember in a cache what images are in it."""
     if isinstance(cache, Cache):
-        setattr(cache, _CACHED_IMAGES, images)
+        setattr(cache, CACHED_IMAGES, images)
 
 
 def cached_images(cache: Any) -> CachedImages | None:
     """What `mark_cache` wrote, None for a cache without merged images."""
-    return getattr(cache, _CACHED_IMAGES, None) if isinstance(cache, Cache) else None
+    return getattr(cache, CACHED_IMAGES, None) if isinstance(cache, Cache) else None
 
 
-def check_cache(
-    model: Any, merging: Merging, cache: Any, placeholders: Tensor | None, schedule: Schedule
-) -> None:
+def check_cache(plan: CallPlan, cache: Any, placeholders: Tensor | None) -> None:
     """Refuse a cache whose images were merged otherwise than they would be now.
 
     Args:
-        model: the wrapped model itself.
-        merging: what `wrap` put on it.
+        plan: of this call.
         cache: the caller's cache.
         placeholders: [B, T] bool over the whole conversation, None where it is not at hand.
-        schedule: token counts of this call.
 
     Raises:
         ValueError: old and new count, or old and new calibration differ.
     """
-    length, images = cached_length(cache), cached_images(cache)
+    length, images, schedule = cached_length(cache), cached_images(cache), plan.schedule
     if not length:
         return
     if images is not None:
@@ -89,37 +146,29 @@ def check_cache(
         # Filled by an unwrapped model, or by text alone: its columns are those of the prompt.
         holds_image = placeholders is not None and bool(placeholders[:, :length].any())
         cached = schedule.tokens_in if holds_image else schedule.tokens_out
+    advice = "start a new cache after changing the merge settings"
     if cached != schedule.tokens_out:
         raise ValueError(
             f"{CACHE_NAME} holds images of {cached} visual tokens each, but the model now makes "
-            f"{schedule.tokens_out}; start a new cache after changing the merge settings"
+            f"{schedule.tokens_out}; {advice}"
         )
     if images is None:
         return
-    calibration = merging.calibration(model)
-    if images.calibration != calibration:
+    if images.calibration != plan.calibration:
         raise ValueError(
             f"{CACHE_NAME} was computed with {images.calibration}, but the model now uses "
-            f"{calibration}; start a new cache after changing the merge settings"
+            f"{plan.calibration}; {advice}"
         )
-    adaptive = images.config.is_adaptive or merging.config.is_adaptive
-    if adaptive and images.config != merging.config:
+    adaptive = images.config.is_adaptive or plan.config.is_adaptive
+    if adaptive and images.config != plan.config:
         raise ValueError(
             f"{CACHE_NAME} holds images merged with {images.config.summary()!r}, but the model "
-            f"now merges with {merging.config.summary()!r}; start a new cache after changing the "
-            "merge settings"
+            f"now merges with {plan.config.summary()!r}; {advice}"
         )
-
-
-def query_of(call: dict[str, Any]) -> Tensor:
-    """The new columns of a call: embeddings [B, Q, C] or ids [B, Q]."""
-    embeds = call.get("inputs_embeds")
-    found: Tensor = call["input_ids"] if embeds is None else embeds
-    return found
 
 
 def first_position(cache: Any, mask: Any, device: torch.device) -> Tensor | None:
-    """[B] or [1] position of the first column behind a cache; None for an empty one.
+    """[B] or [1] position of the first column after a cache; None for an empty one.
 
     Args:
         cache: the caller's cache.
@@ -138,55 +187,79 @@ def first_position(cache: Any, mask: Any, device: torch.device) -> Tensor | None
     return torch.full((1,), float(cached), device=device)
 
 
-def with_prompt_images(
-    cache: Any, prompt: CompactPrompt, config: MergeConfig, tokens_out: int
-) -> CachedImages:
+def with_prompt_images(cache: Any, plan: CallPlan, prompt: CompactPrompt) -> CachedImages:
     """What a cache remembers once a prompt is in it too."""
-    sizes, positions, found = prompt.sizes, prompt.position_ids, prompt.images
-    cached, images = cached_length(cache), cached_images(cache)
-    if cached:
-        before = torch.ones(len(sizes), cached, device=sizes.device)
-        if images is not None:
-            before = extended(images.sizes, cached, 1.0)
-            found = images.images.copied(len(sizes)).followed_by(found)
-        sizes = torch.cat([before, sizes], 1)
-    if cached and positions is not None:
-        past = torch.arange(cached, device=sizes.device).expand(len(sizes), cached)
+    new, cached, images = CachedImages.of(plan, prompt), cached_length(cache), cached_images(cache)
+    if not cached:
+        return new
+    sizes, positions, rows = new.sizes, new.positions, len(new.sizes)
+    before = torch.ones(rows, cached, device=sizes.device)
+    found = new.images
+    if images is not None:
+        before = extended(images.sizes, cached, 1.0)
+        found = images.images.copied(rows).followed_by(found)
+    if positions is not None:
+        past = torch.arange(cached, device=sizes.device).expand(rows, cached)
         if images is not None and images.positions is not None:
             past = later_positions(images.positions, None, cached)
         if positions.dim() > past.dim():
             past = past[..., None].expand(-1, -1, positions.shape[-1])
         positions = torch.cat([past.to(positions.dtype), positions], 1)
-    return CachedImages(config, tokens_out, found, prompt.calibration, sizes, positions)
+    sizes = torch.cat([before, sizes], 1)
+    return dataclasses.replace(new, images=found, sizes=sizes, positions=positions)
+
+
+def continued(model: Any, call: dict[str, Any], images: CachedImages) -> dict[str, Any]:
+    """Arguments of one forward pass on a cache with merged images.
+
+    Positions count on in the unreduced layout. A mask that has its four axes already is left as
+    it is.
+
+    Args:
+        model: the wrapped model itself.
+        call: arguments without images.
+        images: what the cache remembers.
+
+    Raises:
+        ValueError: the cache has other rows than the new inputs.
+    """
+    if _is_made(call.get("attention_mask")):
+        return call
+    query = query_of(call)
+    if images.sizes.shape[0] != query.shape[0]:
+        raise ValueError(
+            f"{CACHE_NAME} holds {images.sizes.shape[0]} rows with merged images, but the new "
+            f"inputs have {query.shape[0]}; pass the same rows, or start a new cache"
+        )
+    if images.positions is not None and call.get("position_ids") is None:
+        total = cached_length(call[CACHE_NAME]) + query.shape[1]
+        positions = later_positions(images.positions, call.get("attention_mask"), total)
+        call = call | {"position_ids": as_model_positions(positions[:, -query.shape[1] :])}
+    return calibrated(model, call, images.calibration, images.sizes, images.mask_config)
 
 
 def calibrated(
     model: Any,
-    merging: Merging,
     call: dict[str, Any],
-    sizes: Tensor | None = None,
+    calibration: Calibration,
+    sizes: Tensor,
+    mask_config: Any,
     packed: Tensor | None = None,
 ) -> dict[str, Any]:
     """Arguments of one forward pass, with what the language model is told about merged tokens.
 
     Args:
         model: the wrapped model itself.
-        merging: what `wrap` put on it.
         call: arguments without images. A mask that has its four axes already is left as it is.
-        sizes: [B, S] of the columns from the first cached one on; None takes the cache's.
+        calibration: what it is told.
+        sizes: [B, S] of the columns from the first cached one on.
+        mask_config: see `positions.mask_config`.
         packed: [B, Q] integer positions that restart where samples share a row.
     """
     mask, cache = call.get("attention_mask"), call.get(CACHE_NAME)
-    images = cached_images(cache) if sizes is None else None
-    ready = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.dim() == 4)
-    if ready or (sizes is None and images is None):
+    if _is_made(mask) or not calibration.is_active:
         return call
     query = query_of(call)
-    if images is not None:
-        call, sizes = _continued(call, images, query), images.sizes
-    calibration = merging.calibration(model)
-    if not calibration.is_active:
-        return call
     if not calibration.size_bias and packed is None:
         if mask is None:
             # Without a mask, positions that do not rise by one would read as packed samples.
@@ -195,7 +268,7 @@ def calibrated(
         return call | {"attention_mask": mask}
     weight: Tensor = model.get_input_embeddings().weight
     floats = additive_mask(
-        merging.adapter.text_config(model),
+        mask_config,
         sizes if calibration.size_bias else None,
         batch=query.shape[0],
         queries=query.shape[1],
@@ -208,19 +281,13 @@ def calibrated(
     return call | {"attention_mask": floats}
 
 
-def _continued(call: dict[str, Any], images: CachedImages, query: Tensor) -> dict[str, Any]:
-    """A call on a cache with merged images: positions count on in the unreduced layout.
+def _is_made(mask: Any) -> bool:
+    """Whether a mask is what attention layers read, and not one number per token."""
+    return isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.dim() == 4)
 
-    Raises:
-        ValueError: the cache has other rows than the new inputs.
-    """
-    if images.sizes.shape[0] != query.shape[0]:
-        raise ValueError(
-            f"{CACHE_NAME} holds {images.sizes.shape[0]} rows with merged images, but the new "
-            f"inputs have {query.shape[0]}; pass the same rows, or start a new cache"
-        )
-    if images.positions is None or call.get("position_ids") is not None:
-        return call
-    total = cached_length(call[CACHE_NAME]) + query.shape[1]
-    positions = later_positions(images.positions, call.get("attention_mask"), total)
-    return call | {"position_ids": as_model_positions(positions[:, -query.shape[1] :])}
+
+def query_of(call: dict[str, Any]) -> Tensor:
+    """The new columns of a call: embeddings [B, Q, C] or ids [B, Q]."""
+    embeds = call.get("inputs_embeds")
+    found: Tensor = call["input_ids"] if embeds is None else embeds
+    return found

@@ -1,138 +1,183 @@
-"""A config on a model: its schedule, its calibration, its visual tokens.
+"""What `wrap` puts on a model, and the plan of one call that follows from it.
 
-Knows: configs, the registry of algorithms, adapters, and what of them does not fit together. Does
-not know: prompts, `forward`, `generate`, or how a model gets wrapped.
+A `Merging` is settings; a `CallPlan` is everything that one call needs to know (counts, places,
+what is encoded), worked out once and handed down. How a prompt is shortened, how `forward` and
+`generate` run and how a model gets wrapped is left to the modules that use them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..adapters import Adapter
 from ..adapters.tower import encoding
 from ..merge import algorithms
+from ..merge.algorithm import Algorithm
 from ..merge.budget import FINISHER, schedule_for
 from ..merge.config import MergeConfig
 from ..merge.counts import TokenCount
 from ..merge.merge_pass import MergePass
-from ..merge.schedule import Schedule
+from ..merge.schedule import Schedule, TowerShape
 from ..merge.tokens import Encoded
 from .image_cache import IMAGE_CACHE, ImageCache
-from .positions import Calibration, resolve
+from .positions import Calibration, mask_config, resolve
+
+# The attribute of a wrapped model that holds its `Merging`.
+STATE = "_pitome"
+# Takes the name of a part of the work and returns a context manager to do it in.
+Watch = Callable[[str], contextlib.AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class Merging:
-    """What `wrap` put on a model: plain data, safe to copy and to pickle.
+    """What `wrap` puts on a model: plain data, safe to copy and to pickle.
 
     Attributes:
         config: the options.
         adapter: the model family.
+        watch: measures the parts of an encoding ("encode", "merge in tower"); None for nobody.
     """
 
     config: MergeConfig
     adapter: Adapter
+    watch: Watch | None = None
 
-    def check(self, model: Any) -> None:
-        """See that the config fits the model.
+    def has_pixels(self, call: Mapping[str, Any]) -> bool:
+        """Whether a call brings something to look at."""
+        found = False
+        for name in self.adapter.pixel_inputs:
+            found = found or call.get(name) is not None
+        return found
+
+    @property
+    def image_input(self) -> str:
+        """The argument that holds the pixels of images."""
+        return next(name for name, kind in self.adapter.pixel_inputs.items() if kind == "image")
+
+    def plan(self, model: Any, call: Mapping[str, Any] | None = None) -> CallPlan:
+        """Work out what a call needs to know.
+
+        Args:
+            model: the model itself (no PeftModel around it), wrapped or not; it is not changed.
+            call: the call's arguments; None for a call without images.
 
         Raises:
-            ValueError: the budget cannot be met, or the language model cannot be told what the
-                config asks for.
+            ValueError: the budget does not fit the model, or the config asks for a calibration
+                that its language model cannot have.
         """
-        self.schedule(model)
-        self.calibration(model)
+        adapter, call = self.adapter, call or {}
+        names = (*adapter.vision_inputs, *adapter.feature_options)
+        inputs = {name: call[name] for name in names if call.get(name) is not None}
+        options = {name: inputs[name] for name in adapter.feature_options if name in inputs}
+        algorithm = algorithms.get(self.config.algorithm)
+        shape = adapter.tower_shape(model, **options)
+        return CallPlan(
+            model=model,
+            merging=self,
+            inputs=inputs,
+            algorithm=algorithm,
+            shape=shape,
+            schedule=schedule_for(self.config, shape, algorithm),
+            calibration=self._calibration(model, algorithm),
+        )
 
-    def schedule(self, model: Any, **feature_options: Any) -> Schedule:
-        """Token counts for this model; `feature_options` are those of one call.
-
-        Raises:
-            ValueError: the budget does not fit the model.
-        """
-        return schedule_for(self.config, self.adapter.tower_shape(model, **feature_options))
-
-    def calibration(self, model: Any) -> Calibration:
-        """What the language model is told about merged tokens.
-
-        Raises:
-            ValueError: the config asks for what this language model cannot do.
-        """
-        wanted = algorithms.get(self.config.algorithm).calibrated
-        found = resolve(self.config, self.adapter.text_config(model), wanted=wanted)
+    def _calibration(self, model: Any, algorithm: Algorithm) -> Calibration:
+        text_config = self.adapter.text_config(model)
+        found = resolve(self.config, text_config, wanted=algorithm.calibrated)
         if not self.adapter.own_positions or found.positions != "compact":
             return found
         if self.config.positions == "compact":
             raise ValueError(
-                "positions='compact' is not there for this model, which places tokens by the "
-                "grid of their picture; use 'mean' or 'original'"
+                "positions='compact' is not available for this model, which places tokens by the "
+                "grid of their image; use 'mean' or 'original'"
             )
         return dataclasses.replace(found, positions="mean")
 
-    def new_pass(self, model: Any, **feature_options: Any) -> MergePass:
-        """A fresh pass for one encoding with these settings."""
-        shape = self.adapter.tower_shape(model, **feature_options)
-        algorithm = algorithms.get(self.config.algorithm)
-        return MergePass(
-            config=self.config,
-            schedule=schedule_for(self.config, shape),
-            algorithm=algorithm,
-            grid=shape.grid,
-            finisher=algorithms.get(FINISHER) if algorithm.needs_attention else None,
-        )
 
-    def vision_inputs(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """What of a call's arguments decides its visual tokens."""
-        names = (*self.adapter.vision_inputs, *self.adapter.feature_options)
-        return {name: call[name] for name in names if call.get(name) is not None}
+@dataclass(frozen=True)
+class CallPlan:
+    """What one call needs to know, the same from its first line to its last.
 
-    def has_pixels(self, call: Mapping[str, Any]) -> bool:
-        """Whether a call brings something to look at."""
-        return any(call.get(name) is not None for name in self.adapter.pixel_inputs)
+    Attributes:
+        model: the model itself.
+        merging: what `wrap` put on it.
+        inputs: the arguments of the call that decide its visual tokens.
+        algorithm: who decides what is merged.
+        shape: numbers of the vision tower, read as this call asks for.
+        schedule: token counts per image (or tile).
+        calibration: what the language model is told about merged tokens.
+    """
+
+    model: Any
+    merging: Merging
+    inputs: Mapping[str, Any]
+    algorithm: Algorithm
+    shape: TowerShape
+    schedule: Schedule
+    calibration: Calibration
 
     @property
-    def image_input(self) -> str:
-        """The argument that holds the pixels of pictures."""
-        return next(name for name, kind in self.adapter.pixel_inputs.items() if kind == "image")
+    def config(self) -> MergeConfig:
+        """The options."""
+        return self.merging.config
 
-    def counts(self, model: Any, call: Mapping[str, Any]) -> dict[str, list[TokenCount]]:
-        """Tokens of everything a call brings, by kind; nothing is run.
+    @property
+    def adapter(self) -> Adapter:
+        """The model family."""
+        return self.merging.adapter
+
+    def mask_config(self) -> Any:
+        """See `positions.mask_config`."""
+        return mask_config(self.adapter.text_config(self.model))
+
+    def new_pass(self) -> MergePass:
+        """A fresh pass for one encoding."""
+        finisher = algorithms.get(FINISHER) if self.algorithm.needs_attention else None
+        return MergePass(
+            config=self.config,
+            schedule=self.schedule,
+            algorithm=self.algorithm,
+            grid=self.shape.grid,
+            finisher=finisher,
+            watch=self.merging.watch,
+        )
+
+    def counts(self) -> dict[str, list[TokenCount]]:
+        """Tokens of everything the call brings, by kind; nothing is run.
 
         Raises:
-            ValueError: an input is missing, or the budget does not fit the model.
+            ValueError: an input is missing.
         """
-        inputs = self.vision_inputs(call)
-        merge_pass = self.new_pass(model, **self._options(inputs))
+        merge_pass = self.new_pass()
         return {
             kind: [merge_pass.count(footprint) for footprint in found]
-            for kind, found in self.adapter.footprints(model, inputs).items()
+            for kind, found in self.adapter.footprints(self.model, self.inputs).items()
         }
 
-    def is_identity(self, model: Any, call: Mapping[str, Any]) -> bool:
-        """Whether a call's images all keep all their tokens, so that nothing has to be done."""
-        if not self.has_pixels(call):
-            return self.schedule(model, **self._options(call)).is_identity
-        found = self.counts(model, call).values()
-        return all(count.is_identity for counts in found for count in counts)
+    def is_identity(self) -> bool:
+        """Whether the call's images all keep all their tokens, so that nothing has to be done."""
+        if not self.merging.has_pixels(self.inputs):
+            return self.schedule.is_identity
+        return all(count.is_identity for counts in self.counts().values() for count in counts)
 
-    def encode(self, model: Any, call: Mapping[str, Any]) -> list[Encoded]:
-        """The visual tokens of a call by kind, merged as configured.
+    def encode(self, cache: ImageCache | None = None) -> list[Encoded]:
+        """The visual tokens of the call by kind, merged as configured.
 
         Args:
-            model: an installed model.
-            call: of a call's arguments those that decide the tokens, and `image_cache` if any.
+            cache: where to look first; None for nowhere.
 
         Raises:
-            TypeError: `image_cache` is no `ImageCache`.
+            TypeError: `cache` is no `ImageCache`.
         """
-        inputs, cache = self.vision_inputs(call), call.get(IMAGE_CACHE)
 
         def run() -> list[Encoded]:
-            merge_pass = self.new_pass(model, **self._options(inputs))
-            return self.adapter.encode(model, inputs, merge_pass)
+            watch = self.merging.watch
+            with contextlib.nullcontext() if watch is None else watch("encode"):
+                return self.adapter.encode(self.model, self.inputs, self.new_pass())
 
         if cache is None:
             return run()
@@ -140,23 +185,19 @@ class Merging:
             raise TypeError(
                 f"{IMAGE_CACHE} must be a pitome_vlm.ImageCache, got {type(cache).__name__}"
             )
-        seen = {n: one for n, one in inputs.items() if n not in self.adapter.place_inputs}
-        return cache.find(model, self.config, seen, run)
+        seen = {n: one for n, one in self.inputs.items() if n not in self.adapter.place_inputs}
+        return cache.find(self.model, self.config, seen, run)
 
     @contextlib.contextmanager
-    def unmerged(self, model: Any, call: Mapping[str, Any]) -> Iterator[None]:
+    def unmerged(self) -> Iterator[None]:
         """For the model's own code on a call whose images keep all their tokens.
 
-        Leaves out the layers behind the feature layer where the config asks for that.
+        Leaves out the layers after the feature layer where the config asks for that.
         """
         with contextlib.ExitStack() as stack:
-            if self.config.skip_unused_layers and self.has_pixels(call):
-                everything = dataclasses.replace(self, config=MergeConfig(keep=1.0))
-                merge_pass = everything.new_pass(model, **self._options(call))
-                for tower in self.adapter.parts(model).towers:
+            if self.config.skip_unused_layers and self.merging.has_pixels(self.inputs):
+                everything = Merging(MergeConfig(keep=1.0), self.adapter)
+                merge_pass = everything.plan(self.model, self.inputs).new_pass()
+                for tower in self.adapter.parts(self.model).towers:
                     stack.enter_context(encoding(tower, merge_pass))
             yield
-
-    def _options(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        names = self.adapter.feature_options
-        return {name: call[name] for name in names if call.get(name) is not None}

@@ -7,7 +7,7 @@ goes (`original_layout.py`, `original_inputs.py`), nor how a model gets wrapped 
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +17,13 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..adapters.original_code import PREPARE
-from ..releases import CACHE_NAME, EMBEDS_NEED_EMPTY_CACHE, TRANSFORMERS, cache_of, with_cache_name
-from .forward import WrappedLlava
+from ..releases import CACHE_NAME, EMBEDS_NEED_EMPTY_CACHE, TRANSFORMERS, cache_of
+from .arguments import by_name, named_arguments, parameters_of
+from .forward import PREPARED, WrappedLlava
 from .generation import shorter_limits
 from .image_cache import IMAGE_CACHE
 from .kv_cache import (
+    CachedImages,
     cached_length,
     calibrated,
     check_cache,
@@ -29,6 +31,7 @@ from .kv_cache import (
     mark_cache,
     with_prompt_images,
 )
+from .merging import CallPlan
 from .original_inputs import prepare_original
 from .positions import Calibration
 from .prompt import CompactPrompt
@@ -64,20 +67,22 @@ class WrappedOriginalLlava(WrappedLlava):
             **kwargs: as of the model's own method.
         """
         original = super(WrappedLlava, self).forward  # type: ignore[misc]
-        call = _named_arguments(original, args, kwargs)
+        call = named_arguments(original, args, kwargs)
+        if call.pop(PREPARED, False):
+            return original(**_as_named_by(original, call))
         image_cache = call.pop(IMAGE_CACHE, None)
-        if not self._pitome_sees_images(call):
-            call = calibrated(self, self._pitome, call, token_sizes)
-            with self._pitome.unmerged(self, call):
+        plan, cache = self._pitome.plan(self, call), call.get(CACHE_NAME)
+        if not _sees_images(plan, call):
+            call = self._pitome_without_pixels(call, token_sizes)
+            with plan.unmerged():
                 return original(**_as_named_by(original, call))
-        schedule, cache = self._pitome.schedule(self), call.get(CACHE_NAME)
-        check_cache(self, self._pitome, cache, None, schedule)
+        check_cache(plan, cache, None)
         start = first_position(cache, call.get("attention_mask"), call["input_ids"].device)
         past, call = _without_past(call)
-        prompt = self._pitome_prompt(call | {IMAGE_CACHE: image_cache}, start=start)
+        prompt = prepare_original(plan, call, image_cache=image_cache, start=start)
         short = _without_images(call) | _language_inputs(prompt, past)
-        images = with_prompt_images(cache, prompt, self._pitome.config, schedule.tokens_out)
-        short = calibrated(self, self._pitome, short, images.sizes)
+        images = with_prompt_images(cache, plan, prompt)
+        short = calibrated(self, short, plan.calibration, images.sizes, images.mask_config)
         output = original(**_as_named_by(original, short))
         mark_cache(cache_of(output), images)
         return output
@@ -86,18 +91,19 @@ class WrappedOriginalLlava(WrappedLlava):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate, which returns the new tokens only."""
         original = super(WrappedLlava, self).generate  # type: ignore[misc]
-        call = _named_arguments(original, args, kwargs)
+        call = named_arguments(original, args, kwargs)
         image_cache = call.pop(IMAGE_CACHE, None)
-        seen = call | {"input_ids": call.get("inputs"), IMAGE_CACHE: image_cache}
-        if not self._pitome_sees_images(seen):
-            with self._pitome.unmerged(self, call):
+        seen = call | {"input_ids": call.get("inputs")}
+        plan = self._pitome.plan(self, seen)
+        if not _sees_images(plan, seen):
+            with plan.unmerged():
                 return original(**call)
         self._refuse_unsupported(call)
         cache = call.get(CACHE_NAME)
         self._refuse_filled_cache(cache)
-        check_cache(self, self._pitome, cache, None, self._pitome.schedule(self))
-        # Decoding goes on at the end of a row, so shorter rows are padded in front.
-        prompt = self._pitome_prompt(seen, left=True)
+        check_cache(plan, cache, None)
+        # Decoding continues at the end of a row, so shorter rows are padded at the start.
+        prompt = prepare_original(plan, seen, image_cache=image_cache, left=True)
         full, short = prompt.compaction.keep.shape[1], prompt.inputs_embeds.shape[1]
         limits = shorter_limits(
             call,
@@ -109,17 +115,14 @@ class WrappedOriginalLlava(WrappedLlava):
             "inputs": call["inputs"],
             # The package hands this to its own preparation, which is ours below.
             "images": PreparedPrompt(prompt),
-            "token_sizes": prompt.sizes,
-            "token_positions": prompt.position_ids if prompt.calibration.is_active else None,
-            "prompt_images": prompt.images,
+            "prompt_images": CachedImages.of(plan, prompt),
         }
-        known = {name: value for name, value in given.items() if value is not None}
-        return original(**_without_images(call) | limits | known)
+        return original(**_without_images(call) | limits | given)
 
     def prepare_inputs_labels_for_multimodal(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own preparation with merged tokens; its six values cannot carry sizes."""
         original = getattr(super(), PREPARE)
-        call = _by_name(original, args, kwargs)
+        call = by_name(original, args, kwargs)
         images = call.get("images")
         if isinstance(images, PreparedPrompt):
             prompt = images.prompt
@@ -127,16 +130,17 @@ class WrappedOriginalLlava(WrappedLlava):
             if mask is None:
                 mask = prompt.compaction.valid.long()
             return (None, prompt.position_ids, mask, None, prompt.inputs_embeds, None)
-        if not self._pitome_sees_images(call):
-            with self._pitome.unmerged(self, call):
+        plan = self._pitome.plan(self, call)
+        if not _sees_images(plan, call):
+            with plan.unmerged():
                 return original(**call)
-        if self._pitome.calibration(self).is_active:
+        if plan.calibration.is_active:
             logger.warning_once(
                 f"{PREPARE}() was called directly: its values cannot carry sizes and places of "
                 "merged tokens, so they are left out, which costs accuracy at small budgets; call "
                 "forward() or generate() with images=..., or use pitome_vlm.compact_inputs()"
             )
-        prompt = self._pitome_prompt(call, calibration=UNCALIBRATED)
+        prompt = prepare_original(dataclasses.replace(plan, calibration=UNCALIBRATED), call)
         return (
             None,
             prompt.position_ids,
@@ -155,62 +159,30 @@ class WrappedOriginalLlava(WrappedLlava):
                 f"on transformers {TRANSFORMERS}, wrapped or not; leave it out"
             )
 
-    def _pitome_sees_images(self, call: dict[str, Any]) -> bool:
-        """Whether there is something to merge: the package ignores images while it decodes."""
-        ids = call.get("input_ids")
-        given = call.get("images") is not None and call.get("inputs_embeds") is None
-        if not given or not isinstance(ids, Tensor) or ids.shape[1] == 1:
-            return False
-        return not self._pitome.schedule(self).is_identity
-
-    def _pitome_prompt(
-        self, call: dict[str, Any], *, calibration: Calibration | None = None, **options: Any
-    ) -> CompactPrompt:
-        """The prompt of a call with its images encoded and merged; see `prepare_original`."""
-        calibration = calibration or self._pitome.calibration(self)
-        return prepare_original(self, self._pitome, call, calibration=calibration, **options)
-
     def _pitome_compact_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """See `pitome_vlm.compact_inputs`; a batch without images comes back unchanged."""
-        if not self._pitome_sees_images(inputs):
-            return {name: value for name, value in inputs.items() if name != IMAGE_CACHE}
-        prompt = self._pitome_prompt(inputs)
-        compact = _without_images(inputs) | _language_inputs(prompt, None)
-        if prompt.calibration.size_bias:
+        given = {name: value for name, value in inputs.items() if name != IMAGE_CACHE}
+        plan = self._pitome.plan(self, given)
+        if not _sees_images(plan, given):
+            return given
+        prompt = prepare_original(plan, given, image_cache=inputs.get(IMAGE_CACHE))
+        compact = _without_images(given) | _language_inputs(prompt, None)
+        if plan.calibration.size_bias:
             compact["token_sizes"] = prompt.sizes
         return {name: value for name, value in compact.items() if value is not None}
 
 
-@functools.cache
-def _signature(function: Any) -> inspect.Signature:
-    """Looked up once per class: this runs for every decoded token."""
-    return inspect.signature(function)
-
-
-def _parameters(method: Any) -> dict[str, inspect.Parameter]:
-    """Parameters of a bound method, without self."""
-    names = dict(_signature(method.__func__).parameters)
-    del names[next(iter(names))]
-    return names
+def _sees_images(plan: CallPlan, call: dict[str, Any]) -> bool:
+    """Whether there is something to merge: the package ignores images while it decodes."""
+    ids = call.get("input_ids")
+    given = call.get("images") is not None and call.get("inputs_embeds") is None
+    if not given or not isinstance(ids, Tensor) or ids.shape[1] == 1:
+        return False
+    return not plan.schedule.is_identity
 
 
 def _takes_any(parameters: dict[str, inspect.Parameter]) -> bool:
     return any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-
-
-def _named_arguments(method: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by name, the cache under this release's name for it."""
-    return with_cache_name(_by_name(method, args, kwargs))
-
-
-def _by_name(method: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    parameters = _parameters(method)
-    by_place = dict(zip(parameters, args, strict=False))
-    twice = by_place.keys() & kwargs.keys()
-    if twice or len(args) > len(by_place):
-        # Let Python say what is wrong.
-        _signature(method.__func__).bind(method.__self__, *args, **kwargs)
-    return by_place | kwargs
 
 
 def _as_named_by(method: Any, call: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +191,7 @@ def _as_named_by(method: Any, call: dict[str, Any]) -> dict[str, Any]:
     Its `forward` lists what transformers 4.37 passed. Releases before 5 pass `cache_position` as
     well, which follows from the cache; from 5.24 on the cache has another name.
     """
-    parameters = _parameters(method)
+    parameters = parameters_of(method)
     if _takes_any(parameters):
         return call
     renamed = {

@@ -17,18 +17,18 @@ from torch import Tensor
 from ..adapters.original_code import pictures_of
 from ..merge.tokens import VisualTokens
 from .columns import IGNORED_LABEL, Compaction, compaction
-from .merging import Merging
+from .image_cache import ImageCache
+from .merging import CallPlan
 from .original_layout import Layout, lay_out
-from .positions import Calibration, image_offsets
+from .positions import image_offsets
 from .prompt import CompactPrompt, PromptImage, PromptImages
 
 
 def prepare_original(
-    model: Any,
-    merging: Merging,
+    plan: CallPlan,
     inputs: dict[str, Any],
     *,
-    calibration: Calibration,
+    image_cache: ImageCache | None = None,
     left: bool | None = None,
     start: Tensor | None = None,
 ) -> CompactPrompt:
@@ -38,11 +38,10 @@ def prepare_original(
     to cut.
 
     Args:
-        model: the wrapped model itself (no PeftModel around it).
-        merging: what `wrap` put on it.
+        plan: of this call.
         inputs: `input_ids`, `images`, and of `attention_mask`, `labels`, `position_ids`,
             `image_sizes` what there is.
-        calibration: what the language model is to be told.
+        image_cache: where to look for encoded images first.
         left: pad rows of different length in front; None takes the side of the model's config.
         start: [B] position of the first column, None for 0.
 
@@ -51,14 +50,15 @@ def prepare_original(
     """
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     pictures = pictures_of(inputs["images"], inputs.get("image_sizes"))
-    adapter: Any = merging.adapter
-    tokens_in = merging.schedule(model).tokens_in
+    model, calibration = plan.model, plan.calibration
+    adapter: Any = plan.adapter
+    tokens_in = plan.schedule.tokens_in
     layout = lay_out(model, pictures, adapter.items_of(pictures), tokens_in, ids, mask)
-    encoded = merging.encode(model, inputs)
+    encoded = plan.encode(image_cache)
     visual = encoded[0].visual
     images = _images_of(layout, visual, encoded[0].token_id)
     layout = layout.to(visual.features[0].device)
-    at, tokens = _places(layout, visual, in_order=merging.config.restore_order)
+    at, tokens = _places(layout, visual, in_order=plan.config.restore_order)
     slots = torch.zeros_like(layout.valid).flatten().index_fill(0, at, True).view_as(layout.valid)
     keep = _shortened(model, (layout.text >= 0) | slots)
     shown = keep[slots]
@@ -85,7 +85,6 @@ def prepare_original(
         position_ids=positions,
         sizes=moves.take(sizes, 1.0),
         packed_positions=None,
-        calibration=calibration,
         visual=visual,
         encoded=encoded,
         images=images,

@@ -7,8 +7,6 @@ class gets in front of PEFT's own (`wrap.py`), training, or how an adapter is lo
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import os
 import tempfile
 from pathlib import Path
@@ -18,7 +16,8 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
 from ..adapters.swap import is_swapped
-from .merging import Merging
+from .arguments import by_name
+from .merging import STATE, Merging
 from .peft_card import CARD_NAME, card_section, update_card
 from .peft_record import PeftRecord
 
@@ -33,7 +32,7 @@ class WrappedPeft:
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save the adapter with `pitome_config.json` and `pitome_adapter.json` beside it."""
         original = super().save_pretrained  # type: ignore[misc]
-        call = _bound(original, args, kwargs)
+        call = by_name(original, args, kwargs)
         merging = _merging(self)
         if merging is not None and call.get("is_main_process", True):
             record = _record(self)
@@ -52,7 +51,7 @@ class WrappedPeft:
         super().create_or_update_model_card(output_dir)  # type: ignore[misc]
         if merging is not None:
             base, record = self.get_base_model(), _record(self)  # type: ignore[attr-defined]
-            section = card_section(record, merging.config, merging.schedule(base))
+            section = card_section(record, merging.config, merging.plan(base).schedule)
             update_card(path, previous, section, record.base_model)
 
     def push_to_hub(
@@ -128,15 +127,5 @@ def _record(model: Any) -> PeftRecord:
 def _merging(model: Any) -> Merging | None:
     """What is on the model inside, None once that was unwrapped on its own."""
     base = model.get_base_model()
-    merging: Merging | None = base.__dict__.get("_pitome") if is_swapped(base) else None
+    merging: Merging | None = base.__dict__.get(STATE) if is_swapped(base) else None
     return merging
-
-
-@functools.cache
-def _signature(function: Any) -> inspect.Signature:
-    return inspect.signature(function)
-
-
-def _bound(method: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    bound = _signature(method.__func__).bind(method.__self__, *args, **kwargs)
-    return dict(bound.arguments)

@@ -1,13 +1,9 @@
 """Telling a language model how much a merged token stands for and where it sits.
 
-Knows: attention masks, position ids and caches of a Hugging Face language model, and that a token
-of size s counts like s equal tokens when log(s) is added to its attention logit. Does not know:
-how tokens were merged, vision towers, or `generate`.
-
-Both together recover most of what merging loses, each alone hurts (design 6, issue 4; published
-for LLaVA-1.5 as "size and position calibration", reference/peers.md 3). The bias travels as a
-float attention mask made by transformers' own mask functions, so padding, packing, sliding
-windows and static caches are theirs, and sdpa, eager and flex attention add it in their kernels.
+A token of size s counts like s equal tokens when log(s) is added to its attention logit. Size and
+position together recover most of what merging loses, each alone hurts. The bias travels as a float
+attention mask made by transformers' own mask functions, so padding, packing, sliding windows and
+static caches are theirs, and sdpa, eager and flex attention add it in their kernels.
 
 Axes: B rows, Q new columns, S columns of which sizes are known, K columns of keys.
 """
@@ -276,8 +272,16 @@ def later_positions(positions: Tensor, mask: Tensor | None, length: int) -> Tens
     return torch.cat([positions, positions[:, -1:] + steps], 1)
 
 
+def mask_config(text_config: Any) -> Any:
+    """A copy of a language model's configuration for `additive_mask`, whose masks are floats."""
+    own = copy.copy(text_config)
+    # Only for transformers' mask functions: this implementation's masks are always there.
+    own._attn_implementation = "eager"
+    return own
+
+
 def additive_mask(
-    text_config: Any,
+    mask_config: Any,
     sizes: Tensor | None,
     *,
     batch: int,
@@ -290,10 +294,12 @@ def additive_mask(
 ) -> Any:
     """The language model's own causal mask as floats, with log(size) added to merged keys.
 
+    One function without helpers of its own, because it runs for every decoded token.
+
     Args:
-        text_config: configuration of the language model.
-        sizes: [B, S] float32 patches behind every column, 1 for text and for columns that are
-            not covered; None adds nothing.
+        mask_config: see `mask_config`.
+        sizes: [B, S] float32 patches that every column stands for, 1 for text and for columns
+            after the last one; None adds nothing.
         batch: B.
         queries: Q, new columns.
         dtype: of the attention logits.
@@ -306,39 +312,40 @@ def additive_mask(
         [B, 1, Q, K] in `dtype`, or a dict of them by layer type where the language model
         has several kinds of layers.
     """
-    own = copy.copy(text_config)
-    # Only for the mask functions: this implementation's masks are floats and always there.
-    own._attn_implementation = "eager"
     if attention_mask is not None:
         # Asking a static cache for its length would wait for the device at every step.
         total = attention_mask.shape[1]
     else:
         total = queries + (int(cache.get_seq_length()) if cache is not None else 0)
     shape = torch.empty(batch, queries, 0, dtype=dtype, device=device)
-    arguments = {
-        "inputs_embeds": shape,
-        "input_embeds": shape,
-        "attention_mask": attention_mask,
-        CACHE_NAME: cache,
-        "position_ids": packed_positions,
-        "cache_position": torch.arange(total - queries, total, device=device),
-    }
-    known = {name: value for name, value in arguments.items() if name in MASK_ARGUMENTS}
-    masks: Any = create_masks_for_generate(config=own, **known)
-    known_sizes = torch.ones(batch, total) if sizes is None else extended(sizes, total, 1.0)
-    bias = known_sizes.to(device).log()
-    if isinstance(masks, dict):
-        return {kind: _with_bias(mask, bias) for kind, mask in masks.items()}
-    return _with_bias(masks, bias)
-
-
-def _with_bias(mask: Tensor, bias: Tensor) -> Tensor:
-    """[B, 1, Q, K] mask plus [B, total] bias of the columns that the mask is about."""
-    keys = mask.shape[-1]
-    # A sliding window's cache has dropped its first columns; a static one has room behind.
-    visible = extended(bias[:, max(0, bias.shape[1] - keys) :], keys, 0.0)
-    # A padded query attends to nothing. Its output is never read, but with all its logits at the
-    # lowest float torch's CPU kernel returns wrong gradients (1,133 where eager has 2.6): let it
-    # attend to everything instead.
-    nothing = (mask < 0).all(-1, keepdim=True)
-    return mask.masked_fill(nothing, 0.0) + visible.to(mask.dtype)[:, None, None, :]
+    known: dict[str, Any] = {}
+    for name, value in (
+        ("inputs_embeds", shape),
+        ("input_embeds", shape),
+        ("attention_mask", attention_mask),
+        (CACHE_NAME, cache),
+        ("position_ids", packed_positions),
+        ("cache_position", torch.arange(total - queries, total, device=device)),
+    ):
+        if name in MASK_ARGUMENTS:
+            known[name] = value
+    masks: Any = create_masks_for_generate(config=mask_config, **known)
+    bias = None if sizes is None else sizes.to(device).log()
+    found: dict[Any, Tensor] = {}
+    for kind, mask in masks.items() if isinstance(masks, dict) else ((None, masks),):
+        # A padded query attends to nothing. Its output is never read, but with all its logits at
+        # the lowest float torch's CPU kernel returns wrong gradients (1,133 where eager has 2.6):
+        # let it attend to everything instead.
+        nothing = (mask < 0).all(-1, keepdim=True)
+        mask = mask.masked_fill(nothing, 0.0)
+        if bias is not None:
+            # A sliding window's cache has dropped its first columns; a static one has room after.
+            keys = mask.shape[-1]
+            first = max(0, total - keys)
+            visible = bias[:, first:total].to(mask.dtype)
+            missing = keys - visible.shape[1]
+            if missing:
+                visible = torch.nn.functional.pad(visible, (0, missing))
+            mask = mask + visible[:, None, None, :]
+        found[kind] = mask
+    return found if isinstance(masks, dict) else found[None]

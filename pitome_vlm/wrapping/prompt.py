@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..adapters import Adapter
 from ..merge.tokens import Encoded, VisualTokens
 from .columns import (
     IGNORED_LABEL,
@@ -23,7 +24,8 @@ from .columns import (
     prompt_order,
     surplus_placeholders,
 )
-from .merging import Merging
+from .image_cache import ImageCache
+from .merging import CallPlan
 from .positions import (
     Calibration,
     caller_positions,
@@ -99,7 +101,6 @@ class CompactPrompt:
         sizes: [B, S] float32, patches behind every column (1 for text).
         packed_positions: [B, S] the caller's integer positions, shortened, or None; they tell
             where samples that share a row begin.
-        calibration: what the language model is to be told.
         visual: the visual tokens themselves, in prompt order whatever their kind.
         encoded: the same by kind.
         images: what they are, in the same order.
@@ -114,7 +115,6 @@ class CompactPrompt:
     position_ids: Tensor | None
     sizes: Tensor
     packed_positions: Tensor | None
-    calibration: Calibration
     visual: VisualTokens
     encoded: list[Encoded]
     images: PromptImages
@@ -140,19 +140,19 @@ def find_placeholders(
     return (inputs_embeds == reference).all(-1)
 
 
-def all_placeholders(model: Any, merging: Merging, input_ids: Tensor) -> Tensor:
+def all_placeholders(adapter: Adapter, model: Any, input_ids: Tensor) -> Tensor:
     """[B, T] bool, where placeholders of any kind are."""
     found = torch.zeros_like(input_ids, dtype=torch.bool)
-    for token_id in merging.adapter.placeholder_ids(model).values():
+    for token_id in adapter.placeholder_ids(model).values():
         found |= input_ids == token_id
     return found
 
 
 def prepare(
-    model: Any,
-    merging: Merging,
+    plan: CallPlan,
     inputs: dict[str, Any],
     *,
+    image_cache: ImageCache | None = None,
     left: bool | None = None,
     cached: int = 0,
     start: Tensor | None = None,
@@ -160,9 +160,9 @@ def prepare(
     """Encode the images, shorten the prompt and put the visual tokens in.
 
     Args:
-        model: the wrapped LLaVA itself (no PeftModel around it).
-        merging: what `wrap` put on it.
-        inputs: what the adapter encodes, and of `SEQUENCE_INPUTS` what there is.
+        plan: of this call.
+        inputs: of `SEQUENCE_INPUTS` what there is, and what places follow from.
+        image_cache: where to look for encoded images first.
         left: see `columns.compaction`.
         cached: tokens already in the cache that is passed along.
         start: [B] position of the first new column in the unreduced layout, None for 0.
@@ -176,7 +176,8 @@ def prepare(
         raise ValueError("pixel_values need input_ids or inputs_embeds with image placeholders")
     width = (ids if given is None else given).shape[1]  # type: ignore[union-attr]
     past, mask = _split_mask(inputs.get("attention_mask"), width, cached)
-    encoded = merging.encode(model, inputs)
+    model, calibration = plan.model, plan.calibration
+    encoded = plan.encode(image_cache)
     found = [find_placeholders(model, one.token_id, ids, given) for one in encoded]
     placeholders, drop = _joined_placeholders(found, encoded)
     visual, images = _in_prompt_order(found, encoded)
@@ -192,12 +193,11 @@ def prepare(
     features = torch.cat(visual.features).to(embeds.device, embeds.dtype)
     compact_mask = compact_attention_mask(moves, mask, past)
     labels, own = inputs.get("labels"), inputs.get("position_ids")
-    places = merging.adapter.prompt_places(model, inputs, mask)
+    places = plan.adapter.prompt_places(model, inputs, mask)
     packed, own = None, own if places is None else None
     if own is not None:
         own = own.expand_as(drop).to(drop.device)
         packed = moves.take(compact_positions(own, drop), 0)
-    calibration = merging.calibration(model)
     positions = packed
     if places is not None:
         found_places = spread_places(
@@ -216,7 +216,6 @@ def prepare(
         position_ids=positions,
         sizes=ones.masked_scatter(slots, torch.cat(visual.sizes()).to(slots.device)),
         packed_positions=packed,
-        calibration=calibration,
         visual=visual,
         encoded=encoded,
         images=images,
@@ -247,20 +246,20 @@ def _in_prompt_order(
 
 
 def images_of(
-    model: Any, merging: Merging, input_ids: Tensor, counts: dict[str, list[tuple[int, int]]]
+    plan: CallPlan, input_ids: Tensor, counts: dict[str, list[tuple[int, int]]]
 ) -> list[PromptImage]:
     """The images of a prompt, in its order.
 
     Args:
-        model: the wrapped LLaVA.
-        merging: what `wrap` put on it.
+        plan: of this call.
         input_ids: [B, T].
         counts: full and merged count of every image by kind.
 
     Raises:
         ValueError: placeholders and images do not match.
     """
-    tokens = [merging.adapter.placeholder_ids(model)[kind] for kind in counts]
+    ids = plan.adapter.placeholder_ids(plan.model)
+    tokens = [ids[kind] for kind in counts]
     found = [input_ids == token for token in tokens]
     full = [[one[0] for one in own] for own in counts.values()]
     merged = [[one[1] for one in own] for own in counts.values()]
@@ -368,13 +367,12 @@ def _pad_id(model: Any) -> int:
 
 
 def drop_stale_placeholders(
-    model: Any, merging: Merging, input_ids: Tensor, images: PromptImages | None
+    plan: CallPlan, input_ids: Tensor, images: PromptImages | None
 ) -> tuple[Tensor, Tensor]:
     """Surplus placeholders of a prompt whose images were encoded in an earlier turn.
 
     Args:
-        model: the wrapped LLaVA.
-        merging: what `wrap` put on it.
+        plan: of this call.
         input_ids: [B, T], the whole conversation.
         images: of the conversation, in row order; None where nothing is known of them.
 
@@ -387,11 +385,12 @@ def drop_stale_placeholders(
     placeholders = torch.zeros_like(input_ids, dtype=torch.bool)
     drop = torch.zeros_like(placeholders)
     known = [] if images is None else images.copied(len(input_ids)).images
-    for kind, token_id in merging.adapter.placeholder_ids(model).items():
+    schedule = plan.schedule
+    for kind, token_id in plan.adapter.placeholder_ids(plan.model).items():
         places = input_ids == token_id
         own = [one for one in known if one.token_id == token_id]
         full, counts = [one.full for one in own], [one.count for one in own]
-        schedule, found = merging.schedule(model), int(places.sum())
+        found = int(places.sum())
         if kind == "image" and not schedule.packed and found != sum(counts):
             full = [schedule.tokens_in] * _whole_images(found, schedule.tokens_in)
             counts = counts if len(counts) == len(full) else [schedule.tokens_out] * len(full)

@@ -7,6 +7,7 @@ trace. Does not know: what happens in a forward pass (`forward.py`) or how token
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -18,13 +19,12 @@ from ..merge.budget import stage_of
 from ..merge.config import CONFIG_NAME, MergeConfig
 from ..merge.schedule import Schedule
 from .forward import WrappedLlava
-from .merging import Merging
+from .merging import STATE, Merging, Watch
 from .original import WrappedOriginalLlava
 from .peft import WrappedPeft, can_remember
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_STATE = "_pitome"
 # What is put in front of a model's class, by the calling convention that its adapter names.
 MIXINS: dict[str, type] = {"transformers": WrappedLlava, "original": WrappedOriginalLlava}
 
@@ -65,16 +65,16 @@ def wrap(
     if hasattr(base, "_orig_mod"):
         raise TypeError("wrap() the model first and compile it then, not the other way round")
     merging = Merging(config, find_adapter(base))
-    merging.check(base)
+    algorithm = merging.plan(base).algorithm
     fresh = not is_wrapped(base)
     try:
-        merging.adapter.install(base, inside_tower=stage_of(config) != "projector")
+        merging.adapter.install(base, inside_tower=stage_of(config, algorithm) != "projector")
         swap_in(base, MIXINS[merging.adapter.calls])
     except BaseException:
         if fresh:
             merging.adapter.uninstall(base)
         raise
-    base.__dict__[_STATE] = merging
+    base.__dict__[STATE] = merging
     if can_remember(model):
         # From now on what is saved of a PeftModel says how it was merged.
         swap_in(model, WrappedPeft)
@@ -86,7 +86,7 @@ def unwrap(model: Model) -> Model:
     base = base_model(model)
     if is_wrapped(base):
         swap_out(base)
-        base.__dict__.pop(_STATE).adapter.uninstall(base)
+        base.__dict__.pop(STATE).adapter.uninstall(base)
     if model is not base:
         swap_out(model)
     return model
@@ -144,7 +144,7 @@ def base_model(model: nn.Module) -> nn.Module:
 def is_wrapped(model: nn.Module) -> bool:
     """Whether `wrap` is in force on this model."""
     base = base_model(model)
-    return isinstance(base, nn.Module) and is_swapped(base) and _STATE in base.__dict__
+    return isinstance(base, nn.Module) and is_swapped(base) and STATE in base.__dict__
 
 
 def merging_of(model: nn.Module) -> tuple[nn.Module, Merging]:
@@ -158,21 +158,26 @@ def merging_of(model: nn.Module) -> tuple[nn.Module, Merging]:
         raise ValueError(
             f"{type(base).__name__} is not wrapped; call pitome_vlm.wrap(model, keep=0.25) first"
         )
-    return base, base.__dict__[_STATE]
+    return base, base.__dict__[STATE]
 
 
-def put_merging(model: nn.Module, merging: Merging) -> None:
-    """Another `Merging` in place of the one in force, for instance one that watches its passes.
+@contextlib.contextmanager
+def observed(model: nn.Module, watch: Watch) -> Iterator[None]:
+    """Let `watch` measure the parts of every encoding for the length of a block.
 
     Args:
         model: a wrapped model.
-        merging: with the same config and adapter.
+        watch: see `Merging`.
 
     Raises:
         ValueError: the model is not wrapped.
     """
-    base, _ = merging_of(model)
-    base.__dict__[_STATE] = merging
+    base, merging = merging_of(model)
+    base.__dict__[STATE] = dataclasses.replace(merging, watch=watch)
+    try:
+        yield
+    finally:
+        base.__dict__[STATE] = merging
 
 
 def merge_config(model: nn.Module) -> MergeConfig:
@@ -191,4 +196,4 @@ def schedule_of(model: nn.Module) -> Schedule:
         ValueError: the model is not wrapped.
     """
     base, merging = merging_of(model)
-    return merging.schedule(base)
+    return merging.plan(base).schedule

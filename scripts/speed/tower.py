@@ -36,7 +36,7 @@ import pitome_vlm
 from pitome_vlm import MergeConfig
 from pitome_vlm.measure.accounting import costs
 from pitome_vlm.measure.bench import configuration
-from pitome_vlm.measure.bench.clock import Clock, TimedPass
+from pitome_vlm.measure.bench.clock import Clock
 from pitome_vlm.measure.bench.report import hardware
 from pitome_vlm.merge.algorithm import log_size_bias
 from pitome_vlm.merge.merge_pass import MergePass
@@ -139,7 +139,7 @@ def beside_ms(model: Any, row: Row, options: argparse.Namespace) -> float:
     """
     assert row.config is not None
     base, merging = merging_of(pitome_vlm.wrap(model, config=row.config))
-    schedule, by_keys = schedule_of(model), merging.new_pass(base).compares_keys
+    schedule, by_keys = schedule_of(model), merging.plan(base).new_pass().compares_keys
     pitome_vlm.unwrap(model)
     vision, after, total = model.config.vision_config, dict(schedule.tower), 0.0
     count, masked = schedule.n_tokens, False
@@ -188,8 +188,8 @@ def run(model: Any, row: Row, pixels: torch.Tensor) -> tuple[float, float]:
             model.model.get_image_features(pixel_values=pixels)
         else:
             base, merging = merging_of(pitome_vlm.wrap(model, config=row.config))
-            watch, plain = Clock(pixels.device), merging.new_pass(base)
-            own = FreePass.of(plain) if row.free else TimedPass.of(plain, watch)
+            watch, plain = Clock(pixels.device), merging.plan(base).new_pass()
+            own = FreePass.of(plain) if row.free else dataclasses.replace(plain, watch=watch.span)
             merging.adapter.encode(base, {"pixel_values": pixels}, own)
             merge = watch.total("merge in tower") / 1e3
     finally:

@@ -26,7 +26,7 @@ from pitome_vlm import MergeConfig
 from pitome_vlm.adapters import find_adapter
 from pitome_vlm.merge import algorithms
 from pitome_vlm.wrapping.encode import encode_images, planned_count, visual_token_counts
-from pitome_vlm.wrapping.wrap import merging_of
+from pitome_vlm.wrapping.wrap import merging_of, schedule_of
 
 THREE = [(100, 180), (150, 60), (90, 90)]
 
@@ -126,7 +126,7 @@ def test_every_algorithm_hits_the_count_and_books_every_cell(kind, name, stage):
         pitome_vlm.wrap(model, algorithm=name, stage=stage, **budget)
         with torch.no_grad():
             visual = encode_images(model, **vision)
-        schedule = merging_of(model)[1].schedule(model)
+        schedule = schedule_of(model)
         share = {"keep": 0.3}.get(*budget, schedule.tokens_out / schedule.tokens_in)
         assert visual.full_counts == full
         assert visual.counts == [max(2, math.floor(share * n + 0.5)) for n in full]
@@ -236,14 +236,14 @@ def test_a_token_is_the_mean_of_its_cells(kind):
     model = pitome_vlm.wrap(anyres_model(kind), keep=0.4, stage="tower", algorithm="tome")
     base, merging = merging_of(model)
     vision = anyres_pixels(model, [(128, 128)])
-    merge_pass = merging.new_pass(base)
+    merge_pass = merging.plan(base).new_pass()
     with torch.no_grad():
         (encoded,) = merging.adapter.encode(base, vision, merge_pass)
         visual = encoded.visual
         tiles = vision["pixel_values"][0]
         assign, _ = merge_pass.tower_map(len(tiles), tiles.device)
         # The groups' values tile by tile, from a second run with the same decisions.
-        again = merging.new_pass(base)
+        again = merging.plan(base).new_pass()
         from pitome_vlm.adapters.features import feature_choice, read_features
 
         features = read_features(

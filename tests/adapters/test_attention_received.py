@@ -32,7 +32,7 @@ def seen_attention(model, pixels, layer):
     spy = Algorithm("spy", merge_neighbours, "test", pairwise=False, needs_attention=True)
     merge_pass = MergePass(
         config=merging.config,
-        schedule=merging.schedule(base),
+        schedule=merging.plan(base).schedule,
         algorithm=spy,
         grid=merging.adapter.tower_shape(base).grid,
     )

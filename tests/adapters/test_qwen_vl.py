@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 
 import pytest
 import torch
-from tiny_qwen import IMAGE, PATCH, START, VIDEO, qwen
+from tiny_qwen import IMAGE, PATCH, pixels, qwen
+from tiny_qwen import qwen_batch as batch_of
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import pitome_vlm
@@ -20,42 +20,6 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False}
 KINDS = ("qwen2_5_vl", "qwen2_vl")
 # (frames, rows, columns) of patches; twice what is left behind the patch merger.
 SMALL, WIDE, TALL = (1, 8, 8), (1, 4, 16), (1, 12, 6)
-
-
-def pixels(grids, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(math.prod(grid) for grid in grids)
-    return torch.randn(total, 3 * 2 * PATCH * PATCH, generator=generator)
-
-
-def batch_of(model, rows, texts=(5, 9), *, side="left", kind="image", seed=1):
-    """Row i shows pictures with the grids `rows[i]`."""
-    generator = torch.Generator().manual_seed(seed)
-    token = {"image": IMAGE, "video": VIDEO}[kind]
-
-    def words(n):
-        return torch.randint(3, 90, (n,), generator=generator).tolist()
-
-    lines = []
-    for row, text in zip(rows, texts, strict=False):
-        line = words(2)
-        for grid in row:
-            line += [START] + [token] * (math.prod(grid) // 4) + words(2)
-        lines.append(line + words(text))
-    width = max(map(len, lines))
-    ids = torch.zeros(len(lines), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, line in enumerate(lines):
-        place = slice(width - len(line), None) if side == "left" else slice(len(line))
-        ids[i, place], mask[i, place] = torch.tensor(line), 1
-    batch = {"input_ids": ids, "attention_mask": mask}
-    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
-        batch["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
-    grids = [grid for row in rows for grid in row]
-    if grids:
-        name = "pixel_values" if kind == "image" else "pixel_values_videos"
-        batch |= {name: pixels(grids), f"{kind}_grid_thw": torch.tensor(grids)}
-    return batch
 
 
 ROWS = ((SMALL,), (WIDE, TALL))

@@ -133,7 +133,7 @@ def test_a_layer_that_merges_nothing_computes_what_its_class_does(name, attentio
     pitome_vlm.wrap(model, keep=0.5, stage="tower")
     base, merging = merging_of(model)
     tower, pixels = base.model.vision_tower, torch.randn(2, 3, 64, 64)
-    merge_pass = merging.new_pass(base)
+    merge_pass = merging.plan(base).new_pass()
     with torch.no_grad():
         expected = tower(pixels, output_hidden_states=True).hidden_states
         n = expected[0].shape[1]

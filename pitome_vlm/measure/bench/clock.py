@@ -10,19 +10,15 @@ on a wrapped model the pass is one that times its merges. Nothing waits for the 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...adapters import find_adapter
-from ...merge.merge_pass import MergePass
-from ...merge.tokens import Encoded
-from ...wrapping.merging import Merging
-from ...wrapping.wrap import base_model, is_wrapped, merging_of, put_merging
+from ...wrapping.wrap import base_model, is_wrapped, observed
 
 Mark = Any
 
@@ -82,58 +78,6 @@ class Clock:
         return sum(self.between(*span) for span in self.spans.get(name, []))
 
 
-@dataclasses.dataclass
-class TimedPass(MergePass):
-    """A pass whose merges inside the tower are timed.
-
-    Attributes:
-        clock: where to.
-    """
-
-    clock: Clock | None = None
-
-    @classmethod
-    def of(cls, other: MergePass, clock: Clock) -> TimedPass:
-        """The same pass, timed."""
-        given = {f.name: getattr(other, f.name) for f in dataclasses.fields(MergePass) if f.init}
-        return cls(**{k: v for k, v in given.items() if not k.startswith("_")}, clock=clock)
-
-    def fresh(self) -> MergePass:
-        """See `MergePass`."""
-        assert self.clock is not None
-        return TimedPass.of(super().fresh(), self.clock)
-
-    def merge_in_layer(
-        self, layer: int, hidden: Tensor, metric: Tensor, cls_attention: Tensor | None = None
-    ) -> Tensor:
-        """See `MergePass`."""
-        assert self.clock is not None
-        with self.clock.span("merge in tower"):
-            return super().merge_in_layer(layer, hidden, metric, cls_attention)
-
-
-@dataclasses.dataclass(frozen=True)
-class TimedMerging(Merging):
-    """What `wrap` put on a model, timed.
-
-    Attributes:
-        clock: where to.
-    """
-
-    clock: Clock | None = None
-
-    def new_pass(self, model: Any, **feature_options: Any) -> MergePass:
-        """See `Merging`."""
-        assert self.clock is not None
-        return TimedPass.of(super().new_pass(model, **feature_options), self.clock)
-
-    def encode(self, model: Any, call: Mapping[str, Any]) -> list[Encoded]:
-        """See `Merging`."""
-        assert self.clock is not None
-        with self.clock.span("encode"):
-            return super().encode(model, call)
-
-
 @contextlib.contextmanager
 def watched(model: Any, clock: Clock) -> Iterator[None]:
     """Spans of a model's parts for the length of a block: tower, projector, layers, head."""
@@ -153,24 +97,11 @@ def watched(model: Any, clock: Clock) -> Iterator[None]:
         around("layers", layers[0], layers[-1])
         head = base.get_output_embeddings()
         around("head", head, head)
-        with _timed_merging(base, clock):
+        with observed(base, clock.span) if is_wrapped(base) else contextlib.nullcontext():
             yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def _timed_merging(base: Any, clock: Clock) -> Iterator[None]:
-    if not is_wrapped(base):
-        yield
-        return
-    _, merging = merging_of(base)
-    put_merging(base, TimedMerging(merging.config, merging.adapter, clock))
-    try:
-        yield
-    finally:
-        put_merging(base, merging)
 
 
 def decoder_layers(language_model: tuple[nn.Module, ...]) -> nn.ModuleList:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...merge import algorithms
 from ...merge.algorithm import Algorithm, MergeContext
 from ...merge.config import MergeConfig
 from ...merge.plan import MergePlan
@@ -98,7 +97,7 @@ def recorded_merges(
     keys: dict[int, Tensor] = {}
     with wrapped(model, config=config.replace(stage="tower")):
         base, merging = merging_of(model)
-        schedule = merging.schedule(base)
+        schedule = merging.plan(base).schedule
         if schedule.is_identity:
             raise ValueError(
                 f"the budget keeps all {schedule.tokens_in} visual tokens, so there is no merge to "
@@ -109,9 +108,9 @@ def recorded_merges(
                 "this model cuts a picture into tiles, so there is no one graph of its patches; "
                 "use a LLaVA-1.5"
             )
-        merge_pass = dataclasses.replace(
-            merging.new_pass(base), algorithm=_recording(algorithms.get(config.algorithm), keys)
-        )
+        plan = merging.plan(base)
+        recording = _recording(plan.algorithm, keys)
+        merge_pass = dataclasses.replace(plan.new_pass(), algorithm=recording)
         weight = next(base.parameters())
         pixels = pixel_values.to(weight.device, getattr(base, "dtype", weight.dtype))
         with torch.no_grad():

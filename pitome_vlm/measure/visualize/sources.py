@@ -92,7 +92,7 @@ def source_map(model: nn.Module, processor: Any, image: Image.Image) -> SourceMa
         )
     image_processor = getattr(processor, "image_processor", processor)
     pixels = _pixel_values(image_processor, image)
-    merge_pass = merging.new_pass(base)
+    merge_pass = merging.plan(base).new_pass()
     weight = next(base.parameters())
     with torch.no_grad():
         pixels = pixels.to(weight.device, getattr(base, "dtype", weight.dtype))
