@@ -16,7 +16,7 @@ from torch import Tensor
 from .algorithm import group_positions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class VisualTokens:
     """The visual tokens of a batch of images (or videos) as the language model will see them.
 
@@ -35,6 +35,15 @@ class VisualTokens:
     source_maps: list[Tensor]
     full_counts: list[int]
     anchors: list[Tensor]
+
+    def __repr__(self) -> str:
+        counts = ", ".join(
+            f"{count} of {full}" for count, full in zip(self.counts, self.full_counts, strict=True)
+        )
+        if not self.features:
+            return "VisualTokens(no images)"
+        first = self.features[0]
+        return f"VisualTokens({counts} tokens, {first.shape[-1]} channels, {first.dtype})"
 
     @classmethod
     def joined(cls, parts: list[VisualTokens], order: list[int]) -> VisualTokens:

@@ -95,6 +95,8 @@ def checked_size(image_size: Any) -> tuple[int, int]:
 def encode_images(model: nn.Module, pixel_values: Tensor, **inputs: Any) -> VisualTokens:
     """The visual tokens a wrapped model's language model sees, with sizes and source maps.
 
+    Gradients are recorded as in any forward pass: without them, call it under `torch.no_grad()`.
+
     Args:
         model: a wrapped model.
         pixel_values: from the model's processor.
@@ -103,7 +105,7 @@ def encode_images(model: nn.Module, pixel_values: Tensor, **inputs: Any) -> Visu
             `ImageCache` to look into first.
 
     Raises:
-        ValueError: the model is not wrapped, or an input is missing.
+        ValueError: the model is not wrapped, an input is missing, or pixels are integers.
     """
     base, merging = merging_of(model)
     return _encoded(base, merging, inputs | {merging.image_input: pixel_values}, "image")

@@ -31,7 +31,7 @@ MIXINS: dict[str, type] = {"transformers": WrappedLlava, "original": WrappedOrig
 
 def wrap(
     model: Model,
-    *,
+    *unnamed: Any,
     keep: float | None = None,
     tokens: int | None = None,
     ratio: float | None = None,
@@ -46,6 +46,7 @@ def wrap(
     Args:
         model: a LLaVA of transformers or of the original llava package (docs/models.md lists
             them), on its own or inside a `PeftModel`.
+        *unnamed: nothing; budgets and options are given by name.
         keep: fraction of an image's visual tokens to keep, in (0, 1]; 1.0 changes nothing.
         tokens: the same as a count per image; per tile for models that cut pictures into tiles.
         ratio: the paper's r, the fraction kept at every merging layer.
@@ -60,10 +61,10 @@ def wrap(
         ValueError: an option out of range, or a budget that does not fit the model. The model is
             unchanged after any error.
     """
+    _refuse_unnamed(unnamed)
     config = make_config(config, keep=keep, tokens=tokens, ratio=ratio, **options)
     base = base_model(model)
-    if hasattr(base, "_orig_mod"):
-        raise TypeError("wrap() the model first and compile it then, not the other way round")
+    _refuse_container(base)
     merging = Merging(config, find_adapter(base))
     algorithm = merging.plan(base).algorithm
     fresh = not is_wrapped(base)
@@ -95,7 +96,7 @@ def unwrap(model: Model) -> Model:
 @contextlib.contextmanager
 def wrapped(
     model: Model,
-    *,
+    *unnamed: Any,
     keep: float | None = None,
     tokens: int | None = None,
     ratio: float | None = None,
@@ -103,12 +104,33 @@ def wrapped(
     **options: Any,
 ) -> Iterator[Model]:
     """`wrap` for the length of a `with` block; what was on before comes back, error or not."""
+    _refuse_unnamed(unnamed)
     previous = merge_config(model) if is_wrapped(model) else None
     wrap(model, keep=keep, tokens=tokens, ratio=ratio, config=config, **options)
     try:
         yield model
     finally:
         unwrap(model) if previous is None else wrap(model, config=previous)
+
+
+def _refuse_unnamed(unnamed: tuple[Any, ...]) -> None:
+    if unnamed:
+        word = "tokens" if isinstance(unnamed[0], int) and unnamed[0] > 1 else "keep"
+        raise TypeError(f"give the budget by name: wrap(model, {word}={unnamed[0]!r})")
+
+
+def _refuse_container(model: Any) -> None:
+    """Say which part of an object to wrap, where it is something around a model."""
+    kind = type(model).__name__
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            "this model is compiled already: wrap() it first and compile it then (the model inside "
+            "is model._orig_mod)"
+        )
+    if isinstance(getattr(model, "module", None), nn.Module):
+        raise TypeError(f"{kind} is a container: wrap the model inside, wrap(model.module, ...)")
+    if not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module):
+        raise TypeError(f"{kind} is not a model: wrap the one inside, wrap(pipeline.model, ...)")
 
 
 def make_config(config: MergeConfig | None = None, **options: Any) -> MergeConfig:
