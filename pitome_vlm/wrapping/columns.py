@@ -1,7 +1,7 @@
 """Prompt compaction: make room for fewer visual tokens than the processor wrote placeholders.
 
-Knows: token ids, masks, labels, positions and which columns are placeholders. Does not know: the
-model, its vision tower, or why an image has the number of tokens it has.
+Token ids, masks, labels and positions only; why an image has the number of tokens it has is
+decided elsewhere.
 
 Axes: B rows, T columns before, S columns after.
 """
@@ -137,7 +137,7 @@ def padded_left(attention_mask: Tensor | None) -> bool:
 
 
 def _outer_padding(attended: Tensor, left: bool) -> Tensor:
-    """Columns before the first (or behind the last) attended one: [B, T] bool."""
+    """Columns before the first (or after the last) attended one: [B, T] bool."""
     if left:
         return attended.long().cumsum(1) == 0
     return attended.flip(1).long().cumsum(1).flip(1) == 0

@@ -1,7 +1,7 @@
 """What a model's images become: planned from numbers alone, or encoded.
 
-Knows: models with and without merging on them, footprints, prompts. Does not know: how merging gets
-on a model (`wrap.py`) or what happens in `forward`.
+For models with and without merging on them. How merging gets on a model is left to `wrap.py`, what
+happens in a forward pass to `forward.py`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from ..merge.tokens import VisualTokens
 from .image_cache import IMAGE_CACHE
 from .merging import CallPlan, Merging
 from .original import WrappedOriginalLlava
+from .placeholders import PromptImage, images_of
 from .positions import as_model_positions
-from .prompt import PromptImage, images_of, prepare
+from .prompt import prepare
 from .wrap import base_model, merging_of
 
 
@@ -56,14 +57,14 @@ def planned_count(
     image_size: tuple[int, int] | None = None,
     frames: int | None = None,
 ) -> tuple[Footprint, TokenCount]:
-    """Tokens of one picture or video under `wrap(model, config=config)`; nothing is run or changed.
+    """Tokens of one image or video under `wrap(model, config=config)`; nothing is run or changed.
 
     Args:
         model: a supported model, wrapped or not.
         config: the options.
-        image_size: (height, width) in pixels, None for a typical picture; models that bring every
-            picture to one size ignore it.
-        frames: of a video, None for a picture.
+        image_size: (height, width) in pixels, None for a typical image; models that bring every
+            image to one size ignore it.
+        frames: of a video, None for an image.
 
     Raises:
         TypeError: not a supported model.

@@ -1,7 +1,7 @@
 """`forward` and `generate` of a wrapped LLaVA: the usual contract, fewer tokens inside.
 
-Knows: the calling conventions of transformers. Does not know: how images are encoded or merged
-(`prompt.py`), nor how a model gets wrapped (`wrap.py`).
+The calling conventions of transformers. How a prompt is shortened is left to `prompt.py`, how a
+model gets wrapped to `wrap.py`.
 """
 
 from __future__ import annotations
@@ -37,22 +37,16 @@ from .kv_cache import (
     with_prompt_images,
 )
 from .merging import CallPlan, Merging
+from .placeholders import all_placeholders, drop_stale_placeholders
 from .positions import as_model_positions
-from .prompt import (
-    SEQUENCE_INPUTS,
-    CompactPrompt,
-    all_placeholders,
-    compact_attention_mask,
-    drop_stale_placeholders,
-    prepare,
-)
+from .prompt import SEQUENCE_INPUTS, CompactPrompt, compact_attention_mask, prepare
 
 # In the inputs of a pass: `prepare_inputs_for_generation` has seen to everything.
 PREPARED = "pitome_prepared"
 
 
 class WrappedLlava:
-    """Mixin in front of a LLaVA's class."""
+    """Mixin that `wrap` puts before a model's class."""
 
     # Methods whose signature callers read (Trainer's column names, generate's validation): the
     # swapped class shows the signature of the original ones.
@@ -171,7 +165,7 @@ class WrappedLlava:
         return inputs
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Save the untouched checkpoint with `pitome_config.json` beside it."""
+        """Save the untouched checkpoint with `pitome_config.json` next to it."""
         original = super().save_pretrained  # type: ignore[misc]
         call = named_arguments(original, args, kwargs)
         if call.get("is_main_process", True):
@@ -215,7 +209,7 @@ class WrappedLlava:
         }
 
     def _refuse_stale_inputs(self, call: dict[str, Any]) -> None:
-        """Old placeholders or an old mask beside a shortened cache would be silently wrong."""
+        """Old placeholders or an old mask with a shortened cache would be silently wrong."""
         ids, cache, mask = (call.get(name) for name in ("input_ids", CACHE_NAME, "attention_mask"))
         # Other caches are only filled inside generate, which keeps all lengths consistent, and
         # asking a static cache for its length costs a device synchronisation per decoded token.
@@ -308,9 +302,9 @@ class WrappedLlava:
 
 
 def _pad_left(call: dict[str, Any]) -> bool | None:
-    """generate() continues at the end of a row: shorter rows are padded in front.
+    """generate() continues at the end of a row: shorter rows are padded at the start.
 
-    Unless the caller padded behind; then that stays as it is (and transformers warns).
+    Unless the caller padded at the end; then that stays as it is (and transformers warns).
     """
     mask = call.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:

@@ -1,7 +1,7 @@
 """The bookkeeping around generate: lengths, criteria and the caller's own prompt.
 
-Knows: which arguments of generate count or look at prompt tokens. Does not know: images, merging
-or models; it is told how long a prompt was and how long it became.
+Some arguments of generate count or look at prompt tokens. Nothing here knows images or models; it
+is told how long a prompt was and how long it became.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def with_full_prompt(
 
 
 def with_prompt(output: Any, prompt: Tensor | None, compact_length: int) -> Any:
-    """The result of generate with the caller's own prompt in front of what was generated."""
+    """The result of generate that begins with the caller's own prompt."""
     if prompt is None:
         return output
     if isinstance(output, Tensor):

@@ -1,8 +1,6 @@
-"""Visual tokens kept between questions, so that a second question about a picture costs no tower.
+"""Visual tokens kept between questions, so that a second question about an image costs no tower.
 
-Knows: how to recognise the same pixels, merge options and weights, and how much is held. Does
-not know: how images are encoded, or where a model keeps its parts. A cache belongs to whoever
-made it and is handed to a call; nothing is remembered anywhere else.
+A cache belongs to whoever made it and is handed to a call; nothing is remembered anywhere else.
 """
 
 from __future__ import annotations
@@ -39,11 +37,11 @@ class ImageCache:
         model.generate(**inputs, image_cache=cache)      # runs the tower
         model.generate(**other_inputs, image_cache=cache)  # the same pixels: does not
 
-    An entry is found again by content (pixels, their dtype and device, sizes of pictures), merge
+    An entry is found again by content (pixels, their dtype and device, sizes of images), merge
     options, the model, the top level of its config, the version of each of its weights, its active
     LoRA adapters and autocast. A weight written to through `.data`, or one made in inference mode,
-    changes without a new version: call `clear` then. The pictures of one call are one entry: the
-    same two pictures in another order are new. What comes back is shared with the cache and must
+    changes without a new version: call `clear` then. The images of one call are one entry: the
+    same two images in another order are new. What comes back is shared with the cache and must
     not be changed in place. Where gradients are recorded nothing is read or kept. With keep=1.0 the
     model's untouched code runs and the cache stays unused. Safe to share between threads.
 
@@ -128,7 +126,7 @@ class ImageCache:
                 number = self._models[model] = next(self._numbers)
         digest = hashlib.sha256(f"{number} {json.dumps(config.to_dict())}".encode())
         # Any in-place change of a weight (an optimizer, load_state_dict) raises its version. All
-        # weights, so that none that a family keeps beside tower and projector is forgotten.
+        # weights, so that none that a family keeps outside tower and projector is forgotten.
         weights = [
             (w.data_ptr(), None if w.is_inference() else w._version) for w in model.parameters()
         ]
@@ -146,7 +144,7 @@ def _adapter_states(model: nn.Module) -> Iterator[Any]:
 
 
 def _surroundings(model: nn.Module) -> Iterator[Any]:
-    """What decides about features beside weights: the feature layer and the like, autocast."""
+    """What decides about features besides weights: the feature layer and the like, autocast."""
     config: Any = model.config
     yield sorted((name, one) for name, one in vars(config).items() if isinstance(one, PLAIN))
     for kind in sorted({weight.device.type for weight in model.parameters()} - {"meta"}):

@@ -18,8 +18,9 @@ from transformers.cache_utils import Cache
 from ..merge.config import MergeConfig
 from ..releases import CACHE_NAME
 from .merging import CallPlan
+from .placeholders import PromptImages
 from .positions import Calibration, additive_mask, as_model_positions, extended, later_positions
-from .prompt import CompactPrompt, PromptImages
+from .prompt import CompactPrompt
 
 # The attribute of a cache that holds its `CachedImages`.
 CACHED_IMAGES = "_pitome_images"

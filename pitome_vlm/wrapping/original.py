@@ -1,8 +1,8 @@
 """`forward` and `generate` of a wrapped model of the original llava package.
 
-Knows: the package's calling conventions: `images`, one placeholder per picture, a prompt that
-`prepare_inputs_labels_for_multimodal` turns into embeddings. Does not know: where a word or a patch
-goes (`original_layout.py`, `original_inputs.py`), nor how a model gets wrapped (`wrap.py`).
+The package's calling conventions: `images`, one placeholder per image, a prompt that
+`prepare_inputs_labels_for_multimodal` turns into embeddings. Where a word or a patch goes is left
+to `original_layout.py` and `original_inputs.py`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class PreparedPrompt:
 
 
 class WrappedOriginalLlava(WrappedLlava):
-    """Mixin in front of the class of a model of the original llava package."""
+    """Mixin that `wrap` puts before the class of a model of the original llava package."""
 
     _pitome_mirrored = (*WrappedLlava._pitome_mirrored, PREPARE)
 
@@ -63,7 +63,7 @@ class WrappedOriginalLlava(WrappedLlava):
 
         Args:
             *args: as of the model's own method.
-            token_sizes: [B, S] float32 patches behind every column, see `compact_inputs`.
+            token_sizes: [B, S] float32 patches that every column stands for, see `compact_inputs`.
             **kwargs: as of the model's own method.
         """
         original = super(WrappedLlava, self).forward  # type: ignore[misc]

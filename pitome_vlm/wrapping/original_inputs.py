@@ -1,9 +1,8 @@
 """From the inputs of the original llava package to a prompt with merged visual tokens.
 
-Knows: how a layout without merging, column by column, becomes a shorter one. Does not know: how the
-package makes that layout (`original_layout.py`), `forward`, `generate`, algorithms.
+A layout without merging (see `original_layout.py`) becomes a shorter one, column by column.
 
-Axes: B rows, L columns without merging, S columns with it, P visual tokens of all pictures without
+Axes: B rows, L columns without merging, S columns with it, P visual tokens of all images without
 merging, M with it.
 """
 
@@ -20,8 +19,9 @@ from .columns import IGNORED_LABEL, Compaction, compaction
 from .image_cache import ImageCache
 from .merging import CallPlan
 from .original_layout import Layout, lay_out
+from .placeholders import PromptImage, PromptImages
 from .positions import image_offsets
-from .prompt import CompactPrompt, PromptImage, PromptImages
+from .prompt import CompactPrompt
 
 
 def prepare_original(
@@ -42,7 +42,7 @@ def prepare_original(
         inputs: `input_ids`, `images`, and of `attention_mask`, `labels`, `position_ids`,
             `image_sizes` what there is.
         image_cache: where to look for encoded images first.
-        left: pad rows of different length in front; None takes the side of the model's config.
+        left: pad rows of different length at the start; None takes the side of the model's config.
         start: [B] position of the first column, None for 0.
 
     Raises:
@@ -94,10 +94,10 @@ def prepare_original(
 
 
 def _images_of(layout: Layout, visual: VisualTokens, token_id: int) -> PromptImages:
-    """What the prompt shows; pictures of rows without a placeholder are not shown.
+    """What the prompt shows; images of rows without a placeholder are not shown.
 
     Raises:
-        ValueError: a picture has another number of columns than tokens.
+        ValueError: an image has another number of columns than tokens.
     """
     found = []
     for row, items in enumerate(layout.item):
@@ -117,7 +117,7 @@ def _places(layout: Layout, visual: VisualTokens, *, in_order: bool) -> tuple[Te
     """The columns of merged tokens, rising, and the token of each.
 
     A token takes the column of the one it is named after. Tokens in another order than their
-    names take the columns of their picture in that order.
+    names take the columns of their image in that order.
 
     Returns:
         Indices into the B L columns and into the M tokens, int64.
@@ -197,7 +197,7 @@ def _counted(given: Tensor | None, moves: Compaction) -> Tensor | None:
 
 
 def _with_padding(positions: Tensor, valid: Tensor) -> Tensor:
-    """Columns of padding behind a row repeat its last position, from which decoding counts on."""
+    """Columns of padding after a row repeat its last position, from which decoding counts on."""
     columns = torch.arange(valid.shape[1], device=valid.device)
     last = (columns * valid).amax(1, keepdim=True)
     return positions.where(valid | (columns < last), positions.gather(1, last))

@@ -1,7 +1,7 @@
-"""Where the original llava package puts every word and every picture of a prompt.
+"""Where the original llava package puts every word and every image of a prompt.
 
-Knows: how to read that off what its own preparation does to codes (`adapters/original_code.py`).
-Does not know: merging, embeddings, `generate`.
+Read off what its own preparation (see `adapters/original_code.py`) does to codes instead of
+embeddings.
 
 Axes: B rows, T columns of the prompt as it is given, L columns once all visual tokens are in it.
 """
@@ -27,7 +27,7 @@ class Layout:
 
     Attributes:
         text: [B, L] int64, column of the given prompt, -1 where there is no word.
-        item: [B, L] int64, the picture (or tile, where these are pictures of their own) that the
+        item: [B, L] int64, the image (or tile, where these are images of their own) that the
             column belongs to, separators included; -1 where there is none.
         place: [B, L] int64, which of its tokens it is; meaningless where there is none.
     """
@@ -65,7 +65,7 @@ def lay_out(
         attention_mask: [B, T], or None.
 
     Raises:
-        ValueError: pictures are missing, or the codes do not come out whole.
+        ValueError: images are missing, or the codes do not come out whole.
     """
     ids = input_ids.cpu()
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
@@ -85,7 +85,7 @@ def lay_out(
     )
     whole = codes.round()
     kind, index = whole[..., 0], whole[..., 1].long()
-    # What is resampled within one picture is the same code, but for rounding.
+    # What is resampled within one image is the same code, but for rounding.
     followed = (codes - whole).abs().max() < 1e-6 and kind.max() <= NEWLINE
     if not followed or not torch.equal(kind > 0, valid):
         raise ValueError(unfollowed(model))
@@ -94,7 +94,7 @@ def lay_out(
 
 def _read(kind: Tensor, index: Tensor) -> Layout:
     text = index.masked_fill(kind != TEXT, -1)
-    # A separator belongs to the picture in front of it; pictures of a row come in their order.
+    # A separator belongs to the image before it; images of a row come in their order.
     last = index.masked_fill(kind != VISUAL, -1).cummax(1).values
     item = last.masked_fill((kind != VISUAL) & (kind != NEWLINE), -1)
     columns = torch.arange(kind.shape[1]).expand_as(kind)
@@ -120,7 +120,7 @@ def _check_mask(mask: Tensor, ids: Tensor) -> None:
 def _check_pictures(ids: Tensor, mask: Tensor, pictures: Pictures) -> None:
     """The package itself ends in an IndexError here."""
     per_row = ((ids == PLACEHOLDER) & mask.bool()).sum(1)
-    # It takes one picture for every row, also for one without a placeholder.
+    # It takes one image for every row, also for one without a placeholder.
     needed, found = int(per_row.clamp(min=1).sum()), len(pictures.tiles)
     if needed > found:
         bare = int((per_row == 0).sum())

@@ -1,7 +1,7 @@
 """A `PeftModel` around a wrapped LLaVA remembers the merging wherever it is saved.
 
-Knows: PEFT's saving conventions and which files belong beside an adapter. Does not know: how the
-class gets in front of PEFT's own (`wrap.py`), training, or how an adapter is loaded again.
+PEFT's saving conventions and the files that belong to an adapter. How an adapter is loaded again
+is left to `loading/peft.py`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ TRAINING = "_pitome_training"
 
 
 class WrappedPeft:
-    """Mixin in front of the class of a `PeftModel`; `forward` is not touched."""
+    """Mixin that `wrap` puts before the class of a `PeftModel`; `forward` is not touched."""
 
     _pitome_mirrored = ("save_pretrained",)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Save the adapter with `pitome_config.json` and `pitome_adapter.json` beside it."""
+        """Save the adapter with `pitome_config.json` and `pitome_adapter.json` next to it."""
         original = super().save_pretrained  # type: ignore[misc]
         call = by_name(original, args, kwargs)
         merging = _merging(self)
@@ -67,7 +67,7 @@ class WrappedPeft:
         tags: list[str] | None = None,
         **unused: Any,
     ) -> Any:
-        """Upload the adapter and everything beside it.
+        """Upload the adapter and all files next to it.
 
         As transformers does it, but the card is the adapter's: transformers would put an empty
         one in its place. A card that is on the hub already is kept and its section replaced.

@@ -1,7 +1,4 @@
-"""The model card beside an adapter: what a reader has to know before using it.
-
-Knows: Markdown, and the Hugging Face hub's card format. Does not know: how anything was measured.
-"""
+"""The model card of an adapter: what a reader has to know before using it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What an adapter has to remember of the model it was trained on, beside PEFT's own files.
+"""What an adapter has to remember of the model it was trained on, in addition to PEFT's own files.
 
-Knows: base model, its quantisation and dtype, how a base model is recognised, and the JSON file.
-Does not know: PEFT's files, merging (that is in `pitome_config.json`) or how anything is trained.
+Base model, its quantisation and dtype, and how a base model is recognised. How tokens are merged is
+in `pitome_config.json`.
 """
 
 from __future__ import annotations

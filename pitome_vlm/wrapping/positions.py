@@ -148,8 +148,8 @@ def unreduced_positions(
     """
     device = slots.device
     steps = (valid.to(device) != 0).float()
-    # An image takes the room of all its patches, at its last token: all tokens before the end
-    # then share its beginning as their reference.
+    # An image counts as many positions as it has patches, all of them at its last token, so
+    # that its other tokens are placed relative to where it begins.
     room = torch.cat(
         [
             torch.nn.functional.pad(torch.full((1,), float(full)), (n - 1, 0))
@@ -244,7 +244,7 @@ def as_model_positions(positions: Tensor | None) -> Tensor | None:
 
 
 def extended(values: Tensor, length: int, fill: float) -> Tensor:
-    """[B, S] to [B, length], `fill` behind what is known, cut where it is longer."""
+    """[B, S] to [B, length], `fill` after what is known, cut where it is longer."""
     missing = length - values.shape[1]
     if missing <= 0:
         return values[:, :length]
@@ -252,12 +252,12 @@ def extended(values: Tensor, length: int, fill: float) -> Tensor:
 
 
 def later_positions(positions: Tensor, mask: Tensor | None, length: int) -> Tensor:
-    """Positions of a prompt and of what comes behind it: [B, S] to [B, length].
+    """Positions of a prompt and of what comes after it: [B, S] to [B, length].
 
     Args:
         positions: [B, S] of the prompt, of any dtype, or [B, S, D].
         mask: [B, length], 0 where padded, None for no padding.
-        length: columns wanted; those behind the prompt count on from its end.
+        length: columns wanted; those after the prompt count on from its end.
     """
     more = length - positions.shape[1]
     if more <= 0:

@@ -1,7 +1,7 @@
 """wrap, unwrap, wrapped: join a model, an adapter and a merge config.
 
-Knows all three, and how to put merging on a model all-or-nothing and take it off without a
-trace. Does not know: what happens in a forward pass (`forward.py`) or how tokens are chosen.
+Merging is put on a model all-or-nothing and taken off without a trace. What happens in a forward
+pass is left to `forward.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .peft import WrappedPeft, can_remember
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# What is put in front of a model's class, by the calling convention that its adapter names.
+# What is put before a model's class, by the calling convention that its adapter names.
 MIXINS: dict[str, type] = {"transformers": WrappedLlava, "original": WrappedOriginalLlava}
 
 
@@ -48,9 +48,9 @@ def wrap(
             them), on its own or inside a `PeftModel`.
         *unnamed: nothing; budgets and options are given by name.
         keep: fraction of an image's visual tokens to keep, in (0, 1]; 1.0 changes nothing.
-        tokens: the same as a count per image; per tile for models that cut pictures into tiles.
+        tokens: the same as a count per image; per tile for models that cut images into tiles.
         ratio: the paper's r, the fraction kept at every merging layer.
-        config: a ready `MergeConfig`; a budget or options beside it replace its own.
+        config: a ready `MergeConfig`; a budget or options given with it replace its own.
         **options: fields of `MergeConfig`, for instance `algorithm="tome"`.
 
     Returns:
@@ -143,7 +143,7 @@ def make_config(config: MergeConfig | None = None, **options: Any) -> MergeConfi
     given = {name: value for name, value in options.items() if value is not None}
     for name in ("format_version", "pitome_vlm_version"):
         if name in given:
-            raise ValueError(f"{name} belongs into a {CONFIG_NAME}, it is no option of wrap()")
+            raise ValueError(f"{name} is set in {CONFIG_NAME} and cannot be passed to wrap()")
     if config is None:
         return MergeConfig.from_dict(given)
     if not isinstance(config, MergeConfig):
