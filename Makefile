@@ -26,8 +26,8 @@ $(VENV)/.base: pyproject.toml constraints-cpu.txt
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt -e .
 	touch $@
 
-# lmms-eval without what it asks for beside torch: torchvision and timm break a CPU build of torch
-# (eval/requirements-slim.txt). On a GPU machine `pip install "pitome-vlm[eval]"` is all it takes.
+# lmms-eval without what it asks for besides torch: torchvision and timm break a CPU build of torch
+# (eval/requirements-slim.txt). On a GPU machine `pip install ".[eval]"` is all it takes.
 $(VENV)/.dev: $(VENV)/.base eval/requirements-slim.txt
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt \
@@ -43,6 +43,7 @@ test: lint types layers unit ## install the dev extra, then lint, types, layers 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
