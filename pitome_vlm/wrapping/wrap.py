@@ -124,8 +124,8 @@ def _refuse_container(model: Any) -> None:
     kind = type(model).__name__
     if hasattr(model, "_orig_mod"):
         raise TypeError(
-            "this model is compiled already: wrap() it first and compile it then (the model inside "
-            "is model._orig_mod)"
+            "wrap() the model first and compile it then; the model inside this compiled one is "
+            "model._orig_mod"
         )
     if isinstance(getattr(model, "module", None), nn.Module):
         raise TypeError(f"{kind} is a container: wrap the model inside, wrap(model.module, ...)")

@@ -30,7 +30,7 @@ class FakePipeline(Pipeline):
     ("around", "advice"),
     [
         (nn.DataParallel, r"wrap\(model.module"),
-        (torch.compile, "wrap.. it first"),
+        (torch.compile, "wrap.. the model first"),
         (FakePipeline, r"wrap\(pipeline.model"),
     ],
 )
