@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread per worker, no hub, no cut-off pictures."""
+"""Shared by all tests: one thread per worker, no hub, no cut-off images, and a time budget."""
 
 from __future__ import annotations
 
@@ -19,8 +19,42 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.register_profile("fuzz", deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
+# Seconds of processor time, those of child processes included: a busy machine adds none. 0 is no
+# limit, for runs that are slowed down (coverage, fuzzing).
+BUDGET = float(os.environ.get("TEST_BUDGET", "2"))
+
 
 @pytest.fixture(autouse=True)
-def strict_pictures(monkeypatch):
-    """Undo what importing lmms-eval does to PIL in the whole process: accept cut-off pictures."""
+def strict_images(monkeypatch):
+    """Undo what importing lmms-eval does to PIL in the whole process: accept cut-off images."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fail what takes longer than the budget and is not marked slow."""
+    before = sum(os.times()[:4])
+    result = yield
+    used = sum(os.times()[:4]) - before
+    if BUDGET and used > BUDGET and item.get_closest_marker("slow") is None:
+        pytest.fail(
+            f"{item.name} took {used:.1f} s of processor time, the budget is {BUDGET:g} s: make it "
+            "faster, or mark it slow (then it only runs in `make test-all`)",
+            pytrace=False,
+        )
+    return result
+
+
+def pytest_sessionstart(session):
+    """Import what most tests use, so that the first of them does not pay for it."""
+    if session.config.getoption("numprocesses", None):
+        return  # the tests run in workers, which start sessions of their own
+    import transformers.models.clip.modeling_clip
+    import transformers.models.llama.modeling_llama
+    import transformers.models.llava.modeling_llava
+    import transformers.trainer  # noqa: F401
+
+    import pitome_vlm
+
+    for name in pitome_vlm.__all__:
+        getattr(pitome_vlm, name)
