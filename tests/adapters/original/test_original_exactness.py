@@ -25,7 +25,6 @@ from pitome_vlm.merge import algorithms
 from pitome_vlm.wrapping.encode import planned_schedule, visual_token_counts
 from pitome_vlm.wrapping.merging import Merging
 from pitome_vlm.wrapping.original_inputs import prepare_original
-from pitome_vlm.wrapping.positions import Calibration
 from pitome_vlm.wrapping.wrap import is_wrapped
 
 PLAIN = {"size_bias": False, "positions": "compact"}
@@ -128,14 +127,9 @@ def test_wrapping_twice_is_wrapping_once_and_another_model_is_untouched():
 
 def identity_prompt(model, batch, labels=None, positions=None):
     """The merging path with nothing to merge."""
-    merging = Merging(MergeConfig(keep=1.0), find_adapter(model))
     given = batch | {"labels": labels, "position_ids": positions}
-    return prepare_original(
-        model,
-        merging,
-        given,
-        calibration=Calibration(size_bias=False, positions="compact"),
-    )
+    plan = Merging(MergeConfig(keep=1.0, **PLAIN), find_adapter(model)).plan(model, given)
+    return prepare_original(plan, given)
 
 
 @pytest.mark.parametrize("kind", KINDS)
