@@ -1,4 +1,4 @@
-"""keep="auto": every picture at the count its own redundancy allows."""
+"""keep="auto": every image at the count its own redundancy allows."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False}
 COUNTS = (24, 18, 12, 8, 4)
 
 
-def pictures(seed=0, redundant=4):
-    """Features of three pictures: all alike, a few clusters, nothing alike."""
+def three_images(seed=0, redundant=4):
+    """Features of three images: all alike, a few clusters, nothing alike."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(redundant, 16, generator=generator)
     clusters = centres[torch.randint(0, redundant, (24,), generator=generator)]
@@ -55,8 +55,8 @@ def explained(features, result):
     return 1 - lost / whole
 
 
-def test_redundant_pictures_end_with_fewer_tokens():
-    alike, clusters, different = (len(one.features) for one in run(pictures(), 0.95))
+def test_redundant_images_end_with_fewer_tokens():
+    alike, clusters, different = (len(one.features) for one in run(three_images(), 0.95))
     assert alike == 4
     assert clusters <= 8
     assert different > clusters
@@ -64,7 +64,7 @@ def test_redundant_pictures_end_with_fewer_tokens():
 
 @pytest.mark.parametrize("algorithm", ["pitome_plus", "pitome", "tome", "random", "tofu"])
 def test_what_is_left_is_what_was_asked_for(algorithm):
-    features = pictures(1)
+    features = three_images(1)
     for quality in (0.5, 0.8, 0.95, 1.0):
         for one, own in zip(run(features, quality, algorithm=algorithm), features, strict=True):
             assert len(one.features) in COUNTS
@@ -75,14 +75,14 @@ def test_what_is_left_is_what_was_asked_for(algorithm):
 
 
 def test_more_quality_never_means_fewer_tokens():
-    features = pictures(2)
+    features = three_images(2)
     sizes = [[len(one.features) for one in run(features, q)] for q in (0.3, 0.6, 0.9, 0.99)]
     for lower, higher in itertools.pairwise(sizes):
         assert all(a <= b for a, b in zip(lower, higher, strict=True))
 
 
-def test_a_picture_does_not_depend_on_its_batch():
-    features = pictures(3)
+def test_an_image_does_not_depend_on_its_batch():
+    features = three_images(3)
     together = run(features, 0.9)
     for index, one in enumerate(together):
         (alone,) = run(features[index : index + 1], 0.9)
@@ -96,7 +96,7 @@ def model():
 
 
 def mixed_batch():
-    """Two rows, three pictures, of which one is a single colour."""
+    """Two rows, three images, of which one is a single colour."""
     batch = tiny_batch(images=(1, 2), texts=(5, 9))
     batch["pixel_values"][1] = 0.0
     return batch
@@ -137,7 +137,7 @@ def test_ragged_rows_are_rows_alone(model, side):
     )
 
 
-def test_a_later_turn_knows_every_picture_s_count(model):
+def test_a_later_turn_knows_every_image_s_count(model):
     batch = mixed_batch()
     keep = batch["attention_mask"][1].bool()
     ids, pixels = batch["input_ids"][1:2, keep], batch["pixel_values"][1:]
@@ -172,7 +172,7 @@ def test_an_adaptive_config_survives_a_file(tmp_path):
     assert config.replace(tokens=9) == MergeConfig(tokens=9, quality=0.8, keep_range=(0.1, 0.4))
 
 
-def test_training_reaches_the_tower_through_ragged_pictures(model):
+def test_training_reaches_the_tower_through_ragged_images(model):
     batch = mixed_batch()
     labels = batch["input_ids"].masked_fill(batch["input_ids"] > 98, -100)
     model.train()

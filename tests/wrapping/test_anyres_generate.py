@@ -1,4 +1,4 @@
-"""`forward` and `generate` with pictures of any size: the usual contract, fewer tokens inside."""
+"""`forward` and `generate` with images of any size: the usual contract, fewer tokens inside."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def more_words(sequences, rows):
 
 @pytest.mark.parametrize("with_pixels", [False, True])
 @pytest.mark.parametrize("rows", [(((100, 180),),), (((100, 180), (90, 90)),)])
-def test_a_chat_goes_on_with_its_cache(model, rows, with_pixels):
+def test_a_chat_continues_with_its_cache(model, rows, with_pixels):
     batch = anyres_batch(model, rows=rows, texts=(5,))
     first = model.generate(**batch, **GREEDY, return_dict_in_generate=True)
     ids = more_words(first.sequences, 1)
@@ -143,7 +143,7 @@ def test_a_chat_goes_on_with_its_cache(model, rows, with_pixels):
     assert torch.equal(fresh, went_on)
 
 
-def test_a_chat_of_two_rows_with_pictures_of_other_sizes_goes_on(model):
+def test_a_chat_of_two_rows_with_images_of_other_sizes_continues(model):
     batch = anyres_batch(model, rows=(((100, 180),), ((90, 90),)), texts=(5, 5))
     first = model.generate(**batch, **GREEDY, return_dict_in_generate=True)
     ids = more_words(first.sequences, 2)
@@ -156,7 +156,7 @@ def test_a_chat_of_two_rows_with_pictures_of_other_sizes_goes_on(model):
     assert torch.equal(fresh, went_on)
 
 
-def test_forward_adds_a_picture_of_another_size_to_a_cache(model):
+def test_forward_adds_an_image_of_another_size_to_a_cache(model):
     one = anyres_batch(model, rows=(((100, 180),),), texts=(4,))
     two = anyres_batch(model, rows=(((90, 90),),), texts=(6,), seed=3)
     with torch.no_grad():
@@ -177,11 +177,11 @@ def test_forward_adds_a_picture_of_another_size_to_a_cache(model):
     torch.testing.assert_close(continued, together[:, -continued.shape[1] :], atol=2e-3, rtol=1e-3)
 
 
-def test_a_chat_whose_picture_the_cache_does_not_hold_is_refused(model):
+def test_a_chat_whose_image_the_cache_does_not_hold_is_refused(model):
     words = torch.randint(3, 90, (1, 9), generator=torch.Generator().manual_seed(0))
     first = model.generate(words, **GREEDY, return_dict_in_generate=True)
-    picture = anyres_batch(model, rows=(((90, 90),),), texts=(4,))
-    ids = torch.cat([first.sequences, picture["input_ids"]], 1)
+    later = anyres_batch(model, rows=(((90, 90),),), texts=(4,))
+    ids = torch.cat([first.sequences, later["input_ids"]], 1)
     with pytest.raises(ValueError, match="pass the pixels of all its images"):
         model.generate(input_ids=ids, past_key_values=first.past_key_values, **GREEDY)
 
@@ -218,7 +218,7 @@ def test_outputs_carry_the_merged_features(model):
     torch.testing.assert_close(found if OLD else torch.cat(list(found)), expected)
 
 
-def test_a_mixture_of_text_rows_and_picture_rows(model):
+def test_a_mixture_of_text_rows_and_image_rows(model):
     batch = anyres_batch(model, rows=((), ((90, 90),), ()), texts=(9, 4, 6))
     text = anyres_pixels(model, [(90, 90)])
     assert torch.equal(text["pixel_values"], batch["pixel_values"])

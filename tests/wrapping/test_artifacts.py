@@ -166,8 +166,8 @@ class TestLoading:
         assert merge_config(again) == merge_config(model)
         assert quantised_modules(again) == quantised_modules(model)
         assert torch.equal(logits(again), logits(model))
-        picture = Image.new("RGB", (60, 60), "red")
-        inputs = processor(text="user: <image> x assistant:", images=picture, return_tensors="pt")
+        image = Image.new("RGB", (60, 60), "red")
+        inputs = processor(text="user: <image> x assistant:", images=image, return_tensors="pt")
         assert again.generate(**inputs, max_new_tokens=2).shape[1] > 144
 
     def test_what_is_given_wins(self, adapter):

@@ -31,13 +31,13 @@ def right(model, processor, samples):
     return sum(a == s.answer for a, s in zip(answers, samples, strict=True))
 
 
-def test_it_answers_and_goes_on_answering_with_fewer_tokens(bundled):
+def test_it_answers_and_keeps_answering_with_fewer_tokens(bundled):
     model, processor = bundled
     samples = load_split("val", QUESTIONS)
     assert right(model, processor, samples) >= 0.85 * QUESTIONS
     with pitome_vlm.wrapped(model, keep=0.5):
         assert right(model, processor, samples) >= 0.7 * QUESTIONS
-    blind = {"tokens": 1, "algorithm": "pool"}  # one token of grey is no picture
+    blind = {"tokens": 1, "algorithm": "pool"}  # one token of grey is no image
     with pitome_vlm.wrapped(model, **blind):
         assert right(model, processor, samples) < 0.6 * QUESTIONS
 
@@ -53,7 +53,7 @@ def test_batches_of_real_prompts_answer_as_alone(bundled):
     assert together == alone
 
 
-def test_an_untouched_processor_and_two_pictures(bundled):
+def test_an_untouched_processor_and_two_images(bundled):
     model, processor = bundled
     sample = load_split("val", 1)[0]
     image, text = scene_image(sample.scene_id, "val"), prompt_for(processor, sample.question)

@@ -91,12 +91,12 @@ def merged_and_repeated(model):
     copies = torch.tensor([3, 1, 6, 2, 1])
     repeated = unique.repeat_interleave(copies, 1)
     places = torch.tensor([4.0, 7.5, 9.0, 13.0, 17.0])
-    behind = torch.tensor([20.0, 21.0])
+    after = torch.tensor([20.0, 21.0])
     with torch.no_grad():
         whole = model(
             inputs_embeds=torch.cat([text[:, :2], repeated, text[:, 2:]], 1),
             attention_mask=torch.ones(1, 4 + 13),
-            position_ids=torch.cat([torch.arange(2.0), places.repeat_interleave(copies), behind])[
+            position_ids=torch.cat([torch.arange(2.0), places.repeat_interleave(copies), after])[
                 None
             ],
         ).logits[:, -2:]
@@ -104,14 +104,14 @@ def merged_and_repeated(model):
         merged = model(
             inputs_embeds=torch.cat([text[:, :2], unique, text[:, 2:]], 1),
             attention_mask=torch.ones(1, 4 + 5),
-            position_ids=torch.cat([torch.arange(2.0), places, behind])[None],
+            position_ids=torch.cat([torch.arange(2.0), places, after])[None],
             token_sizes=torch.cat([torch.ones(2), copies.float(), torch.ones(2)])[None],
         ).logits[:, -2:]
     return merged, whole
 
 
-def test_a_picture_of_one_patch_repeated_is_one_token():
-    """At any depth where nothing stands before the picture: all its tokens are then the same."""
+def test_an_image_of_one_patch_repeated_is_one_token():
+    """At any depth where nothing stands before the image: all its tokens are then the same."""
     model = tiny_model()
     torch.manual_seed(0)
     width = model.config.text_config.hidden_size

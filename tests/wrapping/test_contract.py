@@ -55,14 +55,14 @@ def test_rows_that_become_ragged_answer_as_they_do_alone(model, mask):
         torch.testing.assert_close(together[row : row + 1], alone, atol=1e-3, rtol=1e-4)
 
 
-def test_four_pictures_in_the_place_of_one_are_refused(model):
+def test_four_images_in_the_place_of_one_are_refused(model):
     ids = torch.tensor([[1] + [IMAGE] * PATCHES + [5]])
     pixels = torch.randn(4, 3, 96, 96)  # 4 x 36 merged tokens fill 144 placeholders
     with pytest.raises(ValueError, match=r"144 image placeholders for 4 images.*576.*144"):
         model(input_ids=ids, pixel_values=pixels)
 
 
-def test_a_masked_image_keeps_its_own_picture(model):
+def test_a_masked_image_keeps_its_own_pixels(model):
     batch = tiny_batch(images=(1, 1), texts=(6, 6))
     masked = batch["attention_mask"].clone()
     masked[0, : 4 + PATCHES] = 0
@@ -269,6 +269,7 @@ def test_compiled_models_and_checkpoint_wrappers_are_refused():
         pitome_vlm.wrap(model, keep=0.5)
 
 
+@pytest.mark.slow
 def test_the_compiled_tower_merges_without_graph_breaks(model):
     batch = tiny_batch()
     eager = model(**batch).logits

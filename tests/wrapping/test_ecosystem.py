@@ -1,4 +1,4 @@
-"""Merging beside peft, accelerate, save_pretrained, Trainer's inspection, other dtypes."""
+"""Merging together with peft, accelerate, save_pretrained, Trainer's inspection, other dtypes."""
 
 from __future__ import annotations
 

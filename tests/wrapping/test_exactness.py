@@ -22,7 +22,7 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 
 def snapshot(model):
-    """Everything a wrap could leave behind on a model's modules.
+    """Everything a wrap could leave on a model's modules.
 
     Taken after a forward pass of the unwrapped model: transformers installs its own recording
     hooks on the first one.
@@ -190,7 +190,7 @@ def test_copies_and_pickles_are_independent(kind):
     assert is_wrapped(model)
 
 
-def test_layers_behind_the_features_are_not_run():
+def test_layers_after_the_features_are_not_run():
     model, batch = tiny_model(), tiny_batch()
     ran = []
     for index, layer in enumerate(find_encoder_layers(model.model.vision_tower)[0]):
@@ -224,7 +224,7 @@ def test_released_recipe_gives_the_language_model_another_order():
     for a, b in zip(scrambled.features, ordered.features, strict=True):
         torch.testing.assert_close(a.sort(0).values, b.sort(0).values, atol=1e-4, rtol=1e-4)
     for a, b in zip(scrambled.positions(), ordered.positions(), strict=True):
-        assert (a.diff() < 0).sum() > (b.diff() < 0).sum()  # backward jumps across the picture
+        assert (a.diff() < 0).sum() > (b.diff() < 0).sum()  # backward jumps across the image
 
 
 def test_a_failed_wrap_changes_nothing():

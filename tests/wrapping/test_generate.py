@@ -81,13 +81,13 @@ def test_a_batch_of_four_is_four_batches_of_one(algorithm, side):
     together = model(**batch).logits
     if side == "left":
         answers = model.generate(**batch, **GREEDY)[:, batch["input_ids"].shape[1] :]
-    pictures = iter(batch["pixel_values"])
+    pixels = iter(batch["pixel_values"])
     for row, count in enumerate((1, 2, 0, 1)):
         length = int(batch["attention_mask"][row].sum())
         ids = batch["input_ids"][row][batch["attention_mask"][row].bool()][None]
         alone = {"input_ids": ids, "attention_mask": torch.ones(1, length, dtype=torch.long)}
         if count:
-            alone["pixel_values"] = torch.stack([next(pictures) for _ in range(count)])
+            alone["pixel_values"] = torch.stack([next(pixels) for _ in range(count)])
         single = model(**alone).logits[0]
         ours = together[row, -len(single) :] if side == "left" else together[row, : len(single)]
         torch.testing.assert_close(ours, single, atol=1e-4, rtol=1e-4)
@@ -126,11 +126,11 @@ def test_beams_of_a_batch_equal_beams_of_its_rows(model):
     batch = tiny_batch(images=(1, 2))
     prompt = batch["input_ids"].shape[1]
     together = model.generate(**batch, num_beams=3, max_new_tokens=5)[:, prompt:]
-    pictures = batch["pixel_values"].split([1, 2])
+    pixels = batch["pixel_values"].split([1, 2])
     for row in range(2):
         ids = batch["input_ids"][row][batch["attention_mask"][row].bool()][None]
         alone = model.generate(
-            input_ids=ids, pixel_values=pictures[row], num_beams=3, max_new_tokens=5
+            input_ids=ids, pixel_values=pixels[row], num_beams=3, max_new_tokens=5
         )
         assert torch.equal(alone[0, ids.shape[1] :], together[row])
 

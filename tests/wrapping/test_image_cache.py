@@ -179,14 +179,14 @@ def same_answer_twice(model, batch, calls):
     return cache
 
 
-def test_pictures_of_several_tiles_and_their_newline():
+def test_images_of_several_tiles_and_their_newline():
     model = pitome_vlm.wrap(anyres_model("next"), keep=0.25)
     batch, calls = anyres_batch(model), tower_calls(model)
     cache = same_answer_twice(model, batch, calls)
     with torch.no_grad():
         model.model.image_newline.add_(1.0)
         model(**batch, image_cache=cache)
-        # The same pixels as another picture: they are unpadded otherwise.
+        # The same pixels as another image: they are unpadded otherwise.
         tall = anyres_pixels(model, [(150, 60)])
         wide = tall | {"image_sizes": torch.tensor([(140, 60)])}
         for vision in (tall, wide):
@@ -211,7 +211,7 @@ def test_original_package():
         expected = model(**batch).logits
         for _ in range(2):
             assert torch.equal(model(**batch, image_cache=cache).logits, expected)
-            # As a list of pictures: content counts, not what holds it.
+            # As a list of images: content counts, not what holds it.
             listed = batch | {"images": list(batch["images"])}
             assert torch.equal(model(**listed, image_cache=cache).logits, expected)
         listed["images"][-1] = listed["images"][-1] + 1
