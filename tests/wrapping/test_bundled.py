@@ -31,6 +31,7 @@ def right(model, processor, samples):
     return sum(a == s.answer for a, s in zip(answers, samples, strict=True))
 
 
+@pytest.mark.slow
 def test_it_answers_and_keeps_answering_with_fewer_tokens(bundled):
     model, processor = bundled
     samples = load_split("val", QUESTIONS)
