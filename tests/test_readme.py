@@ -24,7 +24,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 @pytest.fixture
 def scope(tmp_path):
-    """What the README leaves to the reader: a path, a picture, a prompt, a batch."""
+    """What the README leaves to the reader: a path, an image, a prompt, a batch."""
     path = checkpoint_path()
     model, processor = pitome_vlm.load(path, dtype="float32")
     sample = load_split("val", 1)[0]

@@ -20,7 +20,7 @@ WEIGHTS = "model.safetensors"
 
 
 def tiny_config(dtype: torch.dtype | None = None) -> LlavaConfig:
-    """The demo's picture size and vocabulary, a fraction of its width."""
+    """The demo's image size and vocabulary, a fraction of its width."""
     vision = CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=64,

@@ -143,13 +143,13 @@ class Multimodal:
     ):
         if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
-        pictures = iter(self._pictures(images, image_sizes))
+        features = iter(self._encoded_images(images, image_sizes))
         visible = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows = []
         for index, ids in enumerate(input_ids):
             shown = visible[index].bool()
             ids, wanted = ids[shown], None if labels is None else labels[index][shown]
-            rows.append(self._row(ids, wanted, pictures))
+            rows.append(self._row(ids, wanted, features))
         embeds, new_labels, valid = self._padded(rows, self.config)
         counted = (valid.long().cumsum(1) - 1).clamp(min=0) * valid
         return (
@@ -161,8 +161,8 @@ class Multimodal:
             None if labels is None else new_labels,
         )
 
-    def _row(self, ids, labels, pictures):
-        """Embeddings and labels of one row; a row without a placeholder uses up a picture."""
+    def _row(self, ids, labels, features):
+        """Embeddings and labels of one row; a row without a placeholder uses up an image."""
         labels = torch.full_like(ids, -100) if labels is None else labels
         embeds, wanted = [], []
         places = (ids == IMAGE).nonzero()[:, 0].tolist()
@@ -170,10 +170,10 @@ class Multimodal:
             embeds.append(self.get_model().embed_tokens(ids[begin:end]))
             wanted.append(labels[begin:end])
             if end < len(ids):
-                embeds.append(next(pictures))
+                embeds.append(next(features))
                 wanted.append(labels.new_full((len(embeds[-1]),), -100))
         if not places:
-            embeds.append(next(pictures)[:0])
+            embeds.append(next(features)[:0])
         return torch.cat(embeds), torch.cat(wanted)
 
     @staticmethod
@@ -190,8 +190,8 @@ class Multimodal:
             embeds[index, place], labels[index, place], valid[index, place] = row, wanted, True
         return embeds, labels, valid
 
-    def _pictures(self, images, sizes):
-        """One [n, C] per picture."""
+    def _encoded_images(self, images, sizes):
+        """One [n, C] per image."""
         if isinstance(images, torch.Tensor) and images.dim() == 4:
             return list(self.encode_images(images))
         tiles = [image[None] if image.dim() == 3 else image for image in images]
@@ -201,7 +201,7 @@ class Multimodal:
         return [self._spatial(one, sizes[i]) for i, one in enumerate(features)]
 
     def _spatial(self, tiles, size):
-        """The overview first, then the tiles side by side without the padding of the picture."""
+        """The overview first, then the tiles side by side without the padding of the image."""
         newline, side = self.model.image_newline, self.get_vision_tower().num_patches_per_side
         if len(tiles) == 1:
             return torch.cat([tiles[0], newline[None]])
@@ -216,7 +216,7 @@ class Multimodal:
 
 
 def get_anyres_image_grid_shape(image_size, grid_pinpoints, patch_size):
-    """(columns, rows) of tiles of `patch_size` pixels for a picture of (width, height)."""
+    """(columns, rows) of tiles of `patch_size` pixels for an image of (width, height)."""
 
     def used(shape):
         scale = min(shape[0] / image_size[0], shape[1] / image_size[1])
@@ -303,13 +303,13 @@ class Calls:
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs
     ):
-        pictures = {name: kwargs.pop(name, None) for name in ("images", "image_sizes")}
+        vision = {name: kwargs.pop(name, None) for name in ("images", "image_sizes")}
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
-        return inputs | {name: value for name, value in pictures.items() if value is not None}
+        return inputs | {name: value for name, value in vision.items() if value is not None}
 
 
 class LlavaLlamaForCausalLM(Calls, Multimodal, LlamaForCausalLM):
@@ -468,9 +468,9 @@ def original_batch(images=(1, 2), texts=(5, 9), *, side="right", seed=1):
     for index, row in enumerate(rows):
         place = slice(width - len(row), None) if side == "left" else slice(len(row))
         ids[index, place], mask[index, place] = torch.tensor(row), 1
-    # A row without a placeholder takes a picture all the same.
-    pictures = torch.randn(sum(max(1, n) for n in images), 3, 96, 96, generator=generator)
-    return {"input_ids": ids, "attention_mask": mask, "images": pictures}
+    # A row without a placeholder takes an image all the same.
+    pixels = torch.randn(sum(max(1, n) for n in images), 3, 96, 96, generator=generator)
+    return {"input_ids": ids, "attention_mask": mask, "images": pixels}
 
 
 def expected_layout(model, batch):
@@ -478,7 +478,7 @@ def expected_layout(model, batch):
     import pitome_vlm
 
     visual = pitome_vlm.encode_images(model, batch["images"])
-    pictures = iter(zip(visual.source_maps, visual.counts, strict=True))
+    groups = iter(zip(visual.source_maps, visual.counts, strict=True))
     rows = []
     for ids, mask in zip(
         batch["input_ids"].tolist(), batch["attention_mask"].tolist(), strict=True
@@ -486,13 +486,13 @@ def expected_layout(model, batch):
         place, row = 0, []
         shown = [token for token, here in zip(ids, mask, strict=True) if here]
         if IMAGE not in shown:
-            next(pictures)
+            next(groups)
         for token in shown:
             if token != IMAGE:
                 row.append((float(place), 1.0))
                 place += 1
                 continue
-            source, count = next(pictures)
+            source, count = next(groups)
             for group in range(count):
                 members = [i for i, one in enumerate(source.tolist()) if one == group]
                 row.append((place + sum(members) / len(members), float(len(members))))

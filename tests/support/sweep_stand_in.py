@@ -41,7 +41,7 @@ def wanted():
 def measure(cell) -> Measured:
     rng = random.Random(cell.name)
     tokens = cell.setting.config.tokens or 576
-    asked = [Question(i, f"picture {i // 2}", "ab"[i % 2], "yes", "0") for i in range(QUESTIONS)]
+    asked = [Question(i, f"image {i // 2}", "ab"[i % 2], "yes", "0") for i in range(QUESTIONS)]
     scores = [float(rng.random() < 0.5 + tokens / 1500) for _ in asked]
     facts = {**FACTS, "visual_tokens": tokens}
     results = {"exact_match": sum(scores) / len(scores)}

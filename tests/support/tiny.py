@@ -93,7 +93,7 @@ def tokens_per_image(kind: str) -> int:
 def tiny_batch(
     kind: str = "clip", images=(1, 2), texts=(5, 9), *, side: str = "left", seed: int = 1
 ):
-    """`images[i]` pictures and `texts[i]` closing words in row i, padded on `side`."""
+    """`images[i]` images and `texts[i]` closing words in row i, padded on `side`."""
     generator = torch.Generator().manual_seed(seed)
 
     def words(n):

@@ -1,4 +1,4 @@
-"""Tiny models that cut pictures into tiles, and batches in the format of their processors."""
+"""Tiny models that cut images into tiles, and batches in the format of their processors."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def anyres_model(kind: str = "next", *, seed: int = 0, layers: int = 6, attentio
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 or name.endswith("image_newline"):
                 parameter.normal_(0, _spread(name))
-        # Answers are words: a placeholder of the model's own making would wait for a picture.
+        # Answers are words: a placeholder of the model's own making would wait for an image.
         model.lm_head.weight[[IMAGE, VIDEO]] = 0
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
@@ -84,7 +84,7 @@ def anyres_model(kind: str = "next", *, seed: int = 0, layers: int = 6, attentio
 
 
 def tile_counts(model, sizes, alone=None):
-    """Tiles of every picture, by the model's own function."""
+    """Tiles of every image, by the model's own function."""
     module = __import__(type(model).__module__, fromlist=["image_size_to_num_patches"])
     alone = [True] * len(sizes) if alone is None else alone
     return [
@@ -108,7 +108,7 @@ def anyres_pixels(model, sizes, *, seed: int = 1, alone=None, flat: bool = False
 
 @torch.no_grad()
 def unmerged(model, vision):
-    """[L, C] of every picture, as the model itself makes them without merging."""
+    """[L, C] of every image, as the model itself makes them without merging."""
     out = model.model.get_image_features(**vision)
     return list(getattr(out, "pooler_output", out))
 
@@ -116,7 +116,7 @@ def unmerged(model, vision):
 def anyres_batch(
     model, rows=(((100, 180),), ((150, 60), (90, 90))), texts=(5, 9), *, side="left", seed: int = 1
 ):
-    """Row i shows pictures of the sizes `rows[i]`, each after three words, and `texts[i]` words."""
+    """Row i shows images of the sizes `rows[i]`, each after three words, and `texts[i]` words."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [size for row in rows for size in row]
     vision = anyres_pixels(model, sizes, seed=seed)

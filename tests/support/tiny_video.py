@@ -79,9 +79,9 @@ def unmerged_videos(model, pixels):
 
 
 def video_batch(model, pixels, *, texts=None, image=None, side="left", seed: int = 1):
-    """One video per row, after three words and in front of the closing ones.
+    """One video per row, after three words and before the closing ones.
 
-    `image` puts a picture of that size in front of the first row's video.
+    `image` puts an image of that size before the first row's video.
     """
     generator = torch.Generator().manual_seed(seed)
     full = len(unmerged_videos(model, pixels[:1])[0])
@@ -93,8 +93,8 @@ def video_batch(model, pixels, *, texts=None, image=None, side="left", seed: int
     rows = [[1, *words(3), *[VIDEO] * full, *words(text)] for text in texts]
     vision = {"pixel_values_videos": pixels}
     if image is not None:
-        pictures, count = image
-        vision |= pictures
+        shown, count = image
+        vision |= shown
         rows[0][2:2] = [IMAGE] * count
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)

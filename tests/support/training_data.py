@@ -9,7 +9,7 @@ from pitome_vlm.demo import load_split, scene_image
 
 
 def records(folder: Path, count: int = 12) -> list[dict]:
-    """Questions about the first training scenes, their pictures in `folder`."""
+    """Questions about the first training scenes, their images in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     found = []
     for number, sample in enumerate(load_split("train", count)):
