@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -50,6 +51,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 EMBEDS_NEED_EMPTY_CACHE = int(TRANSFORMERS.split(".")[0]) < 5
 # Before release 5 checkpoints of some towers had other names for their weights.
 RENAMES_TOWER_WEIGHTS = int(TRANSFORMERS.split(".")[0]) >= 5
+# Attention implementations that add a float mask to the logits: one of [B, 1, Q, K], and one whose
+# single row serves all queries, [B, 1, 1, K] (flex attention looks a mask up by query). Flash kernels
+# read a mask as padding only.
+ADDS_MASK = ("eager", "sdpa", "flex_attention")
+ADDS_ROW_MASK = ("eager", "sdpa")
 # The length GenerationConfig() came with before release 5; it means "not set".
 LEGACY_DEFAULT_LENGTH = 20
 # Arguments of this release's mask functions.
@@ -111,3 +117,14 @@ def fill_image_states(output: Any, features: list[Tensor], kind: str = "image") 
             output[new] = BaseModelOutputWithPooling(pooler_output=features)
     elif getattr(output, old, 0) is None:
         output[old] = torch.cat(features)
+
+
+def accepted(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that this release's function names as parameters."""
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in known}
+
+
+def layers_return_tuples(layer_class: type[torch.nn.Module]) -> bool:
+    """Whether encoder layers return tuples (before release 5) instead of tensors."""
+    return "output_attentions" in inspect.signature(layer_class.forward).parameters

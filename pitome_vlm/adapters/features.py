@@ -1,12 +1,12 @@
-"""What LLaVA-style models of Hugging Face share: from pixels to the features of chosen layers.
+"""What LLaVA-style models share: from pixels to the features of chosen layers, and on to tokens.
 
-Knows: `vision_feature_layer`, the select strategy, how a tower is called. Does not know:
-projectors, pictures of several tiles, prompts.
+Handles `vision_feature_layer`, the select strategy and how a tower is called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..merge.merge_pass import MergePass
 from ..merge.schedule import TowerShape
+from ..merge.tokens import VisualTokens
 from ..releases import states_to_keep
 from .tower import encoding
 from .tower_tokens import feature_depth, leading_tokens, patch_grid
@@ -29,7 +30,7 @@ class FeatureChoice:
     """Which of a tower's hidden states are read, and whether their first token is cut off.
 
     Attributes:
-        layer: index into `hidden_states`, or several whose features are put side by side.
+        layer: index into `hidden_states`, or several whose features are concatenated.
         strategy: "default" cuts the first token off, "full" does not.
     """
 
@@ -38,7 +39,7 @@ class FeatureChoice:
 
 
 def feature_choice(config: Any, options: Mapping[str, Any]) -> FeatureChoice:
-    """What a call asks for, else what the model's config says.
+    """What a call asks for, or else what the model's config says.
 
     Raises:
         ValueError: no layer, or an unknown strategy.
@@ -61,11 +62,11 @@ def feature_choice(config: Any, options: Mapping[str, Any]) -> FeatureChoice:
 
 
 def shape_of_tower(tower: Any, vision_config: Any, choice: FeatureChoice) -> TowerShape:
-    """The numbers of a tower that sees pictures of one fixed size.
+    """The numbers of a tower that sees images of one fixed size.
 
     Raises:
-        TypeError: the tower's number of patches depends on the picture.
-        ValueError: a feature layer outside of the tower.
+        TypeError: the tower's number of patches depends on the image.
+        ValueError: a feature layer outside the tower.
     """
     grid = patch_grid(vision_config)
     return shape_from_numbers(
@@ -76,16 +77,16 @@ def shape_of_tower(tower: Any, vision_config: Any, choice: FeatureChoice) -> Tow
 def shape_from_numbers(
     grid: tuple[int, int], n_layers: int, choice: FeatureChoice, special: int
 ) -> TowerShape:
-    """The numbers of a tower that need not be there.
+    """The numbers of a tower that need not be loaded.
 
     Args:
         grid: (rows, columns) of its patches.
         n_layers: its layers.
         choice: which features are read.
-        special: class and register tokens in front of the patches.
+        special: class and register tokens before the patches.
 
     Raises:
-        ValueError: a feature layer outside of the tower.
+        ValueError: a feature layer outside the tower.
     """
     # "default" cuts off the first token whatever it is; on a tower without a class token that
     # is the first patch, which then must not be merged into anything that stays.
@@ -114,14 +115,14 @@ def read_features(
         **inputs: further inputs of the tower.
 
     Returns:
-        [B, leading_kept + M, C], features of several layers side by side.
+        [B, leading_kept + M, C], features of several layers concatenated.
     """
     with encoding(tower, merge_pass):
         outputs = tower(pixel_values, output_hidden_states=states_to_keep(choice.layer), **inputs)
     states = outputs.hidden_states
     depths = feature_depth(choice.layer, len(states) - 1)
     # Features of several depths are concatenated per token: the shallower ones have to go
-    # through the merges that were made behind them.
+    # through the merges that were made after them.
     carried = [merge_pass.carry(states[depth], depth) for depth in depths]
     if choice.strategy == "default":
         carried = [state[:, 1:] for state in carried]
@@ -131,7 +132,7 @@ def read_features(
 
 
 def check_count(found: int, scheduled: int) -> None:
-    """See that a module kept the number of tokens.
+    """Check that a module kept the number of tokens.
 
     Raises:
         RuntimeError: it did not.
@@ -139,15 +140,82 @@ def check_count(found: int, scheduled: int) -> None:
     if found != scheduled:
         raise RuntimeError(
             f"the vision tower gave {found} visual tokens per image where {scheduled} were "
-            "scheduled; pixel_values of another size, or a module that hides the tower, are the "
-            "usual reasons"
+            "scheduled; usually pixel_values have another size, or a module hides the tower"
         )
+
+
+def merged_images(
+    features: Tensor, project: Callable[[Tensor], Tensor], merge_pass: MergePass
+) -> VisualTokens:
+    """Images of one tile each: merged after the tower where scheduled, then projected.
+
+    Args:
+        features: [images, N, C] of the tower.
+        project: the projector, [B, M, C] to [B, M, D]; it works token by token.
+        merge_pass: of this call.
+
+    Raises:
+        RuntimeError: the projector changed the number of tokens.
+    """
+    merged = merge_pass.merge_features(features)
+    counts = [len(one) for one in merged]
+    # Images of different length go through the projector as one row.
+    same = len(set(counts)) == 1
+    batch = torch.stack(merged) if same else torch.cat(merged)[None]
+    projected = project(batch)
+    check_count(projected.shape[1], batch.shape[1])
+    images, device = len(merged), projected.device
+    return VisualTokens(
+        list(projected) if same else list(torch.split(projected[0], counts)),
+        merge_pass.source_maps(images, device),
+        [merge_pass.schedule.tokens_in] * images,
+        merge_pass.anchors(images, device),
+    )
+
+
+def shape_of_tile(shape: TowerShape, advice: str) -> TowerShape:
+    """The numbers of a tile, from those of the tower.
+
+    Args:
+        shape: of the tower.
+        advice: what to set where it is refused.
+
+    Raises:
+        ValueError: the tokens of a tile are not its whole grid, which packing needs.
+    """
+    if shape.grid is None or shape.leading_kept:
+        raise ValueError(
+            f"a tile has {shape.n_tokens + shape.leading_kept} visual tokens where its grid of "
+            f"patches is needed to arrange tiles; {advice}"
+        )
+    return dataclasses.replace(shape, packed=True)
+
+
+def tile_canvases(tiles_high: int, tiles_wide: int, grid: tuple[int, int]) -> tuple[Tensor, ...]:
+    """The planes of an image in tiles, as cells (`merge.tiles.PackedItem`).
+
+    Args:
+        tiles_high: rows of tiles; 0 where the overview is the only tile.
+        tiles_wide: columns of tiles.
+        grid: (rows, columns) of the patches of a tile.
+
+    Returns:
+        The overview [rows, columns] and, if there are more tiles, all of them side by side
+        [tiles_high * rows, tiles_wide * columns]; int64.
+    """
+    rows, columns = grid
+    overview = torch.arange(rows * columns).view(rows, columns)
+    if not tiles_high:
+        return (overview,)
+    cells = torch.arange(tiles_high * tiles_wide * rows * columns)
+    cells = cells.view(tiles_high, tiles_wide, rows, columns).permute(0, 2, 1, 3)
+    return overview, cells.reshape(tiles_high * rows, tiles_wide * columns) + rows * columns
 
 
 def checked_pixels(
     pixel_values: Any, layout: str, dims: tuple[int, ...], name: str = "pixel_values"
 ) -> Tensor:
-    """The pixel values, a tensor of one of the given numbers of axes with at least one picture.
+    """The pixel values, a tensor of one of the given numbers of axes with at least one image.
 
     Args:
         pixel_values: what the caller gave.
@@ -185,14 +253,3 @@ def token_id(config: Any, kind: str) -> int:
             return int(value)
     raise ValueError(f"the model's config names no {kind}_token_id")
 
-
-def no_videos(model: Any, frames: int | None) -> None:
-    """See that nobody asks a model for videos that takes none.
-
-    Raises:
-        ValueError: `frames` is given.
-    """
-    if frames is not None:
-        raise ValueError(
-            f"{type(model).__name__} takes no videos, so frames must be left out, got {frames}"
-        )

@@ -1,10 +1,8 @@
 """Hugging Face models that take videos: LLaVA-OneVision, LLaVA-NeXT-Video, Video-LLaVA.
 
-Knows: how frames are pooled, in front of the projector or behind it, and what stands between them.
-Does not know: how windows of frames are merged (`tiles.py`), prompts, algorithms.
-
-A frame goes through the tower like a picture; its groups are spread over its grid again, the
-model's own pooling makes fewer cells of them, and these are merged to the video's exact count.
+A frame goes through the tower like an image. Its groups are spread over its grid again, the
+model's own pooling (before the projector or after it) makes fewer cells of them, and these are
+merged to the video's exact count, window by window where that is asked for (`merge/tiles.py`).
 """
 
 from __future__ import annotations
@@ -15,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from ..common import whole_number
 from ..merge.counts import Footprint
 from ..merge.merge_pass import MergePass
 from ..merge.tiles import PackedItem, merge_packed
 from ..merge.tokens import Encoded, VisualTokens
+from .base import Adapter
 from .features import checked_pixels, feature_choice, read_features
 from .hf_anyres import HFAnyResAdapter
 from .hf_llava import HFLlavaAdapter
@@ -61,47 +60,43 @@ def _merged_videos(
     return merge_packed(features, [item] * videos, pack_all, newline, merge_pass)
 
 
+def _video_footprints(
+    adapter: Adapter, model: Any, inputs: Mapping[str, Any]
+) -> dict[str, list[Footprint]]:
+    """Counts of the videos of a call, which all have as many frames."""
+    if inputs.get(VIDEOS) is None:
+        return {}
+    _, videos, frames = _frames_of(inputs)
+    one = adapter.footprint(model, frames=frames, **adapter.options_of(inputs))
+    return {"video": [one] * videos}
+
+
 class HFVideoAdapter(HFAnyResAdapter):
-    """LlavaOnevisionForConditionalGeneration: images of any size, and videos."""
+    """LlavaOnevisionForConditionalGeneration: images of any size, and videos.
+
+    Inputs: those of `HFAnyResAdapter`, and `pixel_values_videos` [videos, frames, 3, height,
+    width].
+    """
 
     model_types: tuple[str, ...] = ("llava_onevision",)
     pixel_inputs: Mapping[str, str] = {"pixel_values": "image", VIDEOS: "video"}
     vision_inputs: tuple[str, ...] = (*HFAnyResAdapter.vision_inputs, VIDEOS, "image_sizes_videos")
 
-    def footprint(
-        self,
-        model: Any,
-        *,
-        image_size: tuple[int, int] | None = None,
-        frames: int | None = None,
-        **feature_options: Any,
+    @override
+    def video_footprint(
+        self, model: Any, frames: int, size: tuple[int, int] | None, options: Mapping[str, Any]
     ) -> Footprint:
-        """See `Adapter`."""
-        if frames is None:
-            return super().footprint(model, image_size=image_size, **feature_options)
-        frames = whole_number("frames", frames, 1)
-        shape = self.tower_shape(model, **feature_options)
+        shape = self.tower_shape(model, **options)
         blank = torch.empty(frames, shape.n_tokens, 1, device="meta")
         bare, newlines = len(self._pooled(model, blank).flatten(0, 1)), self._newlines()
         return Footprint(bare + newlines, frames, newlines, frames)
 
+    @override
     def footprints(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Footprint]]:
-        """See `Adapter`."""
-        found = super().footprints(model, inputs)
-        if inputs.get(VIDEOS) is not None:
-            _, videos, frames = _frames_of(inputs)
-            options = {name: inputs[name] for name in self.feature_options if name in inputs}
-            found["video"] = [self.footprint(model, frames=frames, **options)] * videos
-        return found
+        return super().footprints(model, inputs) | _video_footprints(self, model, inputs)
 
+    @override
     def encode(self, model: Any, inputs: Mapping[str, Any], merge_pass: MergePass) -> list[Encoded]:
-        """`get_image_features` and `get_video_features` of the model itself, with merging.
-
-        Args:
-            model: an installed model.
-            inputs: as for images of any size, and `pixel_values_videos` [videos, frames, 3, H, W].
-            merge_pass: a fresh pass.
-        """
         encoded = []
         if inputs.get("pixel_values") is not None:
             encoded = super().encode(model, inputs, merge_pass)
@@ -112,7 +107,7 @@ class HFVideoAdapter(HFAnyResAdapter):
         return encoded
 
     def _videos(self, model: Any, inputs: Mapping[str, Any], merge_pass: MergePass) -> VisualTokens:
-        """Projected frames are pooled, and a newline stands behind the last one."""
+        """Projected frames are pooled, and a newline follows the last one."""
         core = model.model
         features, item, videos = self._frame_features(model, inputs, merge_pass)
         projected = core.multi_modal_projector(features)
@@ -143,7 +138,7 @@ class HFVideoAdapter(HFAnyResAdapter):
 
 
 class HFNextVideoAdapter(HFVideoAdapter):
-    """LlavaNextVideoForConditionalGeneration: pools in front of the projector, no newline."""
+    """LlavaNextVideoForConditionalGeneration: pools before the projector, no newline."""
 
     model_types: tuple[str, ...] = ("llava_next_video",)
     videos_pooled_first = True
@@ -164,8 +159,8 @@ class HFNextVideoAdapter(HFVideoAdapter):
         pool = model.model.vision_resampler
         inner = pool.pool
         if isinstance(inner, nn.Conv2d) and inner.in_channels != frames.shape[-1]:
-            # Coordinates and shapes have other channels than a convolution takes; it looks at the
-            # same cells as a mean does.
+            # Coordinates and shapes do not have the channels that a convolution takes; it reads
+            # the same cells as a mean does.
             side = round(frames.shape[1] ** 0.5)
             square = frames.transpose(1, 2).reshape(len(frames), -1, side, side)
             pooled = nn.functional.avg_pool2d(square, inner.kernel_size, inner.stride)
@@ -180,7 +175,9 @@ class HFNextVideoAdapter(HFVideoAdapter):
 class HFVideoLlavaAdapter(HFLlavaAdapter):
     """VideoLlavaForConditionalGeneration: a tower for images, one for videos, no pooling.
 
-    Frames keep their class token, images do not. Behind the tower it is a token like others.
+    Frames keep their class token, images do not. After the tower it is a token like others.
+    Inputs: `pixel_values` or `pixel_values_images` [images, 3, height, width],
+    `pixel_values_videos` [videos, frames, 3, height, width].
     """
 
     model_types: tuple[str, ...] = ("video_llava",)
@@ -189,7 +186,7 @@ class HFVideoLlavaAdapter(HFLlavaAdapter):
         "vision_tower": "image_tower",
         "video_tower": "video_tower",
     }
-    # Releases call the first one by either name.
+    # Images have one name or the other, depending on the release.
     pixel_inputs: Mapping[str, str] = {
         "pixel_values": "image",
         "pixel_values_images": "image",
@@ -198,43 +195,24 @@ class HFVideoLlavaAdapter(HFLlavaAdapter):
     vision_inputs: tuple[str, ...] = ("pixel_values", "pixel_values_images", VIDEOS)
     videos_pooled_first = True
 
+    @override
     def parts(self, model: Any) -> ModelParts:
-        """See `Adapter`."""
         return dataclasses.replace(super().parts(model), video_tower=model.model.video_tower)
 
-    def footprint(
-        self,
-        model: Any,
-        *,
-        image_size: tuple[int, int] | None = None,
-        frames: int | None = None,
-        **feature_options: Any,
+    @override
+    def video_footprint(
+        self, model: Any, frames: int, size: tuple[int, int] | None, options: Mapping[str, Any]
     ) -> Footprint:
-        """See `Adapter`."""
-        if frames is None:
-            return super().footprint(model, image_size=image_size, **feature_options)
-        frames = whole_number("frames", frames, 1)
-        shape = self.tower_shape(model, **feature_options)
+        shape = self.tower_shape(model, **options)
         return Footprint(frames * (shape.n_tokens + shape.n_leading), frames, 0, frames)
 
+    @override
     def footprints(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Footprint]]:
-        """See `Adapter`."""
-        found = super().footprints(model, self._named(inputs))
-        if inputs.get(VIDEOS) is not None:
-            _, videos, frames = _frames_of(inputs)
-            options = {name: inputs[name] for name in self.feature_options if name in inputs}
-            found["video"] = [self.footprint(model, frames=frames, **options)] * videos
-        return found
+        images = super().footprints(model, self._named(inputs))
+        return images | _video_footprints(self, model, inputs)
 
+    @override
     def encode(self, model: Any, inputs: Mapping[str, Any], merge_pass: MergePass) -> list[Encoded]:
-        """`get_image_features` and `get_video_features` of the model itself, with merging.
-
-        Args:
-            model: an installed model.
-            inputs: `pixel_values` [images, 3, H, W], `pixel_values_videos`
-                [videos, frames, 3, H, W], and of `feature_options` what there is.
-            merge_pass: a fresh pass.
-        """
         encoded, named = [], self._named(inputs)
         if named.get("pixel_values") is not None:
             encoded = super().encode(model, named, merge_pass)

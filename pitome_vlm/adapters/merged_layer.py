@@ -1,8 +1,7 @@
-"""What a pre-norm ViT layer does when it merges, whoever runs its attention.
+"""What a pre-norm ViT layer does when it merges: attention, residual, merge, MLP (paper eq. 1-2).
 
-Knows: the order of attention, residual, merge and MLP (paper eq. 1-2). Does not know: transformers
-(`tower.py`) or vLLM (`pitome_vlm/vllm/tower.py`), whose layers have the same parts and kernels of
-their own, nor which algorithm decides.
+Shared by transformers (`tower.py`) and vLLM (`pitome_vlm/vllm/tower.py`), whose layers have the same
+parts and kernels of their own.
 
 Axes: B images, N tokens before, M tokens after a merge, C channels.
 """
@@ -22,26 +21,26 @@ from ..merge.merge_pass import MergePass
 Heads = tuple[Tensor, Tensor, Tensor]
 
 
-def _as_it_is(own: Tensor) -> Tensor:
+def _alone(own: Tensor) -> Tensor:
     return own
 
 
 @dataclass(frozen=True)
 class LayerKernels:
-    """How a layer's own attention is run, in two steps with the merge's needs in between.
+    """How a layer's own attention is run: in two steps, so that a merge can use what is between.
 
     Attributes:
         project: (attention, normed [B, N, C]) to queries, keys and values, each
             [B, heads, N, head_dim].
         attend: (attention, those three, additive bias [B, 1, 1, N], float32 or wider, or None) to
             [B, N, C], the output projection included.
-        agree: a mean over this process's heads, or hidden states, to the mean over all processes
-            that the heads of one layer are spread over: all have to make the same plan.
+        agree: averages a tensor over all processes that share the heads of one layer, because all
+            of them have to make the same plan.
     """
 
     project: Callable[[Any, Tensor], Heads]
     attend: Callable[[Any, Heads, Tensor | None], Tensor]
-    agree: Callable[[Tensor], Tensor] = _as_it_is
+    agree: Callable[[Tensor], Tensor] = _alone
 
 
 def merged_layer(
@@ -50,7 +49,7 @@ def merged_layer(
     """A pre-norm encoder layer with its merge, where the pass touches it.
 
     Args:
-        layer: has `tower.LAYER_PARTS`.
+        layer: an encoder layer with `tower.LAYER_PARTS`.
         index: its number in the tower, from 0.
         hidden: [B, N, C].
         merge_pass: the encoding this call belongs to.
@@ -60,7 +59,7 @@ def merged_layer(
         [B, M, C].
     """
     placement = merge_pass.config.placement
-    # Not rounded to half precision here: how that is done is up to the kernel.
+    # Not rounded to half precision here: that is up to the kernel.
     exact = torch.promote_types(hidden.dtype, torch.float32)
     bias = log_size_bias(merge_pass.attention_sizes(index), exact)
     parts = kernels.project(layer.self_attn, layer.layer_norm1(hidden))
@@ -84,11 +83,11 @@ def merged_layer(
 def _compared(
     index: int, hidden: Tensor, key: Tensor, merge_pass: MergePass, kernels: LayerKernels
 ) -> Tensor:
-    """What the tokens of a layer are compared by, [B, N, D]; nobody looks where none merge."""
+    """The similarity metric for this layer, [B, N, D]; unused unless it merges."""
     if not merge_pass.merges(index):
         return hidden
     # The keys averaged over heads (paper eq. 3; 64-d for CLIP-L). Hidden states are the same in all
-    # processes but for rounding, which may be enough for another plan.
+    # processes up to rounding, which may be enough to change the plan.
     return kernels.agree(key.mean(1) if merge_pass.compares_keys else hidden)
 
 
@@ -96,11 +95,11 @@ def _compared(
 def attention_received(
     query: Tensor, key: Tensor, bias: Tensor | None, scale: float, has_class_token: bool
 ) -> Tensor:
-    """How much attention every token gets, averaged over heads.
+    """How much attention every token receives, averaged over heads.
 
     From the class token, as one row q_cls K^T; from all tokens where there is no class token
-    (SigLIP; VisionZip, arXiv 2412.04467, section 3), head by head. Never by asking the layer for
-    its attention map, which would take the fast kernels away.
+    (SigLIP; VisionZip, arXiv 2412.04467, section 3), head by head. The layer is never asked for
+    its attention map, because that would rule out the fast kernels.
 
     Args:
         query: [B, heads, N, head_dim].

@@ -1,11 +1,9 @@
 """Running the original llava package's own preparation of a prompt on other values than embeddings.
 
 `prepare_inputs_labels_for_multimodal` only moves embeddings about (and in forks resamples those of
-pictures): what it does to codes or coordinates tells what it does to embeddings, whatever the fork.
-Tiles, unpadding, separators between rows of patches, padding and several pictures stay the model's
+images): what it does to codes or coordinates tells what it does to embeddings, whatever the fork.
+Tiles, unpadding, separators between rows of patches, padding and several images remain the model's
 own code.
-
-Knows: what that method asks of its model. Does not know: merging, nor what the values mean.
 """
 
 from __future__ import annotations
@@ -21,27 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..releases import accepted
 from .swap import base_class
 
 PREPARE = "prepare_inputs_labels_for_multimodal"
-# The id that stands for a picture in a prompt; all other ids are words.
+# The id that stands for an image in a prompt; all other ids are words.
 PLACEHOLDER = -200
 # Values that the preparation returns; the mask is the third, the embeddings are the fifth of them.
 N_VALUES, MASK, EMBEDDINGS = 6, 2, 4
-# Methods of these do not deal with pictures.
+# Methods of these do not deal with images.
 LIBRARIES = ("torch.", "transformers.")
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """The pictures of a call.
+class ImageBatch:
+    """The images of a call.
 
     Attributes:
-        pixels: [tiles of all pictures, 3, H, W].
-        tiles: tiles of every picture.
-        sizes: (width, height) of every picture as the package has it, or None.
+        pixels: [tiles of all images, 3, H, W].
+        tiles: tiles of every image.
+        sizes: (width, height) of every image as the package has it, or None.
         listed: given as a list or with five axes, which the package treats as cut into tiles;
-            otherwise every picture is one tile and nothing is put around it.
+            otherwise every image is one tile and nothing is put around it.
     """
 
     pixels: Tensor
@@ -50,20 +49,20 @@ class Pictures:
     listed: bool
 
     def blanks(self) -> Any:
-        """Empty pictures of the same form."""
+        """Empty images of the same form."""
         if not self.listed:
             return torch.empty(len(self.tiles), 1, 1, 1)
         return [torch.empty(n, 1, 1, 1) for n in self.tiles]
 
 
-def pictures_of(images: Any, image_sizes: Any = None) -> Pictures:
-    """The pictures of a call in any form that the package takes.
+def image_batch(images: Any, image_sizes: Any = None) -> ImageBatch:
+    """The images of a call in any form that the package takes.
 
     Raises:
-        ValueError: no picture, or a tensor of another number of axes.
+        ValueError: no image, or a tensor of another number of axes.
     """
     if isinstance(images, Tensor) and images.dim() == 4 and len(images):
-        return Pictures(images, [1] * len(images), image_sizes, False)
+        return ImageBatch(images, [1] * len(images), image_sizes, False)
     items = list(images) if isinstance(images, (list, tuple)) or _has_axes(images, 5) else []
     if not items or not all(_has_axes(one, 3) or _has_axes(one, 4) for one in items):
         shown = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -72,7 +71,7 @@ def pictures_of(images: Any, image_sizes: Any = None) -> Pictures:
             f"list of [tiles, 3, height, width], with at least one image; got {shown}"
         )
     tiles = [one[None] if one.dim() == 3 else one for one in items]
-    return Pictures(torch.cat(tiles), [len(one) for one in tiles], image_sizes, True)
+    return ImageBatch(torch.cat(tiles), [len(one) for one in tiles], image_sizes, True)
 
 
 def _has_axes(value: Any, axes: int) -> bool:
@@ -80,12 +79,12 @@ def _has_axes(value: Any, axes: int) -> bool:
 
 
 def own_preparation(model: Any) -> Any:
-    """The function as it was before any wrapping."""
+    """The preparation of the model's class as it was before any wrapping."""
     return getattr(base_class(model), PREPARE)
 
 
 def own_function(model: Any, name: str) -> Any:
-    """A function that the preparation calls by name, None where its module has none such."""
+    """A function that the preparation calls by name, None where its module has no such one."""
     for cls in base_class(model).__mro__:
         found = getattr(sys.modules.get(cls.__module__), name, None)
         if PREPARE in cls.__dict__ and found is not None:
@@ -95,7 +94,7 @@ def own_function(model: Any, name: str) -> Any:
 
 def run_preparation(
     model: Any,
-    pictures: Pictures,
+    images: ImageBatch,
     features: Tensor,
     newline: Tensor,
     *,
@@ -105,22 +104,23 @@ def run_preparation(
 ) -> tuple[Tensor, Tensor]:
     """The model's own preparation of a prompt, on the device and in the width of `features`.
 
-    Rows are padded behind, and nothing is cut off: that comes after merging, when there is less.
+    Rows are padded on the right, and nothing is cut off: that comes after merging, when rows are
+    shorter.
 
     Args:
         model: the model.
-        pictures: of the prompt.
+        images: of the prompt.
         features: [tiles, N, C], what stands for visual tokens.
         newline: [C], what stands for separators.
-        input_ids: [B, T], `PLACEHOLDER` for every picture.
+        input_ids: [B, T], `PLACEHOLDER` for every image.
         attention_mask: [B, T].
         words: what stands for the embeddings of [n] ids: [n, C].
 
     Returns:
-        [B, L, C] and [B, L] bool, columns that hold something.
+        [B, L, C], and [B, L] bool: the columns that hold something.
 
     Raises:
-        ValueError: the method returns something else than the package's.
+        ValueError: the method does not return what the package's does.
     """
     stand_in = _StandIn(model, features, newline, words)
     prepare = own_preparation(model)
@@ -130,18 +130,17 @@ def run_preparation(
         "attention_mask": attention_mask,
         "past_key_values": None,
         "labels": None,
-        "images": pictures.blanks(),
-        "image_sizes": pictures.sizes,
+        "images": images.blanks(),
+        "image_sizes": images.sizes,
     }
-    known = inspect.signature(prepare).parameters
-    values = prepare(stand_in, **{name: one for name, one in given.items() if name in known})
+    values = prepare(stand_in, **accepted(prepare, given))
     if len(values) != N_VALUES or not stand_in.was_asked:
         raise ValueError(unfollowed(model))
     return values[EMBEDDINGS], values[MASK].bool()
 
 
 def unfollowed(model: Any) -> str:
-    """What to say of a model whose preparation does more than the package's."""
+    """The error message for a model whose preparation does more than the package's."""
     merge_type = getattr(model.config, "mm_patch_merge_type", "flat")
     return (
         f"{type(model).__name__} does more with visual tokens than putting them in order "
@@ -195,18 +194,18 @@ class _CoreStandIn:
         return getattr(self._core, name)
 
 
-def pack(model: Any, pictures: Pictures, tiles: Sequence[Tensor], newline: Tensor) -> list[Tensor]:
-    """The model's own packing of the tiles of every picture: [t, N, C] each to [L, C] each."""
+def pack(model: Any, images: ImageBatch, tiles: Sequence[Tensor], newline: Tensor) -> list[Tensor]:
+    """The model's own packing of the tiles of every image: [t, N, C] each to [L, C] each."""
     features = torch.cat(list(tiles))
     ids = torch.tensor([[1, PLACEHOLDER]] * len(tiles), device=features.device)
     packed, valid = run_preparation(
         model,
-        pictures,
+        images,
         features,
         newline.to(features),
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         words=lambda found: features.new_zeros(len(found), features.shape[-1]),
     )
-    # Behind the word that a prompt needs.
+    # Without the word before the image, which a prompt needs.
     return [row[1:length] for row, length in zip(packed, valid.sum(1).tolist(), strict=True)]

@@ -1,7 +1,4 @@
-"""The parts of a model that costs and weights are counted by.
-
-Knows: their names. Does not know: where a family keeps them (the adapters say that).
-"""
+"""The parts of a model by which costs and weights are counted."""
 
 from __future__ import annotations
 
@@ -16,13 +13,13 @@ class ModelParts:
     """Where the weights of a model are.
 
     Attributes:
-        vision_tower: everything a picture goes through before the projector.
+        vision_tower: everything an image goes through before the projector.
         vision_config: its configuration: image_size, patch_size, hidden_size, num_hidden_layers.
         projector: from the width of the tower to that of the language model.
-        language_model: what every token of a prompt goes through, `lm_head` not included.
+        language_model: what every token of a prompt goes through, without `lm_head`.
         all_logits: before the first token, logits are computed for every position of the prompt
-            and not for the last one alone.
-        video_tower: where videos go through a tower of their own.
+            and not only for the last one.
+        video_tower: where videos have a tower of their own.
     """
 
     vision_tower: nn.Module

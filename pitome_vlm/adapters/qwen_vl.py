@@ -1,155 +1,121 @@
-"""Qwen2-VL and Qwen2.5-VL of Hugging Face: pictures and videos merged behind the tower.
+"""Hugging Face Qwen2-VL and Qwen2.5-VL: images and videos merged after the tower.
 
-Knows: `image_grid_thw`, the model's own features behind its patch merger, and that it gives every
-token a place in time, rows and columns (mrope), which a merged token keeps. Does not know: how the
-tower attends (it is left alone), prompts, algorithms.
+The tower is left alone. Its features after the patch merger are merged on the grids that
+`image_grid_thw` gives, and every merged token keeps a place in time, rows and columns (mrope).
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from ..common import whole_number
 from ..merge.counts import Footprint
 from ..merge.merge_pass import MergePass
 from ..merge.schedule import TowerShape
 from ..merge.tiles import PackedItem, merge_grids
 from ..merge.tokens import Encoded
-from .features import token_id
+from ..releases import accepted
+from .base import Adapter
 from .parts import ModelParts
 
 KINDS = {"pixel_values": "image", "pixel_values_videos": "video"}
-# Behind which a kind's grids stand: (frames, rows, columns) of patches in front of the merger.
+# The argument that holds a kind's grids: (frames, rows, columns) of patches before the merger.
 GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 PLACES = ("second_per_grid_ts", "mm_token_type_ids")
 
 
-class QwenVLAdapter:
-    """Qwen2VLForConditionalGeneration and Qwen2_5_VLForConditionalGeneration."""
+class QwenVLAdapter(Adapter):
+    """Qwen2VLForConditionalGeneration and Qwen2_5_VLForConditionalGeneration.
+
+    Inputs: `pixel_values` with `image_grid_thw`, `pixel_values_videos` with `video_grid_thw`, as
+    the processor makes them. The patch merger counts as part of the tower.
+    """
 
     model_types: tuple[str, ...] = ("qwen2_5_vl", "qwen2_vl")
-    calls = "transformers"
-    counted_per = "image"
+    part_names: Mapping[str, str] = {"vision_tower": "visual", "language_model": "language_model"}
     pixel_inputs: Mapping[str, str] = KINDS
     vision_inputs: tuple[str, ...] = (*KINDS, *GRIDS.values(), *PLACES)
-    feature_options: tuple[str, ...] = ()
     # A photo.
     default_image_size: tuple[int, int] | None = (768, 1024)
-    videos_pooled_first = False
     own_positions = True
     place_inputs: tuple[str, ...] = PLACES
 
+    @override
     def matches(self, model: Any) -> bool:
-        """By model type and parts."""
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        core = getattr(model, "model", None)
-        return model_type in self.model_types and all(
-            hasattr(core, name) for name in ("visual", "language_model", "get_rope_index")
-        )
+        return super().matches(model) and hasattr(model.model, "get_rope_index")
 
+    @override
     def parts(self, model: Any) -> ModelParts:
-        """See `Adapter`; the patch merger is counted as part of the tower."""
         core = model.model
         config = model.config.vision_config
         return ModelParts(core.visual, config, nn.Identity(), (core.language_model,))
 
+    @override
     def tower_shape(self, model: Any, **feature_options: Any) -> TowerShape:
-        """See `Adapter`; the numbers of a typical picture, others have their share."""
-        del feature_options
+        """The numbers of a typical image; budgets of others follow from their own footprint."""
         layers = len(model.model.visual.blocks)
         full = self.footprint(model).full
         return TowerShape(full, 0, 0, layers, layers, packed=True, projector_only=True)
 
-    def install(self, model: Any, *, inside_tower: bool) -> None:
-        """Nothing: the tower is left alone."""
-
-    def uninstall(self, model: Any) -> None:
-        """Nothing was installed."""
-
-    def text_config(self, model: Any) -> Any:
-        """See `Adapter`."""
-        return model.model.language_model.config
-
-    def placeholder_ids(self, model: Any) -> dict[str, int]:
-        """See `Adapter`."""
-        return {kind: token_id(model.config, kind) for kind in KINDS.values()}
-
-    def footprint(
-        self,
-        model: Any,
-        *,
-        image_size: tuple[int, int] | None = None,
-        frames: int | None = None,
-        **feature_options: Any,
+    @override
+    def image_footprint(
+        self, model: Any, size: tuple[int, int] | None, options: Mapping[str, Any]
     ) -> Footprint:
-        """See `Adapter`; of a picture whose sides the processor rounds to whole cells."""
-        del feature_options
-        rows, columns = self._cells(model, image_size)
-        if frames is None:
-            return Footprint(rows * columns)
-        together = model.config.vision_config.temporal_patch_size
-        frames = math.ceil(whole_number("frames", frames, 1) / together)
+        rows, columns = _cells(model, size)
+        return Footprint(rows * columns)
+
+    @override
+    def video_footprint(
+        self, model: Any, frames: int, size: tuple[int, int] | None, options: Mapping[str, Any]
+    ) -> Footprint:
+        rows, columns = _cells(model, size)
+        frames = math.ceil(frames / model.config.vision_config.temporal_patch_size)
         return Footprint(frames * rows * columns, frames=frames)
 
+    @override
     def opening_token(self, model: Any) -> int | None:
-        """See `Adapter`: releases before 5 look for it to find the pictures."""
+        # Releases of transformers before 5 look for it to find the images.
         return int(model.config.vision_start_token_id)
 
-    def random_pictures(
+    @override
+    def random_images(
         self,
         model: Any,
         ids: Tensor,
-        n_pictures: int,
+        n_images: int,
         *,
         image_size: tuple[int, int] | None,
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
-        """See `Adapter`: patches in rows, and the grid they are from."""
-        vision, (rows, columns) = model.config.vision_config, self._cells(model, image_size)
+        vision = model.config.vision_config
+        rows, columns = _cells(model, image_size or self.default_image_size)
         side = vision.spatial_merge_size
         channels = getattr(vision, "in_channels", 3)
         width = channels * vision.temporal_patch_size * vision.patch_size**2
-        patches = n_pictures * rows * columns * side**2
-        found = {
+        patches = n_images * rows * columns * side**2
+        # What tells text from images in releases that do not look for the opening token.
+        kinds = (ids == self.placeholder_ids(model)["image"]).long()
+        return {
             "pixel_values": torch.randn(patches, width, generator=generator),
-            "image_grid_thw": torch.tensor([[1, rows * side, columns * side]] * n_pictures),
+            "image_grid_thw": torch.tensor([[1, rows * side, columns * side]] * n_images),
+            **accepted(model.forward, {"mm_token_type_ids": kinds}),
         }
-        # What tells text from pictures in releases that do not look for the opening token.
-        if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
-            found["mm_token_type_ids"] = (ids == self.placeholder_ids(model)["image"]).long()
-        return found
 
-    def _cells(self, model: Any, image_size: tuple[int, int] | None) -> tuple[int, int]:
-        """Rows and columns behind the patch merger; sides are rounded to whole cells."""
-        vision, size = model.config.vision_config, image_size or self.default_image_size
-        assert size is not None
-        cell = vision.patch_size * vision.spatial_merge_size
-        rows, columns = (max(1, round(side / cell)) for side in size)
-        return rows, columns
-
+    @override
     def footprints(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Footprint]]:
-        """See `Adapter`."""
         return {
             kind: [_footprint(grid, kind) for grid in _grids(model, inputs, kind)]
             for name, kind in KINDS.items()
             if inputs.get(name) is not None
         }
 
+    @override
     def encode(self, model: Any, inputs: Mapping[str, Any], merge_pass: MergePass) -> list[Encoded]:
-        """`get_image_features` and `get_video_features` of the model itself, then merging.
-
-        Args:
-            model: the model.
-            inputs: `pixel_values` with `image_grid_thw`, `pixel_values_videos` with
-                `video_grid_thw`, as the processor makes them.
-            merge_pass: a fresh pass.
-        """
         encoded = []
         for name, kind in KINDS.items():
             if inputs.get(name) is None:
@@ -163,13 +129,14 @@ class QwenVLAdapter:
             encoded.append(Encoded(kind, self.placeholder_ids(model)[kind], visual))
         return encoded
 
+    @override
     def prompt_places(
         self, model: Any, inputs: Mapping[str, Any], mask: Tensor | None
     ) -> Tensor | None:
-        """[B, T, 3] float32, time, row and column of every token of the unmerged prompt.
+        """[B, T, 3] float32: time, row and column of every token of the unmerged prompt.
 
         Raises:
-            ValueError: there are no ids to find the pictures in.
+            ValueError: there are no ids in which to find the images.
         """
         given = inputs.get("position_ids")
         if isinstance(given, Tensor):
@@ -178,8 +145,8 @@ class QwenVLAdapter:
         ids = inputs.get("input_ids")
         if ids is None:
             raise ValueError(
-                "input_ids are needed beside pixel_values: this model's positions follow from "
-                "where its pictures stand; pass input_ids, or position_ids of your own"
+                "input_ids are needed with pixel_values: this model's positions follow from where "
+                "its images are in the prompt; pass input_ids, or position_ids of your own"
             )
         kinds = inputs.get("mm_token_type_ids")
         if kinds is None:
@@ -188,16 +155,16 @@ class QwenVLAdapter:
                 kinds = kinds.masked_fill(ids == token, number)
         values = {name: inputs.get(name) for name in (*GRIDS.values(), "second_per_grid_ts")}
         values |= {"mm_token_type_ids": kinds, "attention_mask": mask}
-        taken = inspect.signature(model.model.get_rope_index).parameters
-        known = {name: value for name, value in values.items() if name in taken}
-        places, _ = model.model.get_rope_index(ids, **known)
+        locate = model.model.get_rope_index
+        places, _ = locate(ids, **accepted(locate, values))
         found: Tensor = places.permute(1, 2, 0).float()
         return found
 
+    @override
     def tower_flops(self, model: Any, footprint: Footprint) -> int | None:
-        """See `Adapter`: patches through all linear layers, attention in windows or in full.
+        """Patches through all linear layers, and attention in windows or over the whole frame.
 
-        Windows are taken as full ones (the last of a row may be smaller).
+        All windows count as full ones, although the last of a row may be smaller.
         """
         visual, vision = model.model.visual, model.config.vision_config
         merged = vision.spatial_merge_size**2
@@ -214,13 +181,22 @@ class QwenVLAdapter:
         return int(total)
 
 
+def _cells(model: Any, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Rows and columns after the patch merger; the processor rounds sides to whole cells."""
+    assert size is not None
+    vision = model.config.vision_config
+    cell = vision.patch_size * vision.spatial_merge_size
+    rows, columns = (max(1, round(side / cell)) for side in size)
+    return rows, columns
+
+
 def _linear(module: nn.Module) -> int:
     layers = (part for part in module.modules() if isinstance(part, nn.Linear))
     return 2 * sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def _grids(model: Any, inputs: Mapping[str, Any], kind: str) -> list[tuple[int, int, int]]:
-    """(frames, rows, columns) of every picture behind the patch merger.
+    """(frames, rows, columns) of every image or video after the patch merger.
 
     Raises:
         ValueError: the grids are missing.
@@ -228,7 +204,7 @@ def _grids(model: Any, inputs: Mapping[str, Any], kind: str) -> list[tuple[int, 
     grids = inputs.get(GRIDS[kind])
     if grids is None:
         raise ValueError(
-            f"{GRIDS[kind]} is missing: this model needs the grid of every {kind} beside its "
+            f"{GRIDS[kind]} is missing: this model needs the grid of every {kind} with its "
             "pixels; pass everything that the processor returned"
         )
     side = model.config.vision_config.spatial_merge_size

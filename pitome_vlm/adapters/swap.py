@@ -1,9 +1,8 @@
 """Give one module another class, and take it back.
 
-Knows: why a class swap is the mechanism (hooks cannot sit between attention and MLP, instance
-closures are lost by accelerate and copied wrongly by deepcopy, renamed classes break hidden-state
-capture and `config.architectures`; evidence in reference/transformers.md 1) and the traps of
-instance-level `forward` attributes. Does not know: what the new class does.
+A class swap is the mechanism because the alternatives fail: hooks cannot run between attention and
+MLP, closures on the instance are lost by accelerate and copied wrongly by deepcopy, and renamed
+classes break hidden-state capture and `config.architectures`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _BASE = "_pitome_base"
 
 @functools.cache
 def swapped_class(base: Any, mixin: Any) -> type[nn.Module]:
-    """`base` with `mixin` in front, under the same name, module and qualified name.
+    """`base` with `mixin` before it, under the same name, module and qualified name.
 
     The names matter: transformers keys its output recording by `str(class)`, writes the class
     name into `config.architectures`, and device maps name classes that must not be split.
@@ -50,7 +49,7 @@ def _mirrored(original: Any, replacement: Any) -> Any:
 
 
 def _with_added(original: Any, replacement: Any) -> inspect.Signature:
-    """The signature of `original` and the keyword-only parameters `replacement` has besides."""
+    """The signature of `original` with the keyword-only parameters that `replacement` adds."""
     signature = inspect.signature(original)
     added = [
         parameter
@@ -58,8 +57,8 @@ def _with_added(original: Any, replacement: Any) -> inspect.Signature:
         if parameter.kind is parameter.KEYWORD_ONLY
     ]
     own = list(signature.parameters.values())
-    behind = len(own) - sum(parameter.kind is parameter.VAR_KEYWORD for parameter in own)
-    return signature.replace(parameters=own[:behind] + added + own[behind:])
+    end = len(own) - sum(parameter.kind is parameter.VAR_KEYWORD for parameter in own)
+    return signature.replace(parameters=own[:end] + added + own[end:])
 
 
 def _reduce_swapped(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
@@ -87,10 +86,10 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 
 
 def swap_in(module: nn.Module, mixin: Any) -> None:
-    """Put `mixin` in front of the class of this one instance.
+    """Put `mixin` before the class of this one instance.
 
     Raises:
-        RuntimeError: someone else replaced `forward` on the instance, so that a new class would
+        RuntimeError: something else replaced `forward` on the instance, so that a new class would
             never be called; nothing has been changed then.
     """
     if not is_swapped(module):
@@ -115,7 +114,7 @@ def _exchange(module: nn.Module, new: type[nn.Module]) -> None:
         own["_old_forward"] = types.MethodType(new.forward, module)
     elif "forward" in own:
         # transformers 4.57 leaves the class's own bound forward on instances after recording
-        # hidden states; it says nothing and only hides the class, so it can go.
+        # hidden states; it only hides the class, so it is removed.
         if getattr(own["forward"], "__func__", None) is not old.forward:
             raise RuntimeError(_foreign(module))
         del own["forward"]
@@ -125,5 +124,5 @@ def _exchange(module: nn.Module, new: type[nn.Module]) -> None:
 def _foreign(module: nn.Module) -> str:
     return (
         f"{type(module).__name__}.forward was replaced on this instance by another library, so "
-        "merging cannot be put in; remove that patch first, wrap, then apply it again"
+        "merging cannot be installed; remove that patch, wrap, then apply it again"
     )

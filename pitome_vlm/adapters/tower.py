@@ -1,8 +1,7 @@
-"""Merging inside a pre-norm ViT layer: serves the CLIP and SigLIP towers of transformers.
+"""Merging inside the CLIP and SigLIP towers of transformers.
 
-Knows: where attention, residual and MLP sit in an encoder layer, and how transformers selects
-attention kernels. Does not know: LLaVA, prompts, which algorithm decides, or what a layer does
-between its parts when it merges (`merged_layer.py`).
+Finds the layers, swaps their classes and runs their attention. What a layer does between its parts
+when it merges is in `merged_layer.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from ..merge.merge_pass import MergePass
+from ..releases import ADDS_ROW_MASK, layers_return_tuples
 from .merged_layer import Heads, LayerKernels, merged_layer
 from .proportional import WIDEST, channel_width, with_size_channels
 from .swap import base_class, swap_in, swap_out
@@ -34,11 +34,6 @@ ATTENTION_INPUTS = {
     *("output_attentions", "kwargs"),
 }
 LAYER_ATTRIBUTES = ("_pitome_layer", "_pitome_slot", "_pitome_returns_tuple")
-# Implementations whose function in transformers adds a float mask to the logits; others (flash
-# kernels, flex) read a mask as padding or not at all. Here the mask is kept: on a CPU it costs
-# little (docs/performance.md); on CUDA mask, channel and flex have not been timed against each
-# other yet (`proportional.WAYS`).
-TAKES_FLOAT_MASK = ("eager", "sdpa")
 
 
 class TowerSlot:
@@ -55,12 +50,12 @@ class TowerSlot:
 
     @property
     def active(self) -> MergePass | None:
-        """The encoding in progress, None outside of one."""
+        """The encoding in progress, None where there is none."""
         return getattr(self._local, "active", None)
 
     @contextlib.contextmanager
     def encode(self, merge_pass: MergePass) -> Iterator[None]:
-        """Make `merge_pass` the one that layers called in this block belong to."""
+        """Let layers that are called in this block belong to `merge_pass`."""
         previous, self._local.active = self.active, merge_pass
         try:
             yield
@@ -82,7 +77,7 @@ class TowerSlot:
 def find_encoder_layers(tower: nn.Module) -> list[nn.ModuleList]:
     """The tower's lists of transformer layers, by structure because paths differ by release.
 
-    There is one, or several copies of it where peft trains a copy (`modules_to_save`).
+    There is one, or several where peft trains a copy (`modules_to_save`).
 
     Raises:
         TypeError: no list of layers with the parts a merge needs.
@@ -98,7 +93,7 @@ def find_encoder_layers(tower: nn.Module) -> list[nn.ModuleList]:
             f"vision tower {type(tower).__name__} is not supported inside the tower: looked for "
             f"a ModuleList of layers with {', '.join(LAYER_PARTS)} whose self_attn has "
             f"{', '.join(ATTENTION_PARTS)} and takes no position embeddings (CLIP and SigLIP); "
-            'merge behind it with stage="projector" instead'
+            'merge after it with stage="projector" instead'
         )
     if any(hasattr(layer, "_checkpoint_wrapped_module") for layers in found for layer in layers):
         raise RuntimeError(
@@ -119,7 +114,7 @@ def _is_mergeable(layer: nn.Module) -> bool:
 
 
 class MergingLayer:
-    """Mixin in front of an encoder layer's class; the untouched forward unless a pass is active."""
+    """Mixin before an encoder layer's class; its own forward runs unless a pass is active."""
 
     _pitome_layer: int
     _pitome_slot: tuple[TowerSlot]
@@ -147,7 +142,7 @@ class MergingLayer:
         if pitome_pass is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         if layer >= pitome_pass.schedule.used_layers:
-            # Nobody reads what lies behind the feature layer, so it is not computed.
+            # Nobody reads the layers after the feature layer, so they are not computed.
             return _as_returned(self, hidden_states)
         if not pitome_pass.touches(layer):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
@@ -186,12 +181,12 @@ def _attend(attention: Any, parts: Heads, bias: Tensor | None) -> Tensor:
         [B, N, C].
     """
     name, head_dim = attention.config._attn_implementation or "sdpa", parts[2].shape[-1]
-    if bias is not None and name not in TAKES_FLOAT_MASK:
+    if bias is not None and name not in ADDS_ROW_MASK:
         if _takes_channels(name, head_dim):
             parts, bias = with_size_channels(*parts, bias, attention.scale), None
         else:
             logger.warning_once(
-                f"attention implementation {name!r} takes no additive mask; vision layers behind "
+                f"attention implementation {name!r} takes no additive mask; vision layers after "
                 "the first merge use 'sdpa' for proportional attention"
             )
             name = "sdpa"
@@ -210,9 +205,9 @@ def _attend(attention: Any, parts: Heads, bias: Tensor | None) -> Tensor:
 def _takes_channels(name: str, head_dim: int) -> bool:
     """Whether an implementation computes softmax(q k) v for heads of more channels.
 
-    Flash kernels do, of whatever origin ("flash_attention_2", "kernels-community/flash-attn3");
-    transformers tells them by the same word. Others are not known: one that quantises its keys
-    would lose the channel.
+    Flash kernels do, whatever their origin ("flash_attention_2", "kernels-community/flash-attn3");
+    transformers recognises them by the same word. About others nothing is known: one that
+    quantises its keys would lose the channel.
     """
     return "flash" in name and channel_width(head_dim) <= WIDEST
 
@@ -232,25 +227,21 @@ KERNELS = LayerKernels(_project, _attend)
 
 
 def _as_returned(layer: Any, hidden: Tensor) -> Any:
-    """`hidden` in the form the layer's own class returns: a tuple before transformers 5."""
+    """`hidden` in the form that the layer's own class returns."""
     return (hidden,) if layer._pitome_returns_tuple else hidden
 
 
-def _returns_tuple(layer_class: type[nn.Module]) -> bool:
-    return "output_attentions" in inspect.signature(layer_class.forward).parameters
-
-
 def install_tower(tower: nn.Module) -> None:
-    """Put `MergingLayer` in front of every layer's class; all or nothing."""
+    """Put `MergingLayer` before every layer's class; all or nothing."""
     lists, slot = find_encoder_layers(tower), TowerSlot()
-    returns_tuple = _returns_tuple(base_class(lists[0][0]))
+    returns_tuple = layers_return_tuples(base_class(lists[0][0]))
     try:
         for layers in lists:
             for index, layer in enumerate(layers):
                 swap_in(layer, MergingLayer)
                 layer._pitome_layer = index  # type: ignore[assignment]
                 layer._pitome_returns_tuple = returns_tuple  # type: ignore[assignment]
-                # In a tuple, so that it is no attribute torch would register or move.
+                # In a tuple, so that torch neither registers nor moves it.
                 layer._pitome_slot = (slot,)  # type: ignore[assignment]
     except BaseException:
         uninstall_tower(tower)
@@ -279,7 +270,7 @@ def encoding(tower: nn.Module, merge_pass: MergePass) -> Iterator[None]:
             "the vision tower was replaced after wrap(); call pitome_vlm.wrap(model, ...) again"
         )
     with contextlib.ExitStack() as stack:
-        # A copy that peft trains beside the original has a slot of its own.
+        # A copy that peft trains next to the original has a slot of its own.
         for slot in {layer._pitome_slot[0] for layer in layers}:
             stack.enter_context(slot.encode(merge_pass))
         yield

@@ -1,7 +1,6 @@
-"""How many tokens a vision tower makes of a picture, from its configuration.
+"""How many tokens a vision tower makes of an image, from its configuration.
 
-Knows: class tokens, registers, patch grids, and that an unknown tower can be asked by running one
-layer like its own. Does not know: how a layer merges (`tower.py`), LLaVA.
+Class tokens, registers and patch grids; an unknown tower is asked by running one layer like its own.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ from transformers import AutoModel
 
 from .tower import find_encoder_layers
 
-# Towers that name an image_size but cut pictures of any size into patches.
+# Towers that name an image_size but cut images of any size into patches.
 VARIABLE_GRID = ("pixtral",)
 
 
 def has_class_token(tower: nn.Module) -> bool:
-    """Whether the tower puts a class token in front of the patches (CLIP does, SigLIP not)."""
+    """Whether the tower puts a class token before the patches (CLIP does, SigLIP not)."""
     return any(hasattr(module, "class_embedding") for module in tower.modules())
 
 
 def leading_tokens(tower: nn.Module, vision_config: Any) -> int:
-    """Tokens that are no patches: a class token, registers (DINOv2).
+    """Tokens that are not patches: a class token, registers (DINOv2).
 
     Raises:
         TypeError: the tower makes fewer tokens than its grid has patches.
@@ -38,7 +37,7 @@ def leading_tokens(tower: nn.Module, vision_config: Any) -> int:
         rows, columns = patch_grid(vision_config)
         if length < rows * columns:
             raise TypeError(
-                f"a {vision_config.model_type} vision tower makes {length} tokens of a picture of "
+                f"a {vision_config.model_type} vision tower makes {length} tokens of an image of "
                 f"{rows} x {columns} patches; only towers that keep all patches are supported"
             ) from None
         return length - rows * columns
@@ -74,17 +73,17 @@ def _sequence_length(described: _Described) -> int:
 
 
 def patch_grid(vision_config: Any) -> tuple[int, int]:
-    """(rows, columns) of patches that the processor prepares pictures for.
+    """(rows, columns) of patches that the processor prepares images for.
 
     Raises:
-        TypeError: the config does not say, because the number depends on the picture.
+        TypeError: the config does not say, because the number depends on the image.
     """
     image = getattr(vision_config, "image_size", None)
     patch = getattr(vision_config, "patch_size", None)
     if image is None or patch is None or vision_config.model_type in VARIABLE_GRID:
         raise TypeError(
             f"a {vision_config.model_type} vision tower is not supported yet: its number of "
-            "patches depends on the picture (looked for image_size and patch_size in its config), "
+            "patches depends on the image (looked for image_size and patch_size in its config), "
             "so no count can be promised"
         )
     rows, columns = (image, image) if isinstance(image, int) else image
@@ -96,7 +95,7 @@ def feature_depth(vision_feature_layer: int | list[int], n_layers: int) -> list[
     """Indices into `hidden_states` (0 is the embedding) as numbers of layers passed.
 
     Raises:
-        ValueError: an index outside of the tower.
+        ValueError: an index outside the tower.
     """
     wanted = (
         [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer

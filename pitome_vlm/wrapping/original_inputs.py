@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.original_code import pictures_of
+from ..adapters.original_code import image_batch
 from ..merge.tokens import VisualTokens
 from .columns import IGNORED_LABEL, Compaction, compaction
 from .image_cache import ImageCache
@@ -49,7 +49,7 @@ def prepare_original(
         ValueError: the images are of another form, or see `original_layout.lay_out`.
     """
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    pictures = pictures_of(inputs["images"], inputs.get("image_sizes"))
+    pictures = image_batch(inputs["images"], inputs.get("image_sizes"))
     model, calibration = plan.model, plan.calibration
     adapter: Any = plan.adapter
     tokens_in = plan.schedule.tokens_in

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.original_code import PLACEHOLDER, Pictures, run_preparation, unfollowed
+from ..adapters.original_code import PLACEHOLDER, ImageBatch, run_preparation, unfollowed
 
 # What a column holds; 0 is padding, because the package pads with zeros.
 TEXT, VISUAL, NEWLINE = 1.0, 2.0, 3.0
@@ -48,7 +48,7 @@ class Layout:
 
 def lay_out(
     model: Any,
-    pictures: Pictures,
+    pictures: ImageBatch,
     items: Sequence[int],
     tokens: int,
     input_ids: Tensor,
@@ -117,7 +117,7 @@ def _check_mask(mask: Tensor, ids: Tensor) -> None:
         )
 
 
-def _check_pictures(ids: Tensor, mask: Tensor, pictures: Pictures) -> None:
+def _check_pictures(ids: Tensor, mask: Tensor, pictures: ImageBatch) -> None:
     """The package itself ends in an IndexError here."""
     per_row = ((ids == PLACEHOLDER) & mask.bool()).sum(1)
     # It takes one image for every row, also for one without a placeholder.

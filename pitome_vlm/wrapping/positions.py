@@ -20,13 +20,9 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import logging
 
 from ..merge.config import MergeConfig, Positions
-from ..releases import CACHE_NAME, MASK_ARGUMENTS
+from ..releases import ADDS_MASK, CACHE_NAME, MASK_ARGUMENTS
 
 logger = logging.get_logger(__name__)
-
-# Implementations that add a float mask to the attention logits. Flash kernels read a mask as
-# padding only.
-TAKES_FLOAT_MASK = ("eager", "sdpa", "flex_attention")
 
 
 @dataclass(frozen=True)
@@ -91,10 +87,10 @@ def resolve(config: MergeConfig, text_config: Any, *, wanted: bool) -> Calibrati
 def _obstacle(text_config: Any) -> str | None:
     """Why a language model cannot be calibrated, None where it can."""
     name = getattr(text_config, "_attn_implementation", None) or "sdpa"
-    if name not in TAKES_FLOAT_MASK:
+    if name not in ADDS_MASK:
         return (
             f"attention implementation {name!r} of the language model adds no float mask "
-            f"({', '.join(TAKES_FLOAT_MASK)} do)"
+            f"({', '.join(ADDS_MASK)} do)"
         )
     if not _is_rotary(text_config):
         return (

@@ -67,7 +67,7 @@ def inputs_for(model: Any, case: Case, seed: int = 0) -> dict[str, Tensor]:
         )
     generator = torch.Generator().manual_seed(seed)
     ids = _row(base, case, generator).expand(case.batch, -1).contiguous()
-    vision = adapter.random_pictures(
+    vision = adapter.random_images(
         base, ids, case.batch * case.images, image_size=case.image_size, generator=generator
     )
     device, dtype = base.device, _pixel_dtype(base)

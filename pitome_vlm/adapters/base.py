@@ -1,0 +1,258 @@
+"""The base class of all adapters: what wrapping and measuring ask of a family of models.
+
+One adapter serves every model of its family in the process, so adapters hold no state. Counts must
+be known without running anything, on models whose weights are on the meta device as well.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common import whole_number
+from ..merge.counts import Footprint
+from ..merge.merge_pass import MergePass
+from ..merge.schedule import TowerShape
+from ..merge.tokens import Encoded
+from ..releases import accepted
+from .features import token_id
+from .parts import ModelParts
+from .tower import find_encoder_layers, install_tower, uninstall_tower
+
+
+class Adapter(abc.ABC):
+    """Where the parts of a family's models are, and how their features are read.
+
+    Attributes:
+        model_types: values of `config.model_type`.
+        part_names: names of the parts in `model.model`, by what they are: `vision_tower`,
+            `projector`, `language_model`.
+        calls: calling convention, "transformers" or "original"; it decides which class is put
+            before the model's own (`wrapping.wrap.MIXINS`).
+        counted_per: what `tower_shape` describes: "image", "tile" or "frame".
+        pixel_inputs: arguments of the model that hold pixels, and the kind of placeholder
+            ("image", "video") each is for.
+        vision_inputs: all arguments that `encode` consumes, pixels included; the language model
+            does not see them.
+        feature_options: arguments of a call that change how features are read.
+        default_image_size: (height, width) in pixels of a typical image, used where only numbers
+            are printed; None where every image is resized to one size.
+        videos_pooled_first: videos are pooled and merged before the projector.
+        own_positions: the model places tokens by the grid of their image (`prompt_places`).
+        place_inputs: those of `vision_inputs` that only say where tokens are; features do not
+            depend on them.
+    """
+
+    model_types: tuple[str, ...] = ()
+    part_names: Mapping[str, str] = {}
+    calls: str = "transformers"
+    counted_per: str = "image"
+    pixel_inputs: Mapping[str, str] = {"pixel_values": "image"}
+    vision_inputs: tuple[str, ...] = ("pixel_values",)
+    feature_options: tuple[str, ...] = ()
+    default_image_size: tuple[int, int] | None = None
+    videos_pooled_first: bool = False
+    own_positions: bool = False
+    place_inputs: tuple[str, ...] = ()
+
+    def matches(self, model: Any) -> bool:
+        """Whether this adapter serves the model.
+
+        By model type and parts, not by class path, which differs between releases.
+        """
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        core = getattr(model, "model", None)
+        return model_type in self.model_types and all(
+            hasattr(core, name) for name in self.part_names.values()
+        )
+
+    @abc.abstractmethod
+    def parts(self, model: Any) -> ModelParts:
+        """Where the weights are."""
+
+    @abc.abstractmethod
+    def tower_shape(self, model: Any, **feature_options: Any) -> TowerShape:
+        """Numbers of the vision tower, from the configuration alone.
+
+        Args:
+            model: the model.
+            **feature_options: override what the configuration says.
+
+        Raises:
+            TypeError: the number of patches is not known before an image is seen.
+            ValueError: features are to be read in a way that the tower does not have.
+        """
+
+    def install(self, model: Any, *, inside_tower: bool) -> None:
+        """Prepare the vision tower; all or nothing.
+
+        Args:
+            model: the model.
+            inside_tower: tokens merge inside the tower, so an unknown tower is an error.
+                Otherwise it is left alone.
+
+        Raises:
+            TypeError: `inside_tower` on a tower that merging does not know.
+        """
+        towers = self.parts(model).towers
+        try:
+            for tower in towers:
+                find_encoder_layers(tower)
+        except TypeError:
+            if inside_tower:
+                raise
+            return
+        for tower in towers:
+            install_tower(tower)
+
+    def uninstall(self, model: Any) -> None:
+        """Undo `install` completely."""
+        for tower in self.parts(model).towers:
+            uninstall_tower(tower)
+
+    def text_config(self, model: Any) -> Any:
+        """Configuration of the language model, the object its attention layers read."""
+        return getattr(model.model, self.part_names["language_model"]).config
+
+    def placeholder_ids(self, model: Any) -> dict[str, int]:
+        """The placeholder id of every kind that the model knows.
+
+        Raises:
+            ValueError: the configuration names none.
+        """
+        return {kind: token_id(model.config, kind) for kind in self.pixel_inputs.values()}
+
+    def footprint(
+        self,
+        model: Any,
+        *,
+        image_size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        **feature_options: Any,
+    ) -> Footprint:
+        """Token counts of one image or video, without running anything.
+
+        Args:
+            model: the model.
+            image_size: (height, width) in pixels, None for `default_image_size`; ignored by models
+                that resize every image to one size.
+            frames: of a video, None for an image.
+            **feature_options: as for `tower_shape`.
+
+        Raises:
+            ValueError: `frames` of a model that takes no videos, or less than one.
+        """
+        size = image_size or self.default_image_size
+        if frames is None:
+            return self.image_footprint(model, size, feature_options)
+        if "video" not in self.pixel_inputs.values():
+            raise ValueError(
+                f"{type(model).__name__} takes no videos, so frames must be left out, got {frames}"
+            )
+        return self.video_footprint(
+            model, whole_number("frames", frames, 1), size, feature_options
+        )
+
+    @abc.abstractmethod
+    def image_footprint(
+        self, model: Any, size: tuple[int, int] | None, options: Mapping[str, Any]
+    ) -> Footprint:
+        """Token counts of one image (height, width); called by `footprint`."""
+
+    def video_footprint(
+        self, model: Any, frames: int, size: tuple[int, int] | None, options: Mapping[str, Any]
+    ) -> Footprint:
+        """Token counts of one video; called by `footprint` where `pixel_inputs` names videos."""
+        raise NotImplementedError(f"{type(self).__name__}.video_footprint")
+
+    @abc.abstractmethod
+    def footprints(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Footprint]]:
+        """Token counts of every image of a call by kind, in the order of the placeholders.
+
+        Args:
+            model: the model.
+            inputs: those of `vision_inputs` and `feature_options` that the call has.
+
+        Raises:
+            ValueError: an input is missing, or inputs do not belong together.
+        """
+
+    @abc.abstractmethod
+    def encode(self, model: Any, inputs: Mapping[str, Any], merge_pass: MergePass) -> list[Encoded]:
+        """Tower, merging and projector for all images and videos of a call.
+
+        Args:
+            model: an installed model.
+            inputs: as for `footprints`.
+            merge_pass: a fresh pass for the first kind, which holds the plans afterwards;
+                `merge_pass.fresh()` serves each further kind.
+
+        Returns:
+            One entry per kind; every image has the count that `merge_pass.count` promises.
+        """
+
+    def prompt_places(
+        self, model: Any, inputs: Mapping[str, Any], mask: Tensor | None
+    ) -> Tensor | None:
+        """[B, T, D] positions of all tokens of the unmerged prompt; None where they count up.
+
+        Args:
+            model: the model.
+            inputs: of a call, before anything is merged.
+            mask: [B, T] over the prompt, or None.
+        """
+        del model, inputs, mask
+        return None
+
+    def tower_flops(self, model: Any, footprint: Footprint) -> int | None:
+        """FLOPs of a tower that merging leaves alone; None where its layers are counted."""
+        del model, footprint
+        return None
+
+    def opening_token(self, model: Any) -> int | None:
+        """The id that has to stand before every image's placeholders; None for none."""
+        del model
+        return None
+
+    def random_images(
+        self,
+        model: Any,
+        ids: Tensor,
+        n_images: int,
+        *,
+        image_size: tuple[int, int] | None,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """What a processor would return with `input_ids`, with noise for pixels.
+
+        Args:
+            model: the model.
+            ids: [B, T] int64 with all placeholders in place.
+            n_images: in all rows together.
+            image_size: (height, width) of every image, None for `default_image_size`.
+            generator: draws the pixels.
+
+        Returns:
+            Arguments of the model by name, on the CPU.
+
+        Raises:
+            TypeError: inputs of this family cannot be made up.
+        """
+        del ids, image_size
+        vision = getattr(model.config, "vision_config", None)
+        if vision is None:
+            raise TypeError(
+                f"inputs of a {type(model).__name__} cannot be made up; pass your own"
+            )
+        shape = (n_images, 3, vision.image_size, vision.image_size)
+        names = [name for name, kind in self.pixel_inputs.items() if kind == "image"]
+        name = next(iter(accepted(model.forward, dict.fromkeys(names))), names[0])
+        return {name: torch.randn(shape, generator=generator)}
+
+    def options_of(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a call's arguments that are `feature_options`."""
+        return {name: inputs[name] for name in self.feature_options if name in inputs}
