@@ -52,8 +52,8 @@ EMBEDS_NEED_EMPTY_CACHE = int(TRANSFORMERS.split(".")[0]) < 5
 # Before release 5 checkpoints of some towers had other names for their weights.
 RENAMES_TOWER_WEIGHTS = int(TRANSFORMERS.split(".")[0]) >= 5
 # Attention implementations that add a float mask to the logits: one of [B, 1, Q, K], and one whose
-# single row serves all queries, [B, 1, 1, K] (flex attention looks a mask up by query). Flash kernels
-# read a mask as padding only.
+# single row serves all queries, [B, 1, 1, K] (flex attention looks masks up by query). Flash
+# kernels read a mask as padding only.
 ADDS_MASK = ("eager", "sdpa", "flex_attention")
 ADDS_ROW_MASK = ("eager", "sdpa")
 # The length GenerationConfig() came with before release 5; it means "not set".

@@ -41,8 +41,9 @@ def register(adapter: Adapter) -> Adapter:
         TypeError: not an instance of a subclass of `Adapter`.
         ValueError: another adapter serves one of its model types.
     """
-    if not isinstance(adapter, Adapter):
-        shown = adapter.__name__ if isinstance(adapter, type) else repr(adapter)
+    given: Any = adapter
+    if not isinstance(given, Adapter):
+        shown = given.__name__ if isinstance(given, type) else repr(given)
         raise TypeError(
             f"register takes an instance of a subclass of pitome_vlm.adapters.Adapter, got {shown}"
         )

@@ -153,9 +153,7 @@ class Adapter(abc.ABC):
             raise ValueError(
                 f"{type(model).__name__} takes no videos, so frames must be left out, got {frames}"
             )
-        return self.video_footprint(
-            model, whole_number("frames", frames, 1), size, feature_options
-        )
+        return self.video_footprint(model, whole_number("frames", frames, 1), size, feature_options)
 
     @abc.abstractmethod
     def image_footprint(
@@ -245,9 +243,7 @@ class Adapter(abc.ABC):
         del ids, image_size
         vision = getattr(model.config, "vision_config", None)
         if vision is None:
-            raise TypeError(
-                f"inputs of a {type(model).__name__} cannot be made up; pass your own"
-            )
+            raise TypeError(f"inputs of a {type(model).__name__} cannot be made up; pass your own")
         shape = (n_images, 3, vision.image_size, vision.image_size)
         names = [name for name, kind in self.pixel_inputs.items() if kind == "image"]
         name = next(iter(accepted(model.forward, dict.fromkeys(names))), names[0])

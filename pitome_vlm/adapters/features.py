@@ -252,4 +252,3 @@ def token_id(config: Any, kind: str) -> int:
         if value is not None:
             return int(value)
     raise ValueError(f"the model's config names no {kind}_token_id")
-

@@ -100,7 +100,10 @@ class HFAnyResAdapter(HFLlavaAdapter):
 
     @override
     def encode(self, model: Any, inputs: Mapping[str, Any], merge_pass: MergePass) -> list[Encoded]:
-        images, footprints = _sizes_and_tiles(model, inputs), self.footprints(model, inputs)["image"]
+        images, footprints = (
+            _sizes_and_tiles(model, inputs),
+            self.footprints(model, inputs)["image"],
+        )
         pixels = _flat_tiles(inputs["pixel_values"], [tiles for _, tiles in images])
         choice, parts = feature_choice(model.config, inputs), self.parts(model)
         features = read_features(parts.vision_tower, pixels, merge_pass, choice)
@@ -174,7 +177,8 @@ def _flat_tiles(pixel_values: Any, tiles: list[int]) -> Tensor:
     if pixels.dim() == 4:
         if len(pixels) != sum(tiles):
             raise ValueError(
-                f"pixel_values hold {len(pixels)} tiles, but image_sizes make {sum(tiles)}; both must come from the same call of the processor"
+                f"pixel_values hold {len(pixels)} tiles, but image_sizes make {sum(tiles)}; both "
+                "must come from the same call of the processor"
             )
         return pixels
     if len(pixels) != len(tiles) or pixels.shape[1] < max(tiles):

@@ -1,6 +1,6 @@
 """What a pre-norm ViT layer does when it merges: attention, residual, merge, MLP (paper eq. 1-2).
 
-Shared by transformers (`tower.py`) and vLLM (`pitome_vlm/vllm/tower.py`), whose layers have the same
+Shared by transformers (`tower.py`) and vLLM (`vllm/tower.py`), whose layers have the same
 parts and kernels of their own.
 
 Axes: B images, N tokens before, M tokens after a merge, C channels.

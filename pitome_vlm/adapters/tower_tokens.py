@@ -1,6 +1,6 @@
 """How many tokens a vision tower makes of an image, from its configuration.
 
-Class tokens, registers and patch grids; an unknown tower is asked by running one layer like its own.
+Class tokens, registers and patch grids. An unknown tower is measured by running one layer of it.
 """
 
 from __future__ import annotations

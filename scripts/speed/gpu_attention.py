@@ -12,10 +12,10 @@ import torch
 
 import pitome_vlm
 from pitome_vlm.measure.bench import iqr, median
-from pitome_vlm.measure.bench.attention import first_line, time_ways
 from pitome_vlm.measure.bench.clock import Clock
 from pitome_vlm.measure.bench.report import table
 
+from .attention_ways import first_line, time_ways
 from .gpu_run import Run, vision_inputs
 
 # Of one picture in CLIP-L/336: before, half way and behind merging to a quarter.

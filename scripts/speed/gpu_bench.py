@@ -19,13 +19,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import pitome_vlm
 from pitome_vlm.measure.bench import Bench, Budget, Case, Phases, Report, build, installed, iqr
-from pitome_vlm.measure.bench.attention import first_line
 from pitome_vlm.measure.bench.clock import Clock, watched
 from pitome_vlm.measure.bench.fits import tried_fit
 from pitome_vlm.measure.bench.memory import out_of_memory
 from pitome_vlm.measure.bench.report import hardware, table
 from pitome_vlm.merge.config import MergeConfig
 
+from .attention_ways import first_line
 from .gpu_attention import ATTENTION, attention, ways
 from .gpu_run import OutOfTimeError, Run, vision_inputs
 

@@ -19,7 +19,8 @@ import torch
 
 from pitome_vlm.common import write_text
 from pitome_vlm.measure.bench import Case, build, inputs_for
-from pitome_vlm.measure.bench.attention import first_line
+
+from .attention_ways import first_line
 
 
 @dataclass

@@ -21,9 +21,10 @@ from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
 import pitome_vlm
-from pitome_vlm.adapters.proportional import WAYS, by_channel, by_mask, with_size_channels
+from pitome_vlm.adapters.proportional import with_size_channels
 from pitome_vlm.adapters.tower import KERNELS
 from pitome_vlm.merge.algorithm import log_size_bias
+from scripts.speed.attention_ways import WAYS, by_channel, by_mask
 
 FLASH = ["flash_attention_2", "flash_attention_3", "kernels-community/vllm-flash-attn3"]
 
@@ -100,7 +101,7 @@ def test_the_channels_hold_log_size_as_exactly_as_float32(dtype, head_dim, seed)
     assert all(torch.equal(a, b) for a, b in zip(before, (query, key, value, bias), strict=True))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["mask", "channel", "flex"])
 @pytest.mark.parametrize("head_dim", [64, 72])
 def test_every_way_is_proportional_attention(way, head_dim):
     parts, bias = inputs(head_dim, torch.float64)
@@ -111,19 +112,22 @@ def test_every_way_is_proportional_attention(way, head_dim):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 72])
-@pytest.mark.parametrize("seed", range(3))
-def test_half_precision_loses_no_more_by_channels_than_by_the_mask(dtype, head_dim, seed):
-    parts, bias = inputs(head_dim, dtype, n_tokens=300, seed=seed)
+def test_half_precision_loses_no_more_by_channels_than_by_the_mask(dtype, head_dim):
     scale = head_dim**-0.5
-    exact = plain_attention(*(part.double() for part in parts), bias.double(), scale)
-
-    def error(found):
-        return (found.double() - exact).abs().mean()
-
-    wide = with_size_channels(*parts, bias, scale)
-    through_flash = plain_attention(*wide, None, scale)[..., :head_dim]
-    assert error(through_flash) <= 1.5 * error(by_mask(*parts, bias, scale))
-    assert error(by_channel(*parts, bias, scale)) <= 1.5 * error(by_mask(*parts, bias, scale))
+    for seed in range(3):
+        parts, bias = inputs(head_dim, dtype, n_tokens=300, seed=seed)
+        exact = plain_attention(*(part.double() for part in parts), bias.double(), scale)
+        wide = with_size_channels(*parts, bias, scale)
+        mask, flash, channel = (
+            (found.double() - exact).abs().mean()
+            for found in (
+                by_mask(*parts, bias, scale),
+                plain_attention(*wide, None, scale)[..., :head_dim],
+                by_channel(*parts, bias, scale),
+            )
+        )
+        assert flash <= 1.5 * mask, seed
+        assert channel <= 1.5 * mask, seed
 
 
 def attention_layer(kind, heads=4, head_dim=64):

@@ -1,6 +1,7 @@
 """Ways to add log(size) to attention, timed against each other and against plain attention.
 
-Knows: shapes of a tower's attention, what a first call compiles. Does not know: towers, merging.
+The package itself uses size channels for flash kernels and a mask everywhere else
+(`pitome_vlm.adapters.tower`).
 """
 
 from __future__ import annotations
@@ -9,15 +10,20 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from ...adapters.proportional import WAYS, by_flex
-from .clock import Clock
+from pitome_vlm.adapters.proportional import with_size_channels
+from pitome_vlm.measure.bench.clock import Clock
 
 # The first calls choose kernels and compile.
 WARM_UP = 3
 # Between two marks on an accelerator, where one call takes less time than launching it.
 CALLS = 20
+
+# Queries, keys and values [B, heads, N, D], log sizes [B, 1, 1, N] (float32 or wider) and the scale
+# of the logits to [B, heads, N, D].
+Way = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 def first_line(error: BaseException) -> str:
@@ -29,6 +35,33 @@ def plain(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float)
     """Attention that ignores sizes: what the others are compared with."""
     del bias
     return scaled_dot_product_attention(query, key, value, scale=scale)
+
+
+def by_mask(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """`scaled_dot_product_attention` with an additive mask."""
+    mask = bias.to(query.dtype)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def by_channel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """`scaled_dot_product_attention` without a mask, so that any of its kernels can be used."""
+    wide = with_size_channels(query, key, value, bias, scale)
+    return scaled_dot_product_attention(*wide, scale=scale)[..., : value.shape[-1]]
+
+
+def by_flex(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """FlexAttention with a function of its own that adds the sizes; fast only when compiled."""
+    row = bias[:, 0, 0]
+
+    def add_size(score: Tensor, image: Tensor, _head: Tensor, _q: Tensor, kv: Tensor) -> Tensor:
+        return score + row[image, kv]
+
+    output = flex_attention(query, key, value, score_mod=add_size, scale=scale)
+    assert isinstance(output, Tensor)
+    return output
+
+
+WAYS: dict[str, Way] = {"plain": plain, "mask": by_mask, "channel": by_channel, "flex": by_flex}
 
 
 @torch.no_grad()
@@ -43,14 +76,14 @@ def time_ways(
     """Milliseconds of every way, in turns.
 
     Args:
-        device: where.
+        device: where to run.
         dtype: of queries, keys and values.
         shape: (batch, heads, tokens, head_dim).
-        repeats: rounds.
-        compile_flex: flex attention is fast only where it is compiled.
+        repeats: timed rounds.
+        compile_flex: compile flex attention, which is slow otherwise.
 
     Returns:
-        One entry per round by name; what went wrong, where a way does not run here.
+        One entry per round by name; the error message where a way does not run here.
     """
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
@@ -58,8 +91,7 @@ def time_ways(
     )
     sizes = torch.randint(1, 9, (shape[0], shape[2]), generator=generator).to(device)
     bias, scale = sizes.float().log()[:, None, None], shape[3] ** -0.5
-    ways: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]]
-    ways = {"plain": plain, **WAYS}
+    ways = dict(WAYS)
     if compile_flex:
         ways["flex"] = torch.compile(by_flex, dynamic=False)
     calls = 1 if device.type == "cpu" else CALLS
