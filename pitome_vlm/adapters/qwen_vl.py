@@ -63,6 +63,15 @@ class QwenVLAdapter(Adapter):
         return TowerShape(full, 0, 0, layers, layers, packed=True, projector_only=True)
 
     @override
+    def install(self, model: Any, *, inside_tower: bool) -> None:
+        # The tower is left alone.
+        pass
+
+    @override
+    def uninstall(self, model: Any) -> None:
+        pass
+
+    @override
     def image_footprint(
         self, model: Any, size: tuple[int, int] | None, options: Mapping[str, Any]
     ) -> Footprint:
