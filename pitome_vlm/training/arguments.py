@@ -1,7 +1,6 @@
 """`TrainingArguments` with the recipe's defaults, on every supported release of transformers.
 
-Knows: names that differ between releases, and what a run must not change when it goes on. Does
-not know: models or data.
+Also lists the arguments that must not change when a run is resumed.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "seed": 0,
 }
-# Release 5 calls these otherwise.
+# Names in release 5.
 RENAMED = {
     "warmup_ratio": "warmup_steps",
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-# What the result depends on; a run goes on with the same values only.
+# The result depends on these; a run is only resumed with the same values.
 IDENTITY = (
     "learning_rate",
     "lr_scheduler_type",
@@ -64,12 +63,12 @@ def training_arguments(
     """The arguments of a run.
 
     Args:
-        output_dir: where checkpoints go.
+        output_dir: folder for checkpoints.
         device: of the model; on "cpu" the Trainer stays there.
-        progress: show a bar.
-        **given: fields of `TrainingArguments`; `warmup_ratio` and `gradient_checkpointing` are
-            understood on every release. `bf16` (else, on accelerators, `fp16`) is on by default
-            where the hardware has it.
+        progress: show a progress bar.
+        **given: fields of `TrainingArguments`; `warmup_ratio` and `gradient_checkpointing` work
+            on every release. `bf16` (otherwise, on accelerators, `fp16`) is on by default if the
+            hardware supports it.
 
     Raises:
         ValueError: an unknown field, or a value that `TrainingArguments` refuses.
@@ -78,7 +77,7 @@ def training_arguments(
     known = {item.name for item in dataclasses.fields(TrainingArguments) if item.init}
     values = DEFAULTS | {name: value for name, value in given.items() if value is not None}
     if values.get("gradient_checkpointing"):
-        # Reentrant checkpoints lose gradients where a region's inputs need none, as here.
+        # Reentrant checkpoints lose gradients if a region's inputs need none, as here.
         values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
     if values.get("bf16") is None and values.get("fp16") is None:
         mixed = compute_dtype(device)
@@ -98,14 +97,14 @@ def training_arguments(
         }
         | values
     )
-    # With several GPUs and one process the Trainer would copy the model to all of them at every
-    # step (DataParallel); torchrun is the way to use them.
+    # With one process and several GPUs the Trainer would copy the model to all of them at every
+    # step (DataParallel); torchrun uses them better.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
 
 def identity(arguments: TrainingArguments) -> dict[str, Any]:
-    """The values that must not change when a run goes on, as plain JSON."""
+    """The values that must not change when a run is resumed, as plain JSON."""
     values = {name: getattr(arguments, name) for name in IDENTITY}
     values = {name: getattr(value, "value", value) for name, value in values.items()}
     return values | {

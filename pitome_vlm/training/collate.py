@@ -1,7 +1,7 @@
-"""From conversations to tensors: chat template, pictures, and labels on answers only.
+"""From conversations to tensors: chat template, images, and labels on answers only.
 
-Knows: chat templates and tokenizers' character offsets. Does not know: models or merging; the
-placeholders are as many as the processor writes.
+Answers are found in the tokens by the tokenizer's character offsets. Placeholders stay as many as
+the processor writes; shortening comes later.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..loading.records import DataError
-from .conversations import ASSISTANT, IMAGE_MARK, USER, Conversation, Message
+from ..measure.asking import encoded, image_token, prompt_text, special_tokens
+from ..wrapping.columns import IGNORED_LABEL
+from .conversations import ASSISTANT, Conversation, Message
 from .sources import Example
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Rendered:
     """A conversation as the model reads it.
 
     Attributes:
-        text: with one image token per picture.
-        answers: [start, end) of every answer in the text, its end token included.
+        text: with one image token per image.
+        answers: [start, end) of every answer in the text, including its end token.
     """
 
     text: str
@@ -36,17 +36,17 @@ class Rendered:
 class Collator:
     """A batch for the model from examples: `input_ids`, `attention_mask`, `pixel_values`, `labels`.
 
-    Labels are the tokens of answers (and the token that ends them), -100 everywhere else. Rows are
-    padded on the right. A batch without pictures has no `pixel_values`.
+    Labels are the tokens of answers, including the token that ends them, and -100 elsewhere. Rows
+    are padded on the right. A batch without images has no `pixel_values`.
     """
 
     def __init__(self, processor: Any, *, max_length: int | None = None) -> None:
-        """Take a LLaVA's processor.
+        """Make a collator.
 
         Args:
             processor: of the model; its tokenizer must be a fast one.
-            max_length: longest row in tokens, every placeholder of a picture counted (before
-                merging); what is longer is cut off at its end, None cuts nothing.
+            max_length: longest row in tokens before merging, so with every placeholder of an
+                image; longer rows are cut off at the end, None cuts nothing.
 
         Raises:
             ValueError: the tokenizer gives no character offsets.
@@ -60,28 +60,15 @@ class Collator:
         self.processor, self.max_length = processor, max_length
         # Not `tokenizer`: a Trainer would save an attribute of that name, without the processor.
         self._tokenizer = tokenizer
-        self.image_token = str(getattr(processor, "image_token", None) or IMAGE_MARK)
-        self.image_id = int(tokenizer.convert_tokens_to_ids(self.image_token))
+        self.image_id = int(tokenizer.convert_tokens_to_ids(image_token(processor)))
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """[B, T] ids, mask and labels, and the pictures of all rows in order."""
+        """[B, T] ids, mask and labels, and the pixels of the images of all rows, in order."""
         rendered = [self.render(example.conversation) for example in examples]
         images = [image for example in examples for image in example.images]
         texts = [one.text for one in rendered]
-        # Some chat templates write the first token themselves; the tokenizer would add another.
-        begin = self._tokenizer.bos_token
-        special = not (begin and all(text.startswith(begin) for text in texts))
-        batch = dict(
-            self.processor(
-                text=texts,
-                **({"images": images} if images else {}),
-                padding=True,
-                padding_side="right",
-                add_special_tokens=special,
-                return_tensors="pt",
-            )
-        )
-        batch.pop("token_type_ids", None)
+        special = special_tokens(self.processor, texts)
+        batch = encoded(self.processor, texts, images, side="right")
         ids, mask = batch["input_ids"], batch["attention_mask"]
         batch["labels"] = torch.stack(
             [
@@ -92,14 +79,14 @@ class Collator:
         return self._cut(batch, examples)
 
     def render(self, conversation: Conversation) -> Rendered:
-        """The text of a conversation, and where its answers are.
+        """The text of a conversation, and the places of its answers in it.
 
-        The processor's chat template writes it, LLaVA-1.5's format where there is none. An answer
-        ends with the end token; where a template leaves that out it is put in, because a model
+        The processor's chat template writes the text, or LLaVA-1.5's format if there is none. An
+        answer ends with the end token; it is added if a template leaves it out, because a model
         that never sees it never stops.
 
         Raises:
-            DataError: the template rewrites earlier turns when later ones come.
+            DataError: the template writes earlier turns differently once later ones follow.
         """
         messages, end = conversation.messages, self._tokenizer.eos_token or ""
         whole, text, answers, done = self._template(messages, False), "", [], 0
@@ -124,32 +111,14 @@ class Collator:
         return Rendered(text + whole[done:], tuple(answers))
 
     def _template(self, messages: Sequence[Message], ask: bool) -> str:
-        if getattr(self.processor, "chat_template", None):
-            chat = [message.chat() for message in messages]
-            text = self.processor.apply_chat_template(
-                chat, add_generation_prompt=ask, tokenize=False
-            )
-            return str(text)
-        return self._llava_format(messages, ask)
-
-    def _llava_format(self, messages: Sequence[Message], ask: bool) -> str:
-        text = ""
-        for message in messages:
-            words = message.text.replace(IMAGE_MARK, self.image_token)
-            if message.role == USER:
-                text += f"USER: {words} "
-            elif message.role == ASSISTANT:
-                text += f"ASSISTANT: {words}{self._tokenizer.eos_token or ''}"
-            else:
-                text += f"{words} "
-        return f"{text}ASSISTANT:" if ask else text
+        return prompt_text(self.processor, [message.chat() for message in messages], ask=ask)
 
     def _labels(
         self, ids: Tensor, mask: Tensor, rendered: Rendered, special: bool, where: str
     ) -> Tensor:
         """[T] labels of one padded row.
 
-        The text is tokenised once more without pictures: there, characters and tokens correspond.
+        The text is tokenised once more without images: there, characters and tokens correspond.
         Both have the same tokens apart from placeholders.
         """
         plain = self._tokenizer(
@@ -165,12 +134,12 @@ class Collator:
         text = (ids != self.image_id) & (mask != 0)
         if ids[text].tolist() != [token for token, _ in words]:
             raise DataError(
-                f"{where}: the processor tokenises the text differently with pictures than "
+                f"{where}: the processor tokenises the text differently with images than "
                 "without, so answers cannot be found in it"
             )
         wanted = torch.zeros_like(text)
         wanted[text] = torch.tensor([answer for _, answer in words], dtype=torch.bool)
-        return ids.masked_fill(~wanted, IGNORED)
+        return ids.masked_fill(~wanted, IGNORED_LABEL)
 
     def _cut(self, batch: dict[str, Tensor], examples: Sequence[Example]) -> dict[str, Tensor]:
         width = batch["input_ids"].shape[1]
@@ -180,8 +149,8 @@ class Collator:
         if bool(beyond.any()):
             row = int(beyond.any(1).nonzero()[0])
             raise DataError(
-                f"{examples[row].conversation.where}: max_length={self.max_length} would cut a "
-                "picture in two; raise it, or leave the record out"
+                f"{examples[row].conversation.where}: max_length={self.max_length} would cut an "
+                "image in two; raise it, or leave the record out"
             )
         return {
             name: value[:, : self.max_length] if value.dim() == 2 else value

@@ -1,7 +1,6 @@
 """Training conversations: LLaVA's JSON records and chat messages in one checked form.
 
-Knows: both formats, and everything that can be wrong with a record. Does not know: files, tokens
-or models. Pictures are only counted here.
+Everything that can be wrong with a record is reported here. Images are only counted.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Message:
 
     Attributes:
         role: "user", "assistant" or "system".
-        text: with `<image>` where a picture stands.
+        text: with `<image>` in the place of each image.
     """
 
     role: str
@@ -51,12 +50,12 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What is trained on: pictures, questions and answers.
+    """Questions and answers about images.
 
     Attributes:
-        where: for messages, for instance "train.jsonl line 12".
-        messages: at least one of the user and one answer.
-        images: number of pictures, equal to the number of `<image>` in the messages.
+        where: its place for error messages, for instance "train.jsonl line 12".
+        messages: at least one question and one answer.
+        images: number of images, equal to the number of `<image>` in the messages.
     """
 
     where: str
@@ -65,19 +64,19 @@ class Conversation:
 
 
 def parse(record: Any, where: str, *, text_only: bool = False) -> tuple[Conversation, list[Any]]:
-    """A checked conversation and its pictures as the record names them.
+    """A checked conversation, and its images as the record gives them.
 
     Args:
         record: LLaVA's form (`image` and `conversations` of `from` and `value`) or messages
             (`images` and `messages` of `role` and `content`, a text or a list of parts).
         where: for error messages.
-        text_only: accept records without a picture.
+        text_only: accept records without an image.
 
     Returns:
-        The conversation; and its pictures: paths, PIL pictures, or what a dataset stores.
+        The conversation; and its images: paths, PIL images, or what a dataset stores.
 
     Raises:
-        DataError: no picture, another number of pictures than `<image>`, no answer, turns in
+        DataError: no image, another number of images than `<image>`, no answer, turns in
             another order than question and answer, or a wrong type.
     """
     if not isinstance(record, Mapping):
@@ -122,7 +121,7 @@ def _messages(record: Mapping[str, Any], where: str, images: int) -> list[Messag
     messages = [_message(turn, f"{where}: {form}[{i}]") for i, turn in enumerate(turns)]
     marked = any(IMAGE_MARK in message.text for message in messages)
     if form == "messages" and images and not marked:
-        # Plain text beside a list of pictures: they belong in front of the first question.
+        # Plain text and a list of images: the images belong before the first question.
         first = next((i for i, m in enumerate(messages) if m.role == USER), None)
         if first is not None:
             text = IMAGE_MARK * images + messages[first].text
@@ -143,7 +142,7 @@ def _message(turn: Any, where: str) -> Message:
     if not text.strip():
         raise DataError(f"{where}: the text is empty")
     if IMAGE_MARK in text and _ROLES[role] != USER:
-        raise DataError(f"{where}: only the user shows pictures, but the text has {IMAGE_MARK}")
+        raise DataError(f"{where}: only the user can show images, but the text has {IMAGE_MARK}")
     return Message(_ROLES[role], text)
 
 
@@ -153,7 +152,7 @@ def _part(part: Any, where: str) -> str:
         return IMAGE_MARK
     if kind == "text" and isinstance(part.get("text"), str):
         if IMAGE_MARK in part["text"]:
-            raise DataError(f"{where}: {IMAGE_MARK} stands in a text part beside image parts")
+            raise DataError(f"{where}: {IMAGE_MARK} is in a text part, but images are parts")
         return str(part["text"])
     raise DataError(f"{where}: a part must be a text or an image, got {_shown(part)}")
 
@@ -166,8 +165,8 @@ def _check_turns(messages: list[Message], where: str) -> None:
     wanted = [(USER, ASSISTANT)[i % 2] for i in range(len(turns))]
     if turns != wanted or len(turns) < 2:
         raise DataError(
-            f"{where}: turns must be question and answer in turn, beginning with a question, got "
-            f"{', '.join(turns) or 'none'}"
+            f"{where}: turns must alternate between question and answer and start with a question, "
+            f"got {', '.join(turns) or 'none'}"
         )
     if turns[-1] != ASSISTANT:
         raise DataError(f"{where}: the last turn must be an answer")

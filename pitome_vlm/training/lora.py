@@ -1,7 +1,4 @@
-"""LoRA on a wrapped LLaVA: which layers get an adapter, and a model that is ready to train.
-
-Knows: the parts of a LLaVA and PEFT. Does not know: data, losses or trainers.
-"""
+"""LoRA on a wrapped model: which layers get an adapter, and the model ready to train."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from torch import nn
 
 from ..adapters import find_adapter
 from ..adapters.tower import find_encoder_layers
-from ..common import require
+from ..common import require, whole_number
 from ..loading.quantization import allow_gradients
 from ..merge.config import MergeConfig
 from ..wrapping.wrap import base_model, is_wrapped, merge_config, wrap
@@ -27,10 +24,10 @@ class LoraOptions:
 
     Attributes:
         rank: of the two matrices, >= 1.
-        alpha: scale; the update is multiplied by alpha / rank. > 0.
+        alpha: the update is multiplied by alpha / rank; > 0.
         dropout: of the adapter's input, in [0, 1).
-        parts: of `PARTS`; every linear layer of them gets an adapter, in the vision tower those
-            of layers whose features are read (the others would never see a gradient).
+        parts: some of `PARTS`; every linear layer of them gets an adapter. In the vision tower,
+            only layers that the read features depend on (others never get a gradient).
     """
 
     rank: int = 32
@@ -39,8 +36,7 @@ class LoraOptions:
     parts: tuple[str, ...] = ("language_model",)
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank must be a whole number of at least 1, got {self.rank!r}")
+        whole_number("rank", self.rank, 1)
         if not self.alpha > 0:
             raise ValueError(f"alpha must be above 0, got {self.alpha!r}")
         if not 0 <= self.dropout < 1:
@@ -64,11 +60,11 @@ class LoraOptions:
 def target_modules(model: nn.Module, parts: tuple[str, ...] = ("language_model",)) -> str:
     """A regular expression for PEFT's `target_modules`: the linear layers of some parts.
 
-    Plain names such as "q_proj" would also hit the vision tower, whose layers are called alike.
+    Plain names such as "q_proj" would also match the vision tower's layers of the same name.
 
     Args:
         model: a LLaVA, wrapped or not.
-        parts: of `PARTS`.
+        parts: some of `PARTS`.
 
     Raises:
         TypeError: not a supported model.
@@ -101,14 +97,14 @@ def target_modules(model: nn.Module, parts: tuple[str, ...] = ("language_model",
 
 
 def prepare(model: Any, options: LoraOptions | None = None) -> Any:
-    """A wrapped LLaVA with an adapter open for training, as a `PeftModel`; in place.
+    """A wrapped model with a trainable adapter, as a `PeftModel`; in place.
 
-    The merge settings of a model that is wrapped stay. Everything but the adapter is frozen.
-    4-bit layers are made to pass gradients on (`quantization.allow_gradients`). Whatever saves
-    the result (`save_pretrained`, `Trainer`, `push_to_hub`) writes the merge settings beside it.
+    The merge settings stay, and everything but the adapter is frozen. 4-bit layers are made to
+    pass gradients on (`quantization.allow_gradients`). Whatever saves the result
+    (`save_pretrained`, `Trainer`, `push_to_hub`) saves the merge settings with it.
 
     Args:
-        model: a wrapped LLaVA, or a `PeftModel` of one: its adapter is trained on.
+        model: a wrapped LLaVA, or a `PeftModel` of one, whose adapter is trained further.
         options: of a new adapter.
 
     Raises:
@@ -127,7 +123,10 @@ def prepare(model: Any, options: LoraOptions | None = None) -> Any:
     allow_gradients(model)
     if isinstance(model, peft.PeftModel):
         if options is not None:
-            raise ValueError("the model has an adapter already, so lora options have no effect")
+            raise ValueError(
+                "the model already has an adapter, so new LoRA options would have no effect; leave "
+                "them out"
+            )
         model.base_model.set_adapter(model.active_adapters)
     else:
         chosen = options or LoraOptions()
@@ -146,27 +145,27 @@ def prepare(model: Any, options: LoraOptions | None = None) -> Any:
 def save_adapter(model: Any, folder: Any) -> None:
     """Save an adapter with its merge settings, however model and adapter were put together.
 
-    `peft_model.save_pretrained(folder)` does the same once `wrap` has seen the `PeftModel` (as
-    `prepare` and `load` see to). Where the LLaVA was wrapped first and PEFT put around it by
-    hand, only this, or calling `wrap` again on the `PeftModel`, knows of the merging.
+    `peft_model.save_pretrained(folder)` does the same if `wrap` was called on the `PeftModel`, as
+    `prepare` and `load` do. If the model was wrapped first and PEFT applied to it by hand, use
+    this function, or call `wrap` again on the `PeftModel`.
 
     Raises:
         ValueError: the model is not wrapped.
         TypeError: not a `PeftModel`.
     """
     if not hasattr(type(model), "peft_config"):
-        raise TypeError(f"a PeftModel is needed, got {type(model).__name__}")
+        raise TypeError(f"model must be a PeftModel, got {type(model).__name__}")
     wrap(model, config=merge_config(model)).save_pretrained(folder)
 
 
 def _outside(tower: nn.Module, layers: nn.ModuleList) -> set[nn.Module]:
-    """What of a tower is no encoder layer: embeddings, and a pooling head that nothing reads."""
+    """Modules of a tower outside its encoder layers: embeddings, an unread pooling head."""
     inside = {module for layer in layers for module in layer.modules()}
     return {module for module in tower.modules() if module not in inside}
 
 
 def _pattern(names: list[str], *, numbered: bool) -> str:
-    """One expression for paths that differ in their last names and the numbers of their layers."""
+    """One expression for paths that differ in their last names and their layer numbers."""
     leaves: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     layers: dict[str, set[int]] = {}
     for name in names:

@@ -1,8 +1,7 @@
 """How many answers are right, from one forward pass over the references.
 
-Knows: shifted labels and answers as runs of labelled tokens. Does not know: models, generation or
-data. An answer is right when the most likely token at each of its places is the reference's; greedy
-decoding would then write exactly the reference, end token included.
+An answer is right if the most likely token at each of its places is the reference's: greedy
+decoding would then write exactly the reference, including the end token.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .collate import IGNORED
+from ..wrapping.columns import IGNORED_LABEL
 
 
 def most_likely(logits: Any, labels: Any) -> Tensor:
@@ -23,17 +22,17 @@ def most_likely(logits: Any, labels: Any) -> Tensor:
 
 
 def answer_metrics(prediction: Any) -> dict[str, float]:
-    """Shares of answer tokens and of whole answers that are right; a Trainer's `compute_metrics`.
+    """Accuracy by answer token and by whole answer; a Trainer's `compute_metrics`.
 
     Args:
-        prediction: `predictions` [N, S] token ids and `label_ids` [N, S], -100 where ignored.
+        prediction: `predictions` [N, S] token ids and `label_ids` [N, S], -100 if ignored.
 
     Returns:
         `token_accuracy`, `answer_accuracy` in [0, 1] and `answers`, their number.
     """
     labels = np.asarray(prediction.label_ids)[:, 1:]
     guesses = np.asarray(prediction.predictions)[:, :-1]
-    counted = labels != IGNORED
+    counted = labels != IGNORED_LABEL
     right = guesses == labels
     # Every answer is a run of labelled tokens; they are numbered over all rows.
     begins = counted & ~np.pad(counted, ((0, 0), (1, 0)))[:, :-1]

@@ -1,24 +1,20 @@
 """`train`: supervised fine-tuning of an adapter with merging on, from data to saved result.
 
-Knows: in which order everything happens, and that nothing is written before everything is
-checked. Does not know: how any part works.
+Nothing is written before everything is checked.
 """
 
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
-from ..common import __version__
-from ..merge.config import MergeConfig
+from ..measure.provenance import versions
 from ..wrapping.encode import planned_schedule
 from ..wrapping.peft import remember_training
 from ..wrapping.peft_record import recorded
@@ -33,14 +29,14 @@ from .trainer import MergingTrainer, ProgressLine, with_budget
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What `train` leaves behind.
+    """The result of `train`.
 
     Attributes:
         model: the `PeftModel`, in eval mode, wrapped as before.
-        output_dir: the saved adapter, for `pitome_vlm.load`.
+        output_dir: folder of the saved adapter, for `pitome_vlm.load`.
         steps: optimiser steps.
         before: `loss`, `answer_accuracy`, `token_accuracy` and `answers` of the merged, untrained
-            model on the validation data; None without any.
+            model on the validation data; None without validation data.
         after: the same with the adapter.
         history: the Trainer's log, one dict per entry.
     """
@@ -72,42 +68,34 @@ def train(
     callbacks: Sequence[Any] = (),
     **arguments: Any,
 ) -> TrainingResult:
-    """Train a LoRA adapter on a wrapped LLaVA, merging as it will merge in use.
+    """Train a LoRA adapter on a wrapped model, with merging as it will be in use.
 
-    LoRA on a model as it is, QLoRA on one loaded with `load_in_4bit` (or `load_in_8bit`). The loss
-    is taken on answers only. Nothing is written before data, options and output folder are checked.
-
-    Under `torchrun` or `accelerate launch` every process calls this with the same arguments.
+    QLoRA if the model was loaded with `load_in_4bit` or `load_in_8bit`. The loss is on answers
+    only. Under `torchrun` or `accelerate launch`, every process calls this alike.
 
     Args:
-        model: wrapped with the budget to train for, for instance from
-            `pitome_vlm.load(path, keep=0.25, load_in_4bit=True)`; a `PeftModel` is trained on.
+        model: wrapped with the budget to train for; the adapter of a `PeftModel` is trained on.
         processor: its processor.
-        train_data: see `open_conversations`: a LLaVA JSON or JSONL file, a Hugging Face dataset or
-            its name, a list of records.
-        output_dir: a new or empty folder; with `resume` that of the run to go on with.
-        val_data: the same, held out: accuracy is measured on it before and after.
+        train_data: file, dataset or records; see `open_conversations`.
+        output_dir: a new or empty folder; with `resume`, that of the run to resume.
+        val_data: held-out data for accuracy before and after.
         val_fraction: hold out this share of the training data instead.
-        image_folder: what picture paths in files are relative to; None for the file's folder.
+        image_folder: folder that image paths in files are relative to; None for the file's own.
         split: of a dataset that has several.
-        text_only: accept records without a picture.
+        text_only: accept records without an image.
         lora: size and place of a new adapter.
-        budgets: draw one of these at every step instead of the model's own (whole numbers are
-            tokens per image, others fractions to keep), so that one adapter serves all of them.
-        max_length: longest row in tokens before merging; None takes the language model's.
-        resume: go on with the run in the folder; from the start where it has no checkpoint yet.
+        budgets: draw one of these at every step, so that one adapter serves all of them (whole
+            numbers are tokens per image, others fractions to keep). Empty for the model's own.
+        max_length: longest row in tokens before merging; None for the language model's limit.
+        resume: resume the run in the folder, from the start if it has no checkpoint yet.
         progress: show a progress bar on stderr.
-        callbacks: further callbacks for the Trainer.
-        **arguments: fields of `TrainingArguments` (`learning_rate`, `num_train_epochs`,
-            `per_device_train_batch_size`, `gradient_checkpointing`, `bf16`, `report_to`,
-            `push_to_hub`, ...); see `arguments.DEFAULTS` for ours.
-
-    Returns:
-        The trained model, its accuracies and the log.
+        callbacks: more callbacks for the Trainer.
+        **arguments: fields of `TrainingArguments`, for instance `learning_rate`,
+            `num_train_epochs`, `bf16` or `push_to_hub`; `arguments.DEFAULTS` has other defaults.
 
     Raises:
         DataError: a record is wrong; the message names its line.
-        FileExistsError: the output folder holds something.
+        FileExistsError: the output folder is not empty.
         ValueError: an option is out of range, the model is not wrapped, or the folder holds
             another run.
         ImportError: PEFT, or a package that an option needs, is not installed.
@@ -116,23 +104,16 @@ def train(
     folder.check(resume=resume)
     opening = {"image_folder": image_folder, "split": split, "text_only": text_only}
     data, held_out = _data(train_data, val_data, val_fraction, opening)
-    config = merge_config(model)
-    base: Any = base_model(model)
     for budget in budgets:
-        planned_schedule(model, with_budget(config, budget))
+        planned_schedule(model, with_budget(merge_config(model), budget))
+    base: Any = base_model(model)
     longest = max_length or getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    collator = Collator(processor, max_length=longest)
-    # Batches without pictures leave an adapter on tower or projector without gradients.
+    # Batches without images leave an adapter on tower or projector without gradients.
     arguments = {"ddp_find_unused_parameters": data.has_text_only} | arguments
     settings = training_arguments(folder.root, base.device, progress=progress, **arguments)
-    lora_text = str(lora or ("continued" if model is not base else LoraOptions()))
-    run = {
-        "base_model": getattr(base, "name_or_path", None),
-        "quantization": recorded(base),
-        "merging": {k: v for k, v in config.to_dict().items() if k != "pitome_vlm_version"},
+    run = _identity(model, lora) | {
         "budgets": list(budgets),
         "max_length": longest,
-        "lora": lora_text,
         "data": {"train": data.fingerprint, "val": held_out and held_out.fingerprint},
         "arguments": identity(settings),
     }
@@ -144,20 +125,32 @@ def train(
         args=settings,
         train_dataset=data,
         eval_dataset=held_out,
-        data_collator=collator,
+        data_collator=Collator(processor, max_length=longest),
         budgets=budgets,
         callbacks=list(callbacks),
     )
     _fit(trainer, folder, run, resume)
-    return _finish(trainer, folder, _facts(trainer, data, held_out, run, config))
+    return _finish(trainer, folder, _facts(trainer, data, held_out, run))
+
+
+def _identity(model: Any, lora: LoraOptions | None) -> dict[str, Any]:
+    """What a resumed run must have in common with its beginning, as far as the model goes."""
+    base: Any = base_model(model)
+    merging = merge_config(model).to_dict()
+    return {
+        "base_model": getattr(base, "name_or_path", None),
+        "quantization": recorded(base),
+        "merging": {k: v for k, v in merging.items() if k != "pitome_vlm_version"},
+        "lora": str(lora or ("continued" if model is not base else LoraOptions())),
+    }
 
 
 def _fit(trainer: Any, folder: RunFolder, run: dict[str, Any], resume: bool) -> None:
-    """Train, from the last complete checkpoint where there is one."""
+    """Train, from the last complete checkpoint if there is one."""
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(ProgressLine)
-    # All processes have looked at the folder before the first one writes into it.
+    # All processes must have checked the folder before the first one writes into it.
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         folder.begin(run)
@@ -177,7 +170,7 @@ def _data(
 
 
 def _accuracies(trainer: Any) -> tuple[dict[str, float] | None, dict[str, float] | None]:
-    """Of the validation data without and with the adapter, at the model's own budget."""
+    """On the validation data without and with the adapter, at the model's own budget."""
     if trainer.eval_dataset is None:
         return None, None
     with trainer.model.disable_adapter():
@@ -195,9 +188,8 @@ def _facts(
     data: Conversations,
     held_out: Conversations | None,
     run: dict[str, Any],
-    config: MergeConfig,
 ) -> dict[str, Any]:
-    """What the adapter remembers of its training, for the card."""
+    """What is recorded about the training, for the adapter's card."""
     settings: TrainingArguments = trainer.args
     rate, schedule = settings.learning_rate, identity(settings)["lr_scheduler_type"]
     return {
@@ -205,19 +197,19 @@ def _facts(
         "validation": "" if held_out is None else held_out.name,
         "lora": run["lora"],
         "budgets": run["budgets"],
-        "algorithm": config.algorithm,
+        "algorithm": run["merging"]["algorithm"],
         "recipe": (
             f"{trainer.state.global_step} steps of {global_batch(settings)} conversations, "
             f"learning rate {rate:g} ({schedule}), seed {settings.seed}"
         ),
-        "versions": _versions(),
+        "versions": versions("peft"),
     }
 
 
 def _finish(trainer: Any, folder: RunFolder, facts: dict[str, Any]) -> TrainingResult:
-    """Measure, save the adapter with what it has to remember, and give the model back."""
+    """Measure, save the adapter with the record of its training, and return the model."""
     before, after = _accuracies(trainer)
-    # Mixed precision patches forward on the model; off again, for whoever goes on with it.
+    # Mixed precision patches `forward` on the model; undone, so that it can be used further.
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     if getattr(model.__dict__.get("forward"), "__func__", None) is type(model).forward:
         del model.forward
@@ -235,16 +227,3 @@ def _finish(trainer: Any, folder: RunFolder, facts: dict[str, Any]) -> TrainingR
         after=after,
         history=list(trainer.state.log_history),
     )
-
-
-def _versions() -> dict[str, str]:
-    import peft
-
-    found = {
-        "pitome_vlm": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-    }
-    return found

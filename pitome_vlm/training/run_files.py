@@ -1,11 +1,10 @@
-"""The files of a training run: what it is, where it can go on, and whether it is done.
+"""The files of a training run: what it is, where it can resume, and whether it is finished.
 
-Knows: names and formats, and how a killed process leaves things. Does not know: models, data or
-how anything is trained.
+A process may be killed at any time; what it leaves is recognised here.
 
-    training_run.json          what the run is; written before its first step
+    training_run.json          model, data and options; written before the first step
     checkpoint-<step>/         the Trainer's checkpoints
-    adapter_model.safetensors  the result; there only when the run is done
+    adapter_model.safetensors  the result; only there once the run is finished
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ class RunFolder:
         self.root = Path(folder).expanduser()
 
     def check(self, *, resume: bool) -> None:
-        """See that nothing would be overwritten.
+        """Check that nothing would be overwritten.
 
         Raises:
-            FileExistsError: something is there and the run is not to go on, or it is done.
-            NotADirectoryError: a file of that name is there.
-            ValueError: what is there is no run.
+            FileExistsError: the folder is not empty and `resume` is off, or its run is finished.
+            NotADirectoryError: it is a file.
+            ValueError: it does not hold a training run.
         """
         if self.root.exists() and not self.root.is_dir():
             raise NotADirectoryError(f"output {self.root} is a file; give a folder")
@@ -44,17 +43,19 @@ class RunFolder:
             raise FileExistsError(f"{self.root} holds a finished adapter; give another folder")
         if not resume:
             raise FileExistsError(
-                f"{self.root} is not empty; go on with the run in it with resume (--resume), or "
+                f"{self.root} is not empty; resume the run in it with resume=True (--resume), or "
                 "give another folder"
             )
         if not (self.root / RUN_NAME).is_file():
-            raise ValueError(f"{self.root} is no folder of a training run (no {RUN_NAME})")
+            raise ValueError(
+                f"{self.root} does not hold a training run (no {RUN_NAME}); give another folder"
+            )
 
     def compare(self, run: dict[str, Any]) -> None:
-        """See that the run in the folder, if there is one, is this one.
+        """Check that the run in the folder, if there is one, is this one.
 
         Raises:
-            ValueError: it is another one; names what differs.
+            ValueError: it is another run; the message names every difference.
         """
         path = self.root / RUN_NAME
         if not path.is_file():
@@ -63,7 +64,7 @@ class RunFolder:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from error
-        # Through JSON, because that has no tuples.
+        # Through JSON, which turns tuples into lists.
         now, before = _flat(json.loads(json.dumps(run))), _flat(stored)
         differing = [
             f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
@@ -73,15 +74,15 @@ class RunFolder:
         if differing:
             raise ValueError(
                 f"{self.root} holds another run: {'; '.join(differing)}. Give the same options to "
-                "go on, or another folder"
+                "resume it, or another folder"
             )
 
     def begin(self, run: dict[str, Any]) -> None:
-        """Write down what the run is."""
+        """Write `training_run.json`."""
         write_text(self.root / RUN_NAME, json.dumps(run, indent=2) + "\n")
 
     def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint; one that was being written is passed over.
+        """The newest complete checkpoint; one that was being written is ignored.
 
         The Trainer writes its state last, so a checkpoint with a readable state is complete.
         """

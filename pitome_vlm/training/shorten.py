@@ -1,12 +1,9 @@
-"""Batches as short as the wrapped model makes them, before the model sees them.
-
-Knows: that the number of visual tokens is known in advance, so that surplus placeholders can go
-without looking at a picture. Does not know: pixels, chat templates or training.
+"""Batches shortened before the model sees them, as the wrapped model would shorten them.
 
 A wrapped model shortens its inputs itself, and its logits are then shorter than the labels it was
-given. Whoever compares both (label smoothing, token accuracy, `Trainer.predict`, losses of one's
-own) gives it a batch from here, or one from `pitome_vlm.compact_inputs`, which embeds the pictures
-as well.
+given. Code that compares both (label smoothing, token accuracy, `Trainer.predict`, custom losses)
+needs a batch shortened beforehand. The number of visual tokens is known in advance, so this takes
+no pixels; `pitome_vlm.compact_inputs` embeds the images as well.
 """
 
 from __future__ import annotations
@@ -18,29 +15,30 @@ import torch
 from torch import Tensor, nn
 
 from ..wrapping.columns import IGNORED_LABEL, compaction, surplus_placeholders
+from ..wrapping.prompt import pad_id
 from ..wrapping.wrap import is_wrapped, merging_of
 
 
 def shorten(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch without the placeholders that merging makes superfluous.
 
-    `model(**shorten(model, batch))` computes what `model(**batch)` does, and its logits are as long
-    as the labels of the shortened batch.
+    `model(**shorten(model, batch))` computes the same as `model(**batch)`, and its logits have the
+    length of the shortened labels.
 
     Args:
         model: a LLaVA, wrapped or not, also inside a `PeftModel`.
-        batch: `input_ids` [B, T] and what else is per token (`attention_mask`, `labels`, token
+        batch: `input_ids` [B, T] and other tensors per token (`attention_mask`, `labels`, token
             types); `pixel_values`, `image_sizes` and others are passed through. `position_ids` must
             be left to the model.
 
     Returns:
-        A new mapping with tensors [B, S]. Unchanged: batches without pictures, of an unwrapped
-        model, with keep="auto" (only looking at a picture tells its count; `compact_inputs`
-        does), and (rare) where merged pictures that touch each other would fill the room of
-        unmerged ones exactly, so that nobody could tell which they are.
+        A new mapping with tensors [B, S]. Unchanged are: batches without images, batches of an
+        unwrapped model, with keep="auto" (the count depends on the pixels; use
+        `compact_inputs`), and the rare case that adjacent merged images have together as many
+        tokens as unmerged ones, so that the model could not tell them apart.
 
     Raises:
-        ValueError: placeholders and pictures do not match, or `position_ids` are given.
+        ValueError: placeholders and images do not match, or `position_ids` are given.
     """
     given = dict(batch)
     ids = given.get("input_ids")
@@ -72,29 +70,22 @@ def shorten(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
             surplus_placeholders(moves.take(places, False), full, out, kind)
     except ValueError:
         return given
-    short = dict(given)
+    short, fills = dict(given), {"labels": IGNORED_LABEL, "input_ids": pad_id(base)}
     for name, value in given.items():
         if isinstance(value, Tensor) and value.shape[:2] == ids.shape and value.dim() == 2:
-            fill = IGNORED_LABEL if name == "labels" else _pad(base) if name == "input_ids" else 0
-            short[name] = moves.take(value, fill)
+            short[name] = moves.take(value, fills.get(name, 0))
     if mask is None and not bool(moves.valid.all()):
         short["attention_mask"] = moves.valid.long()
     return short
 
 
 class ShorteningCollator:
-    """Any collator, followed by `shorten`; for a `Trainer` (or TRL) of one's own."""
+    """Any collator, followed by `shorten`; for your own `Trainer`, or TRL's."""
 
     def __init__(self, model: nn.Module, collate: Callable[[Any], Mapping[str, Any]]) -> None:
-        """Take the model, whose settings are looked up at every batch, and the collator."""
+        """Take the model, whose merge settings are read at every batch, and the collator."""
         self.model, self.collate = model, collate
 
     def __call__(self, examples: Any) -> dict[str, Any]:
         """The batch, shortened."""
         return shorten(self.model, self.collate(examples))
-
-
-def _pad(base: Any) -> int:
-    text = base.config.get_text_config()
-    value = text.pad_token_id if text.pad_token_id is not None else base.config.pad_token_id
-    return int(value or 0)

@@ -1,8 +1,6 @@
 """Where training conversations come from: LLaVA's JSON files, Hugging Face datasets, lists.
 
-Knows: files, folders of pictures, and the `datasets` library. Does not know: what a conversation
-looks like inside (`conversations.py`), tokens or models. Everything is checked when a source is
-opened; pictures are read when they are needed.
+Everything is checked when a source is opened; images are read when they are needed.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from .conversations import Conversation, parse
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation with its pictures, read."""
+    """A conversation with its images, read."""
 
     conversation: Conversation
     images: tuple[Image.Image, ...]
@@ -36,9 +34,9 @@ class Conversations(Dataset[Example]):
     """Checked conversations, a map-style dataset for any loader.
 
     Attributes:
-        name: for people: file or dataset name.
-        fingerprint: changes with the content; says whether a run can be continued with it.
-        conversations: all of them, without pictures.
+        name: of the file or dataset, for display.
+        fingerprint: changes with the content; a run is only resumed with the same one.
+        conversations: all of them, without images.
     """
 
     def __init__(
@@ -46,11 +44,11 @@ class Conversations(Dataset[Example]):
         name: str,
         fingerprint: str,
         conversations: Sequence[Conversation],
-        pictures: Callable[[int], Sequence[Any]],
+        images: Callable[[int], Sequence[Any]],
     ) -> None:
         self.name, self.fingerprint = name, fingerprint
         self.conversations = conversations
-        self._pictures = pictures
+        self._images = images
         if not conversations:
             raise DataError(f"{name}: holds no conversation")
 
@@ -60,14 +58,14 @@ class Conversations(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         conversation = self.conversations[index]
         try:
-            images = tuple(_picture(value) for value in self._pictures(index))
+            images = tuple(_image(value) for value in self._images(index))
         except ImageError as error:
             raise DataError(f"{conversation.where}: {error}") from error
         return Example(conversation, images)
 
     @property
     def has_text_only(self) -> bool:
-        """Whether some conversation has no picture."""
+        """Whether some conversation has no image."""
         return any(not conversation.images for conversation in self.conversations)
 
     def split(self, fraction: float, seed: int = 0) -> tuple[Conversations, Conversations]:
@@ -75,7 +73,7 @@ class Conversations(Dataset[Example]):
 
         Args:
             fraction: share to hold out, in (0, 1).
-            seed: of the drawing.
+            seed: random seed of the draw.
 
         Raises:
             ValueError: the fraction is out of range, or leaves one side empty.
@@ -86,7 +84,7 @@ class Conversations(Dataset[Example]):
             raise ValueError(f"val_fraction must be between 0 and 1, got {fraction}")
         held = max(1, round(fraction * len(self)))
         if held >= len(self):
-            raise ValueError(f"val_fraction={fraction} leaves nothing to train on of {len(self)}")
+            raise ValueError(f"val_fraction={fraction} leaves none of {len(self)} to train on")
         order = list(range(len(self)))
         random.Random(f"pitome-vlm/{seed}").shuffle(order)
         return (
@@ -97,7 +95,7 @@ class Conversations(Dataset[Example]):
     def _part(self, chosen: list[int], name: str) -> Conversations:
         digest = hashlib.sha256(f"{self.fingerprint} {chosen}".encode()).hexdigest()
         rows = [self.conversations[index] for index in chosen]
-        return Conversations(name, digest, rows, lambda i: self._pictures(chosen[i]))
+        return Conversations(name, digest, rows, lambda i: self._images(chosen[i]))
 
 
 def open_conversations(
@@ -107,14 +105,14 @@ def open_conversations(
     split: str = "train",
     text_only: bool = False,
 ) -> Conversations:
-    """Conversations from whatever holds them, checked to the last record.
+    """Conversations from a file, dataset or list, checked to the last record.
 
     Args:
         source: a LLaVA JSON or JSONL file; a folder written by `Dataset.save_to_disk`; a dataset
             name on the hub; a `datasets.Dataset`; a list of records; or `Conversations`.
-        image_folder: what picture paths are relative to; None for the file's own folder.
+        image_folder: folder that image paths are relative to; None for the file's own.
         split: of a dataset that has several.
-        text_only: accept records without a picture.
+        text_only: accept records without an image.
 
     Raises:
         DataError: a record is wrong; the message names its line.
@@ -145,17 +143,17 @@ def read_llava(
 
     Args:
         path: the file.
-        image_folder: what picture paths are relative to; None for the file's own folder.
-        text_only: accept records without a picture.
+        image_folder: folder that image paths are relative to; None for the file's own.
+        text_only: accept records without an image.
 
     Raises:
-        DataError: the file or a record is wrong, or a picture is not there.
+        DataError: the file or a record is wrong, or an image is missing.
         FileNotFoundError: no such file or folder.
     """
     file = Path(path)
     folder = Path(image_folder) if image_folder is not None else file.parent
     if not folder.is_dir():
-        raise FileNotFoundError(f"image_folder {folder} is no folder")
+        raise FileNotFoundError(f"image_folder {folder} is not a folder")
     content = file.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     return _checked(file.name, digest, parse_records(content, str(file)), folder, text_only)
@@ -168,7 +166,7 @@ def from_records(
     text_only: bool = False,
     name: str = "records",
 ) -> Conversations:
-    """Conversations from records in memory; pictures are paths or PIL pictures.
+    """Conversations from records in memory; images are paths or PIL images.
 
     Raises:
         DataError: a record is wrong; the message names its number, from 0.
@@ -184,32 +182,32 @@ def from_dataset(
     """A Hugging Face dataset with `messages` (or `conversations`) and `images` (or `image`).
 
     Args:
-        dataset: a `datasets.Dataset`; one that streams has no length and cannot be used.
-        text_only: accept rows without a picture.
-        name: for people.
+        dataset: a `datasets.Dataset`; streaming ones have no length and cannot be used.
+        text_only: accept rows without an image.
+        name: for display.
 
     Raises:
         DataError: the columns or a row are wrong; the message names the row, from 0.
-        TypeError: a dataset dict, or one that streams.
+        TypeError: a dataset dict, or a streaming dataset.
     """
     columns: Any = getattr(dataset, "column_names", None)
     if not isinstance(columns, list) or not hasattr(dataset, "__len__"):
         raise TypeError(
-            "a dataset with one split and a known length is needed, for instance "
+            "dataset must have one split and a known length, for instance "
             f"load_dataset(name, split='train'); got {type(dataset).__name__}"
         )
     name = name or getattr(dataset.info, "dataset_name", None) or "dataset"
     turns = next((c for c in ("messages", "conversations") if c in columns), None)
-    pictures = next((c for c in ("images", "image") if c in columns), None)
-    if turns is None or (pictures is None and not text_only):
+    shown = next((c for c in ("images", "image") if c in columns), None)
+    if turns is None or (shown is None and not text_only):
         raise DataError(
             f"{name}: needs a column messages (or conversations) and a column images (or image), "
             f"has {', '.join(columns)}"
         )
-    # Arrow gives pictures as they are stored: bytes or paths, which our own limits then apply to.
+    # Arrow gives images as stored (bytes or paths), so that `load_image` can apply its limits.
     stored = dataset.with_format("arrow")
     rows = []
-    for index, (talk, files) in enumerate(_rows(stored, turns, pictures)):
+    for index, (talk, files) in enumerate(_rows(stored, turns, shown)):
         where = f"{name} row {index}"
         record = {turns: talk, "images": [...] * len(files)}
         rows.append(parse(record, where, text_only=text_only)[0])
@@ -218,7 +216,7 @@ def from_dataset(
                 _located(file, Path(), where)
 
     def read(index: int) -> list[Any]:
-        value = stored[index].column(pictures)[0].as_py() if pictures else None
+        value = stored[index].column(shown)[0].as_py() if shown else None
         return [] if value is None else value if isinstance(value, list) else [value]
 
     return Conversations(name, str(dataset._fingerprint), rows, read)
@@ -231,14 +229,14 @@ def _checked(
     folder: Path,
     text_only: bool,
 ) -> Conversations:
-    rows, pictures, content = [], [], hashlib.sha256()
+    rows, images, content = [], [], hashlib.sha256()
     for where, record in records:
-        conversation, images = parse(record, where, text_only=text_only)
-        found = [_located(image, folder, where) for image in images]
+        conversation, given = parse(record, where, text_only=text_only)
+        found = [_located(image, folder, where) for image in given]
         rows.append(conversation)
-        pictures.append(found)
+        images.append(found)
         content.update(repr((conversation.messages, [str(image) for image in found])).encode())
-    return Conversations(name, digest or content.hexdigest(), rows, pictures.__getitem__)
+    return Conversations(name, digest or content.hexdigest(), rows, images.__getitem__)
 
 
 def _located(image: Any, folder: Path, where: str) -> Any:
@@ -246,13 +244,13 @@ def _located(image: Any, folder: Path, where: str) -> Any:
         return image
     path = folder / Path(image).expanduser()
     if not path.is_file():
-        raise DataError(f"{where}: no image file {path}")
+        raise DataError(f"{where}: no such image file: {path}")
     return path
 
 
 def _load_dataset(path: Path, name: str, split: str) -> Any:
     if path.exists() and not path.is_dir():
-        raise FileNotFoundError(f"{name} is no regular file")
+        raise FileNotFoundError(f"{name} is not a regular file")
     if not path.is_dir() and (path.is_absolute() or name.startswith(".") or path.suffix):
         raise FileNotFoundError(f"no such file: {name}")
     require("datasets", "train", f"{name} is not a file; a Hugging Face dataset")
@@ -269,15 +267,15 @@ def _load_dataset(path: Path, name: str, split: str) -> Any:
         raise DataError(f"{name}: cannot be loaded as a dataset: {message}") from error
 
 
-def _rows(stored: Any, turns: str, pictures: str | None) -> Iterator[tuple[Any, list[Any]]]:
-    """Turns of every row, and per picture its path where it is not in the dataset itself."""
-    wanted = [turns] if pictures is None else [turns, pictures]
+def _rows(stored: Any, turns: str, images: str | None) -> Iterator[tuple[Any, list[Any]]]:
+    """Turns of every row, and for each image its path, None if the dataset holds its bytes."""
+    wanted = [turns] if images is None else [turns, images]
     for batch in stored.select_columns(wanted).iter(batch_size=1000):
         talks = batch.column(turns).to_pylist()
-        if pictures is None:
+        if images is None:
             yield from ((talk, []) for talk in talks)
             continue
-        column = batch.column(pictures).combine_chunks()
+        column = batch.column(images).combine_chunks()
         if hasattr(column, "value_lengths"):
             counts = [length or 0 for length in column.value_lengths().to_pylist()]
             column = column.flatten()
@@ -290,7 +288,7 @@ def _rows(stored: Any, turns: str, pictures: str | None) -> Iterator[tuple[Any, 
 
 
 def _files(column: Any) -> list[str | None]:
-    """The path behind every picture, None where its bytes are stored."""
+    """The path of every image, None if its bytes are stored."""
     fields = [field.name for field in column.type] if column.type.num_fields else []
     if "bytes" not in fields:
         return list(column.to_pylist())
@@ -299,12 +297,14 @@ def _files(column: Any) -> list[str | None]:
     return [None if there else path or "" for there, path in zip(stored, paths, strict=True)]
 
 
-def _picture(value: Any) -> Image.Image:
+def _image(value: Any) -> Image.Image:
     if isinstance(value, Image.Image):
         return ImageOps.exif_transpose(value).convert("RGB")
     if isinstance(value, dict) and value.get("bytes") is not None:
         return load_image(io.BytesIO(value["bytes"]))
     path = value.get("path") if isinstance(value, dict) else value
     if not isinstance(path, (str, os.PathLike)):
-        raise ImageError(f"is no picture: {type(value).__name__}")
+        raise ImageError(
+            f"an image must be a path, bytes or a PIL image, got {type(value).__name__}"
+        )
     return load_image(path)

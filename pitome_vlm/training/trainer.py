@@ -1,7 +1,7 @@
-"""A transformers `Trainer` for wrapped LLaVAs, and callbacks for Trainers of one's own.
+"""A transformers `Trainer` for wrapped models, and callbacks for other Trainers.
 
-Knows: where a Trainer assumes that logits are as long as labels. Does not know: data formats,
-LoRA, files. DDP, FSDP, DeepSpeed, mixed precision, logging and resuming are the Trainer's.
+It only changes the places where a Trainer assumes that logits have the length of the labels. DDP,
+FSDP, DeepSpeed, mixed precision, logging and resuming are the Trainer's own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..wrapping.wrap import is_wrapped, merge_config, wrap, wrapped
 from .metrics import answer_metrics, most_likely
 from .shorten import shorten
 
-# What LLaVA returns beside logits; gathering it over an evaluation would fill the memory.
+# Outputs of LLaVA besides the logits; gathered over an evaluation they would fill the memory.
 NOT_GATHERED = [
     CACHE_NAME,
     "hidden_states",
@@ -32,21 +32,21 @@ NOT_GATHERED = [
 
 
 class MergingTrainer(Trainer):
-    """`Trainer` with shortened batches, and where wanted a random budget at every step.
+    """`Trainer` with shortened batches, and optionally a random budget at every step.
 
-    Labels and logits have one length, so label smoothing, `compute_metrics`, `predict` and losses
-    of one's own work as without merging. Evaluation always uses the model's own budget.
+    Labels and logits have the same length, so label smoothing, `compute_metrics`, `predict` and
+    custom losses work as without merging. Evaluation always uses the model's own budget.
     """
 
     def __init__(self, *args: Any, budgets: Sequence[float] = (), **kwargs: Any) -> None:
-        """Take what a Trainer takes.
+        """Make a Trainer.
 
         Args:
-            *args: as of `Trainer`.
-            budgets: one of them, drawn by seed and step, is in force during every optimiser
-                step: whole numbers are tokens per image, others fractions to keep. Empty for
-                the model's own budget. All processes draw the same.
-            **kwargs: as of `Trainer`; metrics are those of `answer_metrics` unless given.
+            *args: of `Trainer`.
+            budgets: at every optimiser step, one of them is drawn by seed and step, the same in
+                all processes. Whole numbers are tokens per image, others are fractions to keep.
+                Empty for the model's own budget.
+            **kwargs: of `Trainer`; metrics are those of `answer_metrics` unless given.
 
         Raises:
             ValueError: the model is not wrapped, or a budget does not fit it.
@@ -64,7 +64,7 @@ class MergingTrainer(Trainer):
             )
 
     def step_config(self, step: int) -> MergeConfig | None:
-        """The settings of an optimiser step, None for the model's own."""
+        """The merge settings of an optimiser step; None for the model's own."""
         if not self.budgets:
             return None
         return random.Random(f"pitome-vlm/{self.args.seed}/{step}").choice(self.budgets)
@@ -86,7 +86,7 @@ class MergingTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> Any:
-        """As of `Trainer`; of the outputs only the logits are gathered."""
+        """Like `Trainer`, but only the logits are gathered."""
         ignored = [*NOT_GATHERED, *(ignore_keys or ())]
         return super().prediction_step(model, inputs, prediction_loss_only, ignored)
 
@@ -101,7 +101,7 @@ class MergingTrainer(Trainer):
         batch = super()._prepare_inputs(inputs)
         compared = self.args.label_smoothing_factor or not self.model.training
         if compared and merge_config(self.model).is_adaptive:
-            # How many tokens a picture keeps is known once it is encoded.
+            # The number of tokens an image keeps is only known once it is encoded.
             return compact_inputs(self.model, **batch)
         return shorten(self.model, batch)
 
@@ -121,15 +121,15 @@ class ShiftedLabelSmoother(LabelSmoother):
 
 
 class KeepMerging(TrainerCallback):
-    """For Trainers of one's own (TRL too): adapters they save carry the merge settings.
+    """For other Trainers, such as TRL's: the adapters they save carry the merge settings.
 
-    Needed where the LLaVA was wrapped first and the Trainer puts PEFT around it.
+    Needed if the model is wrapped first and the Trainer applies PEFT to it.
     """
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        """Let the `PeftModel` know of the merging inside."""
+        """Wrap the `PeftModel`, which then saves the settings with the adapter."""
         del args, state, control, kwargs
         if model is not None and is_wrapped(model):
             wrap(model, config=merge_config(model))
@@ -146,7 +146,7 @@ class ProgressLine(ProgressCallback):
             bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-        """Say what the second bar is, and take it away afterwards."""
+        """Label the second bar, and remove it afterwards."""
         super().on_prediction_step(*args, **kwargs)
         if self.prediction_bar is not None:
             self.prediction_bar.leave = False
@@ -154,7 +154,7 @@ class ProgressLine(ProgressCallback):
 
 
 def with_budget(config: MergeConfig, budget: float) -> MergeConfig:
-    """The same settings with another budget: a whole number of tokens, or a fraction.
+    """The same settings with another budget: a whole number of tokens per image, or a fraction.
 
     Raises:
         ValueError: out of range.

@@ -111,7 +111,7 @@ def prepare(
     ones = torch.ones(slots.shape, dtype=torch.float32, device=slots.device)
     return CompactPrompt(
         inputs_embeds=embeds.masked_scatter(slots[..., None].to(embeds.device), features),
-        input_ids=None if ids is None else moves.take(ids, _pad_id(plan.model)),
+        input_ids=None if ids is None else moves.take(ids, pad_id(plan.model)),
         attention_mask=compact_attention_mask(moves, mask, past),
         labels=None if labels is None else moves.take(labels, IGNORED_LABEL),
         position_ids=positions,
@@ -258,7 +258,8 @@ def compact_attention_mask(
     return compact if past is None else torch.cat([past.to(compact.device), compact], 1)
 
 
-def _pad_id(model: Any) -> int:
+def pad_id(model: Any) -> int:
+    """The token id that fills padded places; 0 if the model names none."""
     config: Any = model.config
     for holder in (config, getattr(config, "text_config", None)):
         value = getattr(holder, "pad_token_id", None)

@@ -52,7 +52,7 @@ def test_the_table_compares_with_the_same_base(tmp_path):
     truth = [sample.answer for sample in samples]
 
     def answers(right):
-        # Spread over the pictures, so that a loss shows in all of them.
+        # Spread over the images, so that a loss shows in all of them.
         wrong = {round(place * 20 / (20 - right)) for place in range(20 - right)}
         return ["wrong" if index in wrong else answer for index, answer in enumerate(truth)]
 

@@ -29,13 +29,13 @@ from pitome_vlm.training import (
 )
 
 WORDS = vocabulary()
-PICTURE = Image.new("RGB", (120, 120), "red")
+RED = Image.new("RGB", (120, 120), "red")
 CHAT = [{"role": "user", "content": "what is it ?"}, {"role": "assistant", "content": "circle"}]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     records(folder, 6)
     return folder
 
@@ -54,11 +54,11 @@ def refused(source, *said, **options):
 
 
 class TestLlavaFormat:
-    def test_lines_and_list_are_the_same_data(self, pictures, tmp_path):
-        rows = records(pictures, 6)
-        lines = read_llava(write_lines(tmp_path / "a.jsonl", rows), image_folder=pictures)
+    def test_lines_and_list_are_the_same_data(self, images, tmp_path):
+        rows = records(images, 6)
+        lines = read_llava(write_lines(tmp_path / "a.jsonl", rows), image_folder=images)
         (tmp_path / "a.json").write_text(json.dumps(rows))
-        listed = read_llava(tmp_path / "a.json", image_folder=pictures)
+        listed = read_llava(tmp_path / "a.json", image_folder=images)
         assert [c.messages for c in lines.conversations] == [
             c.messages for c in listed.conversations
         ]
@@ -67,8 +67,8 @@ class TestLlavaFormat:
         assert first[0].text == "<image>\n" + rows[0]["conversations"][0]["value"].split("\n")[1]
         assert [message.role for message in first] == ["user", "assistant"]
 
-    def test_pictures_are_beside_the_file_by_default(self, pictures):
-        file = write_lines(pictures / "b.jsonl", records(pictures, 2))
+    def test_images_are_next_to_the_file_by_default(self, images):
+        file = write_lines(images / "b.jsonl", records(images, 2))
         assert len(read_llava(file)[1].images) == 1
 
     @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ class TestLlavaFormat:
         [
             ({"image": None}, ["1 <image>", "0 images"]),
             ({"image": ["0.png", "0.png"]}, ["1 <image>", "2 images"]),
-            ({"image": "nope.png"}, ["no image file", "nope.png"]),
+            ({"image": "nope.png"}, ["no such image file", "nope.png"]),
             ({"image": ""}, ["image is empty"]),
             ({"conversations": []}, ["conversations must be a list"]),
             ({"conversations": "hello"}, ["conversations must be a list", "hello"]),
@@ -100,24 +100,24 @@ class TestLlavaFormat:
                         {"from": "gpt", "value": "<image>"},
                     ]
                 },
-                ["[1]", "only the user shows pictures"],
+                ["[1]", "only the user can show images"],
             ),
         ],
         ids=str,
     )
-    def test_a_wrong_record_is_named_by_its_line(self, pictures, tmp_path, edit, said):
-        rows = records(pictures, 4)
+    def test_a_wrong_record_is_named_by_its_line(self, images, tmp_path, edit, said):
+        rows = records(images, 4)
         rows[2] |= edit
         file = write_lines(tmp_path / "bad.jsonl", rows)
-        refused(file, f"{file.name} line 3", *said, image_folder=pictures)
+        refused(file, f"{file.name} line 3", *said, image_folder=images)
         (tmp_path / "bad.json").write_text(json.dumps(rows))
-        refused(tmp_path / "bad.json", "record 2 (id 2)", *said, image_folder=pictures)
+        refused(tmp_path / "bad.json", "record 2 (id 2)", *said, image_folder=images)
 
-    def test_a_line_without_picture_is_refused_and_can_be_allowed(self, pictures, tmp_path):
+    def test_a_line_without_image_is_refused_and_can_be_allowed(self, images, tmp_path):
         plain = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "x"}]}
-        file = write_lines(tmp_path / "mixed.jsonl", [*records(pictures, 1), plain])
-        refused(file, "line 2", "no image", "text_only", image_folder=pictures)
-        data = open_conversations(file, image_folder=pictures, text_only=True)
+        file = write_lines(tmp_path / "mixed.jsonl", [*records(images, 1), plain])
+        refused(file, "line 2", "no image", "text_only", image_folder=images)
+        data = open_conversations(file, image_folder=images, text_only=True)
         assert data.has_text_only
         assert data[1].images == ()
 
@@ -142,22 +142,22 @@ class TestLlavaFormat:
         (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe\x00")
         refused(tmp_path / "x.jsonl", "UTF-8")
 
-    def test_missing_file_and_folder(self, pictures, tmp_path):
+    def test_missing_file_and_folder(self, images, tmp_path):
         for name in (tmp_path / "no.jsonl", "./no.jsonl", "no.jsonl"):
             with pytest.raises(FileNotFoundError, match=r"no\.jsonl"):
                 open_conversations(name)
-        file = write_lines(tmp_path / "c.jsonl", records(pictures, 1))
+        file = write_lines(tmp_path / "c.jsonl", records(images, 1))
         with pytest.raises(FileNotFoundError, match="nowhere"):
             read_llava(file, image_folder=tmp_path / "nowhere")
 
-    def test_a_picture_damaged_later_is_named_with_its_line(self, pictures, tmp_path):
-        (tmp_path / "broken.png").write_bytes(b"\x89PNG no picture")
+    def test_an_image_damaged_later_is_named_with_its_line(self, images, tmp_path):
+        (tmp_path / "broken.png").write_bytes(b"\x89PNG not an image")
         data = from_records([record("broken.png", "what ?", "x")], image_folder=tmp_path)
         with pytest.raises(DataError, match=r"records\[0\].*broken\.png"):
             data[0]
 
-    def test_holding_out(self, pictures):
-        data = from_records(records(pictures, 6), image_folder=pictures)
+    def test_holding_out(self, images):
+        data = from_records(records(images, 6), image_folder=images)
         rest, held = data.split(0.34, seed=1)
         assert (len(rest), len(held)) == (4, 2)
         again = data.split(0.34, seed=1)[1]
@@ -172,14 +172,14 @@ class TestLlavaFormat:
                 data.split(wrong)
 
 
-def test_nothing_is_written_before_the_data_are_checked(pictures, tmp_path):
+def test_nothing_is_written_before_the_data_are_checked(images, tmp_path):
     folder = save_checkpoint(tmp_path / "model")
     model, processor = pitome_vlm.load(folder, tokens=16)
-    rows = records(pictures, 3)
+    rows = records(images, 3)
     rows[1]["image"] = "gone.png"
     file = write_lines(tmp_path / "t.jsonl", rows)
-    with pytest.raises(DataError, match=r"line 2: no image file .*gone\.png"):
-        train(model, processor, file, tmp_path / "out", image_folder=pictures)
+    with pytest.raises(DataError, match=r"line 2: no such image file: .*gone\.png"):
+        train(model, processor, file, tmp_path / "out", image_folder=images)
     assert not (tmp_path / "out").exists()
     assert not hasattr(model, "peft_config")
 
@@ -200,40 +200,40 @@ class TestHuggingFaceDatasets:
         two = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "same ?"}]
         chat = [{"role": "user", "content": two}, {"role": "assistant", "content": CHAT[1:]}]
         chat[1]["content"] = [{"type": "text", "text": "yes"}]
-        rows = dataset(images=[[PICTURE] * 2] * 2, messages=[chat] * 2)
+        rows = dataset(images=[[RED] * 2] * 2, messages=[chat] * 2)
         rows = rows.cast_column("images", datasets.List(datasets.Image()))
         data = from_dataset(rows)
         assert len(data[1].images) == 2
         assert data.conversations[0].messages[0].text == "<image><image>same ?"
 
-    def test_plain_text_gets_its_pictures_in_front(self):
-        data = from_dataset(dataset(images=[[PICTURE]], messages=[CHAT]))
+    def test_plain_text_gets_its_images_first(self):
+        data = from_dataset(dataset(images=[[RED]], messages=[CHAT]))
         assert data.conversations[0].messages[0].text == "<image>what is it ?"
         assert data[0].images[0].size == (120, 120)
 
     def test_one_image_column_and_llava_turns(self):
         turns = [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}]
-        assert len(from_dataset(dataset(image=[PICTURE], conversations=[turns]))[0].images) == 1
+        assert len(from_dataset(dataset(image=[RED], conversations=[turns]))[0].images) == 1
 
-    def test_pictures_on_disk(self, tmp_path):
-        PICTURE.save(tmp_path / "a.png")
+    def test_images_on_disk(self, tmp_path):
+        RED.save(tmp_path / "a.png")
         data = from_dataset(dataset(image=[str(tmp_path / "a.png")], messages=[CHAT]))
         assert data[0].images[0].size == (120, 120)
         wrong = dataset(image=[str(tmp_path / "a.png"), "gone.png"], messages=[CHAT, CHAT])
-        with pytest.raises(DataError, match=r"row 1: no image file gone\.png"):
+        with pytest.raises(DataError, match=r"row 1: no such image file: gone\.png"):
             from_dataset(wrong, name="mine")
 
     def test_a_saved_dataset_is_opened_by_its_folder(self, tmp_path):
-        dataset(images=[[PICTURE]], messages=[CHAT]).save_to_disk(str(tmp_path / "saved"))
+        dataset(images=[[RED]], messages=[CHAT]).save_to_disk(str(tmp_path / "saved"))
         assert len(open_conversations(tmp_path / "saved")) == 1
 
-    def test_selected_rows_keep_their_pictures(self):
+    def test_selected_rows_keep_their_images(self):
         colours = [Image.new("RGB", (8, 8), name) for name in ("red", "blue", "green")]
         data = from_dataset(dataset(image=colours, messages=[CHAT] * 3).select([2, 0]))
         assert data[0].images[0].getpixel((0, 0)) == (0, 128, 0)
 
     def test_wrong_rows_are_named(self):
-        rows = dataset(images=[[PICTURE], []], messages=[CHAT, CHAT])
+        rows = dataset(images=[[RED], []], messages=[CHAT, CHAT])
         with pytest.raises(DataError, match="row 1: has no image"):
             from_dataset(rows)
         assert len(from_dataset(rows, text_only=True)) == 2
@@ -241,21 +241,21 @@ class TestHuggingFaceDatasets:
             from_dataset(dataset(a=[1]))
         marked = [{"role": "user", "content": "<image> <image> x"}, CHAT[1]]
         with pytest.raises(DataError, match="row 0: 2 <image> in the text, but 1 image"):
-            from_dataset(dataset(images=[[PICTURE]], messages=[marked]))
+            from_dataset(dataset(images=[[RED]], messages=[marked]))
 
     def test_what_is_no_single_split_is_refused(self):
         import datasets
 
-        rows = dataset(images=[[PICTURE]], messages=[CHAT])
+        rows = dataset(images=[[RED]], messages=[CHAT])
         for wrong in (datasets.DatasetDict(train=rows), rows.to_iterable_dataset()):
             with pytest.raises(TypeError, match="one split"):
                 from_dataset(wrong)
 
-    def test_a_picture_in_memory(self):
-        data = from_records([{"images": [PICTURE], "messages": CHAT}])
+    def test_an_image_in_memory(self):
+        data = from_records([{"images": [RED], "messages": CHAT}])
         assert data[0].images[0].size == (120, 120)
         stored = io.BytesIO()
-        PICTURE.save(stored, "PNG")
+        RED.save(stored, "PNG")
         data = from_records([{"image": {"bytes": stored.getvalue()}, "messages": CHAT}])
         assert data[0].images[0].size == (120, 120)
 
@@ -271,8 +271,8 @@ def conversations(turns):
     for images, question, answer in turns:
         chat.append({"from": "human", "value": "<image>" * images + " ".join(question)})
         chat.append({"from": "gpt", "value": " ".join(answer)})
-    pictures = [PICTURE] * sum(images for images, _, _ in turns)
-    return {"images": pictures, "conversations": chat}
+    shown = [RED] * sum(images for images, _, _ in turns)
+    return {"images": shown, "conversations": chat}
 
 
 def expected(turns) -> tuple[list[int], list[int]]:
@@ -295,10 +295,10 @@ class TestLabels:
     def test_labels_are_the_answers_and_their_ends(self, rows):
         data = from_records([conversations(turns) for turns in rows], text_only=True)
         batch = Collator(build_processor())([data[i] for i in range(len(data))])
-        pictures = sum(images for turns in rows for images, _, _ in turns)
-        assert ("pixel_values" in batch) == (pictures > 0)
-        if pictures:
-            assert len(batch["pixel_values"]) == pictures
+        count = sum(images for turns in rows for images, _, _ in turns)
+        assert ("pixel_values" in batch) == (count > 0)
+        if count:
+            assert len(batch["pixel_values"]) == count
         for row, turns in enumerate(rows):
             ids, labels = expected(turns)
             length = len(ids)
@@ -323,12 +323,12 @@ class TestLabels:
         processor.chat_template = None
         data = from_records([conversations([(1, ["red"], ["one"])])])
         rendered = Collator(processor).render(data.conversations[0])
-        assert rendered.text == "USER: <image>red ASSISTANT: one</s>"
+        assert rendered.text == "USER: <image>\nred ASSISTANT: one</s>"
         assert [rendered.text[a:b] for a, b in rendered.answers] == [" one</s>"]
 
     def test_a_system_turn_is_context(self):
         chat = [{"role": "system", "content": "look"}, *CHAT]
-        data = from_records([{"images": [PICTURE], "messages": chat}])
+        data = from_records([{"images": [RED], "messages": chat}])
         labels = Collator(build_processor())([data[0]])["labels"]
         assert labels[labels != -100].tolist() == [WORDS["circle"], WORDS["</s>"]]
 
@@ -348,14 +348,14 @@ class TestLabels:
         with pytest.raises(ValueError, match="offsets"):
             Collator(processor)
 
-    def test_long_rows_are_cut_but_never_through_a_picture(self):
+    def test_long_rows_are_cut_but_never_through_an_image(self):
         data = from_records([conversations([(1, ["red"], ["one", "yes"])])])
         whole = Collator(build_processor())([data[0]])
         width = whole["input_ids"].shape[1]
         cut = Collator(build_processor(), max_length=width - 2)([data[0]])
         assert cut["labels"].shape == cut["input_ids"].shape == (1, width - 2)
         assert torch.equal(cut["labels"], whole["labels"][:, :-2])
-        with pytest.raises(DataError, match="max_length=100 would cut a picture"):
+        with pytest.raises(DataError, match="max_length=100 would cut an image"):
             Collator(build_processor(), max_length=100)([data[0]])
 
 
@@ -400,7 +400,7 @@ class TestShorten:
         twice = shorten(model, shorten(model, batch))
         assert torch.equal(twice["input_ids"], shorten(model, batch)["input_ids"])
 
-    def test_pictures_that_would_fill_one_exactly_are_left_to_the_model(self):
+    def test_images_that_would_fill_one_exactly_are_left_to_the_model(self):
         model = pitome_vlm.wrap(tiny_model(), keep=0.25)
         ids = torch.tensor([[1, *[IMAGE] * (4 * 144), 5, 6]])
         batch = {"input_ids": ids, "pixel_values": torch.randn(4, 3, 96, 96)}

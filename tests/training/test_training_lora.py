@@ -129,7 +129,7 @@ class TestRepackedWeights:
         monkeypatch.setattr(bitsandbytes.functional, "gemv_4bit", kernel_of_such_a_cpu)
 
     def test_the_trap_is_there(self, checkpoint, data):
-        # Without our help: an evaluation, and then layers in front of others get no gradient.
+        # Without our help: an evaluation, and then layers before others get no gradient.
         model, processor = loaded(checkpoint, "nf4")
         claim_avx512(model)
         batch = batch_of(processor, data)
@@ -139,9 +139,9 @@ class TestRepackedWeights:
         assert packed(model) == 14
         model = get_peft_model(model, config).train()
         model(**batch).loss.backward()
-        behind = {n: g for n, g in gradients(model).items() if "lora_B" in n and "v_proj" in n}
-        assert len(behind) == 2
-        assert all(grad is None or not grad.any() for grad in behind.values())
+        later = {n: g for n, g in gradients(model).items() if "lora_B" in n and "v_proj" in n}
+        assert len(later) == 2
+        assert all(grad is None or not grad.any() for grad in later.values())
 
     def test_evaluation_before_training(self, checkpoint, data):
         model, processor = loaded(checkpoint, "nf4")
@@ -223,7 +223,7 @@ def test_an_adapter_is_trained_on():
     again = prepare(first)
     assert again is first
     assert any(p.requires_grad for p in again.parameters())
-    with pytest.raises(ValueError, match="adapter already"):
+    with pytest.raises(ValueError, match="already has an adapter"):
         prepare(first, LoraOptions())
 
 
@@ -240,7 +240,7 @@ def test_an_adapter_is_trained_on():
     ids=str,
 )
 def test_lora_options_out_of_range(options, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((TypeError, ValueError), match=said):
         LoraOptions(**options)
 
 
@@ -334,7 +334,7 @@ class TestTrainer:
         trainer.train()
         assert trainer.evaluate()["eval_loss"] < before
 
-    def test_a_trainer_of_one_s_own_works_with_the_collator(self, checkpoint, data, tmp_path):
+    def test_a_plain_trainer_works_with_the_collator(self, checkpoint, data, tmp_path):
         model, processor = loaded(checkpoint)
         arguments = TrainingArguments(
             output_dir=str(tmp_path),
@@ -368,6 +368,7 @@ class TestTrainer:
             budgets=[8, 36, 0.5],
             max_steps=8,
             gradient_accumulation_steps=2,
+            per_device_train_batch_size=1,
             seed=3,
         )
         seen = []
@@ -386,9 +387,10 @@ class TestTrainer:
         assert set(seen) == {16}
         assert merge_config(trainer.model).tokens == 16
 
-    def test_pictures_of_different_counts(self, checkpoint, data, tmp_path):
+    def test_images_of_different_counts(self, checkpoint, data, tmp_path):
         for smoothing in (0.0, 0.1):
             options = {"label_smoothing_factor": smoothing, "max_steps": 3, "learning_rate": 5e-3}
+            options["per_device_eval_batch_size"] = 12
             model, processor = loaded(checkpoint, tokens=None, keep="auto")
             trainer = trainer_of(model, processor, data, tmp_path, **options)
             before = trainer.evaluate()
@@ -431,10 +433,10 @@ def result(checkpoint, data, tmp_path_factory):
         val_data=data,
         lora=LoraOptions(rank=16, parts=PARTS),
         learning_rate=1e-2,
-        num_train_epochs=8,
+        num_train_epochs=6,
         per_device_train_batch_size=6,
         eval_strategy="steps",
-        eval_steps=8,
+        eval_steps=6,
         logging_steps=2,
         save_strategy="no",
     )
@@ -446,7 +448,7 @@ class TestTrain:
         assert losses[-1] < 0.6 * losses[0]
         evaluated = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
         assert len(evaluated) == 2
-        assert result.steps == 16
+        assert result.steps == 12
 
     def test_before_is_the_merged_untrained_model(self, result, checkpoint, data, tmp_path):
         model, processor = loaded(checkpoint)
@@ -491,7 +493,7 @@ class TestTrain:
         (tmp_path / "mine.txt").write_text("mine")
         with pytest.raises(FileExistsError, match="not empty"):
             train(model, processor, data, tmp_path)
-        with pytest.raises(ValueError, match="no folder of a training run"):
+        with pytest.raises(ValueError, match="does not hold a training run"):
             train(model, processor, data, tmp_path, resume=True)
         with pytest.raises(NotADirectoryError, match="is a file"):
             train(model, processor, data, tmp_path / "mine.txt")

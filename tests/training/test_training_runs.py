@@ -81,7 +81,7 @@ def same_adapter(one: Path, other: Path, **tolerance) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_end(place, tmp_path):
+def test_a_killed_run_resumes_to_the_same_end(place, tmp_path):
     folder, whole = place
     process = subprocess.Popen(
         [sys.executable, *command(folder, tmp_path / "out", 4)],
@@ -141,7 +141,7 @@ def test_two_processes_follow_one_with_the_same_global_batch(place, tmp_path):
     ],
     ids=str,
 )
-def test_another_run_does_not_go_on_in_the_folder(place, tmp_path, change, said):
+def test_another_run_is_not_resumed_in_the_folder(place, tmp_path, change, said):
     folder, whole = place
     (tmp_path / "out").mkdir()
     settings = (whole.output_dir / "training_run.json").read_text()
@@ -152,7 +152,7 @@ def test_another_run_does_not_go_on_in_the_folder(place, tmp_path, change, said)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["training_run.json"]
 
 
-def test_other_data_do_not_go_on(place, tmp_path):
+def test_other_data_do_not_resume(place, tmp_path):
     folder, _ = place
     rows = records(folder, 12)
     rows[0]["conversations"][1]["value"] = "green"
@@ -170,10 +170,10 @@ def test_resuming_nothing_begins(place, tmp_path):
     assert result.steps == 1
 
 
-def test_a_picture_that_breaks_during_training_is_named(place, tmp_path):
+def test_an_image_that_breaks_during_training_is_named(place, tmp_path):
     folder, _ = place
     rows = records(folder, 3)
-    (tmp_path / "late.png").write_bytes(b"no picture")
+    (tmp_path / "late.png").write_bytes(b"not an image")
     rows[1]["image"] = str(tmp_path / "late.png")
     file = write_lines(tmp_path / "train.jsonl", rows)
     model, processor = pitome_vlm.load(folder / "model", tokens=16, dtype="float32")
