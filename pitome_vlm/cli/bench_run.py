@@ -151,9 +151,9 @@ class Files:
             ValueError: a kind of picture that cannot be written.
         """
         if self.plot is not None:
-            from ..measure.bench import check_plot
+            from ..measure.plots import check_plot_file
 
-            check_plot(self.plot)
+            check_plot_file(self.plot)
         for path in (self.json, self.plot, self.report):
             if path is not None:
                 _check_writable(path)
@@ -180,13 +180,18 @@ def run(source: Source, question: Question, files: Files) -> bool:
     budgets, cases = question.budgets(), question.cases()
     files.check()
     from ..measure.bench import Report
+    from ..measure.provenance import provenance
     from .bench_show import show
 
     loaded = _loaded(source)
     _check_budgets(loaded.model, budgets, question)
     name = source.config or source.loading.model
-    report = Report(name, [], loaded.notes, depth=loaded.depth, setup=_setup(loaded.model))
-    report.setup["algorithm"] = ", ".join(sorted({x.config.algorithm for x in budgets if x.config}))
+    setup = provenance(
+        loaded.model,
+        language_model_layers=loaded.model.config.get_text_config().num_hidden_layers,
+        algorithm=", ".join(sorted({x.config.algorithm for x in budgets if x.config})),
+    )
+    report = Report(name, [], loaded.notes, depth=loaded.depth, setup=setup)
     try:
         _measure(loaded, budgets, cases, report, question)
         interrupted = False
@@ -241,19 +246,6 @@ def _loaded(source: Source) -> Loaded:
         "peak memory are about what was built"
     )
     return Loaded(vlm, build(source.config, dtype=dtype, device="meta"), depth, notes)
-
-
-def _setup(vlm: Any) -> dict[str, Any]:
-    attention = getattr(vlm.config, "_attn_implementation", None)
-    dtype = str(vlm.dtype).removeprefix("torch.")
-    quantised = bool(getattr(vlm, "is_quantized", False))
-    return {
-        "device": str(vlm.device),
-        "dtype": dtype,
-        "quantised": quantised,
-        "attention": attention,
-        "language_model_layers": vlm.config.get_text_config().num_hidden_layers,
-    }
 
 
 def _check_budgets(vlm: Any, budgets: list[Budget], question: Question) -> None:
@@ -316,19 +308,14 @@ def _progress(batch: int, started: float) -> Callable[[int, int], None]:
 
 def _write(report: Report, files: Files) -> None:
     from ..common import write_text
-    from ..measure.bench import plot, verdict
-    from ..measure.bench.report import COLUMN_NOTE, FORMULAS, hardware
+    from ..measure.bench import page, plot
 
     if files.json is not None:
         report.save(files.json)
     if files.plot is not None:
         plot(report, files.plot)
     if files.report is not None:
-        known = report.setup | hardware()
-        circumstances = ", ".join(f"{name} {value}" for name, value in known.items())
-        parts = [f"# {report.model}", circumstances, report.markdown(), *verdict(report)]
-        parts += [COLUMN_NOTE, FORMULAS, *report.notes]
-        write_text(files.report, "\n\n".join(parts) + "\n")
+        write_text(files.report, page(report))
     for path in (files.json, files.plot, files.report):
         if path is not None:
             say(f"wrote {path}")

@@ -131,9 +131,9 @@ def tune(
     del debug  # read by the command group
     recipes, budgets = _recipes(algorithms), _budgets(tokens)
     with quiet(verbose):
+        from ..measure.plots import check_matplotlib
         from ..measure.tune import Plan
-        from ..measure.tune.journal import check_folder
-        from ..measure.tune.plots import check_matplotlib
+        from ..measure.tune.tuner import check_folder
 
     Plan(max_loss, recipes, budgets, seed, confidence=confidence)
     check_folder(output, resume=resume)
@@ -269,7 +269,7 @@ def _progress() -> Iterator[Any]:
 
 
 def _line(event: Event) -> str:
-    from ..measure.tune.result import percent
+    from ..measure.tune.verdict import percent
 
     cell = event.cell
     assert cell is not None

@@ -1,9 +1,7 @@
-"""What a picture costs: operations and key-value cache, from shapes and a schedule alone.
+"""What the first token of a prompt costs: FLOPs and KV cache, from shapes and a schedule alone.
 
-Knows: what belongs to the first token of a prompt. Does not know: formulas (`flops.py`), time,
-hardware; nothing is run.
-
-A picture that is cut into tiles costs the tower as often as it has tiles.
+Nothing is run; the formulas are in `flops.py`. An image that is cut into tiles costs the tower as
+often as it has tiles.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import torch
 from torch import nn
 
 from ..adapters import find_adapter
+from ..common import whole_number
 from ..merge.config import MergeConfig
 from ..merge.counts import count_tokens
 from ..merge.schedule import Schedule
@@ -25,20 +24,21 @@ from .flops import head_dim, prefill_flops, projector_flops, tower_flops
 
 @dataclass(frozen=True)
 class Costs:
-    """Cost of the first token of one prompt: its images, its text, batch size one.
+    """Cost of the first token of one prompt at batch size one.
 
     Attributes:
-        images: pictures in the prompt.
-        text_tokens: tokens of the prompt that are no visual tokens.
+        images: number of images in the prompt.
+        text_tokens: tokens of the prompt other than visual tokens.
         visual_tokens: tokens per image that reach the language model.
         layer_flops: FLOPs of every tower layer that is run, for one image (all its tiles).
         tower_flops: patch embedding, layers and (SigLIP) pooling head, for all images.
-        projector_flops: merging in front of the projector and the projector, for all images.
-        merge_flops: the part of `tower_flops` and `projector_flops` that is there for merging
-            alone: comparing tokens, ranking them by attention.
+        projector_flops: merging before or after the projector and the projector, for all images.
+        merge_flops: the part of `tower_flops` and `projector_flops` that merging adds:
+            comparing tokens, ranking them by attention.
         prefill_flops: the language model over the whole prompt, logits of one position.
-        kv_bytes_per_image: key-value cache taken by the visual tokens of one image.
-        kv_bytes: key-value cache after the prompt.
+        kv_bytes_per_image: bytes of KV cache that the visual tokens of one image take.
+        kv_bytes: bytes of KV cache after the prompt.
+        kv_dtype: dtype of the KV cache, for instance "bfloat16".
     """
 
     images: int
@@ -51,15 +51,16 @@ class Costs:
     prefill_flops: int
     kv_bytes_per_image: int
     kv_bytes: int
+    kv_dtype: str
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens the language model prefills."""
+        """Tokens that the language model prefills."""
         return self.text_tokens + self.images * self.visual_tokens
 
     @property
     def total_flops(self) -> int:
-        """Everything that happens before the first token: tower, projector and prefill."""
+        """FLOPs of everything before the first token: tower, projector and prefill."""
         return self.tower_flops + self.projector_flops + self.prefill_flops
 
 
@@ -74,26 +75,26 @@ def costs(
     image_size: tuple[int, int] | None = None,
     frames: int | None = None,
 ) -> Costs:
-    """Costs of one prompt, nothing is run.
+    """Costs of one prompt; nothing is run.
 
     Args:
-        model: a LLaVA, wrapped or not, also on the meta device or inside a `PeftModel`.
+        model: a LLaVA, wrapped or not; it may be on the meta device or inside a `PeftModel`.
         schedule: token counts; None takes those in force (no merging on an unwrapped model).
-        text_tokens: tokens of the prompt that are no visual tokens.
-        images: pictures in the prompt.
-        dtype: of the key-value cache; None takes that of the embeddings.
-        config: the options behind `schedule` (algorithm, metric and placement change what a
-            merge costs); None takes those in force, else the defaults.
-        image_size: (height, width) of every picture in pixels, None for a typical one; models
-            that bring every picture to one size ignore it.
-        frames: the prompt shows videos of so many frames instead of pictures.
+        text_tokens: tokens of the prompt other than visual tokens, >= 0.
+        images: number of images in the prompt, >= 0.
+        dtype: dtype of the KV cache; None takes that of the embeddings.
+        config: the options that `schedule` was made with (algorithm, metric and placement change
+            what a merge costs); None takes those in force, else the defaults.
+        image_size: (height, width) of every image in pixels, None for a typical image; models
+            that resize every image to one size ignore it.
+        frames: the prompt shows videos of so many frames instead of images.
 
     Raises:
-        TypeError: not a supported model.
+        TypeError: not a supported model, or a count that is no whole number.
         ValueError: a negative number of text tokens or images.
     """
-    _check_count("text_tokens", text_tokens)
-    _check_count("images", images)
+    whole_number("text_tokens", text_tokens, 0)
+    whole_number("images", images, 0)
     base: Any = base_model(model)
     adapter = find_adapter(base)
     size = None if image_size is None else checked_size(image_size)
@@ -120,24 +121,24 @@ def costs(
         prefill_flops=prefill_flops(base, prompt),
         kv_bytes_per_image=visual * per_token,
         kv_bytes=prompt * per_token,
+        kv_dtype=str(kv_dtype(base, dtype)).removeprefix("torch."),
     )
 
 
 def kv_bytes_per_token(base: Any, dtype: torch.dtype | None = None) -> int:
-    """Key-value cache of one token: layers x 2 x kv_heads x head_dim x bytes per element.
+    """Bytes of KV cache per token: layers x 2 x kv_heads x head_dim x bytes per element.
 
     Args:
-        base: the LLaVA itself.
-        dtype: of the cache; None takes that of the embeddings, which the cache follows also
-            where linear layers are quantised.
+        base: the LLaVA itself, not a `PeftModel` around it.
+        dtype: dtype of the cache, see `kv_dtype`.
     """
     text = base.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    dtype = dtype or base.get_input_embeddings().weight.dtype
-    size: int = text.num_hidden_layers * 2 * heads * head_dim(text) * dtype.itemsize
-    return size
+    width = kv_dtype(base, dtype).itemsize
+    return int(text.num_hidden_layers * 2 * heads * head_dim(text) * width)
 
 
-def _check_count(field: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{field} must be a whole number >= 0, got {value!r}")
+def kv_dtype(base: Any, dtype: torch.dtype | None = None) -> torch.dtype:
+    """The given dtype, else that of the embeddings, which the cache has in quantised models too."""
+    found: torch.dtype = dtype or base.get_input_embeddings().weight.dtype
+    return found

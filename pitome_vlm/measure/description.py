@@ -1,8 +1,4 @@
-"""`describe`: what is merged where and what it saves, as a table a person reads.
-
-Knows: how to lay out a config, a schedule and two `Costs`. Does not know: how costs are computed
-(`accounting.py`) or how a model is wrapped.
-"""
+"""`describe`: what is merged where and what it saves, as a table for people."""
 
 from __future__ import annotations
 
@@ -29,25 +25,25 @@ from ..wrapping.wrap import base_model, is_wrapped, merge_config
 from .accounting import Costs, costs
 from .weights import Weights, weights_of
 
-# Shown for a model that is not wrapped and a caller who asks for nothing in particular.
+# Described where a model is not wrapped and no config is given.
 EXAMPLE_KEEP = 0.25
 
 
 @dataclass(frozen=True)
 class Description:
-    """What merging does to a model; `str()` is a plain text table.
+    """What merging does to a model; shown as a table of at most 80 columns, in HTML in a notebook.
 
     Attributes:
         config: the merge options described.
         schedule: token counts of an image, or of a tile where images are cut into tiles.
         footprint: tokens and tiles of the image described.
-        count: its tokens without and with merging.
-        image_size: its (height, width) in pixels; None where all images have one size.
+        count: tokens of that image without and with merging.
+        image_size: (height, width) of that image in pixels; None where all images have one size.
         wrapped: whether these options are in force; otherwise they are a plan.
         before: costs without merging, of a prompt with one image.
         after: costs with merging, of the same prompt.
         calibration: what the language model is told about merged tokens.
-        weights: bytes of the model's weights as they are loaded, quantised or not.
+        weights: bytes of the model's weights as loaded, quantised or not.
     """
 
     config: MergeConfig
@@ -88,14 +84,14 @@ class Description:
 
     @property
     def tokens_out(self) -> int:
-        """Visual tokens per image with merging; the most, where every image has its own count."""
+        """Visual tokens per image with merging; the maximum where every image has its own count."""
         return self.count.out
 
     @property
     def tower_steps(self) -> tuple[tuple[int, int, int], ...]:
-        """(layer, patches before, patches after) of every merging tower layer, no CLS counted.
+        """(layer, patches before, patches after) of every merging tower layer, without CLS.
 
-        Of one tile where images are cut into tiles.
+        The patches are those of one tile where images are cut into tiles.
         """
         before = (self.schedule.n_tokens, *(count for _, count in self.schedule.tower))
         return tuple(
@@ -105,9 +101,9 @@ class Description:
 
     @property
     def projector_steps(self) -> tuple[tuple[int, int], ...]:
-        """(patches before, patches after) of every merging step in front of the projector.
+        """(patches before, patches after) of every merging step before the projector.
 
-        None where images are cut into tiles: these are merged behind it (`count`).
+        Empty where images are cut into tiles, which are merged after the projector (`count`).
         """
         if self.schedule.packed:
             return ()
@@ -117,12 +113,12 @@ class Description:
         return tuple((entering, leaving) for entering, leaving in pairs if leaving < entering)
 
     def saved(self, field: str) -> float:
-        """Percent saved in a field or property of `Costs`, for instance "prefill_flops"."""
+        """Percent saved in a numeric field or property of `Costs`, such as "prefill_flops"."""
         whole = getattr(self.before, field)
         return 100.0 * (1 - getattr(self.after, field) / whole) if whole else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values: the options, the counts, and every cost without, with and saved."""
+        """As JSON values: the options, the counts, and every cost without, with and saved."""
         fields = [name for name, _, _ in _ROWS]
         return {
             "wrapped": self.wrapped,
@@ -149,9 +145,15 @@ class Description:
         }
 
     def __str__(self) -> str:
-        lines = [self.summary] if self.wrapped else [_NOT_IN_FORCE, self.summary]
-        rest = [*self._where(), "", *self._table(), "", *self._weights(), self._footnote()]
-        return "\n".join([*lines, *rest])
+        heading = [line for text in self._heading() for line in textwrap.wrap(text, _WIDTH)]
+        rest = [*self._where(), "", *self._table(), "", *self._weights(), *self._footnote()]
+        return "\n".join([*heading, *rest])
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _heading(self) -> list[str]:
+        return [self.summary] if self.wrapped else [_NOT_IN_FORCE, self.summary]
 
     def _where(self) -> list[str]:
         lines = self._tiles()
@@ -162,10 +164,10 @@ class Description:
             of_a_tile = " of a tile" if self.schedule.packed else ""
             lines += _folded(f"patches{of_a_tile} by tower layer", steps)
         if self.schedule.whole_tower:
-            lines.append(f"tokens behind the tower: {self.count.full} -> {self.count.shown}")
+            lines.append(f"tokens after the tower: {self.count.full} -> {self.count.shown}")
         elif self.schedule.packed:
             tiles = f"{self.footprint.tiles} x {self.schedule.tower_out}"
-            lines.append(f"tokens behind the projector: {tiles} of tiles -> {self.count.shown}")
+            lines.append(f"tokens after the projector: {tiles} of tiles -> {self.count.shown}")
         if self.projector_steps:
             steps = [f"{a} -> {b}" for a, b in self.projector_steps]
             lines += _folded("patches before the projector", steps)
@@ -185,13 +187,25 @@ class Description:
         ]
 
     def _table(self) -> list[str]:
-        head = f"{'':<26}{'without':>14}{'with':>14}{'saved':>10}"
-        rows = [
-            f"{title:<26}{show(getattr(self.before, name)):>14}"
-            f"{show(getattr(self.after, name)):>14}{self.saved(name):>8.1f} %"
+        rows = [("", *_COLUMNS), *self._rows()]
+        first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+        return [
+            title.ljust(first) + "".join(f"  {c:>{w}}" for c, w in zip(cells, others, strict=True))
+            for title, *cells in rows
+        ]
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        """(title, without, with, saved) of every cost."""
+        dtype = f" ({self.after.kv_dtype})"
+        return [
+            (
+                title + (dtype if name.startswith("kv_") else ""),
+                show(getattr(self.before, name)),
+                show(getattr(self.after, name)),
+                f"{self.saved(name):.1f} %",
+            )
             for name, title, show in _ROWS
         ]
-        return [head, *rows]
 
     def _weights(self) -> list[str]:
         parts, kind = self.weights, self.weights.quantisation
@@ -203,14 +217,17 @@ class Description:
         ]
         return _folded(f"weights {_bytes(parts.total)}", sizes)
 
-    def _footnote(self) -> str:
+    def _footnote(self) -> list[str]:
         most = "" if self.schedule.fewest is None else " that keeps the most tokens"
-        return (
+        text = (
             f"computed for one {self._thing}{self._of_size()}{most} and "
             f"{self.before.text_tokens} text tokens, batch 1; one multiply-add is 2 FLOP"
         )
+        return textwrap.wrap(text, _WIDTH)
 
 
+_WIDTH = 79
+_COLUMNS = ("without", "with", "saved")
 _NOT_IN_FORCE = "plan (nothing is merged before wrap() is called):"
 
 
@@ -226,9 +243,9 @@ def describe(
 
     Args:
         model: a LLaVA, wrapped or not, on its own or inside a `PeftModel`.
-        text_tokens: tokens of the prompt beside the image's.
+        text_tokens: tokens of the prompt other than the image's.
         config: describe these options instead of those in force; the model is not changed. None
-            takes those in force, and keep=0.25 as an example on an unwrapped model.
+            takes those in force, or keep=0.25 as an example on an unwrapped model.
         image_size: (height, width) of the image in pixels, for models whose number of tokens
             depends on it; None for a typical photo, 768 x 1024. Others ignore it.
         frames: describe a video of so many frames instead of an image.
@@ -272,10 +289,10 @@ def from_config(
     """`describe` for a checkpoint whose weights are not loaded (nor downloaded).
 
     Args:
-        config_or_path: a model's config, or a folder or hub name that has one; also one of a
-            checkpoint of the original llava package, which is not needed for it.
-        merging: the options to describe, None for keep=0.25 as an example.
-        text_tokens: tokens of the prompt beside the image's.
+        config_or_path: a model's config, or the folder or Hub name of a checkpoint, also of the
+            original llava package (which need not be installed).
+        merging: the options to describe; None for keep=0.25 as an example.
+        text_tokens: tokens of the prompt other than the image's.
         image_size: see `describe`.
         frames: see `describe`.
 
@@ -301,10 +318,12 @@ def from_config(
 
 
 def _folded(title: str, steps: list[str]) -> list[str]:
-    """The title and the steps in lines of at most 78 characters, no step broken in two."""
-    # textwrap breaks at spaces only, so those within a step are something else meanwhile.
+    """The title and the steps in lines of at most 79 characters, no step broken in two."""
+    # textwrap breaks at spaces, so the spaces within a step are hidden from it.
     text = ", ".join(step.replace(" ", "\0") for step in steps)
-    folded = textwrap.wrap(f"{title}: {text}", 78, subsequent_indent="  ", break_long_words=False)
+    folded = textwrap.wrap(
+        f"{title}: {text}", _WIDTH, subsequent_indent="  ", break_long_words=False
+    )
     return [line.replace("\0", " ") for line in folded]
 
 

@@ -1,7 +1,6 @@
-"""How many operations a vision tower, a projector and a language model take, by formula.
+"""FLOPs of a vision tower, a projector and a language model, by formula.
 
-Knows: how many tokens pass through which linear map and which attention. Does not know: prompts,
-caches, time or hardware; nothing is run, so a model on the meta device will do.
+Nothing is run; the model may be on the meta device.
 
 Convention: one multiply-add is 2 FLOPs, only matrix products and convolutions count (norms,
 activations, softmax and the averaging of tokens do not), attention is counted in full although a
@@ -18,8 +17,9 @@ from typing import Any
 from torch import nn
 
 from ..adapters import find_adapter
+from ..adapters.features import feature_choice
 from ..adapters.tower import find_encoder_layers
-from ..adapters.tower_tokens import feature_depth, has_class_token, patch_grid
+from ..adapters.tower_tokens import has_class_token, patch_grid
 from ..merge import algorithms
 from ..merge.algorithm import Algorithm, MergeContext
 from ..merge.budget import FINISHER
@@ -73,18 +73,18 @@ def tower_flops(
     A layer costs n_a (2 W(attention)) + 4 n_a^2 C + n_m (2 W(mlp)) + its merge, where n_a tokens
     enter and n_m = n_a except in a layer that merges between its two halves. Ranking by attention
     takes 2 n_a C more, or 2 n_a^2 C where there is no class token and all tokens are asked. Where
-    anything is merged, or `skip_unused_layers` is set, the layers behind the feature layer are not
+    anything is merged, or `skip_unused_layers` is set, the layers after the feature layer are not
     run.
 
     Args:
         base: the LLaVA itself.
         schedule: token counts.
         config: algorithm, metric, placement.
-        footprint: the picture, for towers that take it as a whole.
+        footprint: the image, for towers that take images of any size.
 
     Returns:
         FLOPs of every layer that is run; FLOPs of patch embedding and pooling head; the part of
-        both that is there for merging alone.
+        both that merging adds.
     """
     adapter = find_adapter(base)
     whole = None if footprint is None else adapter.tower_flops(base, footprint)
@@ -98,62 +98,88 @@ def tower_flops(
         return _unknown_tower_flops(tower, vision, schedule)
     if config.skip_unused_layers or not schedule.is_identity:
         blocks = blocks[: schedule.used_layers]
-    algorithm, after = algorithms.get(config.algorithm), dict(schedule.tower)
-    by_keys = (config.metric or algorithm.metric) == "keys"
-    entering, merging, flops = schedule.n_tokens, 0, []
-    for index, block in enumerate(blocks):
-        leaving = after.get(index, entering)
-        metric = block.self_attn.head_dim if by_keys else vision.hidden_size
-        n_first = entering + schedule.n_leading
-        ctx = MergeContext(config, index, schedule.depth(index))
-        compared = similarity_flops(entering, leaving, metric, algorithm, ctx)
-        if algorithm.needs_attention and leaving < entering:
-            asked = 1 if has_class_token(tower) else n_first
-            compared += attention_flops(asked, n_first, vision.hidden_size) // 2
-        inside = config.placement == "after_attention"
-        n_second = (leaving if inside else entering) + schedule.n_leading
+    lengths = tower_lengths(schedule)
+    inside = config.placement == "after_attention"
+    flops, merging = [], 0
+    steps = zip(blocks, lengths, lengths[1:], strict=False)
+    for index, (block, entering, leaving) in enumerate(steps):
+        compared = _layer_merging(
+            block, index, entering, leaving, schedule, config, has_class_token(tower)
+        )
         flops.append(
-            n_first * linear_flops(block.self_attn)
-            + attention_flops(n_first, n_first, vision.hidden_size)
-            + n_second * linear_flops(block.mlp)
+            entering * linear_flops(block.self_attn)
+            + attention_flops(entering, entering, vision.hidden_size)
+            + (leaving if inside else entering) * linear_flops(block.mlp)
             + compared
         )
         merging += compared
-        entering = leaving
-    head = _pooling_head_flops(tower, vision, entering + schedule.n_leading)
+    head = _pooling_head_flops(tower, vision, lengths[len(blocks)])
     return tuple(flops), _embedding_flops(vision) + head, merging
+
+
+def tower_lengths(schedule: Schedule) -> list[int]:
+    """Sequence lengths of the tower, CLS included: before its first layer, then after each.
+
+    Layers after the feature layer are left out where they are not run.
+    """
+    entering = schedule.n_tokens + schedule.n_leading
+    if schedule.is_identity:
+        return [entering] * (schedule.n_layers + 1)
+    return [entering, *schedule.layer_lengths()]
+
+
+def _layer_merging(
+    block: Any,
+    index: int,
+    entering: int,
+    leaving: int,
+    schedule: Schedule,
+    config: MergeConfig,
+    has_class: bool,
+) -> int:
+    """FLOPs that merging adds to a layer of the tower; lengths include leading tokens."""
+    if entering == leaving:
+        return 0
+    algorithm, width = algorithms.get(config.algorithm), block.self_attn.embed_dim
+    by_keys = (config.metric or algorithm.metric) == "keys"
+    ctx, n_leading = MergeContext(config, index, schedule.depth(index)), schedule.n_leading
+    metric = block.self_attn.head_dim if by_keys else width
+    flops = similarity_flops(entering - n_leading, leaving - n_leading, metric, algorithm, ctx)
+    if algorithm.needs_attention:
+        asked = 1 if has_class else entering
+        flops += attention_flops(asked, entering, width) // 2
+    return flops
 
 
 def projector_flops(
     base: Any, schedule: Schedule, config: MergeConfig, footprint: Footprint | None = None
 ) -> tuple[int, int]:
-    """FLOPs of the projector for one image: n_out (2 W(projector)) + the merges in front of it.
+    """FLOPs of the projector for one image: n_out (2 W(projector)) + the merges before it.
 
-    Where tiles are packed, the projector comes first, on all that the tower hands on, and the
-    packed picture is merged to its count behind it.
+    Where tiles are packed, the projector comes first, on all tokens that leave the tower, and the
+    packed image is merged to its count after it.
 
     Args:
         base: the LLaVA itself.
         schedule: token counts.
         config: algorithm.
-        footprint: the picture, where it is packed from tiles.
+        footprint: the image, where it is packed from tiles.
 
     Returns:
-        FLOPs, and the part of them that is there for merging alone. Tokens are compared by the
-        features, as wide as the tower times the number of feature layers.
+        FLOPs, and the part of them that merging adds. Tokens are compared by their features, which
+        are as wide as the tower times the number of feature layers.
     """
     parts, algorithm = find_adapter(base).parts(base), algorithms.get(config.algorithm)
-    projector, hidden = parts.projector, parts.vision_config.hidden_size
-    depths = _feature_depths(base.config, schedule)
+    projector = parts.projector
     if footprint is not None and (schedule.packed or footprint.frames):
         merging = _packed_flops(base, schedule, config, footprint)
         projected = footprint.tiles * schedule.tower_out
         if footprint.frames and find_adapter(base).videos_pooled_first:
             projected = _out(schedule, config, footprint)
         return merging + projected * linear_flops(projector), merging
-    width = hidden * len(depths)
+    width = parts.vision_config.hidden_size * _feature_layers(base.config)
     entering = schedule.tower[-1][1] if schedule.tower else schedule.n_tokens
-    ctx, merging = _context_behind(config, schedule), 0
+    ctx, merging = _context_after(config, schedule), 0
     for leaving in schedule.projector:
         merging += similarity_flops(entering, leaving, width, algorithm, ctx)
         entering = leaving
@@ -161,10 +187,10 @@ def projector_flops(
 
 
 def _packed_flops(base: Any, schedule: Schedule, config: MergeConfig, footprint: Footprint) -> int:
-    """Merging of the packed picture, which has at most as many groups as the tower handed on.
+    """FLOPs of merging the packed image, an upper bound.
 
-    Fewer where groups lived in padding alone, or pooling left cells of other groups only, which
-    only the picture can tell. Windows of a video are compared on their own.
+    It may have fewer groups than the tower handed on, where padding or pooling removed whole
+    groups; only the pixels can tell. Windows of a video are compared on their own.
     """
     out = _out(schedule, config, footprint)
     cells, patches = footprint.full - footprint.newlines, out - newline_share(footprint, out)
@@ -178,11 +204,11 @@ def _packed_flops(base: Any, schedule: Schedule, config: MergeConfig, footprint:
         width = base.config.vision_config.hidden_size
     lengths = [cells * frames for frames in footprint.windows(config.frames_together)]
     shares = zip(shared_out(entering, lengths), shared_out(patches, lengths), strict=True)
-    ctx = _context_behind(config, schedule)
+    ctx = _context_after(config, schedule)
     return sum(similarity_flops(n, left, width, algorithm, ctx) for n, left in shares)
 
 
-def _context_behind(config: MergeConfig, schedule: Schedule) -> MergeContext:
+def _context_after(config: MergeConfig, schedule: Schedule) -> MergeContext:
     layer = schedule.used_layers
     return MergeContext(config, layer, schedule.depth(layer), at_projector=True)
 
@@ -228,7 +254,7 @@ def _embedding_flops(vision: Any) -> int:
 
 
 def _pooling_head_flops(tower: nn.Module, vision: Any, n_tokens: int) -> int:
-    """SigLIP's attention pooling, which LLaVA computes although it reads nothing from it.
+    """FLOPs of SigLIP's attention pooling, which LLaVA computes and does not read.
 
     One query attends to n tokens: 2 C^2 (query) + 4 n C^2 (keys, values) + 4 n C + 2 C^2 (output)
     and then the MLP once.
@@ -247,16 +273,17 @@ def _pooling_head_flops(tower: nn.Module, vision: Any, n_tokens: int) -> int:
 def _unknown_tower_flops(
     tower: nn.Module, vision: Any, schedule: Schedule
 ) -> tuple[tuple[int, ...], int, int]:
-    """A tower whose layers are not known is taken as a plain ViT that is run as it is."""
+    """`tower_flops` of a tower of unknown layers, estimated as a plain ViT that is run whole."""
     n_tokens, n_layers = schedule.n_tokens + schedule.n_leading, schedule.n_layers
     attention = attention_flops(n_tokens, n_tokens, vision.hidden_size)
     per_layer = n_tokens * linear_flops(tower) // n_layers + attention
     return (per_layer,) * n_layers, _embedding_flops(vision), 0
 
 
-def _feature_depths(config: Any, schedule: Schedule) -> list[int]:
-    """Depths of the layers whose outputs the projector reads side by side."""
-    layer = getattr(config, "vision_feature_layer", None)
-    if layer is None:
-        layer = getattr(config, "vision_feature_layers", None)
-    return [schedule.used_layers] if layer is None else feature_depth(layer, schedule.n_layers)
+def _feature_layers(config: Any) -> int:
+    """Number of tower layers whose features the projector reads next to each other."""
+    try:
+        layer = feature_choice(config, {}).layer
+    except ValueError:
+        return 1  # the config names none: families of other code read one
+    return 1 if isinstance(layer, int) else len(layer)

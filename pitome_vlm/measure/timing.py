@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common import whole_number
+from .stats import iqr
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -18,8 +21,8 @@ class Timing:
 
     Attributes:
         median_ms: median in milliseconds.
-        iqr_ms: distance of the quartiles in milliseconds; 0 for a single run.
-        repeats: runs that were timed.
+        iqr_ms: interquartile range in milliseconds; 0 for a single run.
+        repeats: number of timed runs.
     """
 
     median_ms: float
@@ -38,23 +41,22 @@ def time_prefill(
     Args:
         model: a LLaVA, wrapped or not.
         inputs: a processor's batch, on the model's device.
-        repeats: timed runs, >= 1; at least 20 for a number that is to be published.
-        warmup: runs before them, >= 0.
+        repeats: timed runs, >= 1; 20 or more for numbers to publish.
+        warmup: untimed runs before them, >= 0.
 
     Raises:
+        TypeError: `repeats` or `warmup` is no whole number.
         ValueError: `repeats` or `warmup` out of range, or no tensor among the inputs.
     """
-    for field, value, low in (("repeats", repeats, 1), ("warmup", warmup, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{field} must be a whole number >= {low}, got {value!r}")
+    whole_number("repeats", repeats, 1)
+    whole_number("warmup", warmup, 0)
     device = _device_of(inputs)
     times = [_one_run(model, inputs, device) for _ in range(warmup + repeats)][warmup:]
-    first, _, third = statistics.quantiles(times, n=4) if repeats > 1 else (0.0, 0.0, 0.0)
-    return Timing(statistics.median(times), third - first, repeats)
+    return Timing(statistics.median(times), iqr(times), repeats)
 
 
 def _one_run(model: Any, inputs: Mapping[str, Any], device: torch.device) -> float:
-    # Accelerators run behind the host: both ends of the interval wait for the device.
+    # Accelerators run asynchronously: both ends of the interval wait for the device.
     synchronize = torch.get_device_module(device).synchronize
     synchronize()
     start = time.perf_counter()

@@ -1,7 +1,6 @@
 """Bytes of a model's weights, part by part, quantised or not.
 
-Knows: where bitsandbytes keeps what belongs to a weight. Does not know: merging, caches or what is
-computed; nothing is run, so a model on the meta device will do.
+Nothing is run; the model may be on the meta device.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ class Weights:
     """Bytes that weights take: parameters, buffers, and the scales of quantised layers.
 
     Attributes:
-        language_model: its layers and embeddings, adapters in them included.
-        vision_tower: the tower.
-        projector: between both.
-        other: the rest: lm_head where it is not the embedding table.
+        language_model: layers and embeddings, with their adapters.
+        vision_tower: the tower, with its adapters.
+        projector: the projector between the two.
+        other: everything else, for instance an lm_head that is not the embedding table.
         quantisation: "nf4", "fp4", "int8", or empty.
     """
 
@@ -37,7 +36,7 @@ class Weights:
 
     @property
     def total(self) -> int:
-        """All of them; what several parts share is counted once."""
+        """Bytes of all parts; shared weights are counted once."""
         return self.language_model + self.vision_tower + self.projector + self.other
 
 
@@ -53,7 +52,7 @@ def weights_of(model: nn.Module) -> Weights:
 
 
 def _bytes(module: nn.Module, seen: set[Any]) -> int:
-    """Bytes of the storages behind a module's tensors that are not in `seen` yet."""
+    """Bytes of a module's tensor storages that are not in `seen` yet."""
     total = 0
     for tensor in _tensors(module):
         storage = tensor.untyped_storage()

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 import pitome_vlm
-from pitome_vlm.measure.bench import iqr, median
+from pitome_vlm.measure.bench import median
 from pitome_vlm.measure.bench.clock import Clock
-from pitome_vlm.measure.bench.report import table
+from pitome_vlm.measure.stats import iqr
+from pitome_vlm.measure.tables import markdown_table
 
 from .attention_ways import first_line, time_ways
 from .gpu_run import Run, vision_inputs
@@ -75,7 +76,7 @@ def attention(run: Run, name: str) -> None:
             run.save(f"attention-{name}", rows)
     title = f"## {name}: encoding {batch} pictures, by attention of the tower"
     run.save(f"attention-{name}", rows)
-    run.add("", title, "", table(["attention", "budget", "ms"], rows))
+    run.add("", title, "", markdown_table(["attention", "budget", "ms"], rows))
 
 
 @torch.no_grad()
@@ -124,4 +125,4 @@ def ways(run: Run) -> None:
                 rows.append([str(tokens), name, f"{median(times):.3f} ±{iqr(times):.3f}"])
     run.save("proportional", rows)
     title = f"## Proportional attention, {batch} x 16 heads x N x 64"
-    run.add("", title, "", table(["N", "way", "ms"], rows))
+    run.add("", title, "", markdown_table(["N", "way", "ms"], rows))

@@ -18,11 +18,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import pitome_vlm
-from pitome_vlm.measure.bench import Bench, Budget, Case, Phases, Report, build, installed, iqr
+from pitome_vlm.measure.bench import Bench, Budget, Case, Phases, Report, build, installed
 from pitome_vlm.measure.bench.clock import Clock, watched
 from pitome_vlm.measure.bench.fits import tried_fit
 from pitome_vlm.measure.bench.memory import out_of_memory
-from pitome_vlm.measure.bench.report import hardware, table
+from pitome_vlm.measure.provenance import in_words, machine, provenance, versions
+from pitome_vlm.measure.stats import iqr
+from pitome_vlm.measure.tables import markdown_table
 from pitome_vlm.merge.config import MergeConfig
 
 from .attention_ways import first_line
@@ -69,7 +71,7 @@ def correctness(run: Run) -> None:
     run.save("correctness", found)
     columns = ["shape", "algorithm", "dtype", "equal plans"]
     columns += ["largest ‖device - cpu‖ / ‖cpu‖ of features with equal plans"]
-    run.add("", "## Against the CPU", "", table(columns, rows))
+    run.add("", "## Against the CPU", "", markdown_table(columns, rows))
 
 
 @torch.no_grad()
@@ -112,7 +114,7 @@ def speed(run: Run, name: str, model: Any, until: float, title: str = "") -> Non
     What was measured is written whatever happens: after every batch, and in the end.
     """
     options = run.options
-    setup = {"dtype": options.dtype, "layers": options.layers or "all", "attention": "sdpa"}
+    setup = provenance(model, layers=options.layers or "all")
     report = Report(title or name, [], ["random weights"], setup=setup)
     largest: list[Phases] = []
     try:
@@ -189,7 +191,7 @@ def rates(report: Report, largest: list[Phases]) -> str:
         ]
         for one in [*(one for _, one in report.pairs()), *largest]
     ]
-    return f"Answers of {ANSWER} tokens.\n\n" + table([*columns], rows)
+    return f"Answers of {ANSWER} tokens.\n\n" + markdown_table([*columns], rows)
 
 
 class ProfiledClock(Clock):
@@ -246,7 +248,7 @@ def share(run: Run, name: str, model: Any) -> None:
     clock_name = "CPU" if on_cpu else "device"
     run.save(f"share-{name}", [dict(zip([*columns, "of all"], row, strict=True)) for row in rows])
     title = f"## {name}: the merge's share of {clock_name} time (torch.profiler)"
-    run.add("", title, "", table([*columns, "share of encoding"], rows))
+    run.add("", title, "", markdown_table([*columns, "share of encoding"], rows))
 
 
 def quantise(model: Any) -> Any:
@@ -335,7 +337,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=540, help="stop starting things after")
     parser.add_argument("--out", type=Path, required=True)
     run = Run(parser.parse_args())
-    known = ", ".join(f"{name} {value}" for name, value in hardware().items())
+    known = in_words(machine(run.options.device) | versions())
     run.add("# Measured by scripts/speed/gpu_bench.sh", "", f"{known}, {run.options.dtype}.")
     with contextlib.suppress(OutOfTimeError):
         steps(run)

@@ -31,10 +31,12 @@ from pitome_vlm.measure.bench import (
     Report,
     build,
     configuration,
-    iqr,
     pays_for,
 )
-from pitome_vlm.measure.bench.report import hardware, shown, table
+from pitome_vlm.measure.bench.report import shown
+from pitome_vlm.measure.provenance import in_words, provenance
+from pitome_vlm.measure.stats import iqr
+from pitome_vlm.measure.tables import markdown_table
 from pitome_vlm.merge.config import MergeConfig
 
 PEERS = ("tome", "visionzip", "divprune", "pool", "pitome", "pitome_plus")
@@ -99,14 +101,8 @@ def prepare(options: argparse.Namespace) -> tuple[Bench, Report]:
     built = model.config.text_config.num_hidden_layers
     case = Case(options.batch, 64, options.answer)
     bench = Bench(model, budgets, case, depth=whole / built)
-    setup = {
-        "shape": options.shape,
-        "language_model_layers": f"{built} of {whole}",
-        "dtype": options.dtype,
-        "device": options.device,
-        "attention": "sdpa",
-        "seed": 0,
-    }
+    layers = f"{built} of {whole}"
+    setup = provenance(model, shape=options.shape, language_model_layers=layers, seed=0)
     return bench, Report(options.shape, [bench.results], depth=whole / built, setup=setup)
 
 
@@ -119,13 +115,12 @@ def resume(bench: Bench, report: Report, path: Path) -> None:
     if not path.is_file():
         return
     earlier = json.loads(path.read_text(encoding="utf-8"))
-    here = {"setup": report.setup, "hardware": hardware()}
     budgets = [(row["budget"], row["batch"], row["answer_tokens"]) for row in earlier["results"]]
     case = bench.case
     wanted = [(one.budget.name, case.batch, case.answer_tokens) for one in bench.results]
-    differing = [name for name, value in here.items() if earlier[name] != value]
-    if differing or budgets != wanted:
-        what = ", ".join(differing) or "budgets"
+    changed = earlier["setup"] != report.setup
+    if changed or budgets != wanted:
+        what = "setup" if changed else "budgets"
         raise SystemExit(f"{path} was measured with another {what}; name another --out")
     for one, row in zip(bench.results, earlier["results"], strict=True):
         for name, values in row["rounds_ms"].items():
@@ -134,7 +129,7 @@ def resume(bench: Bench, report: Report, path: Path) -> None:
 
 def markdown(report: Report, results: list[Phases]) -> str:
     """What was compared, and the table."""
-    known = ", ".join(f"{name} {value}" for name, value in (report.setup | hardware()).items())
+    known = in_words(report.setup)
     cut = "" if report.depth == 1 else " (whole depth, scaled)"
     columns = ["method", "tokens", "tower + merge", "of it merge", "prefill, built"]
     columns += ["per token, built"]
@@ -144,7 +139,7 @@ def markdown(report: Report, results: list[Phases]) -> str:
         "# Against others, at equal tokens",
         f"{known}; batch {results[0].case.batch}, 64 tokens of text, {results[0].repeats} rounds "
         "in turns; medians in ms (± distance of the quartiles).",
-        table(columns, rows),
+        markdown_table(columns, rows),
         "`scripts/speed/peers.py`. Peers are algorithms of ours, written from their papers. "
         "`pays to`: the longest answer that gets at least 10 % faster than `none`. With equal "
         "tokens a further token is the same work whoever chose them: differences between methods "

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from pitome_vlm.measure.bench.report import hardware
+from pitome_vlm.measure.provenance import provenance
 from pitome_vlm.merge import algorithms
 from pitome_vlm.merge.algorithm import MergeContext, make_plan
 from pitome_vlm.merge.config import MergeConfig
@@ -125,7 +125,7 @@ def in_fresh_process(name: str, n_tokens: int, threads: int) -> float:
 def circumstances() -> dict[str, Any]:
     """What the rows of one file have in common; the C library decides what memory stays taken."""
     fixed = {"dtype": "float32", "batch": 1, "seed": 0, "libc": " ".join(platform.libc_ver())}
-    return hardware() | fixed
+    return provenance(**fixed)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         "# What a plan costs against the number of tokens",
         "",
-        f"`python -m scripts.speed.plan`: {where['cpu']} ({kind}), "
+        f"`python -m scripts.speed.plan`: {where['hardware']} ({kind}), "
         f"{where['threads']} thread(s), "
         f"{where['dtype']}, batch {where['batch']}, seed {where['seed']}, Python "
         f"{where['python']}, torch {where['torch']}, {where['libc']}, pitome_vlm "

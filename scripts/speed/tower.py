@@ -37,7 +37,7 @@ from pitome_vlm import MergeConfig
 from pitome_vlm.measure.accounting import costs
 from pitome_vlm.measure.bench import configuration
 from pitome_vlm.measure.bench.clock import Clock
-from pitome_vlm.measure.bench.report import hardware
+from pitome_vlm.measure.provenance import provenance
 from pitome_vlm.merge.algorithm import log_size_bias
 from pitome_vlm.merge.merge_pass import MergePass
 from pitome_vlm.wrapping.wrap import merging_of, schedule_of
@@ -325,7 +325,7 @@ def main(say: Callable[[str], Any] = print) -> int:
     found = summary(rows)
     about = {
         "command": command_line(),
-        **hardware(),
+        **provenance(),
         **{n: v for n, v in vars(options).items() if n not in ("output", "keep", "algorithms")},
     }
     text, failed = markdown(found, about), missed(found, gated)

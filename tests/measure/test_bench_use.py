@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from absent import hide
 from typer.testing import CliRunner
 
 import pitome_vlm
@@ -148,13 +149,14 @@ def test_a_first_batch_out_of_memory_is_one_line(monkeypatch):
 
 
 def test_a_plot_without_matplotlib_is_refused_at_once(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    hide(monkeypatch, "matplotlib")
     result = run("--config", "tiny", "--plot", "x.png")
     assert result.exit_code == 2
-    assert "pip install 'pitome-vlm[viz]'" in result.stderr
+    assert 'pip install ".[viz]"' in result.stderr
     assert not Path("x.png").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_shows_and_writes_what_there_is(tmp_path):
     target = tmp_path / "b.json"
     words = ["--config", "tiny", "--keep", "0.5", "--repeats", "100000", "--warmup", "0"]
@@ -196,6 +198,7 @@ def script(*words, folder=None, code=0, **environment):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_peers_script_goes_on_where_it_stopped(tmp_path):
     words = [sys.executable, "-m", "scripts.speed.peers", "--shape", "tiny", "--layers", 1]
     words += ["--tokens", "36", "--answer", 2, "--threads", 1, "--out", tmp_path / "peers"]
@@ -209,6 +212,7 @@ def test_peers_script_goes_on_where_it_stopped(tmp_path):
     assert "1 of 2 language model layers were built" in table
 
 
+@pytest.mark.slow
 def test_gpu_script_needs_neither_terminal_nor_plot_libraries(tmp_path):
     missing = ("rich", "typer", "matplotlib", "bitsandbytes")
     lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in missing)]
@@ -236,6 +240,7 @@ def test_gpu_script_needs_neither_terminal_nor_plot_libraries(tmp_path):
     assert all(all(one["same"]) for one in json.loads((out / "correctness.json").read_text()))
 
 
+@pytest.mark.slow
 def test_gpu_script_goes_on_behind_a_step_that_fails(tmp_path):
     script(
         *(sys.executable, "-m", "scripts.speed.gpu_bench", "--device", "cpu", "--dtype", "float32"),
@@ -251,6 +256,7 @@ def test_gpu_script_goes_on_behind_a_step_that_fails(tmp_path):
     assert (tmp_path / "tiny.json").is_file()
 
 
+@pytest.mark.slow
 def test_gpu_script_stops_in_time_and_writes_what_it_has(tmp_path):
     said = script(
         *(sys.executable, "-m", "scripts.speed.gpu_bench", "--device", "cpu", "--dtype", "float32"),
@@ -263,6 +269,7 @@ def test_gpu_script_stops_in_time_and_writes_what_it_has(tmp_path):
 # --- the gate
 
 
+@pytest.mark.slow
 def test_wrapped_tower_is_faster():
     """A quarter of the tokens takes at most LARGEST_RATIO of the time, in one run, in turns."""
     ratios = tower_ratios(keep=0.25)

@@ -25,7 +25,7 @@ from pitome_vlm.measure.description import describe, from_config
 from pitome_vlm.measure.timing import Timing, time_prefill
 from pitome_vlm.merge.config import MergeConfig
 from pitome_vlm.wrapping.encode import planned_schedule
-from pitome_vlm.wrapping.wrap import is_wrapped, schedule_of, wrap, wrapped
+from pitome_vlm.wrapping.wrap import is_wrapped, schedule_of, unwrap, wrap, wrapped
 
 OPTIONS = {
     "none": None,
@@ -78,20 +78,35 @@ def shares(model, batch, **options):
     return [a / b for a, b in zip(computed, counted(model, batch), strict=True)]
 
 
+@pytest.fixture(scope="module")
+def models():
+    return {kind: tiny_model(kind) for kind in KINDS}
+
+
+@pytest.fixture
+def model(models):
+    """The shared CLIP model, unwrapped again after every test."""
+    yield models["clip"]
+    unwrap(models["clip"])
+
+
 class TestFlops:
-    @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-    def test_agree_with_torch(self, kind, options):
-        model, batch = tiny_model(kind), tiny_batch(kind, (1,), (5,))
+    def test_agree_with_torch(self, model, options):
         if options is not None:
             wrap(model, **options)
-        assert shares(model, batch) == pytest.approx([1, 1, 1], rel=0.01)
+        assert shares(model, tiny_batch("clip", (1,), (5,))) == pytest.approx([1, 1, 1], rel=0.01)
 
-    def test_average_pooling_compares_nothing(self):
-        model, batch = (
-            wrap(tiny_model(), keep=0.25, algorithm="pool"),
-            tiny_batch("clip", (1,), (5,)),
-        )
+    @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "clip"])
+    def test_agree_with_torch_for_every_tower(self, models, kind):
+        for name in ("none", "both .25", "visionzip"):
+            with wrapped(models[kind], **(OPTIONS[name] or {"keep": 1.0})):
+                found = shares(models[kind], tiny_batch(kind, (1,), (5,)))
+            assert found == pytest.approx([1, 1, 1], rel=0.01), name
+
+    def test_average_pooling_compares_nothing(self, model):
+        wrap(model, keep=0.25, algorithm="pool")
+        batch = tiny_batch("clip", (1,), (5,))
         assert shares(model, batch) == pytest.approx([1, 1, 1], rel=0.01)
         assert costs(model).merge_flops == 0
 
@@ -100,8 +115,9 @@ class TestFlops:
         batch = tiny_batch("clip", (1,), (5,))
         assert shares(model, batch) == pytest.approx([1, 1, 1], rel=0.01)
 
-    def test_several_images(self):
-        model, batch = wrap(tiny_model(), keep=0.25), tiny_batch("clip", (3,), (5,))
+    def test_several_images(self, model):
+        wrap(model, keep=0.25)
+        batch = tiny_batch("clip", (3,), (5,))
         assert shares(model, batch, images=3) == pytest.approx([1, 1, 1], rel=0.01)
 
     def test_lora(self):
@@ -128,8 +144,8 @@ class TestFlops:
         # The pooler is taken for a part of every token.
         assert costs(model).tower_flops == pytest.approx(counter.get_total_flops(), rel=0.06)
 
-    def test_parts_add_up(self):
-        cost = costs(wrap(tiny_model(), keep=0.25, stage="both"), images=2)
+    def test_parts_add_up(self, model):
+        cost = costs(wrap(model, keep=0.25, stage="both"), images=2)
         assert cost.total_flops == cost.tower_flops + cost.projector_flops + cost.prefill_flops
         assert sum(cost.layer_flops) < cost.tower_flops
         assert len(cost.layer_flops) == 5  # of 6: nothing reads the last one
@@ -182,29 +198,31 @@ class TestCosts:
         cost = costs(model, text_tokens=text_tokens(batch))
         assert cost.kv_bytes == held
         assert cost.kv_bytes_per_image == held * cost.visual_tokens // cost.prompt_tokens
+        assert cost.kv_dtype == str(dtype).removeprefix("torch.")
 
-    def test_dtype_of_the_cache(self):
-        model = tiny_model()
+    def test_dtype_of_the_cache(self, model):
+        assert costs(model, dtype=torch.float16).kv_dtype == "float16"
         assert costs(model).kv_bytes == 2 * costs(model, dtype=torch.float16).kv_bytes
 
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_visual_tokens(self, kind):
-        model = tiny_model(kind)
-        assert costs(model).visual_tokens == tokens_per_image(kind)
-        assert costs(wrap(model, tokens=40)).visual_tokens == 40
+    def test_visual_tokens(self, models):
+        for kind, model in models.items():
+            assert costs(model).visual_tokens == tokens_per_image(kind), kind
+            with wrapped(model, tokens=40):
+                assert costs(model).visual_tokens == 40, kind
 
-    def test_nothing_changes(self):
-        model = tiny_model()
+    def test_nothing_changes(self, model):
         classes = [type(module) for module in model.modules()]
         costs(model, planned_schedule(model, MergeConfig(keep=0.5)))
         describe(model)
         assert [type(module) for module in model.modules()] == classes
 
     @pytest.mark.parametrize("field", ["text_tokens", "images"])
-    @pytest.mark.parametrize("value", [-1, 1.5, True])
-    def test_bad_counts(self, field, value):
-        with pytest.raises(ValueError, match=f"{field} must be a whole number >= 0"):
-            costs(tiny_model(), **{field: value})
+    def test_bad_counts(self, model, field):
+        with pytest.raises(ValueError, match=f"{field} must be at least 0, got -1"):
+            costs(model, **{field: -1})
+        for value in (1.5, True):
+            with pytest.raises(TypeError, match=f"{field} must be a whole number, got {value}"):
+                costs(model, **{field: value})
 
     def test_unsupported_model(self):
         with pytest.raises(TypeError, match="cannot wrap Linear"):
@@ -212,8 +230,8 @@ class TestCosts:
 
 
 class TestDescribe:
-    def test_wrapped(self):
-        model = wrap(tiny_model(), keep=0.25, stage="both", tower_share=0.5)
+    def test_wrapped(self, model):
+        wrap(model, keep=0.25, stage="both", tower_share=0.5)
         told = describe(model, text_tokens=10)
         assert told.wrapped
         assert told.schedule == schedule_of(model)
@@ -228,16 +246,18 @@ class TestDescribe:
         with wrapped(model, keep=1.0):
             assert told.before == costs(model, text_tokens=10)
 
-    def test_saved_is_in_percent(self):
-        told = describe(wrap(tiny_model(), keep=0.25))
+    def test_saved_is_in_percent(self, model):
+        told = describe(wrap(model, keep=0.25))
         assert told.saved("visual_tokens") == 75
         assert told.saved("kv_bytes_per_image") == 75
         whole, part = told.before.prefill_flops, told.after.prefill_flops
         assert told.saved("prefill_flops") == pytest.approx(100 * (whole - part) / whole)
-        assert describe(wrap(tiny_model(), keep=1.0)).saved("total_flops") == 0
+        assert describe(wrap(model, keep=1.0)).saved("total_flops") == 0
 
-    def test_table(self):
-        text = str(describe(wrap(tiny_model(), keep=0.25, algorithm="tome", margin=0.3)))
+    def test_table(self, model):
+        told = describe(wrap(model, keep=0.25, algorithm="tome", margin=0.3))
+        text = str(told)
+        assert repr(told) == text
         lines = text.splitlines()
         assert lines[0] == "tome keep=0.25 margin=0.3: 144 -> 36 visual tokens per image"
         assert "plan (nothing is merged" not in text
@@ -247,30 +267,34 @@ class TestDescribe:
         assert row[-4:] == ["144", "36", "75.0", "%"]
         for part in ("vision tower", "prefill", "KV cache", "without", "64 text tokens"):
             assert part in text
+        # Numbers are aligned to the right, and the cache says how wide they are.
+        first = lines.index(next(line for line in lines if line.endswith("saved")))
+        table = lines[first : lines.index("", first)]
+        assert len({len(line) for line in table}) == 1
+        assert "KV cache per image (float32)" in text
 
-    def test_unwrapped_says_so_and_what_would_be(self):
-        model = tiny_model()
+    def test_unwrapped_says_so_and_what_would_be(self, model):
         told = describe(model)
         assert not told.wrapped
         assert str(told).startswith("plan (nothing is merged before wrap() is called):")
         assert told.after == costs(wrap(model, keep=0.25))
-        assert not describe(tiny_model(), config=MergeConfig(tokens=9)).wrapped
+        assert not describe(unwrap(model), config=MergeConfig(tokens=9)).wrapped
 
-    def test_other_options_than_those_in_force(self):
-        model = wrap(tiny_model(), keep=0.25)
+    def test_other_options_than_those_in_force(self, model):
+        wrap(model, keep=0.25)
         told = describe(model, config=MergeConfig(tokens=50))
         assert not told.wrapped
         assert told.tokens_out == 50
         assert schedule_of(model).tokens_out == 36
         assert describe(model, config=MergeConfig(keep=0.25)).wrapped
 
-    def test_identity(self):
-        text = str(describe(wrap(tiny_model(), keep=1.0)))
+    def test_identity(self, model):
+        text = str(describe(wrap(model, keep=1.0)))
         assert "nothing is merged" in text
         assert "by tower layer" not in text
 
-    def test_json(self):
-        told = describe(wrap(tiny_model(), keep=0.25))
+    def test_json(self, model):
+        told = describe(wrap(model, keep=0.25))
         values = json.loads(json.dumps(told.to_dict()))
         assert values["tokens_out"] == 36
         assert MergeConfig.from_dict(values["config"]) == told.config
@@ -317,8 +341,9 @@ class TestFromConfig:
 
 
 class TestTimePrefill:
-    def test_real_model(self):
-        model, batch = wrap(tiny_model(), keep=0.25), tiny_batch("clip", (1,), (5,))
+    def test_real_model(self, model):
+        wrap(model, keep=0.25)
+        batch = tiny_batch("clip", (1,), (5,))
         timing = time_prefill(model, batch, repeats=3, warmup=1)
         assert timing.repeats == 3
         assert 0 < timing.median_ms < 60_000
@@ -339,17 +364,21 @@ class TestTimePrefill:
         assert all(c["max_new_tokens"] == c["min_new_tokens"] == 1 for c in calls)
         assert 20 <= timing.median_ms < 150
 
-    def test_one_run_has_no_spread(self):
-        timing = time_prefill(tiny_model(), tiny_batch("clip", (1,), (5,)), repeats=1, warmup=0)
+    def test_one_run_has_no_spread(self, model):
+        timing = time_prefill(model, tiny_batch("clip", (1,), (5,)), repeats=1, warmup=0)
         assert (timing.iqr_ms, timing.repeats) == (0, 1)
 
     def test_shown(self):
         assert str(Timing(12.345, 0.5, 20)) == "12.3 ms (IQR 0.5, 20 runs)"
 
-    def test_bad_arguments(self):
-        model, batch = tiny_model(), tiny_batch()
-        for wrong in ({"repeats": 0}, {"repeats": 1.5}, {"warmup": -1}):
-            with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a whole number"):
+    def test_bad_arguments(self, model):
+        batch = tiny_batch()
+        for wrong, error, message in (
+            ({"repeats": 0}, ValueError, "repeats must be at least 1, got 0"),
+            ({"repeats": 1.5}, TypeError, "repeats must be a whole number, got 1.5"),
+            ({"warmup": -1}, ValueError, "warmup must be at least 0, got -1"),
+        ):
+            with pytest.raises(error, match=message):
                 time_prefill(model, batch, **wrong)
         with pytest.raises(ValueError, match="tensors"):
             time_prefill(model, {"input_ids": [1, 2]})

@@ -1,18 +1,18 @@
-"""Will it help me? Times of a model with and without merging, in one process.
+"""How much faster is a model with merging? Both are timed in one process, in turns.
 
-Knows: published shapes, phases of an answer, fair timing, what a number needs beside it. Does not
-know: terminals (`cli/bench.py`), accuracy.
+Handles published shapes, the phases of an answer, fair timing and the provenance of every number.
+Leaves terminals to `cli/bench.py` and accuracy to `measure.evaluate`.
 """
 
 from .flops import counted_over_formula
-from .measurement import Bench, Budget, installed, measure
+from .measurement import Bench, installed, measure
 from .memory import fitting_batch, largest_batch
-from .phases import Estimate, Lengths, Phases, break_even, iqr, median, pays_for
-from .plots import check_plot, plot
-from .prompts import Case, inputs_for
+from .phases import Estimate, Lengths, Phases, break_even, median, pays_for
+from .plots import plot
+from .prompts import Budget, Case, inputs_for
 from .report import Report
 from .shapes import SHAPES, build, configuration, needed_bytes
-from .words import verdict
+from .words import page, verdict
 
 __all__ = [
     "SHAPES",
@@ -25,17 +25,16 @@ __all__ = [
     "Report",
     "break_even",
     "build",
-    "check_plot",
     "configuration",
     "counted_over_formula",
     "fitting_batch",
     "inputs_for",
     "installed",
-    "iqr",
     "largest_batch",
     "measure",
     "median",
     "needed_bytes",
+    "page",
     "pays_for",
     "plot",
     "verdict",

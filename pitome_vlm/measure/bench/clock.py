@@ -1,10 +1,8 @@
 """Where the time of one answer goes, from inside one ordinary call of `generate`.
 
-Knows: the parts of a model, when they start and end, and the two clocks (device events, the
-host's). Does not know: statistics, budgets, or what is done with the times.
-
-Hooks stand on tower, projector, layers and head of the language model for the length of a block;
-on a wrapped model the pass is one that times its merges. Nothing waits for the device in between.
+Tower, projector, layers and head of the language model carry hooks while `watched` is open; on a
+wrapped model merges are timed as well. Nothing waits for the device in between. Times come from
+device events on an accelerator, from the host's clock on a CPU.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ class Clock:
         return event
 
     def start(self, name: str) -> None:
-        """Open a span."""
+        """Open a span; spans of one name may be nested."""
         self._open.setdefault(name, []).append(self.mark())
 
     def stop(self, name: str) -> None:
@@ -52,7 +50,7 @@ class Clock:
 
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """A span around a block."""
+        """Open a span for the `with` block."""
         self.start(name)
         try:
             yield
@@ -60,7 +58,7 @@ class Clock:
             self.stop(name)
 
     def synchronize(self) -> None:
-        """Wait for the device."""
+        """Wait until the device has finished everything that was queued."""
         module = torch.get_device_module(self.device)
         if self.device.type == "mps":
             module.synchronize()
@@ -80,7 +78,7 @@ class Clock:
 
 @contextlib.contextmanager
 def watched(model: Any, clock: Clock) -> Iterator[None]:
-    """Spans of a model's parts for the length of a block: tower, projector, layers, head."""
+    """Record spans of a model's parts in the `with` block: tower, projector, layers, head."""
     base: Any = base_model(model)
     parts = find_adapter(base).parts(base)
     layers = decoder_layers(parts.language_model)
@@ -117,7 +115,7 @@ def decoder_layers(language_model: tuple[nn.Module, ...]) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module)
     ]
     if not lists:
-        raise TypeError("bench found no layers in the language model, hence nothing to time")
+        raise TypeError("bench found no layers in the language model, so there is nothing to time")
     return max(lists, key=len)
 
 
@@ -127,7 +125,7 @@ def phases_of(clock: Clock, start: Mark, end: Mark) -> dict[str, float]:
     Args:
         clock: what was watched.
         start: before `generate`.
-        end: behind it.
+        end: after it.
     """
     spans, between = clock.spans, clock.between
     inside, projector = clock.total("merge in tower"), clock.total("projector")

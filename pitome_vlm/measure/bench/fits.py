@@ -1,8 +1,4 @@
-"""The largest batch of a budget, tried out and timed.
-
-Knows: that a model out of memory says so, and that rounds at the largest batch take long. Does not
-know: how a size is searched for (`memory.py`), or how the result is shown.
-"""
+"""The largest batch of a budget, found by trying and timed; `memory.py` does the search."""
 
 from __future__ import annotations
 
@@ -16,17 +12,17 @@ from .memory import fitting_batch, is_computable, largest_batch, out_of_memory
 from .phases import Phases
 from .report import Fit
 
-# Rounds at the largest batch, where each one takes long and says little more.
+# Few, because a round at the largest batch takes long and adds little.
 ROUNDS = 3
 
 
 def tried_fit(model: Any, result: Phases, memory: int) -> tuple[Fit, Phases | None]:
-    """Search for the largest batch and time it.
+    """Find the largest batch by trying, and time it.
 
     Args:
         model: an unwrapped model on a device whose allocator raises when it is full.
         result: the budget, timed at some batch.
-        memory: bytes of the device, where the search begins.
+        memory: bytes of the device's memory; the search starts at the batch that should fit them.
 
     Returns:
         The fit, and its times; None where not even one prompt fits.
@@ -41,7 +37,7 @@ def tried_fit(model: Any, result: Phases, memory: int) -> tuple[Fit, Phases | No
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            # What fitted once need not fit again beside what the allocator has kept.
+            # A batch that fitted once need not fit again next to what the allocator has kept.
             torch.get_device_module(model.device).empty_cache()
             batch = batch * 15 // 16
             continue

@@ -1,7 +1,4 @@
-"""The formulas of `costs` against what PyTorch counts while it computes.
-
-Knows: `FlopCounterMode`. Does not know: any formula.
-"""
+"""The formulas of `costs` against what PyTorch counts while it computes."""
 
 from __future__ import annotations
 
@@ -12,18 +9,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..accounting import costs
-from .measurement import Budget, installed
-from .prompts import Case, inputs_for
+from .measurement import installed
+from .prompts import Budget, Case, inputs_for
 
 
 @torch.no_grad()
 def counted_over_formula(model: Any, budget: Budget, case: Case) -> float:
-    """FLOPs to the first token of one prompt, counted, over those of the formula: 1 within 1 %.
+    """FLOPs up to the first token: PyTorch's count over the formula, between 0.99 and 1.01.
 
     Args:
         model: an unwrapped model.
         budget: what is merged.
-        case: what is asked; its batch is taken as one.
+        case: what is asked; its batch size is ignored, one prompt is counted.
     """
     size, words, images = case.image_size, case.text_tokens, case.images
     inputs = inputs_for(model, Case(1, words, images=images, image_size=size))

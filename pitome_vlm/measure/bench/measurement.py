@@ -1,47 +1,35 @@
-"""Budgets that take turns: a fair comparison of a model with itself.
+"""A fair comparison of a model with itself: one process, budgets in turns (A B A B), warm-up first.
 
-Knows: how to time fairly: one process, budgets taking turns in every round (A B A B), rounds
-before those that count. Does not know: what is timed inside an answer (`clock.py`), statistics
-(`phases.py`), or how a result is shown.
+`clock.py` times the parts of an answer, `phases.py` holds the statistics.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...common import whole_number
-from ...merge.config import MergeConfig
 from ...wrapping.wrap import is_wrapped, unwrap, wrap
 from ..accounting import costs
 from .clock import Clock, phases_of, watched
 from .phases import Phases
-from .prompts import Case, inputs_for
+from .prompts import Budget, Case, inputs_for
 
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class Budget:
-    """One thing to compare: a name, and what is merged (None is the untouched model)."""
-
-    name: str
-    config: MergeConfig | None = None
-
-
 class Bench:
-    """A model, budgets and a case; `run` may be interrupted and what it has is in `results`.
+    """A model, budgets and a case; an interrupted `run` leaves its whole rounds in `results`.
 
     Args:
         model: an unwrapped model; unwrapped again whenever `run` ends, error or not.
-        budgets: what to compare; the first is what the others are compared with.
+        budgets: what to compare; the first one is the baseline.
         case: what is asked.
-        depth: layers of the whole language model over those that `model` has.
+        depth: layers of the whole language model divided by those that `model` has.
 
     Raises:
         TypeError: not a model that can be asked.
@@ -73,27 +61,31 @@ class Bench:
         """Time rounds and add them to `results`.
 
         Args:
-            repeats: rounds that count, >= 1; 20 or more for a number that is published.
-            warmup: rounds before them.
-            progress: called with (rounds done, rounds).
+            repeats: timed rounds, >= 1; 20 or more for numbers to publish.
+            warmup: untimed rounds before them, >= 0.
+            progress: called with (rounds done, all rounds), warm-up included.
+
+        Raises:
+            TypeError: `repeats` or `warmup` is no whole number.
+            ValueError: `repeats` or `warmup` is out of range.
         """
         whole_number("repeats", repeats, 1)
         whole_number("warmup", warmup, 0)
         for done in range(warmup + repeats):
             times = self._round()
             if done >= warmup:
-                # Whole rounds only, so that an interruption leaves nothing lopsided.
+                # Whole rounds only, so that an interruption leaves every budget as many.
                 for result, own in zip(self.results, times, strict=True):
                     result.add(own)
             if progress is not None:
                 progress(done + 1, warmup + repeats)
 
     def warm_up(self, rounds: int = 1, budgets: int | None = None) -> None:
-        """Rounds that do not count.
+        """Run rounds that are not timed.
 
         Args:
-            rounds: how many.
-            budgets: of the first so many budgets alone, where a round takes long.
+            rounds: number of rounds.
+            budgets: run only the first so many budgets, where a round takes long.
         """
         for _ in range(rounds):
             self._round(budgets)
@@ -116,7 +108,7 @@ def measure(
     depth: float = 1.0,
     progress: Progress | None = None,
 ) -> list[Phases]:
-    """Time a model under several budgets that take turns in every round; see `Bench`."""
+    """Time a model under several budgets in turns; arguments as in `Bench` and `Bench.run`."""
     bench = Bench(model, budgets, case, depth=depth)
     bench.run(repeats=repeats, warmup=warmup, progress=progress)
     return bench.results
@@ -124,7 +116,7 @@ def measure(
 
 @contextlib.contextmanager
 def installed(model: Any, budget: Budget) -> Iterator[None]:
-    """A budget on the model for the length of a block."""
+    """Wrap the model with a budget for the `with` block."""
     if budget.config is not None:
         wrap(model, config=budget.config)
     try:
@@ -135,7 +127,7 @@ def installed(model: Any, budget: Budget) -> Iterator[None]:
 
 @torch.no_grad()
 def timed_answer(model: Any, inputs: dict[str, Tensor], result: Phases) -> dict[str, float]:
-    """One call of `generate` under the budget that is installed, and where its time went."""
+    """Milliseconds of one `generate` call under the installed budget, by phase (`phases_of`)."""
     clock = Clock(next(iter(inputs.values())).device)
     memory: Any = torch.get_device_module(clock.device)
     known = hasattr(memory, "reset_peak_memory_stats")
@@ -154,5 +146,5 @@ def timed_answer(model: Any, inputs: dict[str, Tensor], result: Phases) -> dict[
 
 
 def answer(model: Any, inputs: dict[str, Tensor], tokens: int) -> Any:
-    """An answer of exactly that length."""
+    """Greedy answers of exactly `tokens` tokens."""
     return model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)

@@ -1,7 +1,4 @@
-"""How many prompts fit: found on an accelerator, computed anywhere.
-
-Knows: what fills memory while an answer is made. Does not know: time.
-"""
+"""How many prompts fit into memory: found by trying on an accelerator, computed anywhere."""
 
 from __future__ import annotations
 
@@ -12,13 +9,15 @@ from typing import Any
 import torch
 
 from ...adapters import find_adapter
+from ...merge.config import MergeConfig
 from ...wrapping.encode import planned_schedule
 from ...wrapping.wrap import base_model
 from ..accounting import kv_bytes_per_token
+from ..flops import tower_lengths
 from ..weights import weights_of
-from .measurement import Budget, answer, installed
+from .measurement import answer, installed
 from .phases import Phases
-from .prompts import Case, inputs_for
+from .prompts import Budget, Case, inputs_for
 
 FORMULA = (
     "(memory - weights) / (KV cache of prompt and answer + the larger of: "
@@ -29,21 +28,21 @@ FORMULA = (
 def largest_batch(
     model: Any, budget: Budget, case: Case, limit: int = 1024, *, guess: int = 1
 ) -> int:
-    """The largest batch whose answers fit the device's memory, within 1/16, by trying.
+    """The largest batch whose answers fit the device's memory, found by trying, within 1/16.
 
     Args:
         model: an unwrapped model on an accelerator.
         budget: what is merged.
         case: what is asked; answers are as long as it says, because their cache counts.
-        limit: not more than that.
-        guess: what is tried first, for instance what `fitting_batch` says.
+        limit: the largest batch to try.
+        guess: the batch to try first, for instance the result of `fitting_batch`.
 
     Raises:
         ValueError: on a CPU, where running out of memory ends the process.
     """
     if model.device.type == "cpu":
         raise ValueError(
-            "the largest batch is tried out on an accelerator only; on a CPU it is computed"
+            "the largest batch is found by trying on an accelerator only; on a CPU it is computed"
         )
 
     def fits(batch: int) -> bool:
@@ -65,13 +64,13 @@ def largest_batch(
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that memory is full; libraries below PyTorch say it their own way."""
+    """Whether an error says that memory is full, in the words of PyTorch or a CUDA library."""
     signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def is_computable(model: Any) -> bool:
-    """Whether `FORMULA` knows the model's tower: one whose layers are counted one by one."""
+    """Whether `FORMULA` covers the model's tower: only towers counted layer by layer."""
     base: Any = base_model(model)
     adapter = find_adapter(base)
     return adapter.tower_flops(base, adapter.footprint(base)) is None
@@ -83,7 +82,7 @@ def search_largest(fits: Callable[[int], bool], limit: int, guess: int = 1) -> i
     Args:
         fits: true up to some number and false above it.
         limit: >= 1.
-        guess: what is tried first.
+        guess: the number to try first.
     """
     low, high = 0, limit + 1
     probe, factor = min(max(1, guess), limit), 1.25 if guess > 1 else 2.0
@@ -99,13 +98,13 @@ def search_largest(fits: Callable[[int], bool], limit: int, guess: int = 1) -> i
 
 
 def fitting_batch(whole: Any, result: Phases, memory: int, dtype: torch.dtype) -> int:
-    """The largest batch by `FORMULA`, which leaves fragmentation and workspaces out.
+    """The largest batch by `FORMULA`, which ignores fragmentation and workspaces.
 
     Args:
-        whole: the model at its whole depth, on the meta device as well.
+        whole: the model at its whole depth; it may be on the meta device.
         result: budget and case.
-        memory: bytes there are for weights and everything else.
-        dtype: of activations and cache.
+        memory: bytes available for weights and everything else.
+        dtype: dtype of activations and cache.
 
     Returns:
         0 where the weights alone do not fit.
@@ -115,7 +114,7 @@ def fitting_batch(whole: Any, result: Phases, memory: int, dtype: torch.dtype) -
 
 
 def prompt_bytes(whole: Any, result: Phases, dtype: torch.dtype) -> int:
-    """Bytes of one prompt of a batch: its cache and the activations that stand at one time."""
+    """Bytes that one prompt of a batch adds: its cache and the largest activations at one time."""
     base: Any = base_model(whole)
     text, vision = base.config.get_text_config(), find_adapter(base).parts(base).vision_config
     prompt = result.costs.prompt_tokens
@@ -125,23 +124,10 @@ def prompt_bytes(whole: Any, result: Phases, dtype: torch.dtype) -> int:
     prefill += text.vocab_size * 2 * 4  # logits are turned to float32
     footprint = find_adapter(base).footprint(base, image_size=result.case.image_size)
     inner = getattr(vision, "intermediate_size", 4 * vision.hidden_size)
-    widest = _tower_tokens(base, result.budget)
-    states = sum(widest) * vision.hidden_size
-    states += max(widest) * (3 * vision.hidden_size + 2 * inner)
+    schedule = planned_schedule(base, result.budget.config or MergeConfig(keep=1.0))
+    # All hidden states of the tower are kept until features are read.
+    lengths = tower_lengths(schedule)
+    states = sum(lengths) * vision.hidden_size
+    states += max(lengths) * (3 * vision.hidden_size + 2 * inner)
     tower = states * footprint.tiles * result.case.images * dtype.itemsize
     return int(cache + max(prefill, tower))
-
-
-def _tower_tokens(base: Any, budget: Budget) -> list[int]:
-    """Tokens of every hidden state of the tower, all of which are kept until features are read."""
-    adapter = find_adapter(base)
-    if budget.config is None:
-        shape = adapter.tower_shape(base)
-        return [shape.n_tokens + shape.n_leading] * (shape.n_layers + 1)
-    schedule = planned_schedule(base, budget.config)
-    after, tokens = dict(schedule.tower), schedule.n_tokens
-    found = [tokens + schedule.n_leading]
-    for layer in range(schedule.n_layers):
-        tokens = after.get(layer, tokens)
-        found.append(tokens + schedule.n_leading)
-    return found

@@ -1,8 +1,4 @@
-"""Times of one budget in one case, and what follows from them.
-
-Knows: medians, quartiles, how a cut language model is scaled up, when merging pays. Does not know:
-models or clocks.
-"""
+"""Times of one budget in one case: medians, scaling to the whole depth, and when merging pays."""
 
 from __future__ import annotations
 
@@ -11,41 +7,29 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from ..accounting import Costs
-from .prompts import Case
+from .prompts import Budget, Case
 
-if TYPE_CHECKING:
-    from .measurement import Budget
-
-# "Worth it" in the break-even answer length: at least this much less time for a whole answer.
+# Merging pays for an answer where the whole answer takes at least this share less time.
 WORTH = 0.10
-# What is timed in every round, milliseconds (`clock.phases_of`).
+# Names of the times of every round, in milliseconds (`clock.phases_of`).
 TIMES = ("tower", "merge", "projector", "prompt", "prefill", "first", "decode", "answer")
 SCALED = ("prefill_layers", "decode_layers")
 
 
 def median(values: Sequence[float]) -> float:
-    """Median, 0 for nothing."""
+    """Median, 0 for no values."""
     return statistics.median(values) if values else 0.0
-
-
-def iqr(values: Sequence[float]) -> float:
-    """Distance of the quartiles, 0 for fewer than two values."""
-    if len(values) < 2:
-        return 0.0
-    first, _, third = statistics.quantiles(values, n=4)
-    return third - first
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a user waits for, milliseconds.
+    """What a user waits for, in milliseconds.
 
     Attributes:
-        first: pixels and ids to the first token.
-        prefill: the part of it in the language model.
+        first: from pixels and ids to the first token.
+        prefill: the part of `first` that is spent in the language model.
         decode: one further token of every prompt of the batch.
     """
 
@@ -54,17 +38,17 @@ class Estimate:
     decode: float
 
     def total(self, answer_tokens: float) -> float:
-        """A whole answer."""
+        """Milliseconds of a whole answer of so many tokens."""
         return self.first + (answer_tokens - 1) * self.decode
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Answers for which merging saves at least so much of the whole time, in tokens.
+    """Lengths of answers, in tokens, for which merging pays (`break_even`).
 
     Attributes:
-        least: the shortest.
-        most: the longest, None where it saves that however long the answer is.
+        least: the shortest answer.
+        most: the longest answer, None where there is no limit.
     """
 
     least: int
@@ -76,10 +60,10 @@ class Lengths:
 
 
 def break_even(base: Estimate, merged: Estimate, worth: float = WORTH) -> Lengths | None:
-    """The answers for which merging saves at least `worth` of the whole time, None for no answer.
+    """The answers for which merging saves at least `worth` of the whole time; None if for none.
 
-    What is saved grows or shrinks by the same amount with every token, so these are all lengths up
-    to some one, or all from some one on.
+    Every token adds the same amount to what is saved, or takes it away, so merging pays either up
+    to some length or from some length on.
     """
     saved = (1 - worth) * base.first - merged.first
     per_token = (1 - worth) * base.decode - merged.decode
@@ -93,13 +77,13 @@ def break_even(base: Estimate, merged: Estimate, worth: float = WORTH) -> Length
 def pays_for(base: Phases, one: Phases, *, measured: bool = False) -> Lengths | None:
     """`break_even` of two budgets timed in the same rounds.
 
-    Where a further token's time differs by less than rounds do, it counts as the same: what is
-    noise per token would decide about long answers.
+    A per-token difference within run-to-run noise counts as none, as it would otherwise decide
+    about long answers.
 
     Args:
-        base: what is compared with.
+        base: the baseline.
         one: the budget.
-        measured: of the model as it was timed, instead of its whole depth.
+        measured: judge the model as it was timed, instead of its whole depth.
     """
     own, other = (x.measured if measured else x.whole for x in (one, base))
     if one.decodes_alike(base):
@@ -115,12 +99,12 @@ class Phases:
         budget: what was merged.
         case: what was asked.
         tokens: visual tokens per prompt.
-        costs: FLOPs and key-value cache by formula, for one prompt.
-        rounds: milliseconds by name (`TIMES`, `SCALED`), one entry per round. `tower` and
-            `merge` and `projector` and `prompt` and `prefill` add up to `first`. `merge` is
-            everything between pixels and visual tokens that is neither tower nor projector: of
-            a tiled model the packing as well, which the untouched model does in `prompt`.
-        depth: layers of the whole language model over those that were built.
+        costs: FLOPs and KV cache of one prompt, by formula.
+        rounds: milliseconds by name (`TIMES`, `SCALED`), one entry per round. `tower`, `merge`,
+            `projector`, `prompt` and `prefill` add up to `first`. `merge` is everything between
+            pixels and visual tokens that is neither tower nor projector; in a tiled model that
+            includes packing the tiles, which the untouched model does in `prompt`.
+        depth: layers of the whole language model divided by those that were built.
         peak_bytes: highest device memory while answering, weights included; None on a CPU.
     """
 
@@ -138,36 +122,36 @@ class Phases:
 
     @property
     def repeats(self) -> int:
-        """Rounds."""
+        """Number of timed rounds."""
         return len(self.rounds["first"])
 
     def median(self, name: str) -> float:
-        """Of one of the times."""
+        """Median milliseconds of one of the times, by name."""
         return median(self.rounds[name])
 
     def add(self, times: dict[str, float]) -> None:
-        """One more round."""
+        """Append the times of one round, in milliseconds by name."""
         for name, value in times.items():
             self.rounds[name].append(value)
 
     @property
     def measured(self) -> Estimate:
-        """Of the model as it was timed."""
+        """Medians of the model as it was timed."""
         return Estimate(self.median("first"), self.median("prefill"), self.median("decode"))
 
     @property
     def whole(self) -> Estimate:
-        """Of the whole depth: the time inside the layers times `depth`, the rest once."""
+        """Medians at the whole depth: time inside the layers times `depth`, the rest once."""
         more = (self.depth - 1) * self.median("prefill_layers")
         further = (self.depth - 1) * self.median("decode_layers")
         own = self.measured
         return Estimate(own.first + more, own.prefill + more, own.decode + further)
 
     def decodes_alike(self, base: Phases) -> bool:
-        """Whether the quartiles of what a further token saves, round by round, have 0 in between.
+        """Whether 0 lies between the quartiles of what a further token saves, round by round.
 
         Args:
-            base: the budget to compare with, timed in the same rounds.
+            base: the baseline, timed in the same rounds.
         """
         saved = [a - b for a, b in zip(self._decoding, base._decoding, strict=True)]
         if len(saved) < 2:
@@ -183,7 +167,7 @@ class Phases:
 
     @property
     def kv_bytes(self) -> int:
-        """Key-value cache of the batch behind the prompts, at the whole depth."""
+        """KV cache of the batch after the prompts, at the whole depth."""
         return round(self.costs.kv_bytes * self.depth) * self.case.batch
 
     def answers_per_second(self, estimate: Estimate) -> float:

@@ -1,7 +1,4 @@
-"""What is asked of a model that is timed: pictures and words without meaning, of the right size.
-
-Knows: the inputs of the families that can be timed. Does not know: time.
-"""
+"""What a model that is timed is asked: random images and words of the right size."""
 
 from __future__ import annotations
 
@@ -13,20 +10,38 @@ from torch import Tensor
 
 from ...adapters import find_adapter
 from ...common import whole_number
+from ...merge.config import MergeConfig
 from ...wrapping.encode import checked_size
 from ...wrapping.wrap import base_model
 
 
 @dataclass(frozen=True)
+class Budget:
+    """One thing to compare.
+
+    Attributes:
+        name: its row in tables.
+        config: what is merged; None for the untouched model.
+    """
+
+    name: str
+    config: MergeConfig | None = None
+
+
+@dataclass(frozen=True)
 class Case:
-    """What is asked.
+    """What a model is asked.
 
     Attributes:
         batch: prompts at a time.
-        text_tokens: tokens of every prompt that are no visual tokens, more than `images`.
+        text_tokens: text tokens of every prompt, more than `images`.
         answer_tokens: tokens of every answer.
-        images: pictures in every prompt.
-        image_size: (height, width) of every picture in pixels; None for a typical one.
+        images: images in every prompt.
+        image_size: (height, width) of every image in pixels; None for a typical image.
+
+    Raises:
+        TypeError: a number that is no whole number.
+        ValueError: a number out of range.
     """
 
     batch: int = 1
@@ -40,20 +55,22 @@ class Case:
             whole_number(name, getattr(self, name), least)
         if self.text_tokens <= self.images:
             raise ValueError(
-                f"text_tokens must be more than images ({self.images}), as one stands in front of "
-                f"every picture and one behind the last, got {self.text_tokens}"
+                f"text_tokens must be more than images ({self.images}), because a text token comes "
+                f"before every image and one after the last, got {self.text_tokens}"
             )
         if self.image_size is not None:
             checked_size(self.image_size)
 
 
 def inputs_for(model: Any, case: Case, seed: int = 0) -> dict[str, Tensor]:
-    """Arguments of `generate`: a batch of random pictures and words, the same words in every row.
+    """Arguments of `generate`: random images and words on the model's device.
+
+    Every prompt of the batch has the same words.
 
     Args:
         model: a LLaVA of transformers or a relative, wrapped or not.
         case: what is asked.
-        seed: of pictures and words.
+        seed: random seed of images and words.
 
     Raises:
         TypeError: a model whose inputs are not known here.
@@ -79,21 +96,21 @@ def inputs_for(model: Any, case: Case, seed: int = 0) -> dict[str, Tensor]:
 
 
 def _row(base: Any, case: Case, generator: torch.Generator) -> Tensor:
-    """[T] ids of one prompt: every picture behind a token of text, the rest behind the last one."""
+    """[T] ids of one prompt: one text token before every image, the rest after the last image."""
     adapter = find_adapter(base)
     placeholders, opening = adapter.placeholder_ids(base), adapter.opening_token(base)
     special = [*placeholders.values(), *([] if opening is None else [opening])]
     limit = min(base.config.get_text_config().vocab_size, *special)
     words = torch.randint(3, limit, (case.text_tokens,), generator=generator)
     full = adapter.footprint(base, image_size=case.image_size).full
-    picture, parts = torch.full((full,), placeholders["image"]), []
+    image, parts = torch.full((full,), placeholders["image"]), []
     for index in range(case.images):
-        parts += [words[index : index + 1] if opening is None else torch.tensor([opening]), picture]
+        parts += [words[index : index + 1] if opening is None else torch.tensor([opening]), image]
     return torch.cat([*parts, words[case.images :]])
 
 
 def _pixel_dtype(base: Any) -> torch.dtype:
-    """The tower's, which stays unquantised beside a quantised language model."""
+    """The tower's dtype: the tower stays unquantised when the language model is quantised."""
     for parameter in find_adapter(base).parts(base).vision_tower.parameters():
         if parameter.is_floating_point():
             return parameter.dtype

@@ -1,45 +1,35 @@
-"""Measured phases as values, tables and JSON, with everything a reader needs to judge them.
-
-Knows: which numbers answer "will it help me?". Does not know: terminals, pictures, sentences.
-"""
+"""Measured phases as tables and JSON; terminals are the command line's business."""
 
 from __future__ import annotations
 
 import json
-import platform
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+from ...common import write_text
+from ..provenance import provenance
+from ..stats import iqr
+from ..tables import Table
+from .phases import SCALED, TIMES, Phases, pays_for
 
-from ...common import __version__, write_text
-from ..machine import processor_name
-from .phases import SCALED, TIMES, Phases, iqr, pays_for
-
-FORMAT = "pitome_vlm bench 3"
+FORMAT = "pitome_vlm bench 4"
 FORMULAS = (
     "FLOPs (2 per multiply-add; matrix products and convolutions only): "
     "tower layer = n 2 W(attention) + 4 n^2 C + n' 2 W(mlp) + merge; "
-    "merge, also behind the tower = 2 p D per step, p the pairs compared (n^2 for pitome and "
+    "merge, also after the tower = 2 p D per step, p the pairs compared (n^2 for pitome and "
     "pitome_plus) and D their width (other algorithms: pitome_vlm/measure/flops.py); "
     "projector = n 2 W(projector); prefill = n 2 W(llm) + L 4 n^2 C + 2 W(head)"
 )
 COLUMN_NOTE = (
     "merge is everything between pixels and visual tokens that is neither tower nor projector; "
-    "where pictures are cut into tiles it holds the packing of tiles as well, which the untouched "
+    "in models that cut images into tiles it includes packing the tiles, which the untouched "
     "model does under prompt. Proportional attention is in tower. prompt: ids, embeddings, cache "
     "and mask. First token = tower + merge + proj. + prompt + prefill"
 )
 TIME_COLUMNS = (
     *("budget", "tokens", "batch", "tower", "merge", "proj.", "prompt", "prefill"),
     *("first token", "per token"),
-)
-GAIN_COLUMNS = (
-    *("budget", "batch", "first", "answer", "FLOPs", "KV MiB", "peak GiB"),
-    *("answers/s", "pays to"),
 )
 FIT_COLUMNS = ("budget", "max batch", "how", "answers/s at it")
 WHOLE_COLUMNS = (
@@ -56,8 +46,8 @@ class Fit:
         batch: prompts at a time.
         measured: found by trying; otherwise computed (`memory.FORMULA`).
         answers_per_second: at that batch.
-        estimated: that number was not timed: the time of the largest batch that was, taken as
-            proportional to the batch, which is the least one may expect.
+        estimated: `answers_per_second` was not timed but extrapolated from the largest timed
+            batch, as if time grew in proportion to the batch; a lower bound.
     """
 
     batch: int
@@ -68,15 +58,15 @@ class Fit:
 
 @dataclass
 class Report:
-    """All cases of one run; in every case the first budget is what others are compared with.
+    """All cases of one run; in every case the first budget is the baseline.
 
     Attributes:
-        model: shape or folder.
+        model: name of the shape, or the checkpoint's folder.
         results: phases by case.
-        notes: what a reader has to know beside the versions.
+        notes: what a reader has to know besides the versions.
         fits: the largest batch by budget name, where it is known.
-        depth: layers of the whole language model over those that were timed.
-        setup: dtype, device and the like.
+        depth: layers of the whole language model divided by those that were timed.
+        setup: hardware, dtype, device, versions and settings of the run.
     """
 
     model: str
@@ -84,26 +74,56 @@ class Report:
     notes: list[str] = field(default_factory=list)
     fits: dict[str, Fit] = field(default_factory=dict)
     depth: float = 1.0
-    setup: dict[str, Any] = field(default_factory=dict)
+    setup: dict[str, Any] = field(default_factory=provenance)
 
     def pairs(self) -> list[tuple[Phases, Phases]]:
-        """(what it is compared with, budget) of every case and budget."""
+        """(baseline, budget) of every case and budget that was timed, the baseline included."""
         return [(case[0], one) for case in self.results for one in case if one.repeats]
 
-    def time_rows(self) -> list[tuple[str, ...]]:
-        """One row of `TIME_COLUMNS` per case and budget: medians in ms, IQR behind +-."""
-        return [self._time_row(one) for _, one in self.pairs()]
+    def tables(self) -> list[Table]:
+        """Times, gains, then (for a cut model) those of the whole depth, then largest batches."""
+        pairs, built = self.pairs(), " as built" if self.depth != 1 else ""
+        found = [
+            _table(
+                f"{self.model}{built}: where the time goes, medians in ms (± interquartile range), "
+                f"{self.rounds()}",
+                TIME_COLUMNS,
+                [self._time_row(one) for _, one in pairs],
+            ),
+            _table(
+                f"{self.model}{built}: gains (2.00x = 2 times faster than the baseline, or 2 times "
+                "fewer FLOPs)",
+                self._gain_columns(),
+                [self._gain_row(base, one) for base, one in pairs],
+            ),
+        ]
+        if self.depth != 1:
+            title = f"{self.model} at its whole depth, scaled up (ms; 2.00x = 2 times faster)"
+            rows = [self._whole_row(base, one) for base, one in pairs]
+            found.append(_table(title, WHOLE_COLUMNS, rows))
+        if self.fits:
+            title = "largest batch" + (" at the whole depth" if self.depth != 1 else "")
+            found.append(_table(title, FIT_COLUMNS, self._fit_rows()))
+        return found
 
-    def gain_rows(self) -> list[tuple[str, ...]]:
-        """One row of `GAIN_COLUMNS` per case and budget."""
-        return [self._gain_row(base, one) for base, one in self.pairs()]
+    def rounds(self) -> str:
+        """How often every budget was timed, as a phrase."""
+        found = sorted({one.repeats for _, one in self.pairs()})
+        plural = "" if found == [1] else "s"
+        return " and ".join(map(str, found)) + f" round{plural} in turns"
 
-    def whole_rows(self) -> list[tuple[str, ...]]:
-        """One row of `WHOLE_COLUMNS` per case and budget: the whole depth, scaled up."""
-        return [self._whole_row(base, one) for base, one in self.pairs()]
+    def footnotes(self) -> list[str]:
+        """What columns and formulas mean, then the notes of this run."""
+        return [COLUMN_NOTE, FORMULAS, *self.notes]
 
-    def fit_rows(self) -> list[tuple[str, ...]]:
-        """One row of `FIT_COLUMNS` per budget whose largest batch is known."""
+    def _gain_columns(self) -> tuple[str, ...]:
+        widths = sorted({one.costs.kv_dtype for _, one in self.pairs()})
+        return (
+            *("budget", "batch", "first", "answer", "FLOPs", f"KV MiB ({', '.join(widths)})"),
+            *("peak GiB", "answers/s", "pays to"),
+        )
+
+    def _fit_rows(self) -> list[tuple[str, ...]]:
         return [
             (name, str(fit.batch), "tried" if fit.measured else "computed", _rate(fit))
             for name, fit in self.fits.items()
@@ -126,7 +146,7 @@ class Report:
             str(one.case.batch),
             f"{other.first / own.first:.2f}x",
             f"{other.total(length) / own.total(length):.2f}x",
-            f"{one.costs.total_flops / base.costs.total_flops:.3f}",
+            f"{base.costs.total_flops / one.costs.total_flops:.2f}x",
             shown(one.kv_bytes / 2**20),
             "-" if one.peak_bytes is None else f"{one.peak_bytes / 2**30:.2f}",
             f"{one.answers_per_second(own):.3g}",
@@ -151,7 +171,6 @@ class Report:
             "format": FORMAT,
             "model": self.model,
             "setup": self.setup,
-            "hardware": hardware(),
             "depth": self.depth,
             "formulas": FORMULAS,
             "columns": COLUMN_NOTE,
@@ -165,21 +184,12 @@ class Report:
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def markdown(self) -> str:
-        """The tables in Markdown."""
-        parts = [
-            f"Medians in ms, ± the distance of the quartiles, {self._rounds()}.",
-            table(TIME_COLUMNS, self.time_rows()),
-            table(GAIN_COLUMNS, self.gain_rows()),
-        ]
-        if self.depth != 1:
-            parts += ["At the whole depth (scaled up):", table(WHOLE_COLUMNS, self.whole_rows())]
-        if self.fits:
-            parts.append(table(FIT_COLUMNS, self.fit_rows()))
-        return "\n\n".join(parts)
+        """The tables in Markdown, each under its heading."""
+        return "\n\n".join(table.markdown() for table in self.tables())
 
-    def _rounds(self) -> str:
-        found = sorted({one.repeats for _, one in self.pairs()})
-        return " and ".join(map(str, found)) + " rounds in turns"
+
+def _table(caption: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    return Table(caption, columns, rows, numbers=frozenset(range(1, len(columns))))
 
 
 def _pays(base: Phases, one: Phases, *, measured: bool) -> str:
@@ -196,12 +206,12 @@ def _rate(fit: Fit) -> str:
 
 
 def shown(value: float) -> str:
-    """Milliseconds with three digits that mean something."""
+    """A number with about three significant digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def values(base: Phases, one: Phases) -> dict[str, Any]:
-    """What is written about one budget in one case."""
+    """Everything about one budget in one case, as JSON values."""
     case = vars(one.case) | {"image_size": one.case.image_size and list(one.case.image_size)}
     found: dict[str, Any] = {
         "budget": one.budget.name,
@@ -211,6 +221,7 @@ def values(base: Phases, one: Phases) -> dict[str, Any]:
         "repeats": one.repeats,
         "peak_bytes": one.peak_bytes,
         "kv_bytes": one.kv_bytes,
+        "kv_dtype": one.costs.kv_dtype,
         "flops": {
             "tower": one.costs.tower_flops,
             "projector": one.costs.projector_flops,
@@ -233,31 +244,7 @@ def values(base: Phases, one: Phases) -> dict[str, Any]:
             "answers_per_second": one.answers_per_second(own),
             "speed_up_first": other.first / own.first,
             "speed_up_answer": other.total(length) / own.total(length),
-            # None: for no answer. The most may be None as well: however long the answer is.
+            # None where merging pays for no answer; `most` is None where there is no limit.
             "pays_for": None if lengths is None or one is base else vars(lengths),
         }
-    return found
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [columns, ("---",) * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def hardware() -> dict[str, Any]:
-    """What a measured number was measured on."""
-    found: dict[str, Any] = {
-        "cpu": processor_name(),
-        # Names of virtual machines say little; this decides most, bfloat16 above all.
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "pitome_vlm": __version__,
-        "python": platform.python_version(),
-    }
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-        found["cuda"] = torch.version.cuda
     return found

@@ -1,7 +1,4 @@
-"""Models of published shape with random weights: speed needs no download.
-
-Knows: the configurations of published LLaVA checkpoints. Does not know: how anything is timed.
-"""
+"""Models of published shapes with random weights, so that timing needs no download."""
 
 from __future__ import annotations
 
@@ -92,7 +89,7 @@ def _qwen2(**changes: Any) -> Qwen2Config:
 
 
 def _pinpoints(side: int, next_only: bool) -> list[list[int]]:
-    """Grids of tiles: LLaVA-1.6 knows five, OneVision every one of 1 to 6 by 1 to 6 tiles."""
+    """Grids of tiles: LLaVA-1.6 has five, OneVision all of 1 to 6 by 1 to 6 tiles."""
     if next_only:
         return [[side * h, side * w] for h, w in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
     return [[side * h, side * w] for h, w in itertools.product(range(1, 7), repeat=2)]
@@ -125,15 +122,15 @@ def _onevision(vision: Any, text: Any, image: int, video: int) -> LlavaOnevision
 
 
 def _image(text: Any) -> int:
-    """The checkpoints' own id is 32000; 64 rows behind it pad the table."""
+    """Id of the image placeholder: 32000 as in the checkpoints, the last id of tiny shapes."""
     return 32000 if text.vocab_size > 32000 else int(text.vocab_size) - 1
 
 
 _SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 _SMALL_TOWER = _SMALL | {"num_hidden_layers": 6, "image_size": 96, "patch_size": 8}
 _SMALL_QWEN = _SMALL | {"num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": 128}
-# Shapes by name. The checkpoints are llava-hf/llava-1.5-7b-hf, llava-1.5-13b-hf,
-# llava-v1.6-vicuna-7b-hf and llava-onevision-qwen2-7b-ov-hf; tiny ones are for trying things out.
+# Shapes by name: llava-hf/llava-1.5-7b-hf, llava-1.5-13b-hf, llava-v1.6-vicuna-7b-hf and
+# llava-onevision-qwen2-7b-ov-hf; the tiny ones are for trying things out.
 SHAPES: dict[str, Callable[[], Any]] = {
     "llava-1.5-7b": lambda: _llava(_clip(), _llama(4096, 11008, 32, 32)),
     "llava-1.5-13b": lambda: _llava(_clip(), _llama(5120, 13824, 40, 40)),
@@ -150,7 +147,7 @@ def configuration(name: str, *, layers: int | None = None) -> Any:
 
     Args:
         name: one of `SHAPES`.
-        layers: layers of the language model; None for all.
+        layers: build only so many layers of the language model; None for all.
 
     Raises:
         ValueError: unknown name, or more layers than the shape has.
@@ -181,11 +178,11 @@ def build(
 
     Args:
         name: one of `SHAPES`.
-        layers: layers of the language model to build; None for all.
-        dtype: of the weights.
-        device: where they are made; "meta" makes none.
-        seed: of the random weights.
-        attention: `attn_implementation`.
+        layers: build only so many layers of the language model; None for all.
+        dtype: dtype of the weights.
+        device: device of the weights; "meta" allocates none.
+        seed: random seed of the weights.
+        attention: the model's `attn_implementation`.
 
     Raises:
         ValueError: unknown name, or more layers than the shape has.
@@ -199,11 +196,11 @@ def build(
             f"{free / 2**30:.1f} GiB free; use fewer layers (--layers 4) or --dtype bfloat16"
         )
     model = _made(config, dtype, device, seed, attention)
-    # Random models end sentences at random; every answer has to be as long as asked for.
+    # A random model would end answers at random; every answer has to be as long as asked for.
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     if device.type != "meta":
-        # Answers are words: a placeholder of the model's own making would wait for a picture.
+        # Never answer with a placeholder, which the next step would need an image for.
         known = (getattr(config, f"{kind}_token_id", None) for kind in ("image", "video"))
         with torch.no_grad():
             model.lm_head.weight[[token for token in known if token is not None]] = 0
@@ -219,7 +216,7 @@ def needed_bytes(
 
 
 def _made(config: Any, dtype: torch.dtype, device: torch.device, seed: int, attention: str) -> Any:
-    # The caller's random numbers go on as if nothing had been drawn.
+    # The caller's random state must not change.
     accelerators = [device] if device.type not in ("cpu", "meta") else []
     kind = device.type if accelerators else "cuda"
     with torch.random.fork_rng(accelerators, device_type=kind), torch.device(device):
@@ -231,7 +228,7 @@ def _made(config: Any, dtype: torch.dtype, device: torch.device, seed: int, atte
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory of a device that is not taken, None where that is not known."""
+    """Free memory of a device in bytes, None where that is not known."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":

@@ -1,51 +1,63 @@
-"""What measured numbers mean for a user, in sentences, also where merging does not help.
-
-Knows: the numbers of a report. Does not know: how they were made.
-"""
+"""What measured numbers mean for a user, in sentences; also where merging does not help."""
 
 from __future__ import annotations
 
+from ..provenance import in_words
 from .phases import WORTH, Phases, pays_for
 from .report import Report, shown
 
-# Below this much of a difference a first token is not called sooner or later.
+# A first token whose time differs by less than this share is called as fast as before.
 NOTICEABLE = 0.03
 
 
 def verdict(report: Report) -> list[str]:
-    """One sentence for every budget and case but the ones compared with."""
+    """One sentence for every case and budget other than the baseline."""
     return [_about(report, base, one) for base, one in report.pairs() if one is not base]
+
+
+def page(report: Report) -> str:
+    """The whole result in Markdown: provenance, tables, sentences, footnotes."""
+    parts = [
+        f"# {report.model}",
+        in_words(report.setup),
+        report.markdown(),
+        *verdict(report),
+        *report.footnotes(),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _about(report: Report, base: Phases, one: Phases) -> str:
     own, other = one.whole, base.whole
     head = f"{one.budget.name}, batch {one.case.batch} ({base.tokens} -> {one.tokens} tokens): "
     cut = " (at the whole depth, scaled up)" if one.depth != 1 else ""
-    lengths, sooner = pays_for(base, one), other.first / own.first
-    alike = "; a further token differs by less than rounds do" if one.decodes_alike(base) else ""
+    lengths, faster = pays_for(base, one), other.first / own.first
+    alike = "; per-token time differs by less than run-to-run noise"
+    rest = f"; {_first(faster)}{alike if one.decodes_alike(base) else ''}{_memory(base, one)}"
+    rest += f"{_batch(report, base, one)}."
+    least = f"{1 / (1 - WORTH):.1f} times faster{cut}"
     if lengths is None:
-        start = f"{head}does not help: no answer gets {WORTH:.0%} faster{cut}"
-        return f"{start}; {_first(sooner)}{alike}{_memory(base, one)}{_batch(report, base, one)}."
+        return f"{head}does not help: no answer gets {least}{rest}"
     reach = "answers of any length"
     if lengths.most is not None:
         reach = f"answers of up to {lengths.most} tokens"
     elif lengths.least > 1:
         reach = f"answers of {lengths.least} tokens and more"
-    text = f"{head}{reach} get at least {WORTH:.0%} faster{cut}; {_first(sooner)}{alike}"
-    return f"{text}{_memory(base, one)}{_batch(report, base, one)}."
+    return f"{head}{reach} get at least {least}{rest}"
 
 
-def _first(sooner: float) -> str:
-    if abs(sooner - 1) < NOTICEABLE:
-        return "the first token comes as soon as before"
-    if sooner > 1:
-        return f"the first token comes {sooner:.1f} times sooner"
-    return f"the first token comes later, {1 / sooner:.2f} times the time"
+def _first(faster: float) -> str:
+    if abs(faster - 1) < NOTICEABLE:
+        return "the first token takes as long as before"
+    if faster > 1:
+        return f"the first token comes {faster:.1f} times faster"
+    return f"the first token takes {1 / faster:.2f} times as long"
 
 
 def _memory(base: Phases, one: Phases) -> str:
     before, after = base.kv_bytes / 2**20, one.kv_bytes / 2**20
-    return f"; the KV cache shrinks from {shown(before)} to {shown(after)} MiB"
+    width = one.costs.kv_dtype
+    return f"; the KV cache shrinks from {shown(before)} to {shown(after)} MiB ({width})"
 
 
 def _batch(report: Report, base: Phases, one: Phases) -> str:

@@ -1,7 +1,4 @@
-"""Ask a model questions under a merge config: greedy answers and the first token's distribution.
-
-Knows: processors, batches, `generate`. Does not know: what is searched for, scores, or files.
-"""
+"""Ask a model under a merge config: greedy answers and the first token's distribution."""
 
 from __future__ import annotations
 
@@ -19,29 +16,30 @@ from ...loading.images import ImageLimits
 from ...merge.config import MergeConfig
 from ...wrapping.encode import planned_schedule
 from ...wrapping.wrap import base_model, wrapped
+from ..asking import checked_question, decoded, encoded, generated, question_prompt
 from ..description import describe
-from .provenance import circumstances
+from ..provenance import model_fingerprint, provenance
 from .rows import Row
 
-# From processor, question and number of pictures to the text of a prompt.
+# From processor, question and number of images to the text of a prompt.
 Prompt = Callable[[Any, str, int], str]
 
 UNREDUCED = MergeConfig(keep=1.0, algorithm="none")
-# Prepared batches are kept up to this many bytes; large pictures take longer to prepare than to
-# look at.
+# Prepared batches are kept up to this many bytes, because preparing large images takes longer than
+# answering.
 _CACHE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Replies:
-    """What came back for some rows.
+    """What a model answered to some rows.
 
     Attributes:
         answers: one text per row.
-        first: [rows, vocabulary] float32 log-probabilities of the first answer token; only where
-            there was nothing to compare with.
-        divergence: per row KL(unreduced || this) of the first answer token in nats; only where
-            there was.
+        first: [rows, vocabulary] float32 log-probabilities of the first answer token; None where
+            a reference was given.
+        divergence: per row KL(unreduced || this) of the first answer token in nats; None where
+            no reference was given.
     """
 
     answers: list[str]
@@ -50,7 +48,7 @@ class Replies:
 
 
 class Asker(Protocol):
-    """What a search needs of a model. Rows are named by their numbers."""
+    """What a search needs of a model; rows are named by their numbers."""
 
     tokens_in: int
 
@@ -73,28 +71,12 @@ class Asker(Protocol):
         ...
 
     def facts(self) -> dict[str, Any]:
-        """What decides the answers, and where they were computed."""
+        """What decides the answers, and what computed them."""
         ...
 
     def savings(self, config: MergeConfig) -> str:
         """What a config saves, as a phrase; may be empty."""
         ...
-
-
-def chat_prompt(processor: Any, question: str, images: int) -> str:
-    """A question after its pictures, in the processor's chat template.
-
-    Raises:
-        ValueError: the processor has none.
-    """
-    if not getattr(processor, "chat_template", None):
-        raise ValueError(
-            "the processor has no chat template; pass prompt=, a function from processor, "
-            "question and number of pictures to the text of a prompt"
-        )
-    content = [*[{"type": "image"}] * images, {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
-    return str(processor.apply_chat_template(messages, add_generation_prompt=True))
 
 
 class ModelAsker:
@@ -110,7 +92,7 @@ class ModelAsker:
         rows: Sequence[Row],
         digests: Sequence[tuple[str, ...]],
         *,
-        prompt: Prompt = chat_prompt,
+        prompt: Prompt = question_prompt,
         batch_size: int = 8,
         max_new_tokens: int = 16,
         limits: ImageLimits | None = None,
@@ -121,16 +103,10 @@ class ModelAsker:
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
         self.limits = limits or ImageLimits()
-        self.tokenizer = getattr(processor, "tokenizer", processor)
         self.prompts = [_prompt(processor, row, prompt) for row in rows]
         self.digests = digests
         self._prepared: dict[tuple[int, ...], dict[str, Tensor]] = {}
         self._bytes = 0
-        if batch_size > 1 and self.tokenizer.pad_token is None:
-            raise ValueError(
-                "the tokenizer has no padding token, so prompts cannot be batched; set one, or "
-                "use a batch size of 1"
-            )
         self.tokens_in = planned_schedule(model, UNREDUCED).tokens_in
 
     def tokens(self, config: MergeConfig) -> int:
@@ -142,17 +118,19 @@ class ModelAsker:
         return planned_schedule(self.model, config).tokens_out
 
     def facts(self) -> dict[str, Any]:
-        """Model, pictures, prompts, generation options, hardware, versions."""
-        data = hashlib.sha256()
-        for prompt, pictures in zip(self.prompts, self.digests, strict=True):
-            data.update("\0".join((prompt, *pictures, "")).encode())
-        return {
-            **circumstances(base_model(self.model)),
-            "questions": len(self.rows),
-            "data": f"sha256:{data.hexdigest()[:16]}",
-            "batch_size": self.batch_size,
-            "max_new_tokens": self.max_new_tokens,
-        }
+        """Model, images, prompts, generation options, hardware, versions."""
+        base, data = base_model(self.model), hashlib.sha256()
+        for prompt, images in zip(self.prompts, self.digests, strict=True):
+            data.update("\0".join((prompt, *images, "")).encode())
+        return provenance(
+            base,
+            checkpoint=str(getattr(base.config, "_name_or_path", "")) or "in memory",
+            fingerprint=model_fingerprint(base),
+            questions=len(self.rows),
+            data=f"sha256:{data.hexdigest()[:16]}",
+            batch_size=self.batch_size,
+            max_new_tokens=self.max_new_tokens,
+        )
 
     def savings(self, config: MergeConfig) -> str:
         """Computed FLOPs and cache, as a phrase."""
@@ -174,14 +152,14 @@ class ModelAsker:
         """Answer rows greedily under a config.
 
         Args:
-            config: merge options; `UNREDUCED` for the model as it is.
+            config: merge options; `UNREDUCED` for the model without merging.
             rows: row numbers.
-            reference: [rows, vocabulary] float32 log-probabilities of the unreduced model, None
-                where they are what is wanted.
+            reference: [rows, vocabulary] float32 log-probabilities of the unreduced model; None
+                to get those of this config instead of divergences.
             advance: called with the number of rows after every batch.
 
         Raises:
-            ValueError: a picture has become unreadable, or the config does not fit.
+            ValueError: an image has become unreadable, or the config does not fit.
         """
         answers: list[str] = []
         first: list[np.ndarray] = []
@@ -202,44 +180,23 @@ class ModelAsker:
         return Replies(answers, divergence=divergence)
 
     def _answer(self, batch: dict[str, Tensor]) -> tuple[list[str], Tensor]:
-        model = self.model
-        inputs = {
-            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-            for name, value in batch.items()
-        }
-        out = model.generate(
-            **inputs,
+        """Answers, and [B, vocabulary] float32 log-probabilities of their first tokens."""
+        out = generated(
+            self.model,
+            batch,
             max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            # Checkpoints come with sampling options that greedy decoding warns of.
-            temperature=None,
-            top_p=None,
-            top_k=None,
             output_logits=True,
             return_dict_in_generate=True,
         )
-        new = out.sequences[:, inputs["input_ids"].shape[1] :]
-        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [text.strip() for text in texts], out.logits[0].float().log_softmax(-1)
+        texts = decoded(self.processor, batch, out.sequences)
+        return texts, out.logits[0].float().log_softmax(-1)
 
     def _batch(self, part: tuple[int, ...]) -> dict[str, Tensor]:
         if part in self._prepared:
             return self._prepared[part]
         prompts = [self.prompts[row] for row in part]
-        begin = self.tokenizer.bos_token
-        # Some chat templates write the token themselves; the tokenizer would add a second one.
-        special = {"add_special_tokens": False} if begin and prompts[0].startswith(begin) else {}
-        padding = {"padding": True, "padding_side": "left"} if len(part) > 1 else {}
-        batch = dict(
-            self.processor(
-                images=[picture for row in part for picture in self.rows[row].load(self.limits)],
-                text=prompts,
-                return_tensors="pt",
-                **padding,
-                **special,
-            )
-        )
+        images = [image for row in part for image in self.rows[row].load(self.limits)]
+        batch = encoded(self.processor, prompts, images)
         size = sum(value.numel() * value.element_size() for value in batch.values())
         if self._bytes + size <= _CACHE_BYTES:
             self._prepared[part] = batch
@@ -255,18 +212,16 @@ def kl_divergence(reference: Tensor, other: Tensor) -> Tensor:
 
 
 def _prompt(processor: Any, row: Row, prompt: Prompt) -> str:
-    placeholder = str(getattr(processor, "image_token", None) or "<image>")
-    if placeholder in row.question:
-        raise ValueError(
-            f"{row.source}: the question must not contain {placeholder!r}: pictures are put in "
-            "front of it"
-        )
-    return prompt(processor, row.question, len(row.images))
+    try:
+        question = checked_question(row.question, processor)
+    except ValueError as error:
+        raise ValueError(f"{row.source}: {error}") from error
+    return prompt(processor, question, len(row.images))
 
 
 @contextlib.contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode for a while: dropout would make answers random."""
+    """Evaluation mode in the `with` block: dropout would make answers random."""
     training = model.training
     model.eval()
     try:

@@ -1,8 +1,4 @@
-"""What is tried: recipes (options without a budget) and budgets (token counts).
-
-Knows: the registry of algorithms and the fields of `MergeConfig`. Does not know: what any of them
-does, models, or how well a recipe works.
-"""
+"""What is tried: recipes (options without a budget) and budgets (token counts)."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from ...merge.config import MergeConfig
 
 # Fractions of the tokens, close to a constant ratio of 0.71.
 KEEPS = (0.75, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.0625)
-# There to compare with, not to be used.
+# For comparison only.
 BASELINES = ("none", "pool", "random")
 _BUDGET = ("keep", "tokens", "ratio")
 
@@ -26,8 +22,12 @@ class Recipe:
     """Merge options without a budget.
 
     Attributes:
-        name: for tables; `pitome-vlm tune --algorithms` reads the default ones.
-        options: fields of `MergeConfig` other than the budget words.
+        name: its name in tables; the names of `default_recipes` are read by
+            `pitome-vlm tune --algorithms`.
+        options: fields of `MergeConfig` other than keep, tokens and ratio.
+
+    Raises:
+        ValueError: the options hold a budget.
     """
 
     name: str
@@ -54,8 +54,7 @@ class Recipe:
 def default_recipes() -> list[Recipe]:
     """The default algorithm, every other registered one, and variants of the default.
 
-    The variants turn around what the default algorithm does by itself: what tokens are compared
-    by, where they are merged, and whether the language model is told of it. Baselines are left
+    Each variant changes one thing: the metric, the stage, or the calibration. Baselines are left
     out.
     """
     default = algorithms.get(MergeConfig(tokens=1).algorithm)
@@ -74,16 +73,16 @@ def default_recipes() -> list[Recipe]:
 
 
 def token_counts(tokens_in: int, budgets: Sequence[float] | None = None) -> list[int]:
-    """Budgets as token counts, largest first, each once, all below the unreduced count.
+    """Budgets as token counts, largest first, without duplicates and the unreduced count.
 
     Args:
         tokens_in: visual tokens per image without reduction.
-        budgets: whole numbers are counts, fractions below 1 are shares of `tokens_in`; None takes
-            `KEEPS`.
+        budgets: whole numbers are counts, fractions in (0, 1] are shares of `tokens_in`; None
+            takes `KEEPS`.
 
     Raises:
         ValueError: a budget out of range, or none that reduces anything.
-        TypeError: a budget that is no number.
+        TypeError: a budget is no number.
     """
     counts = set()
     for budget in KEEPS if budgets is None else budgets:
@@ -105,7 +104,7 @@ def token_counts(tokens_in: int, budgets: Sequence[float] | None = None) -> list
 
 
 def checked_recipes(recipes: Sequence[Recipe]) -> list[Recipe]:
-    """The recipes themselves.
+    """The recipes, once they are found valid.
 
     Raises:
         ValueError: none, a name twice, an unknown algorithm, or an option out of range.

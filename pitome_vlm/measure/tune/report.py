@@ -1,24 +1,30 @@
-"""A tuning run as a page of Markdown.
-
-Knows: the order in which a reader wants things, and which numbers must not be taken for which.
-Does not know: how anything was measured.
-"""
+"""What a tuning run found: the config, what may be said about it, and its files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from .bench import Cell
+from ...common import write_bytes, write_text
+from ...merge.config import CONFIG_NAME, MergeConfig
+from ..provenance import in_words
+from ..stats import RESAMPLES, Loss
+from ..tables import markdown_table
+from .cells import Cell
+from .plots import draw
 from .recipes import BASELINES
-from .result import level, named, percent
 from .search import within
+from .verdict import Verdict, level, named, percent
 
-if TYPE_CHECKING:
-    from .result import TuneResult
-
+PLOT = "loss_tokens.png"
+# Written at the end of a run.
+FILES = (CONFIG_NAME, "report.md", "result.json", PLOT)
 _HOW = (
-    "The questions were split by picture. Every recipe walked down the budgets on the search part "
+    "The questions were split by image. Every recipe walked down the budgets on the search part "
     "and stopped at a confident violation of the target (whole interval above it) or at two "
     "violations in a row; later recipes began {spare} budget(s) above the smallest that was known "
     "to be good. The fewest tokens within the target won, at equal counts the lower loss, then the "
@@ -26,27 +32,125 @@ _HOW = (
     "target there, the next larger admissible budget was, at most {checks} in all."
 )
 _INTERVALS = (
-    "Intervals: paired bootstrap over pictures (4,000 draws; questions about one picture fail "
-    "together), with two pictures added that do not exist, one losing and one gaining a question, "
-    "so that a part without any difference does not claim certainty. The i-th setting looked at on "
+    "Intervals: paired bootstrap over images ({draws:,} draws; questions about one image fail "
+    "together). Two images that do not exist are added, one losing and one gaining a question, so "
+    "that a part without any difference does not claim certainty. The i-th setting looked at on "
     "the check part has level 1 - {alpha:.3g} / i. Divergence: mean KL(unreduced || reduced) of "
     "the first answer token, in nats."
 )
 
 
+@dataclass(frozen=True)
+class TuneResult:
+    """The outcome of `tune`.
+
+    Attributes:
+        config: for `wrap(model, config=...)`; keeps all tokens where no smaller budget held.
+        verdict: "met": the whole interval is within the target. "not_shown": the loss is, the
+            interval is not. "unreduced": no setting held, all tokens are kept.
+        statement: the claim in words, from the check part alone.
+        max_loss: the target, as a share.
+        tokens: visual tokens per image under `config`.
+        tokens_in: visual tokens per image without reduction.
+        cells: cells of the search part, in the order measured.
+        checks: cells of the check part, in the order measured; unless the verdict is
+            "unreduced", the last one is that of `config`.
+        answered: losses are of accuracy; otherwise of agreement with the unreduced model.
+        savings: what the config saves, as a phrase.
+        skipped: reasons by name of the recipes that do not fit the model.
+        notes: what a reader should know about the data.
+        facts: split, options, model, hardware, versions.
+    """
+
+    config: MergeConfig
+    verdict: Verdict
+    statement: str
+    max_loss: float
+    tokens: int
+    tokens_in: int
+    cells: tuple[Cell, ...]
+    checks: tuple[Cell, ...]
+    answered: bool
+    savings: str = ""
+    skipped: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> Loss | None:
+        """Loss of `config` on the check part; None where nothing is reduced."""
+        return None if self.verdict == "unreduced" else self.checks[-1].loss
+
+    def report(self) -> str:
+        """The run as a page of Markdown."""
+        return markdown(self)
+
+    def plot(self) -> bytes:
+        """Loss against tokens as a PNG.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        return draw(self.cells, self.checks, max_loss=self.max_loss, answered=self.answered)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every number, as JSON values."""
+        return {
+            "verdict": self.verdict,
+            "statement": self.statement,
+            "max_loss": self.max_loss,
+            "config": self.config.to_dict(),
+            "tokens": self.tokens,
+            "tokens_in": self.tokens_in,
+            "answered": self.answered,
+            "search": [_plain(cell) for cell in self.cells],
+            "check": [_plain(cell) for cell in self.checks],
+            "skipped": self.skipped,
+            "notes": list(self.notes),
+            "facts": self.facts,
+        }
+
+    def save(self, folder: str | os.PathLike[str], *, plot: bool = True) -> list[Path]:
+        """Write pitome_config.json, report.md, result.json and the plot (`FILES`).
+
+        Args:
+            folder: the output folder, made where it does not exist.
+            plot: write the plot too.
+
+        Returns:
+            The paths written.
+
+        Raises:
+            ImportError: `plot` is set and matplotlib is not installed.
+        """
+        target = Path(folder)
+        drawn = self.plot() if plot else None
+        paths = []
+        if drawn is not None:
+            paths.append(write_bytes(target / PLOT, drawn))
+        else:
+            # The plot of an earlier run with other options does not belong to this report.
+            (target / PLOT).unlink(missing_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        paths.append(write_text(target / "result.json", text))
+        paths.append(write_text(target / "report.md", markdown(self, plot=plot)))
+        paths.append(self.config.save_pretrained(target))
+        return paths
+
+
 def markdown(result: TuneResult, *, plot: bool = True) -> str:
-    """The page.
+    """A tuning run as a page of Markdown.
 
     Args:
-        result: what was found.
-        plot: refer to `loss_tokens.png`.
+        result: the run.
+        plot: show `loss_tokens.png`.
     """
     parts = ["# Tuning report", f"**{_headline(result)}**", result.statement]
     if result.notes:
         parts.append("\n".join(f"- Note: {note}." for note in result.notes))
     parts.append(_use(result))
     if plot:
-        parts.append("![loss against tokens](loss_tokens.png)")
+        parts.append(f"![loss against tokens]({PLOT})")
     parts += [_check(result), _search(result)]
     if result.skipped:
         lines = [f"- {name}: {reason}" for name, reason in result.skipped.items()]
@@ -65,7 +169,7 @@ def _headline(result: TuneResult) -> str:
 
 def _use(result: TuneResult) -> str:
     return (
-        "`pitome_config.json` beside this page holds the setting "
+        "`pitome_config.json` next to this page holds the setting "
         f"(`{result.config.summary()}`):\n\n"
         "```python\n"
         'config = pitome_vlm.MergeConfig.from_pretrained("path/of/this/folder")\n'
@@ -78,8 +182,7 @@ def _check(result: TuneResult) -> str:
     if not result.checks:
         return "## Check\n\nNothing was checked: the search found no setting within the target."
     lines = [
-        [*_measured(cell), level(cell.loss.level), _outcome(cell, result)]
-        for cell in (result.checks)
+        [*_measured(cell), level(cell.loss.level), _outcome(cell, result)] for cell in result.checks
     ]
     columns = [*_columns(result), "level", "outcome"]
     loss = result.checks[0].loss
@@ -87,7 +190,7 @@ def _check(result: TuneResult) -> str:
         f"{loss.questions} questions about {loss.images} images that the search never saw; the "
         f"unreduced model's score on them is {percent(loss.base)}. These numbers are the quality."
     )
-    return f"## Check\n\n{lead}\n\n{_table(columns, lines)}"
+    return f"## Check\n\n{lead}\n\n{markdown_table(columns, lines, range(1, len(columns)))}"
 
 
 def _outcome(cell: Cell, result: TuneResult) -> str:
@@ -104,8 +207,8 @@ def _search(result: TuneResult) -> str:
         f"{loss.questions} questions about {loss.images} images; unreduced {percent(loss.base)}. "
         "These numbers chose the setting and flatter it: they are not its quality."
     )
-    lines = [_measured(cell) for cell in result.cells]
-    return f"## Search\n\n{lead}\n\n{_table(_columns(result), lines)}"
+    lines, columns = [_measured(cell) for cell in result.cells], _columns(result)
+    return f"## Search\n\n{lead}\n\n{markdown_table(columns, lines, range(1, len(columns)))}"
 
 
 def _columns(result: TuneResult) -> list[str]:
@@ -137,15 +240,21 @@ def _method(result: TuneResult) -> str:
     )
     how = _HOW.format(spare=checks - 1, checks=checks)
     baselines = f"Baselines ({', '.join(BASELINES)}) are tried only where they are named."
-    return f"## How\n\n{loss}\n\n{how} {baselines}\n\n{_INTERVALS.format(alpha=alpha)}"
+    intervals = _INTERVALS.format(alpha=alpha, draws=RESAMPLES)
+    return f"## How\n\n{loss}\n\n{how} {baselines}\n\n{intervals}"
 
 
 def _provenance(result: TuneResult) -> str:
-    facts = ", ".join(f"{name} {value}" for name, value in result.facts.items())
-    return f"## Provenance\n\nMeasured, greedy decoding. {facts}. All answers: cells.jsonl."
+    facts = in_words(result.facts)
+    return f"## Provenance\n\nMeasured, greedy decoding. {facts}. All answers: cells/*.json."
 
 
-def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    ruler = ["---", *["---:"] * (len(columns) - 1)]
-    rows = [columns, ruler, *lines]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows)
+def _plain(cell: Cell) -> dict[str, Any]:
+    return {
+        "recipe": cell.recipe.name,
+        "options": cell.recipe.options,
+        "tokens": cell.tokens,
+        "loss": dataclasses.asdict(cell.loss),
+        "divergence": cell.divergence,
+        "seconds": cell.seconds,
+    }

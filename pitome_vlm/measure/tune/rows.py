@@ -1,10 +1,7 @@
-"""The user's questions: read from JSON or JSONL, checked, every picture known by its content.
+"""The user's questions: read from JSON or JSONL, checked, every image known by its content.
 
-Knows: the file format and what can be wrong with it. Does not know: models, prompts, or what is
-done with a question.
-
-    {"image": "cat.jpg", "question": "What is on the mat?", "answer": "a cat"}
-    {"images": ["a.png", "b.png"], "question": "Which is brighter?", "answer": ["a", "first"]}
+{"image": "cat.jpg", "question": "What is on the mat?", "answer": "a cat"}
+{"images": ["a.png", "b.png"], "question": "Which is brighter?", "answer": ["a", "first"]}
 """
 
 from __future__ import annotations
@@ -19,62 +16,67 @@ from typing import Any
 
 from PIL import Image
 
+from ...common import whole_number
 from ...loading.images import ImageError, ImageLimits, load_image
 from ...loading.records import parse_records
 
-# Where a picture comes from; a text is a path, as in `load_image`.
-Picture = str | os.PathLike[str] | Image.Image
+# Where an image comes from; a string is a path, as in `load_image`.
+ImageSource = str | os.PathLike[str] | Image.Image
 _IMAGES, _ANSWERS = ("image", "images"), ("answer", "answers")
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One question about one or more pictures.
+    """One question about one or more images.
 
     Attributes:
-        images: files or Pillow pictures, at least one.
+        images: files or Pillow images, at least one.
         question: text without image placeholders.
         answers: accepted answers; empty where the user gave none.
-        source: where it comes from, for messages.
+        source: where the row comes from, for messages.
+
+    Raises:
+        TypeError: `images` or `answers` is no tuple.
+        ValueError: no image.
     """
 
-    images: tuple[Picture, ...]
+    images: tuple[ImageSource, ...]
     question: str
     answers: tuple[str, ...] = ()
     source: str = ""
 
     def __post_init__(self) -> None:
-        # A text is a sequence too, of letters.
+        # A string would pass as a sequence of one-letter strings.
         for name in ("images", "answers"):
             value = getattr(self, name)
             if not isinstance(value, tuple):
                 raise TypeError(f"{name} must be a tuple, got {type(value).__name__} {value!r}")
         if not self.images:
-            raise ValueError("images must hold at least one picture")
+            raise ValueError("images must hold at least one image")
 
     def load(self, limits: ImageLimits) -> list[Image.Image]:
-        """The pictures in RGB.
+        """The images in RGB.
 
         Raises:
-            ValueError: a picture cannot be used; the message names the row.
+            ValueError: a image cannot be used; the message names the row.
         """
-        return [self._load(picture, limits) for picture in self.images]
+        return [self._load(image, limits) for image in self.images]
 
-    def _load(self, picture: Picture, limits: ImageLimits) -> Image.Image:
-        if isinstance(picture, Image.Image):
-            return picture.convert("RGB")
+    def _load(self, image: ImageSource, limits: ImageLimits) -> Image.Image:
+        if isinstance(image, Image.Image):
+            return image.convert("RGB")
         try:
-            return load_image(picture, limits)
+            return load_image(image, limits)
         except ImageError as error:
             raise ImageError(f"{self.source}: {error}") from error
 
 
 def read_rows(path: str | os.PathLike[str], *, limit: int | None = None) -> list[Row]:
-    """Questions from a JSONL file (or a JSON list); paths of pictures are relative to the file.
+    """Questions from a JSONL file (or a JSON list); paths of images are relative to the file.
 
     Keys: `image` or `images` (a path or a list of them), `question`, and optionally `answer` or
     `answers` (a text or a list of accepted ones). Other keys and empty lines are ignored. No
-    picture is opened yet.
+    image is opened yet.
 
     Args:
         path: the file.
@@ -85,8 +87,8 @@ def read_rows(path: str | os.PathLike[str], *, limit: int | None = None) -> list
         ValueError: a line is wrong, or there is no row; the message names the line.
     """
     file = Path(path)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}")
+    if limit is not None:
+        whole_number("limit", limit, 1)
     if not file.is_file():
         raise FileNotFoundError(f"data must be a JSONL file, but there is no file {file}")
     records = itertools.islice(parse_records(file.read_bytes(), str(file)), limit)
@@ -97,7 +99,7 @@ def read_rows(path: str | os.PathLike[str], *, limit: int | None = None) -> list
 
 
 def as_rows(rows: Iterable[Row | Mapping[str, Any]]) -> list[Row]:
-    """Rows as they are, mappings with the keys of the file checked the same way.
+    """Rows, made from mappings with the keys of the file where necessary.
 
     Raises:
         ValueError: a row is wrong, or there is none.
@@ -133,24 +135,24 @@ def has_answers(rows: Sequence[Row]) -> bool:
     return not without
 
 
-def picture_digests(
+def image_digests(
     rows: Sequence[Row], limits: ImageLimits, advance: Callable[[int], object]
 ) -> list[tuple[str, ...]]:
-    """What every row's pictures show, as digests of their pixels; opens every picture once.
+    """For every row the digests of its images' pixels; every image is opened once.
 
-    Two files with the same pixels are one picture: a split by file name would let the check part
-    see what was searched.
+    Two files with the same pixels are one image, because a split by file name could put copies of
+    one image into both parts.
 
     Raises:
-        ValueError: a picture cannot be used; the message names the row.
+        ValueError: a image cannot be used; the message names the row.
     """
     known: dict[str, str] = {}
     digests: list[tuple[str, ...]] = []
     for row in rows:
         found = []
-        for picture in row.images:
-            name = "" if isinstance(picture, Image.Image) else os.fspath(picture)
-            digest = known.get(name) or _digest(row._load(picture, limits))
+        for image in row.images:
+            name = "" if isinstance(image, Image.Image) else os.fspath(image)
+            digest = known.get(name) or _digest(row._load(image, limits))
             if name:
                 known[name] = digest
             found.append(digest)
@@ -159,9 +161,9 @@ def picture_digests(
     return digests
 
 
-def _digest(picture: Image.Image) -> str:
-    content = hashlib.sha256(f"{picture.size}".encode())
-    content.update(picture.tobytes())
+def _digest(image: Image.Image) -> str:
+    content = hashlib.sha256(f"{image.size}".encode())
+    content.update(image.tobytes())
     return content.hexdigest()
 
 
@@ -172,8 +174,8 @@ def _parse(values: Any, folder: Path, source: str) -> Row:
 
 
 def _row(values: Mapping[str, Any], folder: Path | None, source: str) -> Row:
-    pictures = _listed(values, _IMAGES, source)
-    if not pictures:
+    images = _listed(values, _IMAGES, source)
+    if not images:
         raise ValueError(f"{source} has no 'image' (a path, or 'images' with a list of them)")
     question = values.get("question")
     if not isinstance(question, str) or not question.strip():
@@ -185,7 +187,7 @@ def _row(values: Mapping[str, Any], folder: Path | None, source: str) -> Row:
                 f"{source}: 'answer' must be a text or a list of texts, got {answer!r}"
             )
     return Row(
-        tuple(_picture(picture, folder, source) for picture in pictures),
+        tuple(_image_source(image, folder, source) for image in images),
         question.strip(),
         tuple(answers),
         source,
@@ -205,11 +207,11 @@ def _listed(values: Mapping[str, Any], names: tuple[str, str], source: str) -> l
     return value
 
 
-def _picture(value: Any, folder: Path | None, source: str) -> Picture:
+def _image_source(value: Any, folder: Path | None, source: str) -> ImageSource:
     if isinstance(value, Image.Image) and folder is None:
         return value
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(path, str) or not path:
-        raise ValueError(f"{source}: 'image' must be the path of a picture, got {value!r}")
-    # An address stays as it is, so that it is refused as one and not as a missing file.
+        raise ValueError(f"{source}: 'image' must be the path of a image, got {value!r}")
+    # An address is kept as it is, so that the message speaks of an address, not a missing file.
     return path if folder is None or "://" in path else str(folder / path)

@@ -1,7 +1,4 @@
-"""Is an answer right? Exact match after the usual VQA normalisation.
-
-Knows: texts. Does not know: models, or where answers come from.
-"""
+"""Is an answer right? Exact match after the usual VQA normalisation."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ Scorer = Callable[[str, Sequence[str]], float]
 _ARTICLES = frozenset(("a", "an", "the"))
 _NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
-# A point or comma inside a number is part of it.
+# Points and commas inside numbers are kept.
 _PUNCTUATION = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|[^\w\s.,]|_")
 _APOSTROPHE = re.compile(r"(?<=\w)['’](?=\w)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
@@ -24,8 +21,8 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 def normalise(answer: str) -> str:
     """Lower case, no punctuation, no articles, number words up to ten as digits, single spaces.
 
-    After the VQA evaluation (Antol et al. 2015), with two differences: a hyphen is a space, and
-    an answer that is nothing but an article or punctuation (the choice "A") stays what it is.
+    This is the rule of the VQA evaluation (Antol et al. 2015) with two differences: a hyphen
+    becomes a space, and an answer of nothing but articles or punctuation (the choice "A") is kept.
     """
     text = _THOUSANDS.sub("", _APOSTROPHE.sub("", answer.lower()))
     words = _PUNCTUATION.sub(" ", text).split()
@@ -40,10 +37,10 @@ def exact_match(given: str, answers: Sequence[str]) -> float:
 
 
 def checked_score(scorer: Scorer, given: str, answers: Sequence[str]) -> float:
-    """What the scorer says.
+    """The scorer's score.
 
     Raises:
-        ValueError: it is no number in [0, 1].
+        ValueError: the score is no number in [0, 1].
     """
     score = float(scorer(given, answers))
     if not (math.isfinite(score) and 0 <= score <= 1):

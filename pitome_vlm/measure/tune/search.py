@@ -1,24 +1,21 @@
 """Find the smallest budget within a loss: which cells are measured, in which order.
 
-Knows: recipes, budgets, losses. Does not know: how a cell is measured, models, files.
-
 Every recipe walks down the budgets. It stops at a confident violation (the whole interval lies
-above the target) or at the second violation in a row: quality falls nearly always with the
-budget, but not always, so one violation that may be chance does not stop it. A later recipe
-begins where it could still matter: a few budgets above the smallest that is known to be good, as
-many as the check may have to step up.
+above the target) or at the second violation in a row: quality nearly always falls with the
+budget, but not always, so one violation that may be chance does not stop it. Later recipes start
+only a few budgets above the smallest one known to be good, as many as the check may step up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .bench import Cell
+from .cells import Cell
 from .recipes import Recipe
 
 Measure = Callable[[Recipe, int], Cell | None]
 MOST_IN_A_ROW = 2
-# Losses are quotients of counts; one that is the target must not miss it by rounding.
+# A loss that equals the target must not miss it by rounding.
 _TOLERANCE = 1e-9
 
 
@@ -40,9 +37,9 @@ def walk_down(
     Args:
         recipes: in order of preference.
         counts: token counts, largest first.
-        measure: a cell of the search part, None where the model cannot have the setting.
-        max_loss: the target.
-        spare: budgets above the smallest admissible one that later recipes begin at.
+        measure: makes a cell of the search part; None where the setting does not fit the model.
+        max_loss: the target, as a share.
+        spare: later recipes start so many budgets above the smallest admissible one.
 
     Returns:
         The cells, in the order they were measured.

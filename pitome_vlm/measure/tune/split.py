@@ -1,7 +1,4 @@
-"""A seeded split of questions into a part to search on and a part to check on.
-
-Knows: which questions share a picture. Does not know: questions, pictures or models.
-"""
+"""A seeded split of questions into a part to search on and a part to check on."""
 
 from __future__ import annotations
 
@@ -9,19 +6,25 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from ...common import check_range
+
+# A part must have at least so many images; with fewer than `FEW` its intervals are wide.
 FEWEST = 2
 FEW = 20
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Which rows are searched on, which are checked on; no picture is in both.
+    """The rows to search on and those to check on; no image is in both.
 
     Attributes:
         search: row numbers, ascending.
         check: row numbers, ascending.
-        groups: for every row the group of pictures it belongs to; rows that share a picture share
-            a group.
+        groups: the group of every row (`image_groups`).
     """
 
     search: tuple[int, ...]
@@ -29,43 +32,41 @@ class Parts:
     groups: tuple[int, ...]
 
     def images(self, rows: Sequence[int]) -> int:
-        """Groups of pictures among some rows."""
+        """The number of groups of images among some rows."""
         return len({self.groups[row] for row in rows})
 
 
-def image_groups(pictures: Sequence[Sequence[str]]) -> tuple[int, ...]:
-    """The group of every row: rows that share a picture, directly or through others."""
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
-
-    for names in pictures:
-        for name in names:
-            parent[root(name)] = root(names[0])
+def image_groups(digests: Sequence[Sequence[str]]) -> tuple[int, ...]:
+    """The group of every row, numbered from 0: rows linked by common images share a group."""
     numbers: dict[str, int] = {}
-    return tuple(numbers.setdefault(root(names[0]), len(numbers)) for names in pictures)
+    pairs = [
+        (row, numbers.setdefault(digest, len(numbers)))
+        for row, found in enumerate(digests)
+        for digest in found
+    ]
+    rows, images = np.array(pairs).T
+    size = len(digests) + len(numbers)
+    links = coo_array((np.ones(len(pairs)), (rows, images + len(digests))), shape=(size, size))
+    _, labels = connected_components(links, directed=False)
+    return tuple(int(label) for label in labels[: len(digests)])
 
 
 def split_by_image(
-    pictures: Sequence[Sequence[str]], *, seed: int = 0, check_share: float = 0.5
+    digests: Sequence[Sequence[str]], *, seed: int = 0, check_share: float = 0.5
 ) -> Parts:
-    """Split rows so that no picture is in both parts.
+    """Split rows so that no image is in both parts.
 
     Args:
-        pictures: for every row the digests of its pictures.
-        seed: of the shuffling.
-        check_share: share of the groups of pictures that goes to the check part, in (0, 1).
+        digests: for every row the digests of its images, at least one.
+        seed: random seed of the split.
+        check_share: share of the groups of images that goes to the check part, in (0, 1).
 
     Raises:
-        ValueError: too few pictures, or a share out of range.
+        TypeError: `check_share` is no number.
+        ValueError: too few images, or `check_share` out of range.
     """
-    if not 0 < check_share < 1:
-        raise ValueError(f"check_share must be in (0, 1), got {check_share}")
-    groups = image_groups(pictures)
+    check_range("check_share", check_share, 0, 1, open_ends=True)
+    groups = image_groups(digests)
     count = len(set(groups))
     if count < 2 * FEWEST:
         raise ValueError(

@@ -1,7 +1,4 @@
-"""`tune`: split, search, check, say what was found.
-
-Knows: the order of things and what is refused. Does not know: how any of them is done.
-"""
+"""`tune`: split the questions, search on one part, check on the other, judge."""
 
 from __future__ import annotations
 
@@ -10,36 +7,44 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...common import check_range, whole_number
 from ...loading.images import ImageError, ImageLimits
-from .asking import UNREDUCED, Asker, ModelAsker, Prompt, chat_prompt
-from .bench import Bench, Cell, Event, Listener
-from .journal import Journal, check_folder
+from ..asking import question_prompt
+from ..store import Store
+from .asking import UNREDUCED, Asker, ModelAsker, Prompt
+from .cells import Cell, Event, Listener, Measurer
 from .recipes import Recipe, checked_recipes, default_recipes, token_counts
-from .result import TuneResult, judge
-from .rows import Row, as_rows, has_answers, picture_digests
+from .report import FILES, TuneResult
+from .rows import Row, as_rows, has_answers, image_digests
 from .scoring import Scorer, exact_match
 from .search import admissible, walk_down, within
 from .split import FEW, Parts, split_by_image
+from .verdict import judge
 
 MOST_CHECKS = 3
 _POOR = 0.1
 # Facts that may differ between a run and its resumption.
-_NOT_DECISIVE = ("checkpoint", "hardware", "threads", "python")
+_NOT_DECISIVE = ("checkpoint", "python")
+_MACHINE = ("hardware", "cpu", "cuda", "instructions", "threads", "cores")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is wanted, checked as far as it can be without a model.
+    """Options of `tune`, checked as far as they can be without a model.
 
     Attributes:
         max_loss: largest loss, in [0, 1).
-        recipes: None for the default ones.
-        budgets: token counts or fractions, None for the default ones.
-        seed: of the split.
-        check_share: share of the pictures to check on, in (0, 1).
-        confidence: coverage of intervals, in (0.5, 1).
-        max_checks: settings that may be checked one after the other, 1 to 3.
+        recipes: options to try; None for the default ones.
+        budgets: token counts or fractions; None for the default ones.
+        seed: random seed of the split.
+        check_share: share of the images to check on, in (0, 1).
+        confidence: coverage of the intervals, in (0.5, 1).
+        max_checks: number of settings that may be checked one after the other, 1 to 3.
         scorer: from an answer and the accepted ones to a score in [0, 1].
+
+    Raises:
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range.
     """
 
     max_loss: float = 0.01
@@ -56,10 +61,8 @@ class Plan:
             raise ValueError(
                 f"max_loss must be in [0, 1), a share: 0.01 is one percent; got {self.max_loss}"
             )
-        if not 0.5 < self.confidence < 1:
-            raise ValueError(f"confidence must be in (0.5, 1), got {self.confidence}")
-        if not 1 <= self.max_checks <= MOST_CHECKS:
-            raise ValueError(f"max_checks must be in 1..{MOST_CHECKS}, got {self.max_checks}")
+        check_range("confidence", self.confidence, 0.5, 1, open_ends=True)
+        whole_number("max_checks", self.max_checks, 1, MOST_CHECKS)
         if self.recipes is not None:
             checked_recipes(self.recipes)
 
@@ -79,59 +82,61 @@ def tune(
     scorer: Scorer | None = None,
     batch_size: int = 8,
     max_new_tokens: int = 16,
-    prompt: Prompt = chat_prompt,
+    prompt: Prompt = question_prompt,
     limits: ImageLimits | None = None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     tell: Listener | None = None,
 ) -> TuneResult:
     """Find the smallest budget, and options, within a loss of quality on your own questions.
 
-    The rows are split by picture. One part is searched on, the other is looked at only to check
-    what was found, so that the reported loss is not the one that was selected for.
+    The rows are split by image. One part is searched on; the other is used only to check what was
+    found, so that the reported loss is not the one that was selected for.
 
     Args:
         model: a LLaVA, wrapped or not; it is left as it was.
-        processor: its processor.
-        rows: questions with pictures, see `read_rows`; with answers to all of them or to none.
+        processor: the model's processor.
+        rows: questions with images (`read_rows`), with answers to all of them or to none.
         max_loss: largest loss, as a share of the unreduced model's accuracy (0.01 is 1 %);
-            without answers 1 - agreement with the unreduced model's greedy answers.
+            without answers the loss is 1 - agreement with the unreduced model's greedy answers.
         recipes: options to try; None for `default_recipes()`.
         budgets: token counts (whole numbers) or fractions; None for eight from 3/4 to 1/16.
-        seed: of the split.
-        check_share: share of the pictures to check on.
-        confidence: coverage of the intervals.
-        max_checks: settings that may be checked one after the other, each at a wider interval.
+        seed: random seed of the split.
+        check_share: share of the images to check on, in (0, 1).
+        confidence: coverage of the intervals, in (0.5, 1).
+        max_checks: number of settings that may be checked one after the other, 1 to 3; the
+            interval of each is wider than the one before.
         scorer: from an answer and the accepted ones to a score in [0, 1]; None is `exact_match`.
-        batch_size: questions at a time.
-        max_new_tokens: longest answer.
-        prompt: from processor, question and number of pictures to the text of a prompt.
-        limits: what pictures are accepted.
-        folder: where finished cells are kept; None keeps nothing.
-        resume: go on with the cells in `folder`.
+        batch_size: questions per batch.
+        max_new_tokens: longest answer, in tokens.
+        prompt: from processor, question and number of images to the text of a prompt.
+        limits: limits on the images that are read.
+        folder: where finished cells are kept; None keeps them in memory.
+        resume: continue with the cells in `folder`.
+        overwrite: delete the cells in `folder` first.
         tell: called with every `Event`.
 
     Returns:
-        What was found. `result.save(folder)` writes config, report and plot.
+        The result; `result.save(folder)` writes config, report and plot.
 
     Raises:
-        ValueError: an option out of range, too few pictures, a broken picture (named by row), a
-            folder that holds other results.
-        TypeError: not a supported model.
+        ValueError: an option out of range, too few images, an unreadable image (named by row), or
+            a folder with the cells of another run.
+        TypeError: not a supported model, or an option of the wrong type.
+        FileExistsError: `folder` holds cells or other results, without `resume` or `overwrite`.
     """
     plan = Plan(
         max_loss, recipes, budgets, seed, check_share, confidence, max_checks, scorer or exact_match
     )
-    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-    if folder is not None:
-        check_folder(folder, resume=resume)
+    whole_number("batch_size", batch_size, 1)
+    whole_number("max_new_tokens", max_new_tokens, 1)
+    check_folder(folder, resume=resume, overwrite=overwrite)
     listener = tell or _silent
     given, limits = as_rows(rows), limits or ImageLimits()
     has_answers(given)
-    listener(Event("start", "reading pictures", len(given)))
-    digests = picture_digests(given, limits, lambda count: listener(Event("advance", count=count)))
+    listener(Event("start", "reading images", len(given)))
+    digests = image_digests(given, limits, lambda count: listener(Event("advance", count=count)))
     asker = ModelAsker(
         model,
         processor,
@@ -142,7 +147,23 @@ def tune(
         max_new_tokens=max_new_tokens,
         limits=limits,
     )
-    return run(asker, given, digests, plan, folder=folder, resume=resume, tell=listener)
+    return run(
+        asker,
+        given,
+        digests,
+        plan,
+        folder=folder,
+        resume=resume,
+        overwrite=overwrite,
+        tell=listener,
+    )
+
+
+def check_folder(
+    folder: str | os.PathLike[str] | None, *, resume: bool, overwrite: bool = False
+) -> None:
+    """Refuse, before anything is loaded, a folder that must not be written to; see `tune`."""
+    Store(folder).check(resume=resume, overwrite=overwrite, results=FILES)
 
 
 def run(
@@ -153,34 +174,43 @@ def run(
     *,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     tell: Listener | None = None,
 ) -> TuneResult:
-    """The same for anything that can be asked.
+    """`tune` for anything that answers rows under a config; other arguments as there.
 
     Args:
         asker: answers rows under a config.
         rows: the questions.
-        digests: for every row its pictures, see `picture_digests`.
-        plan: what is wanted.
-        folder: see `tune`.
-        resume: see `tune`.
-        tell: see `tune`.
+        digests: for every row the digests of its images (`image_digests`).
+        plan: the options.
+        folder: where finished cells are kept; None keeps them in memory.
+        resume: continue with the cells in `folder`.
+        overwrite: delete the cells in `folder` first.
+        tell: called with every `Event`.
 
     Raises:
-        ValueError: see `tune`.
+        ValueError: too few images, or a folder with the cells of another run.
+        FileExistsError: `folder` holds cells or other results, without `resume` or `overwrite`.
     """
     parts = split_by_image(digests, seed=plan.seed, check_share=plan.check_share)
     counts = token_counts(asker.tokens_in, plan.budgets)
     facts = {**asker.facts(), "seed": plan.seed, "check_share": plan.check_share}
-    identity = {key: value for key, value in facts.items() if key not in _NOT_DECISIVE}
-    journal = Journal(folder, identity, resume=resume)
+    undecisive = (*_NOT_DECISIVE, *_MACHINE)
+    identity = {key: value for key, value in facts.items() if key not in undecisive}
+    check_folder(folder, resume=resume, overwrite=overwrite)
+    store = Store(folder, identity)
+    if overwrite:
+        store.clear()
+    for key in store:
+        store.get(key)  # refuses the cells of another run
     answered = has_answers(rows)
     return _Run(
-        Bench(
+        Measurer(
             asker,
             rows,
             parts,
-            journal,
+            store,
             scorer=plan.scorer,
             answered=answered,
             confidence=plan.confidence,
@@ -193,12 +223,12 @@ def run(
 
 
 class _Run:
-    """One run with everything it needs."""
+    """One run of a plan."""
 
     def __init__(
-        self, bench: Bench, plan: Plan, counts: Sequence[int], facts: dict[str, Any]
+        self, measurer: Measurer, plan: Plan, counts: Sequence[int], facts: dict[str, Any]
     ) -> None:
-        self.bench = bench
+        self.measurer = measurer
         self.plan = plan
         self.counts = counts
         self.facts = facts
@@ -206,10 +236,10 @@ class _Run:
         self.notes: list[str] = []
 
     def result(self) -> TuneResult:
-        """Search, check and say."""
-        plan, asker = self.plan, self.bench.asker
+        """Search, check and judge."""
+        plan, asker = self.plan, self.measurer.asker
         recipes = list(plan.recipes) if plan.recipes is not None else default_recipes()
-        self._note_data(self.bench.parts)
+        self._note_data(self.measurer.parts)
         self._note_accuracy()
         cells = walk_down(
             recipes, self.counts, self._searched, max_loss=plan.max_loss, spare=plan.max_checks - 1
@@ -217,7 +247,7 @@ class _Run:
         self._refuse_unusable(recipes, cells)
         checks = self._checks(admissible(cells, plan.max_loss))
         verdict, statement = judge(
-            cells, checks, max_loss=plan.max_loss, answered=self.bench.answered
+            cells, checks, max_loss=plan.max_loss, answered=self.measurer.answered
         )
         config = UNREDUCED if verdict == "unreduced" else checks[-1].config
         return TuneResult(
@@ -229,7 +259,7 @@ class _Run:
             tokens_in=asker.tokens_in,
             cells=tuple(cells),
             checks=tuple(checks),
-            answered=self.bench.answered,
+            answered=self.measurer.answered,
             savings=asker.savings(config),
             skipped=self.skipped,
             notes=tuple(self.notes),
@@ -237,29 +267,29 @@ class _Run:
         )
 
     def _checks(self, candidates: Sequence[Cell]) -> list[Cell]:
-        """Check the smallest budget, and while one fails the next larger admissible one."""
+        """Check the smallest admissible budget, then larger ones while checks fail."""
         checks: list[Cell] = []
         for candidate in candidates[: self.plan.max_checks]:
-            checks.append(self.bench.cell("check", candidate.recipe, candidate.config))
+            checks.append(self.measurer.cell("check", candidate.recipe, candidate.config))
             if within(checks[-1].loss.value, self.plan.max_loss):
                 break
         return checks
 
     def _searched(self, recipe: Recipe, tokens: int) -> Cell | None:
-        """A cell of the search part, None where the model cannot have the setting."""
+        """A cell of the search part, None where the setting does not fit the model."""
         config = recipe.config(tokens)
         try:
-            self.bench.asker.tokens(config)
+            self.measurer.asker.tokens(config)
         except ValueError as error:
             self._skip(recipe, tokens, error)
             return None
         try:
-            return self.bench.cell("search", recipe, config)
+            return self.measurer.cell("search", recipe, config)
         except ImageError:
             raise
         except ValueError as error:
-            # What the user asked for by name must work; of the default recipes some need parts
-            # that not every tower has.
+            # Recipes named by the user must work; some default recipes need parts that not every
+            # tower has.
             if self.plan.recipes is not None:
                 raise
             self._skip(recipe, tokens, error)
@@ -267,10 +297,12 @@ class _Run:
 
     def _skip(self, recipe: Recipe, tokens: int, error: ValueError) -> None:
         self.skipped[recipe.name] = f"from {tokens} tokens on: {error}"
-        self.bench.tell(Event("note", f"{recipe.name} is skipped from {tokens} tokens on: {error}"))
+        self.measurer.tell(
+            Event("note", f"{recipe.name} is skipped from {tokens} tokens on: {error}")
+        )
 
     def _refuse_unusable(self, recipes: Sequence[Recipe], cells: Sequence[Cell]) -> None:
-        """A recipe the user named that fits no budget, or no recipe at all, is an error."""
+        """Raise for a recipe named by the user that fits no budget, or if no recipe fits one."""
         measured = {cell.recipe.name for cell in cells}
         for recipe in recipes if self.plan.recipes is not None else recipes[:1]:
             if recipe.name not in measured and recipe.name in self.skipped:
@@ -292,19 +324,19 @@ class _Run:
                 )
 
     def _note_accuracy(self) -> None:
-        score = self.bench.unreduced_score("search")
+        score = self.measurer.unreduced_score("search")
         if score < _POOR:
             self._note(
                 f"the unreduced model answers only {100 * score:.0f} % of the search part right; "
-                "do the prompt and the form of the answers fit?"
+                "check the prompt and the form of the answers"
             )
 
     def _note(self, text: str) -> None:
         self.notes.append(text)
-        self.bench.tell(Event("note", text))
+        self.measurer.tell(Event("note", text))
 
     def _all_facts(self) -> dict[str, Any]:
-        parts, plan = self.bench.parts, self.plan
+        parts, plan = self.measurer.parts, self.plan
         scorer = getattr(plan.scorer, "__qualname__", type(plan.scorer).__name__)
         return {
             **self.facts,

@@ -1,8 +1,4 @@
-"""Measure one setting on one part of the questions, unless that was done before.
-
-Knows: cells (setting x part), scores, what is already in the journal. Does not know: which
-settings are worth measuring, or how a model is asked.
-"""
+"""Measure one setting on one part of the questions, unless the store has it already."""
 
 from __future__ import annotations
 
@@ -16,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 
 from ...merge.config import MergeConfig
+from ..stats import Loss, relative_loss
+from ..store import Store
 from .asking import UNREDUCED, Asker
-from .intervals import Loss, relative_loss
-from .journal import Journal
 from .recipes import Recipe
 from .rows import Row
 from .scoring import Scorer, checked_score
@@ -35,12 +31,12 @@ class Cell:
     Attributes:
         part: "search" or "check".
         recipe: options without the budget.
-        config: with it.
+        config: options with the budget.
         tokens: visual tokens per image.
         loss: against the unreduced model on the same questions.
         divergence: mean over questions of KL(unreduced || reduced) of the first answer token, in
             nats.
-        seconds: wall time of asking.
+        seconds: wall time of asking the model.
         answers: one per question of the part.
     """
 
@@ -56,15 +52,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Event:
-    """Something a person who waits wants to know.
+    """Progress for the person who waits.
 
     Attributes:
-        kind: "start" of something that takes `count` steps, "advance" by `count` steps, "cell"
-            that is finished, "note" to be read.
-        text: what begins, or the note.
+        kind: "start" of work of `count` steps, "advance" by `count` steps, a finished "cell", or
+            a "note" to show.
+        text: name of the work that starts, or the note.
         count: see `kind`.
-        cell: the finished one.
-        kept: it was in the folder already.
+        cell: the finished cell.
+        kept: the cell was in the folder already.
     """
 
     kind: Literal["start", "advance", "cell", "note"]
@@ -86,15 +82,15 @@ class _Base:
     reference: np.ndarray
 
 
-class Bench:
-    """Rows, an asker and a journal; hands out cells."""
+class Measurer:
+    """Measures cells of some rows with an asker, and keeps them in a store."""
 
     def __init__(
         self,
         asker: Asker,
         rows: Sequence[Row],
         parts: Parts,
-        journal: Journal,
+        store: Store,
         *,
         scorer: Scorer,
         answered: bool,
@@ -104,7 +100,7 @@ class Bench:
         self.asker = asker
         self.rows = rows
         self.parts = parts
-        self.journal = journal
+        self.store = store
         self.scorer = scorer
         self.answered = answered
         self.confidence = confidence
@@ -116,19 +112,20 @@ class Bench:
         return self.parts.search if part == "search" else self.parts.check
 
     def cell(self, part: Part, recipe: Recipe, config: MergeConfig) -> Cell:
-        """A setting on a part, from the journal where it is there.
+        """A setting on a part, taken from the store where it is there.
 
         Args:
             part: "search" or "check".
-            recipe: what the setting is called.
+            recipe: names the setting.
             config: the recipe with a budget.
 
         Search intervals have the plain level. On the check part the i-th setting that is looked
-        at has level 1 - (1 - confidence) / i: the chance that any of three upper ends lies below
-        the truth then adds up to (1 + 1/2 + 1/3) / 2, less than one, times 1 - confidence.
+        at has level 1 - (1 - confidence) / i. The chance that any of three upper ends lies below
+        the truth is then at most (1 - confidence) x (1 + 1/2 + 1/3) / 2, less than 1 - confidence.
 
         Raises:
-            ValueError: the model cannot have this setting, or gets nothing right without it.
+            ValueError: the setting does not fit the model, or the unreduced model answers nothing
+                right.
         """
         left = self.asker.tokens(config)
         base = self._base(part)
@@ -136,12 +133,12 @@ class Bench:
         level = self.confidence
         if part == "check":
             level = 1 - (1 - self.confidence) / (self._looks_before(key) + 1)
-        record = self.journal.cells.get(key)
+        record = self.store.get(key)
         kept = record is not None
         if record is None:
             shown = {"recipe": recipe.name, "tokens": left}
             record, _ = self._ask(part, config, base.reference, shown)
-            self.journal.add(key, record)
+            self.store.put(key, record)
         made = self._made(part, recipe, config, left, record, level)
         self.tell(Event("cell", cell=made, kept=kept))
         return made
@@ -153,15 +150,16 @@ class Bench:
     def _base(self, part: Part) -> _Base:
         if part not in self._bases:
             key, rows = self._key(part, UNREDUCED), self.members(part)
-            record, reference = self.journal.cells.get(key), self.journal.array(part)
+            array = f"{UNREDUCED_NAME}_{part}"
+            record, reference = self.store.get(key), self.store.array(array)
             if record is None or reference is None or len(reference) != len(rows):
                 shown = {"recipe": UNREDUCED_NAME, "tokens": self.asker.tokens_in}
                 again, reference = self._ask(part, UNREDUCED, None, shown)
                 assert reference is not None
                 # First, so that a stored cell always has its reference.
-                self.journal.keep_array(part, reference)
+                self.store.put_array(array, reference)
                 if record is None:
-                    self.journal.add(key, again)
+                    self.store.put(key, again)
                     record = again
             answers = record["answers"]
             scores = self._scores(part, answers, answers)
@@ -170,7 +168,7 @@ class Bench:
                     f"the unreduced model answers none of the {len(scores)} questions of the "
                     f"{part} part right, so there is nothing to lose; ask for short answers in "
                     "the prompt, check the answers, or leave them out to compare with the "
-                    "unreduced model's own"
+                    "unreduced model's own answers"
                 )
             self._bases[part] = _Base(answers, scores, reference)
         return self._bases[part]
@@ -227,8 +225,10 @@ class Bench:
         """How many other settings were checked on the check part before this one."""
         looked = [
             other
-            for other, record in self.journal.cells.items()
-            if record["part"] == "check" and record["recipe"] != UNREDUCED_NAME
+            for other in self.store
+            if (record := self.store.get(other))
+            and record["part"] == "check"
+            and record["recipe"] != UNREDUCED_NAME
         ]
         return looked.index(key) if key in looked else len(looked)
 
@@ -238,7 +238,7 @@ class Bench:
 
 
 def _plain(config: MergeConfig) -> dict[str, Any]:
-    """A config as JSON values; the package's version stands in run.json."""
+    """A config as JSON values; the package's version is in the identity of the store."""
     values = config.to_dict()
     values.pop("pitome_vlm_version")
     return values
