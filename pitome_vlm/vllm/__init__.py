@@ -1,8 +1,7 @@
 """The vLLM plugin: LLaVA with merged visual tokens in stock vLLM.
 
-Knows: the name under which vLLM finds the model class. Does not know: anything else; vLLM calls
-`register` in every process of every model, so nothing heavy is imported here. Without vLLM this
-package can be imported, and `options` and `command` used.
+vLLM calls `register` in every process of every model, so nothing heavy is imported here. Without
+vLLM this package can be imported, and `options` and `command` work.
 """
 
 from __future__ import annotations
@@ -39,18 +38,18 @@ def register() -> None:
 
     if ARCHITECTURE in ModelRegistry.get_supported_archs():
         return
-    # A string, so that neither torch nor the model is imported before somebody asks for it.
+    # A string, so that neither torch nor the model is imported before the model is asked for.
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")
-    from vllm.model_executor.models import config as checks
+    from ..releases import vllm_config_checks
 
-    if hasattr(checks, "MODELS_CONFIG_MAP"):
+    if vllm_config_checks() is None:
+        # A plugin must not take down a vLLM that serves something else. The model makes the same
+        # check, only later.
+        logger.warning("this vLLM has no hook for checks of a model's options")
+    else:
         from .startup import register_check
 
         register_check()
-    else:
-        # A plugin must not take down a vLLM that serves something else. The model makes the
-        # same check later, only less early.
-        logger.warning("this vLLM has no hook for checks of a model's options")
     if os.environ.get(CONNECTOR_VARIABLE) == MEDIA_CONNECTOR:
-        # Registers itself; asked for by name, so a vLLM that lacks the hook may say so.
-        importlib.import_module(".pictures", __name__)
+        # Registers itself. Somebody asked for it by name, so a vLLM without that hook fails here.
+        importlib.import_module(".images", __name__)

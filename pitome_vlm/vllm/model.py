@@ -1,8 +1,7 @@
 """vLLM's LLaVA with merged visual tokens: the model class and how its prompts are counted.
 
-Knows: the methods of vLLM's LLaVA that have to differ. Does not know: how a tower merges
-(`tower.py`) or what the options mean (`options.py`). Everything else (projector, language model,
-caches, scheduling) is vLLM's own.
+Only the methods of vLLM's LLaVA that have to differ. Projector, language model, caches and
+scheduling are vLLM's own; how a tower merges is in `tower.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 from vllm.model_executor.models.llava import (
     LlavaDummyInputsBuilder,
     LlavaForConditionalGeneration,
@@ -36,11 +36,12 @@ class PiToMeLlavaProcessingInfo(LlavaProcessingInfo):
         """What is merged."""
         return plan_serving(self.get_hf_config())
 
+    @override
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
-        """Visual tokens of one picture that reach the language model.
+        """Visual tokens of one image that reach the language model.
 
         Raises:
-            ValueError: vLLM makes another number of them than the schedule starts from.
+            ValueError: the schedule does not start from the number of tokens that vLLM makes.
         """
         whole = super().get_num_image_tokens(image_width=image_width, image_height=image_height)
         schedule = self.plan.schedule
@@ -53,14 +54,15 @@ class PiToMeLlavaProcessingInfo(LlavaProcessingInfo):
 
 
 class PiToMeLlavaMultiModalProcessor(LlavaMultiModalProcessor):
-    """Names cached pictures after their merge options as well.
+    """Adds the merge options to the names under which images are cached.
 
-    vLLM's own name of a picture is its content and the processor's options. Caches that outlive a
-    server (shared encoder or KV stores) would hand features of one budget to a server of another.
+    vLLM names an image after its content and the processor's options. Caches that outlive a server
+    (shared encoder or KV stores) would hand features of one budget to a server with another.
     """
 
+    @override
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        """See vLLM's `BaseMultiModalProcessor`; every release asks the inputs for their names."""
+        # Every release asks the inputs for their names.
         salted = copy.copy(inputs)
         salted.get_mm_hashes = functools.partial(
             _salted_names, inputs.get_mm_hashes, self.info.plan.salt
@@ -78,8 +80,7 @@ def _salted_names(names_of: Callable[..., Any], salt: str, *args: Any, **options
     }
 
 
-# The registration is not inherited in effect: without one of its own the subclass would count
-# unmerged tokens.
+# Without a registration of its own the subclass would inherit one that counts unmerged tokens.
 @MULTIMODAL_REGISTRY.register_processor(
     PiToMeLlavaMultiModalProcessor,
     info=PiToMeLlavaProcessingInfo,
@@ -88,23 +89,25 @@ def _salted_names(names_of: Callable[..., Any], salt: str, *args: Any, **options
 class PiToMeLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     """LLaVA whose visual tokens are merged in the tower and before the projector."""
 
-    # vLLM would feed as many tokens to the LoRA layers of tower and projector as come out.
+    # vLLM would hand the LoRA layers of tower and projector only as many tokens as come out.
     supports_tower_connector_lora = False
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        # Before weights are made: what is refused here costs nothing.
+        # Before weights are allocated, so that a refusal costs nothing.
         plan = plan_serving(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._plan = plan
 
+    @override
     def _image_pixels_to_features(self, vision_tower: Any, pixel_values: Any) -> Any:
         if self._plan.schedule.is_identity:
             return super()._image_pixels_to_features(vision_tower, pixel_values)
         strategy = self.config.vision_feature_select_strategy
         return encode(vision_tower, pixel_values, self._plan, strategy)
 
+    @override
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Weights under the names of published checkpoints and of transformers 5."""
+        """Load weights with the names of published checkpoints or of transformers 5."""
         loaded: set[str] = super().load_weights(_published_names(weights))
         return loaded
 

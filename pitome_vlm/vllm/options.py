@@ -1,11 +1,9 @@
-"""From a merge config to vLLM's `--hf-overrides` and back, with what vLLM cannot do refused.
+"""From a merge config to vLLM's `--hf-overrides` and back; refuses what vLLM cannot do.
 
-Knows: what stock vLLM can and cannot do with merged tokens, and what a LLaVA's config says. Does
-not know: vLLM itself, which need not be installed.
-
-Options travel as `hf_overrides={"architectures": [...], "pitome": {fields of MergeConfig}}`. vLLM
-hands them to every process as an attribute of the model's config, so that the process that counts
-tokens and the ones that merge them read one and the same object.
+vLLM itself need not be installed. Options travel as
+`hf_overrides={"architectures": [...], "pitome": {fields of MergeConfig}}`. vLLM hands them to every
+process as an attribute of the model's config, so that the process that counts tokens and those that
+merge them read the same options.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from ..merge.schedule import Schedule, TowerShape
 ARCHITECTURE = "PiToMeLlavaForConditionalGeneration"
 OPTIONS_KEY = "pitome"
 MEDIA_CONNECTOR = "pitome_vlm"
-# Class tokens in front of the patches, by the kind of tower that vLLM's LLaVA can have.
+# Class tokens before the patches, by the kind of tower that vLLM's LLaVA can have.
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 _NO_CALIBRATION = (
@@ -33,13 +31,13 @@ _NO_CALIBRATION = (
 
 @dataclass(frozen=True)
 class PlannedServing:
-    """What a vLLM server does with the pictures of one model.
+    """What a vLLM server does with the images of one model.
 
     Attributes:
-        config: the merge options in force, calibration off by name.
-        schedule: token counts of every picture.
-        grid: (rows, columns) of the patches, None where the tokens are no whole grid.
-        switched_off: options that the library would have on by default and vLLM cannot have.
+        config: the merge options in force, with calibration switched off.
+        schedule: token counts of every image.
+        grid: (rows, columns) of the patches, None where the tokens are not a whole grid.
+        switched_off: options that the library has on by default and vLLM does not support.
     """
 
     config: MergeConfig
@@ -49,7 +47,7 @@ class PlannedServing:
 
     @property
     def salt(self) -> str:
-        """What has to be part of the name of anything that is kept of a picture."""
+        """Hex digest of the options, to add to the name of whatever is cached of an image."""
         text = json.dumps(self.config.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -62,15 +60,15 @@ class PlannedServing:
 
 
 def served_config(config: MergeConfig) -> MergeConfig:
-    """A config as vLLM can carry it out: the same merges, calibration off by name.
+    """A config as vLLM can carry it out: the same merges, calibration switched off.
 
     Raises:
-        ValueError: it asks for something that vLLM cannot do; the message says what to write.
+        ValueError: it asks for what vLLM cannot do; the message says what to write instead.
     """
     if config.is_adaptive:
         raise ValueError(
             "keep='auto' cannot be served: vLLM has to know the number of visual tokens before "
-            "it sees the picture; give a fixed keep or tokens"
+            "it sees the image; give a fixed keep or tokens"
         )
     if config.size_bias:
         raise ValueError(
@@ -89,8 +87,8 @@ def hf_overrides(config: MergeConfig) -> dict[str, Any]:
     """What `LLM(hf_overrides=...)` and `vllm serve --hf-overrides` take, in plain JSON values.
 
     Args:
-        config: the merge options; only those that differ from their defaults are written, and
-            the ones that vLLM needs to have said.
+        config: the merge options; written are those that differ from their defaults, the
+            algorithm and the calibration.
 
     Raises:
         ValueError: see `served_config`.
@@ -112,7 +110,7 @@ def plan_serving(hf_config: Any, config: MergeConfig | None = None) -> PlannedSe
         ValueError: options that are missing, out of range, that do not fit the model, or that
             vLLM cannot carry out.
     """
-    # Torch comes with it, which a process that only registers the model does not need.
+    # Late, because it imports torch, which a process that only registers the model does not need.
     from ..merge import algorithms
     from ..merge.budget import schedule_for
 
@@ -120,7 +118,7 @@ def plan_serving(hf_config: Any, config: MergeConfig | None = None) -> PlannedSe
     served = served_config(given)
     shape = _tower_shape(hf_config)
     schedule = schedule_for(served, shape)
-    # Where nothing is merged there is nothing to tell the language model either.
+    # Where nothing is merged there is nothing to calibrate.
     wanted = algorithms.get(given.algorithm).calibrated and not schedule.is_identity
     options = ("size_bias", "positions")
     off = tuple(name for name in options if wanted and getattr(given, name) is None)

@@ -1,15 +1,15 @@
 """Options are checked when vLLM starts, before it loads weights or starts processes.
 
-Knows: vLLM's hook for checks of a model's config. Does not know: what is right or wrong
-(`options.py`).
+This is vLLM's hook for it; what is right or wrong is decided in `options.py`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from ..releases import vllm_config_checks
 from . import logger
 from .options import ARCHITECTURE, plan_serving
 
@@ -19,7 +19,7 @@ class PiToMeLlavaConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Refuse bad options in one line; say what is merged otherwise.
+        """Refuse bad options in one line, or else log what is merged.
 
         Raises:
             TypeError: see `plan_serving`.
@@ -29,13 +29,15 @@ class PiToMeLlavaConfig(VerifyAndUpdateConfig):
         lora = vllm_config.lora_config
         if lora is not None and getattr(lora, "enable_tower_connector_lora", False):
             raise ValueError(
-                "--enable-tower-connector-lora cannot be served with merged tokens: vLLM counts "
-                "the tokens of tower and projector by those that come out; leave it out (LoRA on "
+                "--enable-tower-connector-lora cannot be served with merged tokens: vLLM assumes "
+                "that tower and projector see as many tokens as come out; leave it out (LoRA on "
                 "the language model is served)"
             )
         logger.info("%s", plan)
 
 
 def register_check() -> None:
-    """Let vLLM make the check for our architecture."""
-    MODELS_CONFIG_MAP[ARCHITECTURE] = PiToMeLlavaConfig
+    """Let vLLM make the check for this plugin's architecture."""
+    checks = vllm_config_checks()
+    assert checks is not None
+    checks[ARCHITECTURE] = PiToMeLlavaConfig

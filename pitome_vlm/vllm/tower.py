@@ -1,8 +1,7 @@
 """Merging in vLLM's CLIP and SigLIP towers.
 
-Knows: how vLLM's encoder layers run their attention, and that under tensor parallelism every
-process holds some of the heads. Does not know: what a layer does between its parts
-(`adapters/merged_layer.py`), or which algorithm decides.
+Runs the attention of vLLM's encoder layers, of which every process holds some of the heads under
+tensor parallelism. What a layer does between its parts is in `adapters/merged_layer.py`.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def _run(vision: Any, pixel_values: Tensor, merge_pass: MergePass) -> Tensor:
         hidden = vision.pre_layrnorm(hidden)
     for index, layer in enumerate(vision.encoder.layers):
         if merge_pass.touches(index):
-            kernels = _KERNELS if layer.self_attn.tp_size == 1 else _KERNELS_OF_MANY
+            kernels = _KERNELS if layer.self_attn.tp_size == 1 else _PARALLEL_KERNELS
             hidden = merged_layer(layer, index, hidden, merge_pass, kernels)
         else:
             output = layer(hidden)
@@ -72,10 +71,10 @@ def _project(attention: Any, normed: Tensor) -> Heads:
 
 
 def _attend(attention: Any, parts: Heads, bias: Tensor | None) -> Tensor:
-    """Attention and output projection; vLLM's own kernel wherever there is nothing to add.
+    """Attention and output projection, with vLLM's own kernel wherever there is no bias.
 
-    vLLM's encoder attention takes no additive mask on any backend, so layers behind the first
-    merge go through torch's.
+    vLLM's encoder attention takes no additive mask on any backend, so layers after the first merge
+    use torch's.
     """
     if bias is None:
         output = attention.attn(*(part.transpose(1, 2).flatten(2) for part in parts))
@@ -88,10 +87,10 @@ def _attend(attention: Any, parts: Heads, bias: Tensor | None) -> Tensor:
 
 
 def _mean_over_ranks(own: Tensor) -> Tensor:
-    """What every process has to the mean of it: means over its heads, or its hidden states.
+    """The mean over all processes of a tensor that each of them has.
 
-    Otherwise every process would plan other merges, and what they then add up would not belong
-    to the same tokens. Nothing would complain.
+    Without it every process would plan its own merges and they would add up values of different
+    tokens, without any error.
     """
     # A copy: on some devices the reduction happens in place.
     copied = own.clone(memory_format=torch.contiguous_format)
@@ -101,4 +100,4 @@ def _mean_over_ranks(own: Tensor) -> Tensor:
 
 
 _KERNELS = LayerKernels(_project, _attend)
-_KERNELS_OF_MANY = LayerKernels(_project, _attend, _mean_over_ranks)
+_PARALLEL_KERNELS = LayerKernels(_project, _attend, _mean_over_ranks)

@@ -236,7 +236,7 @@ def test_the_server_is_vllm_s_own(monkeypatch, distribution, entry):
 )
 def test_what_is_decided_here_cannot_be_given_twice(monkeypatch, word):
     pretend_installed(monkeypatch, "vllm")
-    with pytest.raises(ValueError, match="is written by this command"):
+    with pytest.raises(ValueError, match="is set by this command"):
         server_command("PATH", MergeConfig(keep=0.25), [word])
 
 

@@ -17,7 +17,7 @@ EVERY_ALGORITHM = [
     {"algorithm": "tome", "keep": 0.5, "placement": "after_layer", "layers": [1, 3]},
     {"algorithm": "pitome", "keep": 0.5, "proportional_attention": False, "weighted": False},
 ]
-# Of 16 options times 48 pictures; see `check_features`.
+# Of 16 options times 48 images; see `check_features`.
 MOST_TIES = 12
 
 
@@ -38,11 +38,11 @@ def check_equal(passes, features, path, expected):
 
 
 def check_features(found, path, options):
-    """Equal for every picture, but where merges hang on the last bit of a float32.
+    """Equal for every image, except where merges hang on the last bit of a float32.
 
     Energies of two tokens may lie closer together than rounding (8e-8 apart where either kernel is
     wrong by 3e-7), and what follows in the order of energies then changes sides. The library
-    itself decides such a picture either way when the last bits of its pixels change.
+    itself decides about such an image either way when the last bits of its pixels change.
     """
     pixels, library = pixels_of(path), Library(path)
     ties = []

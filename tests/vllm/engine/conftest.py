@@ -18,13 +18,12 @@ from pitome_vlm.demo import checkpoint_path, scene_image
 from pitome_vlm.vllm import hf_overrides
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2] / "scripts"))
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     """Four scenes of different shapes, as files."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     paths = []
     for number, size in enumerate([(192, 192), (120, 240), (300, 90), (64, 64)]):
         path = folder / f"{number}.png"
@@ -34,18 +33,18 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def requests(pictures):
-    """One picture, two pictures, the first one again with another question, text alone."""
+def requests(images):
+    """One image, two images, the first one again with another question, text alone."""
     return [
-        {"prompt": "user: <image> how many stars are there? assistant:", "images": pictures[:1]},
+        {"prompt": "user: <image> how many stars are there? assistant:", "images": images[:1]},
         {
             "prompt": "user: <image> what is this ? user: <image> what colour is the circle? "
             "assistant:",
-            "images": pictures[1:3],
+            "images": images[1:3],
         },
         {
             "prompt": "user: <image> what colour is the largest object? assistant:",
-            "images": pictures[:1],
+            "images": images[:1],
         },
         {"prompt": "user: what colour is the square? assistant:", "images": []},
     ]

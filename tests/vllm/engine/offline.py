@@ -25,7 +25,7 @@ def generate(llm, job):
         images = [Image.open(path).convert("RGB") for path in request["images"]]
         own = {"multi_modal_data": {"image": images}} if images else {}
         requests.append({"prompt": request["prompt"], **own})
-    passes, names = [], picture_names(llm)
+    passes, names = [], image_names(llm)
     for _ in range(job["passes"]):
         names.clear()
         outputs = llm.generate(requests, sampling, use_tqdm=False)
@@ -35,7 +35,7 @@ def generate(llm, job):
                     "answer": list(output.outputs[0].token_ids),
                     "prompt_tokens": len(output.prompt_token_ids),
                     "cached_tokens": output.num_cached_tokens,
-                    "picture_names": own,
+                    "image_names": own,
                 }
                 for output, own in zip(outputs, names, strict=True)
             ]
@@ -43,8 +43,8 @@ def generate(llm, job):
     return passes
 
 
-def picture_names(llm):
-    """A list that is filled with the names under which vLLM caches the pictures of each request."""
+def image_names(llm):
+    """A list that is filled with the names under which vLLM caches the images of each request."""
     core, names = llm.llm_engine.engine_core, []
     add = core.add_request
 

@@ -25,7 +25,7 @@ def test_demo_with_chunked_prefill_and_prefix_cache(engine, demo, requests):
         enable_prefix_caching=True,
     )
     check_equal(passes, features, demo, reference(demo, requests, config))
-    # The 36 tokens of a picture lie in more than one chunk and in whole blocks of the cache.
+    # The 36 tokens of an image lie in more than one chunk and in whole blocks of the cache.
     assert all(one["cached_tokens"] > 0 for one in passes[1][:3])
 
 
@@ -34,14 +34,14 @@ def test_keep_everything_is_stock_vllm(engine, demo, requests):
     stock = engine(demo, requests)[0]
     check_varied(answers(stock))
     assert answers(unreduced) == answers(stock) == reference(demo, requests, None)
-    # Caches of pictures must not mix what was merged otherwise.
+    # Cached images must not mix with those of another budget.
     ours, theirs = names_of(unreduced), names_of(stock)
     assert len(ours) == len(theirs) == 3
     assert not ours & theirs
 
 
 def names_of(outputs):
-    return {name for one in outputs for name in one["picture_names"]}
+    return {name for one in outputs for name in one["image_names"]}
 
 
 def test_siglip(engine, tiny_siglip, requests):

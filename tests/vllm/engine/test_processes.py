@@ -18,7 +18,7 @@ def test_in_a_process_of_its_own(engine, tiny, requests):
 
 
 def test_tensor_parallel(engine, tiny, requests):
-    """Without the all-reduce of the mean keys every answer about a picture is another one."""
+    """Without the all-reduce of the mean keys all answers about images change."""
     passes, features = engine(
         tiny,
         requests,

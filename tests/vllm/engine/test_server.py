@@ -19,7 +19,6 @@ pytest.importorskip("vllm.version", reason="make test-vllm builds an environment
 import httpx
 import torch
 from PIL import Image
-from serve_memory import KERNELS, as_url, broken_urls, held
 from served_models import environment
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -27,6 +26,7 @@ import pitome_vlm
 from pitome_vlm.demo import checkpoint_path, load_split, scene_image
 from pitome_vlm.measure.demo_benchmark import Setting, ask, prompt_for, run
 from pitome_vlm.vllm import served_config
+from scripts.serving.memory import KERNELS, as_url, broken_urls, held
 
 KEEP = 0.25
 ANSWER_TOKENS = 3
@@ -37,8 +37,8 @@ START_SECONDS = 240
 # oneDNN keeps a compiled kernel for every shape of a matrix product, 1024 of them if nobody says
 # otherwise, and a server grows by them whatever it serves (eval/results/serving/memory.md). With
 # few of them the server stays where it is after some thousand requests. What a thousand more may
-# add is far below what they would leave behind: the merged tokens of their pictures alone are
-# 18 MiB, the pictures 130 MiB.
+# add is far below what they would leave: the merged tokens of their images alone are
+# 18 MiB, the images 130 MiB.
 FEW_KERNELS = {KERNELS: "16"}
 WARM_UP = 3000
 GROWTH = {"front end": 4 * 2**20, "workers": 6 * 2**20}
@@ -46,7 +46,7 @@ GROWTH = {"front end": 4 * 2**20, "workers": 6 * 2**20}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """Address and process of a server for one picture in a prompt."""
+    """Address and process of a server with one image per prompt."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -112,14 +112,14 @@ def questions(library):
     model, processor, config = library
     samples = load_split("test", QUESTIONS)
     (outcome,) = run(model, processor, [Setting("served", config)], samples, split="test")
-    pictures = {one.scene_id: as_url(png(scene_image(one.scene_id, "test"))) for one in samples}
-    requests = [body([pictures[one.scene_id]], one.question) for one in samples]
+    urls = {one.scene_id: as_url(png(scene_image(one.scene_id, "test"))) for one in samples}
+    requests = [body([urls[one.scene_id]], one.question) for one in samples]
     return list(zip(requests, outcome.answers, strict=True))
 
 
 @pytest.fixture(scope="module")
 def mixed(library):
-    """(request, the library's answer) about pictures of other sizes than the model's."""
+    """(request, the library's answer) about images of other sizes than the model's."""
     (model, processor, config), found = library, []
     with pitome_vlm.wrapped(model, config=config):
         for one, size in zip(load_split("test", len(SIZES)), SIZES, strict=True):
@@ -138,7 +138,7 @@ def broken(questions):
     found = {
         name: body([url], "how many stars are there?") for name, url in broken_urls(good).items()
     }
-    found["two pictures"] = body([good, good], "how many stars are there?")
+    found["two images"] = body([good, good], "how many stars are there?")
     found["a long prompt"] = body([good], "star " * 500)
     return found
 

@@ -1,4 +1,4 @@
-"""Lets the published torchvision be imported beside a CPU torch. TEST ENVIRONMENT ONLY.
+"""Lets the published torchvision be imported with a CPU torch. TEST ENVIRONMENT ONLY.
 
 The wheel on PyPI is built for CUDA: its compiled part does not load, and torchvision then fails at
 import because the operators of that part are missing. vLLM's LLaVA imports the pure Python part
