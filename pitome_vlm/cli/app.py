@@ -1,7 +1,4 @@
-"""The commands together, and what happens when one of them fails.
-
-Knows: that every error is one line on stderr and exit code 2. Does not know: what the commands do.
-"""
+"""All commands, and what happens when one fails: one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -30,7 +27,8 @@ from .visualize import visualize
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
-# What says all there is to say in its message.
+DEBUG = "--debug"
+# Errors whose message says everything; others are shown with the name of their class.
 KNOWN_ERRORS = (ValueError, TypeError, OSError, ImportError, MemoryError)
 
 EPILOG = """
@@ -51,7 +49,7 @@ Examples:
 
 
 class OneLineErrors(TyperGroup):
-    """A command group that never shows a traceback unless asked with --debug."""
+    """A command group that shows a traceback only with --debug; that is the context's `obj`."""
 
     def main(
         self,
@@ -64,10 +62,14 @@ class OneLineErrors(TyperGroup):
     ) -> Any:
         """Run a command line; always ends in SystemExit unless `standalone_mode` is False."""
         words = list(sys.argv[1:] if args is None else args)
+        # Read here once, so that it works before and after the name of every command.
+        ours = words[: words.index("--")] if "--" in words else words
+        extra["obj"] = debug = DEBUG in ours
+        words = [word for word in ours if word != DEBUG] + words[len(ours) :]
         try:
             code = super().main(words, prog_name, complete_var, False, windows_expand_args, **extra)
         except (Exception, KeyboardInterrupt) as error:
-            code = _report(error, debug="--debug" in words)
+            code = _report(error, debug=debug)
         if standalone_mode:
             sys.exit(code if isinstance(code, int) else 0)
         return code
@@ -85,7 +87,7 @@ class OneLineErrors(TyperGroup):
 def _report(error: BaseException, *, debug: bool) -> int:
     """Say what went wrong and return the exit code."""
     if isinstance(error, BrokenPipeError):
-        # Whoever read our output has enough; keep the interpreter quiet when it flushes.
+        # The reader has closed the pipe; keep the interpreter quiet when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
@@ -128,9 +130,13 @@ def root(
             "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
         ),
     ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option(DEBUG, help="Show the full traceback of an error; works with every command."),
+    ] = False,
 ) -> None:
     """Faster LLaVA-style models: merge visual tokens before the language model sees them."""
-    del version
+    del version, debug  # shown in --help; read by `OneLineErrors.main`
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 

@@ -1,131 +1,307 @@
 """`pitome-vlm bench`: will merging help this model, this batch, this length of answer?
 
-Knows: its options. Does not know: how anything is timed (`pitome_vlm.measure.bench`) or how the
-result looks (`bench_show.py`).
+Checks the options before minutes are spent and shows the result; `bench_run.py` loads and times.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..common import require, whole_number, write_text
+from ..merge.config import MergeConfig
 from . import options as o
-from .info import parsed_size
-from .terminal import quiet
+from .terminal import quiet, say, show_table, write, write_json
+
+if TYPE_CHECKING:
+    from ..measure.bench import Budget, Case, Report
+
+EXIT_INTERRUPTED = 130
+RESULTS, REPORT, PLOT = "results.json", "report.md", "bench.png"
+_WHAT = "What is timed"
+_HOW = "How it is timed"
 
 
 def bench(
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", metavar="PATH", help="Checkpoint, or `demo`."),
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="PATH",
+            help="Folder or Hub name of a LLaVA checkpoint, or `demo`.",
+            rich_help_panel=_WHAT,
+        ),
     ] = None,
     config: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Random weights of a published shape instead: llava-1.5-7b, llava-1.5-13b, "
-            "llava-next-7b, onevision-7b; tiny, tiny-next, tiny-onevision to try it out.",
+            help="In place of --model, random weights of a published shape: llava-1.5-7b, "
+            "llava-1.5-13b, llava-next-7b, onevision-7b, or the small tiny, tiny-next, "
+            "tiny-onevision.",
+            rich_help_panel=_WHAT,
         ),
     ] = None,
     layers: Annotated[
         int | None,
         typer.Option(
-            help="With --config: build only so many language model layers; the whole depth is "
-            "scaled up from them."
+            metavar="N",
+            help="With --config: build only N layers of the language model and scale their time "
+            "up to the full depth.",
+            rich_help_panel=_WHAT,
         ),
     ] = None,
     keep: Annotated[
-        str, typer.Option(metavar="F,F,...", help="Fractions of visual tokens to compare.")
+        str,
+        typer.Option(
+            metavar="F,F",
+            help="Fractions of the visual tokens to compare.",
+            rich_help_panel=_WHAT,
+        ),
     ] = "0.5,0.25,0.11",
     tokens: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="The same as counts, instead.")
-    ] = None,
-    algorithm: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME,NAME,...", help="pitome_plus (default), pitome, tome, visionzip, ..."
+            metavar="N,N",
+            help="Visual tokens per image to compare, in place of --keep.",
+            rich_help_panel=_WHAT,
         ),
     ] = None,
-    batch: Annotated[str, typer.Option(metavar="B,B,...", help="Prompts at a time.")] = "1",
-    text_tokens: Annotated[int, typer.Option(help="Words of the prompt, in tokens.")] = 64,
-    answer_tokens: Annotated[int, typer.Option(help="Length of the answer, in tokens.")] = 32,
-    images: Annotated[int, typer.Option(help="Pictures in every prompt.")] = 1,
-    image_size: Annotated[
+    algorithms: Annotated[
         str | None,
         typer.Option(
-            metavar="WIDTHxHEIGHT",
-            help="Size of the pictures in pixels, for models that cut them into tiles; default "
-            "1024x768.",
+            metavar="NAME,NAME",
+            help="Merging algorithms to compare; default: pitome_plus.",
+            rich_help_panel=_WHAT,
         ),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Rounds that are timed.")] = 20,
-    warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 3,
+    batch: Annotated[
+        str,
+        typer.Option(
+            metavar="N,N", help="Batch sizes in prompts to compare.", rich_help_panel=_WHAT
+        ),
+    ] = "1",
+    text_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Text tokens per prompt.", rich_help_panel=_WHAT)
+    ] = 64,
+    answer_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens per answer.", rich_help_panel=_WHAT)
+    ] = 32,
+    images: Annotated[
+        int, typer.Option(metavar="N", help="Images per prompt.", rich_help_panel=_WHAT)
+    ] = 1,
+    image_size: o.ImageSize = None,
+    repeats: Annotated[
+        int, typer.Option(metavar="N", help="Timed rounds.", rich_help_panel=_HOW)
+    ] = 20,
+    warmup: Annotated[
+        int, typer.Option(metavar="N", help="Untimed warm-up rounds.", rich_help_panel=_HOW)
+    ] = 3,
     memory: Annotated[
         float | None,
         typer.Option(
             metavar="GIB",
-            help="Compute the largest batch for so much memory; default on a CPU: what the "
-            "machine has.",
+            help="Compute the largest batch for this much memory; default: that of the device.",
+            rich_help_panel=_HOW,
         ),
     ] = None,
     max_batch: Annotated[
         bool,
         typer.Option(
-            "--max-batch", help="On a GPU: find the largest batch by trying, and time it."
+            "--max-batch",
+            help="On a GPU: find the largest batch by trying it out, and time it.",
+            rich_help_panel=_HOW,
         ),
     ] = False,
     check_flops: Annotated[
-        bool, typer.Option("--check-flops", help="Compare FLOPs with what PyTorch counts.")
+        bool,
+        typer.Option(
+            "--check-flops",
+            help="Compare the computed FLOPs with those that PyTorch counts.",
+            rich_help_panel=_HOW,
+        ),
     ] = False,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="CPU threads.", rich_help_panel=_HOW)
+    ] = None,
+    load_4bit: o.Load4Bit = False,
     dtype: o.Dtype = None,
     device: o.Device = None,
-    load_4bit: o.Load4Bit = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.")
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder for report.md, results.json and bench.png; default: write no files.",
+        ),
     ] = None,
-    plot_file: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Write a picture (png, svg, pdf).")
-    ] = None,
-    report_file: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE", help="Write the tables as Markdown.")
-    ] = None,
+    overwrite: o.Overwrite = False,
+    plot: o.Plot = True,
+    as_json: o.AsJson = False,
     verbose: o.Verbose = False,
-    debug: o.Debug = False,
 ) -> None:
-    """Time tower, merge, prefill and decoding with and without merging, in turns.
+    """Time tower, merging, prefill and decoding with and without merging, in turns.
 
-    Every budget is timed once per round, the untouched model included; tables hold medians in
-    milliseconds. `pays to` is the longest answer, in tokens, that gets at least 10 % faster ("from
-    80": those and longer ones do).
+    Every budget is timed once per round, the unmerged model included; tables show medians in
+    milliseconds. `pays to` is the longest answer in tokens that gets at least 10 % faster ("from
+    80": answers of 80 tokens and more do).
 
     Examples: `pitome-vlm bench --config llava-1.5-7b --layers 4 --batch 1,4`,
-    `pitome-vlm bench --model PATH --tokens 144,64 --algorithm pitome_plus,tome --plot out.png`
+    `pitome-vlm bench --model PATH --tokens 144,64 --algorithms pitome_plus,tome -o bench`
     """
-    del debug  # read by the command group
-    from .bench_run import Files, Question, Source, run
-
-    source = Source(
-        o.LoadOptions(model or "", load_4bit, False, dtype, device), config, layers, threads
-    )
-    question = Question(
-        keep=keep,
-        tokens=tokens,
-        algorithms=algorithm,
-        batches=batch,
-        text_tokens=text_tokens,
-        answer_tokens=answer_tokens,
-        images=images,
-        image_size=parsed_size(image_size),
-        repeats=repeats,
-        warmup=warmup,
-        memory=memory,
-        max_batch=max_batch,
-        check_flops=check_flops,
-    )
+    _check(model, config, layers, load_4bit, max_batch, memory)
+    size = o.image_size_of(image_size)
+    whole_number("repeats", repeats, 1)
+    whole_number("warmup", warmup, 0)
+    if memory is not None and not memory > 0:
+        raise ValueError(f"memory must be above 0 GiB, got {memory}")
+    if threads is not None:
+        whole_number("threads", threads, 1)
     with quiet(verbose):
-        interrupted = run(source, question, Files(json_file, plot_file, report_file))
+        from . import bench_run as run
+
+        if config is not None:
+            run.check_shape(config, layers)
+        budgets = _budgets(keep, tokens, algorithms)
+        sizes = o.counts("batch", batch)
+        cases = [_case(number, text_tokens, answer_tokens, images, size) for number in sizes]
+        if output is not None:
+            _check_output(output, overwrite=overwrite, plot=plot)
+        if config is None:
+            loaded = run.load_checkpoint(model or "", load_4bit, dtype, device, threads)
+        else:
+            loaded = run.build_shape(config, layers, dtype, device, threads)
+        run.check_budgets(loaded.model, budgets, size)
+        report, interrupted = run.timed(
+            config or model or "",
+            loaded,
+            budgets,
+            cases,
+            repeats=repeats,
+            warmup=warmup,
+            check_flops=check_flops,
+        )
+        # A search on a GPU takes minutes, and whoever pressed Ctrl-C does not want it.
+        if report.pairs() and not (interrupted and loaded.model.device.type != "cpu"):
+            run.find_fits(loaded, report, memory=memory, try_out=max_batch)
+        if report.pairs():
+            if as_json:
+                write_json(report.to_dict())
+            else:
+                show(report)
+            if output is not None:
+                _write_files(report, output, plot=plot)
     if interrupted:
-        raise typer.Exit(130)
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _check(
+    model: str | None,
+    config: str | None,
+    layers: int | None,
+    load_4bit: bool,
+    max_batch: bool,
+    memory: float | None,
+) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        ValueError: they do.
+    """
+    if (model is None) == (config is None):
+        raise ValueError("give either --model PATH or --config NAME")
+    if layers is not None and config is None:
+        raise ValueError("--layers needs --config; a checkpoint is always timed at full depth")
+    if config is not None and load_4bit:
+        raise ValueError("--load-4bit quantises a checkpoint; give --model, not --config")
+    if max_batch and layers is not None:
+        raise ValueError(
+            "--max-batch tries batches out, which says nothing about the full depth when --layers "
+            "builds a part of it; leave one of them out (without --max-batch the largest batch is "
+            "computed for the full depth)"
+        )
+    if max_batch and memory is not None:
+        raise ValueError(
+            "--max-batch fills the memory of this device and --memory computes for another one; "
+            "leave one of them out"
+        )
+
+
+def _budgets(keep: str, tokens: str | None, algorithms: str | None) -> list[Budget]:
+    """The unmerged model and every algorithm at every budget.
+
+    Raises:
+        ValueError: no number, a number out of range, or an unknown algorithm.
+    """
+    from ..measure.bench import Budget
+    from .session import check_algorithm
+
+    names = [None] if algorithms is None else o.words("algorithms", algorithms)
+    values: list[dict[str, Any]]
+    if tokens is None:
+        values = [{"keep": value} for value in o.fractions("keep", keep)]
+    else:
+        values = [{"tokens": value} for value in o.counts("tokens", tokens)]
+    found = [Budget("none")]
+    for name in names:
+        chosen: dict[str, Any] = {} if name is None else {"algorithm": name}
+        check_algorithm(chosen)
+        for value in values:
+            label = " ".join(f"{key}={number:g}" for key, number in value.items())
+            config = MergeConfig(**value, **chosen)
+            found.append(Budget(label if len(names) == 1 else f"{name} {label}", config))
+    return found
+
+
+def _case(
+    batch: int, text_tokens: int, answer_tokens: int, images: int, size: tuple[int, int] | None
+) -> Case:
+    from ..measure.bench import Case
+
+    return Case(batch, text_tokens, answer_tokens, images, size)
+
+
+def _check_output(folder: Path, *, overwrite: bool, plot: bool) -> None:
+    """Refuse before measuring what could not be written afterwards."""
+    from ..measure.store import check_files
+
+    if plot:
+        require("matplotlib", "viz", "the plot of bench (--no-plot leaves it out)")
+    check_files(folder, (RESULTS, REPORT, PLOT), overwrite=overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def show(report: Report) -> None:
+    """Print the tables, what they were measured on, notes, and what it all means."""
+    from ..measure.bench import verdict
+    from ..measure.provenance import in_words
+
+    for table in report.tables():
+        rows = [[str(cell) for cell in row] for row in table.rows]
+        show_table(table.caption, table.columns, rows)
+    write(in_words(report.setup))
+    for line in report.footnotes():
+        write(f"- {line}")
+    write("")
+    for sentence in verdict(report):
+        write(f"- {sentence}")
+
+
+def _write_files(report: Report, folder: Path, *, plot: bool) -> None:
+    from ..measure.bench import page
+    from ..measure.bench import plot as draw
+
+    files = [folder / RESULTS, folder / REPORT, *([folder / PLOT] if plot else [])]
+    report.save(files[0])
+    write_text(files[1], page(report))
+    if plot:
+        draw(report, files[2])
+    else:
+        # A plot of an earlier run would contradict the new numbers.
+        (folder / PLOT).unlink(missing_ok=True)
+    for path in files:
+        say(f"wrote {path}")

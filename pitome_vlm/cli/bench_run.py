@@ -1,191 +1,134 @@
-"""What `pitome-vlm bench` does, in order: check everything, load, time, show, write.
+"""How `pitome-vlm bench` loads a model, times it, and finds the largest batch.
 
-Knows: what options mean and what can be refused before minutes are spent. Does not know: how
-anything is timed (`pitome_vlm.measure.bench`) or printed (`bench_show.py`).
+How anything is timed or computed is left to `pitome_vlm.measure.bench`.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
-from ..common import whole_number
-from ..merge.config import MergeConfig
-from .bench_fits import find_fits
-from .options import LoadOptions
+import torch
+
+from ..loading.checkpoints import torch_dtype
+from ..measure.bench import (
+    Bench,
+    Budget,
+    Case,
+    Report,
+    build,
+    configuration,
+    counted_over_formula,
+    fitting_batch,
+)
+from ..measure.bench.fits import tried_fit
+from ..measure.bench.memory import FORMULA, is_computable, out_of_memory
+from ..measure.bench.report import Fit
+from ..measure.provenance import provenance
+from ..wrapping.encode import planned_count, planned_schedule
+from ..wrapping.wrap import unwrap
+from .session import accelerator, checked_device, load_model
 from .terminal import say
 
-if TYPE_CHECKING:
-    from ..measure.bench import Budget, Case, Report
-
-Number = TypeVar("Number", int, float)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Which model, and on what."""
-
-    loading: LoadOptions
-    config: str | None
-    layers: int | None
-    threads: int | None
-
-    def check(self) -> None:
-        """Refuse what does not go together.
-
-        Raises:
-            ValueError: it does not.
-        """
-        if (not self.loading.model) == (self.config is None):
-            raise ValueError("give one of --model PATH and --config NAME")
-        if self.layers is not None and self.config is None:
-            raise ValueError("--layers belongs to --config; a checkpoint is timed as it is")
-        if self.config is not None and self.loading.load_4bit:
-            raise ValueError("--load-4bit quantises a checkpoint; give --model, not --config")
-        if self.threads is not None:
-            whole_number("threads", self.threads, 1)
-        if self.config is not None:
-            from ..measure.bench import configuration
-
-            configuration(self.config, layers=self.layers)
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is compared, and on what."""
-
-    keep: str
-    tokens: str | None
-    algorithms: str | None
-    batches: str
-    text_tokens: int
-    answer_tokens: int
-    images: int
-    image_size: tuple[int, int] | None
-    repeats: int
-    warmup: int
-    memory: float | None
-    max_batch: bool
-    check_flops: bool
-
-    def check(self, layers: int | None) -> None:
-        """Refuse what does not go together.
-
-        Raises:
-            ValueError: it does not.
-        """
-        if self.max_batch and layers is not None:
-            raise ValueError(
-                "--max-batch tries batches out, which says nothing about the whole depth where "
-                "--layers builds a part of it; leave one of them out (without --max-batch the "
-                "largest batch is computed for the whole depth)"
-            )
-        if self.max_batch and self.memory is not None:
-            raise ValueError(
-                "--max-batch fills the memory there is and --memory computes for another one; "
-                "leave one of them out"
-            )
-
-    def budgets(self) -> list[Budget]:
-        """The untouched model and every algorithm at every budget.
-
-        Raises:
-            ValueError: no number, a number out of range, or an unknown algorithm.
-        """
-        from ..measure.bench import Budget
-        from .session import check_algorithm
-
-        names: list[str | None] = [None]
-        if self.algorithms is not None:
-            names = list(_words(self.algorithms))
-        for name in names:
-            check_algorithm({} if name is None else {"algorithm": name})
-        values: list[dict[str, Any]]
-        if self.tokens is None:
-            values = [{"keep": value} for value in _numbers(self.keep, float, "--keep")]
-        else:
-            values = [{"tokens": value} for value in _numbers(self.tokens, int, "--tokens")]
-        found = [Budget("none")]
-        for name in names:
-            chosen: dict[str, Any] = {} if name is None else {"algorithm": name}
-            for value in values:
-                config = MergeConfig(**value, **chosen)
-                label = " ".join(f"{key}={number:g}" for key, number in value.items())
-                found.append(Budget(label if len(names) == 1 else f"{name} {label}", config))
-        return found
-
-    def cases(self) -> list[Case]:
-        """One for every batch size.
-
-        Raises:
-            ValueError: no number, or a number out of range.
-        """
-        from ..measure.bench import Case
-
-        whole_number("repeats", self.repeats, 1)
-        whole_number("warmup", self.warmup, 0)
-        if self.memory is not None and not self.memory > 0:
-            raise ValueError(f"memory must be above 0 GiB, got {self.memory}")
-        batches = _numbers(self.batches, int, "--batch")
-        words, answer = self.text_tokens, self.answer_tokens
-        return [Case(size, words, answer, self.images, self.image_size) for size in batches]
-
-
-@dataclass(frozen=True)
-class Files:
-    """What is written."""
-
-    json: Path | None = None
-    plot: Path | None = None
-    report: Path | None = None
-
-    def check(self) -> None:
-        """See that all of it can be written, so that nothing measured is lost.
-
-        Raises:
-            OSError: a place that cannot be written to.
-            ImportError: a plot without matplotlib.
-            ValueError: a kind of picture that cannot be written.
-        """
-        if self.plot is not None:
-            from ..measure.plots import check_plot_file
-
-            check_plot_file(self.plot)
-        for path in (self.json, self.plot, self.report):
-            if path is not None:
-                _check_writable(path)
+GIB = 2**30
+SECONDS_BETWEEN_LINES = 10
 
 
 @dataclass
 class Loaded:
-    """A model, and the same at its whole depth, which may be on the meta device."""
+    """A model to time.
+
+    Attributes:
+        model: the model.
+        whole: the same at full depth, which may be on the meta device.
+        depth: layers of `whole` divided by layers of `model`.
+        notes: what a reader of the numbers has to know about it.
+    """
 
     model: Any
     whole: Any
-    depth: float
-    notes: list[str]
+    depth: float = 1.0
+    notes: list[str] = field(default_factory=list)
 
 
-def run(source: Source, question: Question, files: Files) -> bool:
-    """Time a model and show what came of it.
+def check_shape(name: str, layers: int | None) -> None:
+    """Refuse a shape that there is not.
+
+    Raises:
+        ValueError: its name or the number of layers.
+    """
+    configuration(name, layers=layers)
+
+
+def load_checkpoint(
+    name: str, load_4bit: bool, dtype: str | None, device: str | None, threads: int | None
+) -> Loaded:
+    """A checkpoint, unwrapped."""
+    _use_threads(threads)
+    vlm, _ = load_model(name, load_4bit=load_4bit, dtype=dtype, device=device)
+    vlm = unwrap(vlm).eval()
+    return Loaded(vlm, vlm)
+
+
+def build_shape(
+    name: str, layers: int | None, dtype: str | None, device: str | None, threads: int | None
+) -> Loaded:
+    """A model of a published shape with random weights, of all or of some layers."""
+    _use_threads(threads)
+    chosen: Any = torch_dtype(dtype or "float32")
+    place = checked_device(device) or accelerator() or "cpu"
+    say(f"Building {name} with random weights on {place} ...")
+    vlm = build(name, layers=layers, dtype=chosen, device=place)
+    all_layers = configuration(name).text_config.num_hidden_layers
+    depth = all_layers / vlm.config.text_config.num_hidden_layers
+    notes = [f"random weights of the shape of {name}"]
+    if depth == 1:
+        return Loaded(vlm, vlm, notes=notes)
+    notes.append(
+        f"{layers} of {all_layers} language model layers were built. For the full depth, the time "
+        "from the start of the first layer to the end of the last one is multiplied by "
+        f"{depth:g}, and everything else (tower, projector, embedding, head, sampling) counts "
+        "once. KV cache, largest batch and the sentences are about the full depth; the first "
+        "table, FLOPs and peak memory are about what was built"
+    )
+    return Loaded(vlm, build(name, dtype=chosen, device="meta"), depth, notes)
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def check_budgets(vlm: Any, budgets: list[Budget], image_size: tuple[int, int] | None) -> None:
+    """Refuse a budget that does not fit the model before the first round.
+
+    Raises:
+        ValueError: it asks for more tokens than there are.
+    """
+    for budget in budgets:
+        if budget.config is not None:
+            planned_schedule(vlm, budget.config)
+            planned_count(vlm, budget.config, image_size=image_size)
+
+
+def timed(
+    name: str,
+    loaded: Loaded,
+    budgets: list[Budget],
+    cases: list[Case],
+    *,
+    repeats: int,
+    warmup: int,
+    check_flops: bool,
+) -> tuple[Report, bool]:
+    """Time every budget in every case.
 
     Returns:
-        Whether Ctrl-C ended it early; what was measured by then is shown and written all the same.
+        The report, and whether Ctrl-C ended it early; it then holds what was measured by then.
     """
-    source.check()
-    question.check(source.layers)
-    budgets, cases = question.budgets(), question.cases()
-    files.check()
-    from ..measure.bench import Report
-    from ..measure.provenance import provenance
-    from .bench_show import show
-
-    loaded = _loaded(source)
-    _check_budgets(loaded.model, budgets, question)
-    name = source.config or source.loading.model
     setup = provenance(
         loaded.model,
         language_model_layers=loaded.model.config.get_text_config().num_hidden_layers,
@@ -193,94 +136,35 @@ def run(source: Source, question: Question, files: Files) -> bool:
     )
     report = Report(name, [], loaded.notes, depth=loaded.depth, setup=setup)
     try:
-        _measure(loaded, budgets, cases, report, question)
-        interrupted = False
+        if check_flops:
+            for budget in budgets:
+                share = counted_over_formula(loaded.model, budget, cases[0])
+                report.notes.append(
+                    f"FLOPs counted by PyTorch / formula, {budget.name}: {share:.4f}"
+                )
+        _measure(loaded, budgets, cases, report, repeats, warmup)
     except KeyboardInterrupt:
-        interrupted = True
         done = min((one.repeats for _, one in report.pairs()), default=0)
-        report.notes.append(f"interrupted after {done} of {question.repeats} rounds")
+        report.notes.append(f"interrupted after {done} of {repeats} rounds")
         say("interrupted")
-    if report.pairs():
-        if not interrupted or loaded.model.device.type == "cpu":
-            find_fits(
-                loaded.model,
-                loaded.whole,
-                report,
-                memory=question.memory,
-                try_out=question.max_batch,
-            )
-        show(report)
-        _write(report, files)
-    return interrupted
-
-
-def _loaded(source: Source) -> Loaded:
-    import torch
-
-    from ..wrapping.wrap import unwrap
-    from .session import accelerator, load_model
-
-    if source.threads is not None:
-        torch.set_num_threads(source.threads)
-    if source.config is None:
-        vlm, _ = load_model(source.loading, {})
-        vlm = unwrap(vlm).eval()
-        return Loaded(vlm, vlm, 1.0, [])
-    from ..loading.checkpoints import torch_dtype
-    from ..measure.bench import build, configuration
-
-    dtype: Any = torch_dtype(source.loading.dtype or "float32")
-    device = source.loading.device or accelerator() or "cpu"
-    say(f"building {source.config} with random weights on {device}")
-    vlm = build(source.config, layers=source.layers, dtype=dtype, device=device)
-    all_layers = configuration(source.config).text_config.num_hidden_layers
-    depth = all_layers / vlm.config.text_config.num_hidden_layers
-    notes = [f"random weights of the shape of {source.config}"]
-    if depth == 1:
-        return Loaded(vlm, vlm, 1.0, notes)
-    notes.append(
-        f"{source.layers} of {all_layers} language model layers were built. At the whole depth, "
-        f"the time between the first layer's start and the last one's end is taken {depth:g} "
-        "times and everything else (tower, projector, embedding, head, sampling) once; KV cache, "
-        "largest batch and the sentences are about the whole depth, the first table, FLOPs and "
-        "peak memory are about what was built"
-    )
-    return Loaded(vlm, build(source.config, dtype=dtype, device="meta"), depth, notes)
-
-
-def _check_budgets(vlm: Any, budgets: list[Budget], question: Question) -> None:
-    """Refuse a budget that does not fit the model before the first round.
-
-    Raises:
-        ValueError: it asks for more tokens than there are.
-    """
-    from ..wrapping.encode import planned_count, planned_schedule
-
-    for budget in budgets:
-        if budget.config is not None:
-            planned_schedule(vlm, budget.config)
-            planned_count(vlm, budget.config, image_size=question.image_size)
+        return report, True
+    return report, False
 
 
 def _measure(
-    loaded: Loaded, budgets: list[Budget], cases: list[Case], report: Report, question: Question
+    loaded: Loaded,
+    budgets: list[Budget],
+    cases: list[Case],
+    report: Report,
+    repeats: int,
+    warmup: int,
 ) -> None:
-    from ..measure.bench import Bench, counted_over_formula
-    from ..measure.bench.memory import out_of_memory
-
-    if question.check_flops:
-        for budget in budgets:
-            share = counted_over_formula(loaded.model, budget, cases[0])
-            report.notes.append(f"FLOPs counted by PyTorch / formula, {budget.name}: {share:.4f}")
     for case in cases:
         try:
             bench = Bench(loaded.model, budgets, case, depth=loaded.depth)
             report.results.append(bench.results)
-            bench.run(
-                repeats=question.repeats,
-                warmup=question.warmup,
-                progress=_progress(case.batch, time.monotonic()),
-            )
+            tell = _progress(case.batch, time.monotonic())
+            bench.run(repeats=repeats, warmup=warmup, progress=tell)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -298,7 +182,7 @@ def _progress(batch: int, started: float) -> Callable[[int, int], None]:
 
     def tell(done: int, rounds: int) -> None:
         now = time.monotonic()
-        if done == rounds or now - last[0] > 10:
+        if done == rounds or now - last[0] > SECONDS_BETWEEN_LINES:
             left = (now - started) / done * (rounds - done)
             say(f"batch {batch}: round {done} of {rounds}, about {left:.0f} s left")
             last[0] = now
@@ -306,44 +190,58 @@ def _progress(batch: int, started: float) -> Callable[[int, int], None]:
     return tell
 
 
-def _write(report: Report, files: Files) -> None:
-    from ..common import write_text
-    from ..measure.bench import page, plot
+def find_fits(loaded: Loaded, report: Report, *, memory: float | None, try_out: bool) -> None:
+    """Add the largest batch of every budget, and its throughput, to a report.
 
-    if files.json is not None:
-        report.save(files.json)
-    if files.plot is not None:
-        plot(report, files.plot)
-    if files.report is not None:
-        write_text(files.report, page(report))
-    for path in (files.json, files.plot, files.report):
-        if path is not None:
-            say(f"wrote {path}")
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _numbers(text: str, kind: type[Number], option: str) -> list[Number]:
-    try:
-        found = [kind(word) for word in _words(text)]
-    except ValueError:
-        found = []
-    if not found:
-        raise ValueError(f"{option} takes numbers with commas between them, got {text!r}")
-    return found
-
-
-def _check_writable(path: Path) -> None:
-    """Try to open a file for writing without changing it.
-
-    Raises:
-        OSError: it cannot be.
+    Args:
+        loaded: what was timed.
+        report: with timed cases; notes are added.
+        memory: GiB to compute for, None for what this device has.
+        try_out: search by trying batches out where there is an accelerator.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    there = path.exists()
-    with path.open("a", encoding="utf-8"):
-        pass
-    if not there:
-        path.unlink()
+    model = loaded.model
+    on_cpu = model.device.type == "cpu"
+    if try_out and on_cpu:
+        report.notes.append(
+            "--max-batch tries batches out on GPUs only; here the largest batch is computed"
+        )
+    if try_out and not on_cpu:
+        _try_out(model, report)
+    else:
+        _compute(model, loaded.whole, report, memory)
+
+
+def _compute(model: Any, whole: Any, report: Report, memory: float | None) -> None:
+    if not is_computable(whole):
+        report.notes.append(
+            "max batch: not computed for this model, whose tower takes images of any size"
+        )
+        return
+
+    size, whose = _memory(model, memory)
+    report.notes.append(f"max batch: computed for {size / GIB:.1f} GiB ({whose}): {FORMULA}")
+    report.notes.append(
+        'answers/s at it: ">=" marks an estimate from the largest timed batch, as if time grew in '
+        "proportion to the batch; larger batches share the reading of weights and are faster"
+    )
+    last = [case for case in report.results if case[0].repeats][-1]
+    for one in last:
+        batch = fitting_batch(whole, one, size, model.dtype)
+        rate = one.answers_per_second(one.whole) if batch >= one.case.batch else None
+        report.fits[one.budget.name] = Fit(batch, False, rate)
+
+
+def _try_out(model: Any, report: Report) -> None:
+    size, _ = _memory(model, None)
+    report.notes.append("the largest batches were tried out")
+    for one in report.results[0]:
+        report.fits[one.budget.name], _ = tried_fit(model, one, size)
+
+
+def _memory(model: Any, given: float | None) -> tuple[int, str]:
+    """Bytes, and what they are the memory of."""
+    if given is not None:
+        return int(given * GIB), "--memory"
+    if model.device.type == "cuda":
+        return int(torch.cuda.get_device_properties(model.device).total_memory), "the GPU's memory"
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine's memory"

@@ -1,7 +1,7 @@
 """`pitome-vlm chat`: a conversation in the terminal.
 
-Knows: lines, slash commands and Ctrl-C. Does not know: prompts or generation (`engine.py`).
-Answers go to stdout, everything else to stderr; without a terminal, lines are read from stdin.
+Handles lines, slash commands and Ctrl-C, and leaves prompts and generation to `engine.py`. Answers
+go to stdout, everything else to stderr; without a terminal, lines are read from stdin.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from ..common import suggest
 from . import options as o
 from .terminal import one_line, quiet, say, write
@@ -24,17 +26,18 @@ if TYPE_CHECKING:
     from .engine import Conversation
 
 HELP = {
-    "/image PATH ...": "look at another picture (or several); starts a new conversation",
+    "/image PATH ...": "show one or more other images; starts a new conversation",
     "/keep F": "keep this fraction of the visual tokens, 0 to 1",
     "/tokens N": "keep this many visual tokens per image",
-    "/reset": "forget what was said, keep the picture",
-    "/info": "what is merged and what was said",
-    "/help": "this list",
-    "/exit": "leave (as Ctrl-D does); Ctrl-C stops an answer",
+    "/reset": "forget the conversation, keep the image",
+    "/info": "show what is merged and the length of the conversation",
+    "/help": "show this list",
+    "/exit": "leave (or press Ctrl-D); Ctrl-C stops an answer",
 }
 
 
 def chat(
+    context: typer.Context,
     model: o.Model,
     image: o.MaybeImages = None,
     keep: o.Keep = None,
@@ -43,6 +46,7 @@ def chat(
     algorithm: o.Algorithm = None,
     preset: o.Preset = None,
     quality: o.Quality = None,
+    option: o.MergeOption = None,
     load_4bit: o.Load4Bit = False,
     load_8bit: o.Load8Bit = False,
     dtype: o.Dtype = None,
@@ -50,31 +54,42 @@ def chat(
     max_new_tokens: o.MaxNewTokens = 512,
     temperature: o.Temperature = 0.0,
     verbose: o.Verbose = False,
-    debug: o.Debug = False,
 ) -> None:
-    """Talk about a picture; answers appear word by word.
+    """Talk about an image; answers appear word by word.
 
-    Commands inside: /image PATH, /keep 0.25, /tokens N, /reset, /info, /help, /exit.
+    Without a budget, a quarter of the visual tokens is kept, or what the checkpoint's own
+    pitome_config.json says; --keep 1 merges nothing.
+
+    Commands during the conversation: /image PATH, /keep 0.25, /tokens N, /reset, /info, /help,
+    /exit.
 
     Example: `pitome-vlm chat --model demo --image scene.png --keep 0.25`
     """
-    merging = o.MergeOptions(keep, tokens, ratio, algorithm, preset, quality).given()
-    from .session import load_images, load_model, merging_line
+    merging = o.merge_options(keep, tokens, ratio, algorithm, preset, quality, option)
+    from .session import load_images, load_merging
 
-    pictures = load_images(image or [])
-    loading = o.LoadOptions(model, load_4bit, load_8bit, dtype, device)
-    vlm, processor = load_model(loading, merging, verbose=verbose)
+    images = load_images(image or [])
+    vlm, processor = load_merging(
+        model,
+        merging,
+        load_4bit=load_4bit,
+        load_8bit=load_8bit,
+        dtype=dtype,
+        device=device,
+        announce=True,
+        verbose=verbose,
+    )
     from .engine import Conversation
 
-    conversation = Conversation(vlm, processor, max_new_tokens, temperature, pictures)
-    say(f"{model} ready, {merging_line(vlm)}. /help lists the commands.")
-    if not pictures:
-        say("No picture yet: /image PATH shows one.")
-    Chat(conversation, debug=debug, verbose=verbose).run()
+    conversation = Conversation(vlm, processor, max_new_tokens, temperature, images)
+    say(f"{model} is ready; /help lists the commands.")
+    if not images:
+        say("No image yet; show one with /image PATH.")
+    Chat(conversation, debug=bool(context.obj), verbose=verbose).run()
 
 
 class Chat:
-    """Reads lines, answers them, and survives what goes wrong in one of them."""
+    """Reads lines and answers them; an error in one line does not end the conversation."""
 
     def __init__(
         self, conversation: Conversation, *, debug: bool = False, verbose: bool = False
@@ -92,7 +107,7 @@ class Chat:
         }
 
     def run(self) -> None:
-        """Until /exit, the end of the input, or Ctrl-C at the prompt."""
+        """Read lines until /exit, the end of the input, or Ctrl-C at the prompt."""
         interactive = sys.stdin.isatty()
         if interactive:
             # Line editing and history for input(); missing on some platforms.
@@ -111,7 +126,7 @@ class Chat:
                 self.handle(line)
 
     def handle(self, line: str) -> None:
-        """One question or command; an error in it is one line and nothing else changes."""
+        """Handle one question or command; an error is one line and changes nothing else."""
         try:
             self._command(line) if line.startswith("/") else self._answer(line)
         except KeyboardInterrupt:
@@ -127,13 +142,13 @@ class Chat:
     def _answer(self, question: str) -> None:
         with stopping_on_interrupt() as stop, quiet(self.verbose):
             answer = self.conversation.ask(
-                question, on_text=lambda text: write(text, end=""), stop=stop
+                question, on_text=lambda text: write(text, end="", fold=False), stop=stop
             )
         write("")
         if stop.is_set():
             say("stopped")
         elif not answer:
-            say("(the model had nothing to say)")
+            say("(the model gave an empty answer)")
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
@@ -149,10 +164,10 @@ class Chat:
 
         names = _split(paths)
         if not names:
-            raise ValueError("which picture? /image PATH")
+            raise ValueError("/image needs the path of an image: /image PATH")
         self.conversation.show(load_images(names))
         sizes = ", ".join(f"{i.width} x {i.height}" for i in self.conversation.images)
-        say(f"looking at {', '.join(names)} ({sizes}); new conversation")
+        say(f"Showing {', '.join(names)} ({sizes}); this is a new conversation")
 
     def _budget(self, **budget: Any) -> None:
         from ..wrapping.wrap import is_wrapped, merge_config, wrap
@@ -165,14 +180,14 @@ class Chat:
     def _reset(self, rest: str) -> None:
         del rest
         self.conversation.reset()
-        say("forgotten")
+        say("Conversation forgotten")
 
     def _info(self, rest: str) -> None:
         del rest
         from .session import merging_line
 
         talk = self.conversation
-        say(f"{merging_line(talk.model)}; {len(talk.images)} picture(s), {len(talk.turns)} turn(s)")
+        say(f"{merging_line(talk.model)}; {len(talk.images)} image(s), {len(talk.turns)} turn(s)")
 
     def _help(self, rest: str) -> None:
         del rest
@@ -185,7 +200,7 @@ def _number(text: str, kind: type, example: str) -> Any:
         return kind(text)
     except ValueError:
         what = "a number" if kind is float else "a whole number"
-        raise ValueError(f"{what} is needed, as in {example}; got {text!r}") from None
+        raise ValueError(f"give {what}, as in {example}; got {text!r}") from None
 
 
 def _split(text: str) -> list[str]:

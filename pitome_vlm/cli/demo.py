@@ -1,8 +1,4 @@
-"""`pitome-vlm demo`: the whole story on the bundled tiny model, offline.
-
-Knows: the order of the story and how it looks in a terminal. Does not know: how anything is
-measured (`demo_run.py`) or written to files (`demo_files.py`).
-"""
+"""`pitome-vlm demo`: merging on the bundled tiny model, in the terminal and as a page, offline."""
 
 from __future__ import annotations
 
@@ -12,60 +8,61 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.text import Text
 
 from . import options as o
-from .terminal import err, out, quiet, write
+from .terminal import progress_bars, quiet, show_table, write
 
 if TYPE_CHECKING:
     from ..demo import Sample
     from ..measure.demo_benchmark import Outcome
+    from ..measure.visualize import Figure, Table
     from .demo_run import Demo, Score
 
-WIDE = 110
-FULL_TABLE = "eval/results/demo"
+IMAGE_SIZE = 480
+# The table of one scene has seven columns; on 80 characters its questions are folded to this width.
+NARROW_QUESTION = 14
 
 
 def demo(
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for pictures and report.")
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for images and report.html."),
     ] = Path("pitome-demo"),
     questions: Annotated[
-        int, typer.Option(metavar="N", help="Held-out questions to measure accuracy on.")
+        int, typer.Option(metavar="N", help="Number of held-out questions to measure accuracy on.")
     ] = 135,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the scene and the questions.")] = 0,
-    picture: Annotated[
-        bool, typer.Option("--picture/--no-picture", help="Write pictures and report.html.")
+    seed: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Random seed for choosing scene and questions.")
+    ] = 0,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Whether to write images and report.html.")
     ] = True,
     verbose: o.Verbose = False,
-    debug: o.Debug = False,
 ) -> None:
     """Compare PiToMe with ToMe, random selection and pooling on the bundled tiny LLaVA.
 
-    Needs no network and takes less than a minute.
+    Needs no network and takes about a minute.
     """
-    del debug  # read by the command group
     started = time.perf_counter()
-    if picture and output.exists() and not output.is_dir():
-        raise ValueError(f"output must be a folder, but {output} is a file")
-    from .demo_run import balanced, choose_scene, held_out, load_demo, one_thread
+    if report and output.exists() and not output.is_dir():
+        raise ValueError(f"--output must be a folder, but {output} is a file")
+    with quiet(verbose):
+        from .demo_run import balanced, choose_scene, held_out, load_demo
+        from .session import one_thread
 
-    samples = held_out()
-    scene, asked = choose_scene(samples, seed), balanced(samples, questions, seed)
-    run = load_demo(verbose=verbose)
-    with quiet(verbose), one_thread():
-        answers = run.answers(scene)
-        _show_scene(run, scene, answers)
-        scores = _scores(run, asked)
-        _show_scores(scores)
-        if picture:
-            from .demo_files import write_files
-
-            for path in write_files(output, run, scene, answers, scores, seed):
-                write(f"wrote {path}")
-    write(f"{time.perf_counter() - started:.0f} s in all")
+        samples = held_out()
+        scene, asked = choose_scene(samples, seed), balanced(samples, questions, seed)
+        run = load_demo(verbose=verbose)
+        with one_thread():
+            answers = run.answers(scene)
+            _show_scene(run, scene, answers)
+            scores = _scores(run, asked)
+            _show_scores(run, scores)
+            if report:
+                for path in _write_files(output, run, scene, answers, scores, seed):
+                    write(f"wrote {path}")
+    write(f"{time.perf_counter() - started:.0f} s in total")
 
 
 def _show_scene(run: Demo, scene: Sequence[Sample], outcomes: Sequence[Outcome]) -> None:
@@ -74,38 +71,36 @@ def _show_scene(run: Demo, scene: Sequence[Sample], outcomes: Sequence[Outcome])
     weights = sum(p.numel() for p in run.model.parameters())
     write(
         f"The bundled LLaVA has {weights / 1e6:.1f} M parameters. Scene {scene[0].scene_id} "
-        f"({SPLIT} split) was never seen in training."
+        f"({SPLIT} split) was not part of its training."
     )
-    # Seven columns in 80 characters: no padding, and long answers break at their hyphen.
-    narrow = out.width < WIDE
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0 if narrow else 1), pad_edge=False)
-    table.title, table.title_justify = "One held-out scene", "left"
-    table.add_column("question", min_width=14)
-    table.add_column("right")
+    write("")
+    columns = ["question", "right"]
     for outcome in outcomes:
         kept = "" if outcome.setting == UNMERGED else f"\n{SHOWN_KEEP:.0%}"
-        table.add_column(outcome.setting.name + kept, overflow="fold")
-    for index, sample in enumerate(scene):
-        given = [_marked(outcome.answers[index], sample.answer) for outcome in outcomes]
-        cells = [sample.answer, *given]
-        table.add_row(sample.question, *(c.replace("-", "-\n") if narrow else c for c in cells))
-    out.print(table)
+        columns.append(outcome.setting.name.replace(" ", "\n") + kept)
+    rows: list[list[str | Text]] = [
+        [
+            sample.question,
+            sample.answer,
+            *(_marked(outcome.answers[index], sample.answer) for outcome in outcomes),
+        ]
+        for index, sample in enumerate(scene)
+    ]
+    show_table("One held-out scene", columns, rows, folds=(0, NARROW_QUESTION))
 
 
-def _marked(answer: str, right: str) -> str:
-    from rich.markup import escape
-
+def _marked(answer: str, right: str) -> Text:
+    """The first word of an answer, with a mark that says whether the answer is right."""
     mark, colour = ("✓", "green") if answer == right else ("✗", "red")
     first, *more = answer.split() or ["-"]
-    return f"[{colour}]{mark}[/] {escape(first)}{' …' if more else ''}"
+    return Text.assemble((mark, colour), f" {first}{' …' if more else ''}")
 
 
 def _scores(run: Demo, asked: Sequence[Sample]) -> list[Score]:
     from .demo_run import KEEPS, TIMED_RUNS, settings
 
-    columns = TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeElapsedColumn(), console=err, transient=True) as progress:
-        asking = progress.add_task("questions", total=len(settings(*KEEPS)) * len(asked))
+    with progress_bars() as progress:
+        asking = progress.add_task("questions ", total=len(settings(*KEEPS)) * len(asked))
         timing = progress.add_task("timed runs", total=TIMED_RUNS)
         return run.scores(
             asked,
@@ -114,46 +109,115 @@ def _scores(run: Demo, asked: Sequence[Sample]) -> list[Score]:
         )
 
 
-def _show_scores(scores: list[Score]) -> None:
-    first = scores[0]
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left")
-    table.title = f"{len(first.outcome.answers)} held-out questions, every type equally often"
-    table.add_column("method")
-    for name in ("tokens", "right", "95 %", "prefill", "ratio", "KV cache"):
-        table.add_column(name, justify="right")
-    tokens = first.outcome.tokens
-    for score in scores:
-        if score.outcome.tokens != tokens:
-            table.add_section()
-            tokens = score.outcome.tokens
-        table.add_row(*score_row(score, first))
-    out.print(table)
+def _show_scores(run: Demo, scores: list[Score]) -> None:
+    from .demo_run import new_budgets, note, score_columns, score_row
+
+    show_table(
+        f"{len(scores[0].outcome.answers)} held-out questions, the same number of every type",
+        score_columns(run.model),
+        [score_row(score, scores[0]) for score in scores],
+        starts=new_budgets(scores),
+    )
     write(note(scores))
 
 
-def score_row(score: Score, first: Score) -> list[str]:
-    """A row of the comparison as text; `first` is the unmerged model."""
-    low, high = score.interval
-    return [
-        score.outcome.setting.name,
-        str(score.outcome.tokens),
-        f"{score.outcome.accuracy:.1f} %",
-        f"{low:.0f} to {high:.0f}",
-        f"{score.prefill_ms:.1f} ms",
-        f"{score.prefill_ms / first.prefill_ms:.2f}x",
-        f"{score.kv_bytes / 1024:.0f} KiB",
-    ]
+def _write_files(
+    folder: Path,
+    run: Demo,
+    scene: Sequence[Sample],
+    answers: Sequence[Outcome],
+    scores: Sequence[Score],
+    seed: int,
+) -> list[Path]:
+    """Write scene.png, overlay.png and report.html, and return their paths."""
+    from ..common import write_text
+    from ..measure.visualize import html_report, strip
+    from .demo_run import SHOWN_KEEP
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = _figures(run, scene[0].scene_id)
+    # The strip shows the compared methods at one budget; the page has the others as well.
+    shown = [f for f in figures if f.note in ("", _kept(SHOWN_KEEP))]
+    paths = [folder / name for name in ("scene.png", "overlay.png", "report.html")]
+    figures[0].image.save(paths[0])
+    strip([(figure.caption, figure.image) for figure in shown]).save(paths[1])
+    page = html_report(
+        "Fewer visual tokens, same questions",
+        lead=(
+            "A tiny LLaVA answers questions about a scene it has not seen before. Each image shows "
+            "which patches became one visual token: same colour and outline, same token. Outlined "
+            "in white: kept as it is. Grey: dropped."
+        ),
+        figures=figures,
+        tables=[_answer_table(scene, answers), _score_table(run, scores)],
+        footer=_footer(run, seed),
+    )
+    write_text(paths[2], page)
+    return paths
 
 
-def note(scores: list[Score]) -> str:
-    """What a reader has to know about the numbers."""
-    from .demo_run import TIMED_BATCH, TIMED_RUNS
+def _kept(keep: float) -> str:
+    return f"{keep:.0%} of the tokens"
 
-    widest = max((score.interval for score in scores), key=lambda i: i[1] - i[0])
+
+def _figures(run: Demo, scene_id: int) -> list[Figure]:
+    from ..demo import scene_image
+    from ..measure.visualize import Figure, overlay
+    from .demo_run import KEEPS, SHOWN_KEEP, SPLIT, settings
+
+    image = scene_image(scene_id, SPLIT, IMAGE_SIZE)
+    figures = [Figure(image, "The image")]
+    # The model looks at the scene at its own size; the large image is drawn for the reader.
+    model_input = scene_image(scene_id, SPLIT)
+    for setting in [*settings(SHOWN_KEEP)[1:], settings(min(KEEPS))[1]]:
+        groups = run.groups(setting, model_input)
+        drawn = overlay(image, groups, size=IMAGE_SIZE)
+        caption = f"{setting.name}, {groups.tokens} tokens"
+        figures.append(Figure(drawn, caption, _kept(setting.config.budget.keep or 1.0)))
+    return figures
+
+
+def _answer_table(scene: Sequence[Sample], outcomes: Sequence[Outcome]) -> Table:
+    from ..measure.visualize import Cell, Table
+    from .demo_run import SHOWN_KEEP
+
+    rows: list[list[str | Cell]] = []
+    for index, sample in enumerate(scene):
+        given = [Cell(o.answers[index], bool(o.correct[index])) for o in outcomes]
+        rows.append([sample.question, sample.answer, *given])
+    return Table(
+        f"Questions about this scene, {_kept(SHOWN_KEEP)}",
+        ["question", "right answer", *(outcome.setting.name for outcome in outcomes)],
+        rows,
+    )
+
+
+def _score_table(run: Demo, scores: Sequence[Score]) -> Table:
+    from ..measure.visualize import Table
+    from .demo_run import new_budgets, note, score_columns, score_row
+
+    return Table(
+        f"{len(scores[0].outcome.answers)} held-out questions, the same number of every type",
+        score_columns(run.model),
+        [score_row(score, scores[0]) for score in scores],
+        note=note(scores),
+        numbers=frozenset(range(1, 7)),
+        starts=new_budgets(scores),
+    )
+
+
+def _footer(run: Demo, seed: int) -> str:
+    import platform
+
+    import torch
+    import transformers
+
+    from ..common import __version__
+
+    weight = next(run.model.parameters())
     return (
-        f"A small sample: the truth may lie {(widest[1] - widest[0]) / 2:.0f} points to either "
-        f"side, so neighbouring rows may swap. All held-out questions: {FULL_TABLE} in the "
-        f"repository.\nPrefill: from pixels to the first token of {TIMED_BATCH} prompts at once, "
-        f"median of {TIMED_RUNS} runs, methods taking turns; ratio to no merging. KV cache: per "
-        "image."
+        f"Measured by pitome-vlm {__version__} demo, seed {seed}: {platform.machine()} "
+        f"{weight.device.type}, {torch.get_num_threads()} thread, {weight.dtype}; "
+        f"torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, Python {platform.python_version()}."
     )

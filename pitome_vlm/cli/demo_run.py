@@ -1,32 +1,27 @@
-"""The measurements behind `pitome-vlm demo`.
+"""The measurements of `pitome-vlm demo`: what is compared, on which questions, how it is timed.
 
-Knows: what the demo compares, which held-out questions it asks and how it takes times. Does not
-know: how questions are asked and intervals computed (`demo.benchmark`), terminals, files or HTML.
-Everything is computed here and now; no number is stored.
+Everything is computed on the spot; no number is stored.
 """
 
 from __future__ import annotations
 
-import contextlib
 import random
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from PIL import Image
 
-from ..demo import Sample, checkpoint_path, load_split
+from ..demo import Sample, load_split
 from ..measure.demo_benchmark import Outcome, Setting, batches, interval, run
 from ..measure.description import describe
 from ..measure.timing import time_prefill
 from ..measure.visualize import SourceMap, source_map
-from ..merge.config import MergeConfig
+from ..merge.config import DEFAULT_KEEP, MergeConfig
 from ..wrapping.wrap import wrapped
-from .options import LoadOptions
-from .session import load_model
+from .session import DEMO, load_model
 
 SPLIT = "test"
 BATCH = 45
@@ -35,10 +30,11 @@ TIMED_BATCH = 2
 UNMERGED = Setting("no merging", MergeConfig(keep=1.0, algorithm="none"))
 TITLES = {"pitome_plus": "PiToMe+", "tome": "ToMe", "random": "random", "pool": "pool"}
 KEEPS = (0.5, 0.25, 0.11)
-SHOWN_KEEP = 0.25
-# Kinds with several objects: there is something to look at.
+SHOWN_KEEP = DEFAULT_KEEP
+# Kinds of scenes with several objects, so that there is something to look at.
 SHOWN_KINDS = ("scattered", "identical", "digits", "crowded")
 MIN_SCENE_QUESTIONS = 5
+FULL_TABLE = "eval/results/demo"
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class Score:
         outcome: the answers.
         interval: 95 % interval of the accuracy in percent.
         prefill_ms: median time from pixels to the first token.
-        kv_bytes: cache that one image's tokens take.
+        kv_bytes: size of the KV cache of one image's tokens.
     """
 
     outcome: Outcome
@@ -59,7 +55,7 @@ class Score:
 
 
 def settings(*keeps: float) -> list[Setting]:
-    """The unmerged model, then every method at every given fraction of the tokens."""
+    """The unmerged model, then every method at every given fraction of the visual tokens."""
     merged = [
         Setting(title, MergeConfig(keep=keep, algorithm=name))
         for keep in keeps
@@ -69,9 +65,8 @@ def settings(*keeps: float) -> list[Setting]:
 
 
 def load_demo(*, verbose: bool = False) -> Demo:
-    """The bundled model, in float32 as a CPU likes it."""
-    loading = LoadOptions(str(checkpoint_path()), dtype="float32")
-    return Demo(*load_model(loading, {}, verbose=verbose))
+    """The bundled model in float32, which CPUs are fastest with."""
+    return Demo(*load_model(DEMO, dtype="float32", verbose=verbose))
 
 
 def held_out() -> list[Sample]:
@@ -101,26 +96,12 @@ def balanced(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
     most = min(map(len, by_type.values())) * len(by_type)
     if not len(by_type) <= count <= most:
         raise ValueError(
-            f"questions must be in {len(by_type)}..{most} ({len(by_type)} types), got {count}"
+            f"--questions must be in {len(by_type)}..{most}, so that each of the {len(by_type)} "
+            f"types is asked, got {count}"
         )
     rng = random.Random(seed)
     shuffled = [rng.sample(about, len(about)) for about in by_type.values()]
     return [about[i] for i in range(len(samples)) for about in shuffled if i < len(about)][:count]
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread.
-
-    Threads that wait for each other slow a model this small down many times over on a busy
-    machine, and make times incomparable.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Demo:
@@ -145,7 +126,7 @@ class Demo:
 
         Args:
             samples: what to ask.
-            asked: called with the number of questions after every batch.
+            asked: called after every batch with its number of questions.
             timed: called with 1 after every round of timing.
         """
         chosen = settings(*KEEPS)
@@ -165,7 +146,7 @@ class Demo:
         ]
 
     def groups(self, setting: Setting, image: Image.Image) -> SourceMap:
-        """Which patches of a picture a setting merges."""
+        """Which patches of an image a setting merges."""
         with wrapped(self.model, config=setting.config):
             return source_map(self.model, self.processor, image)
 
@@ -177,7 +158,7 @@ class Demo:
     ) -> dict[Setting, float]:
         """Median milliseconds from pixels to the first token.
 
-        The settings take turns, so that whatever else the machine does falls on all of them.
+        The settings take turns, so that other load on the machine affects all of them alike.
         """
         batch = next(batches(self.processor, samples[:TIMED_BATCH], SPLIT, TIMED_BATCH))
         inputs = {name: value.to(self.model.device) for name, value in batch.items()}
@@ -196,3 +177,41 @@ class Demo:
 def _percent(samples: Sequence[Sample], outcome: Outcome) -> tuple[float, float]:
     low, high = interval(samples, outcome.correct)
     return 100 * low, 100 * high
+
+
+def score_columns(model: Any) -> list[str]:
+    """Heads of the rows that `score_row` makes."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return ["method", "tokens", "right", "95 %", "prefill", "faster", f"KV ({dtype})"]
+
+
+def score_row(score: Score, first: Score) -> list[str]:
+    """A row of the comparison as text; `first` is the unmerged model."""
+    low, high = score.interval
+    return [
+        score.outcome.setting.name,
+        f"{score.outcome.tokens:g}",
+        f"{score.outcome.accuracy:.1f} %",
+        f"{low:.0f} to {high:.0f}",
+        f"{score.prefill_ms:.1f} ms",
+        f"{first.prefill_ms / score.prefill_ms:.2f}x",
+        f"{score.kv_bytes / 1024:.0f} KiB",
+    ]
+
+
+def new_budgets(scores: Sequence[Score]) -> frozenset[int]:
+    """Numbers of the rows at which another number of tokens begins."""
+    tokens = [score.outcome.tokens for score in scores]
+    return frozenset(i for i in range(1, len(tokens)) if tokens[i] != tokens[i - 1])
+
+
+def note(scores: Sequence[Score]) -> str:
+    """What a reader has to know about the numbers."""
+    widest = max((score.interval for score in scores), key=lambda i: i[1] - i[0])
+    return (
+        f"A small sample: the true accuracy may be {(widest[1] - widest[0]) / 2:.0f} points higher "
+        "or lower, so neighbouring rows may swap. Results on all held-out questions are in "
+        f"{FULL_TABLE} of the repository.\nPrefill: from pixels to the first token of "
+        f"{TIMED_BATCH} prompts at once, median of {TIMED_RUNS} runs, methods taking turns; "
+        "faster: than no merging. KV: size of the KV cache per image."
+    )

@@ -1,7 +1,7 @@
-"""A conversation with a LLaVA about pictures, without a terminal.
+"""A conversation with a LLaVA about images, without a terminal.
 
-Knows: prompts, generation, how an answer is streamed and stopped. Does not know: keyboards,
-consoles, or merging; the same engine serves wrapped and unwrapped models.
+The same engine serves wrapped and unwrapped models; prompts, generation and decoding are those of
+`measure.asking`.
 """
 
 from __future__ import annotations
@@ -15,27 +15,26 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
+from ..measure import asking
 from ..wrapping.image_cache import ImageCache
 from ..wrapping.wrap import is_wrapped
-
-PLACEHOLDER = "<image>"
 
 
 @dataclass
 class Conversation:
-    """Pictures and what was said about them.
+    """Images and the turns of a conversation about them.
 
-    Every answer is computed from the whole conversation, so that the pictures or the number of
+    Every answer is computed from the whole conversation, so that the images or the number of
     visual tokens may change between two questions.
 
     Attributes:
         model: a LLaVA, wrapped or not.
         processor: its processor.
-        max_new_tokens: longest answer.
-        temperature: 0 for the most likely answer, above it samples.
-        images: pictures the first question is about.
-        turns: (question, answer) so far.
-        image_cache: visual tokens of the pictures, so that only the first question needs the tower.
+        max_new_tokens: longest answer in tokens.
+        temperature: 0 for the most likely answer; above 0 answers are sampled.
+        images: images shown before the first question.
+        turns: (question, answer) pairs so far.
+        image_cache: visual tokens of the images, so that only the first question runs the tower.
     """
 
     model: Any
@@ -53,11 +52,11 @@ class Conversation:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
 
     def show(self, images: Sequence[Image.Image]) -> None:
-        """Look at other pictures; what was said about the old ones is forgotten."""
+        """Show other images; the conversation about the old ones is forgotten."""
         self.images, self.turns = list(images), []
 
     def reset(self) -> None:
-        """Forget what was said; the pictures stay."""
+        """Forget the conversation; the images stay."""
         self.turns = []
 
     def ask(
@@ -71,8 +70,8 @@ class Conversation:
 
         Args:
             question: text without image placeholders.
-            on_text: called with every piece of the answer as soon as it is there.
-            stop: once set, the answer ends with the token being made; what is there is kept.
+            on_text: called with every piece of the answer as soon as it is generated.
+            stop: once set, the answer ends after the current token and is kept as far as it came.
 
         Returns:
             The whole answer.
@@ -80,25 +79,36 @@ class Conversation:
         Raises:
             ValueError: an empty question, or one with an image placeholder.
         """
-        question = check_question(question, self.processor)
-        prompt = build_prompt(self.processor, [*self.turns, (question, None)], len(self.images))
-        inputs = encode(self.processor, prompt, self.images)
-        inputs = inputs.to(self.model.device, self.model.dtype)
-        merged = {"image_cache": self.image_cache} if is_wrapped(self.model) else {}
-        sampling = {"do_sample": True, "temperature": self.temperature}
-        sequence = self.model.generate(
-            **inputs,
-            **merged,
-            **(sampling if self.temperature > 0 else {"do_sample": False}),
+        question = asking.checked_question(question, self.processor)
+        prompt = asking.prompt_text(self.processor, self._messages(question))
+        batch = asking.encoded(self.processor, [prompt], self.images)
+        tokenizer = asking.tokenizer_of(self.processor)
+        options: dict[str, Any] = (
+            {"image_cache": self.image_cache} if is_wrapped(self.model) else {}
+        )
+        if self.temperature > 0:
+            options |= {"do_sample": True, "temperature": self.temperature}
+        sequences = asking.generated(
+            self.model,
+            batch,
             max_new_tokens=self.max_new_tokens,
-            streamer=None if on_text is None else _Streamer(tokenizer_of(self.processor), on_text),
+            streamer=None if on_text is None else _Streamer(tokenizer, on_text),
             stopping_criteria=StoppingCriteriaList([_Stop(stop or threading.Event())]),
-        )[0]
-        new = sequence[inputs["input_ids"].shape[1] :]
-        answer = str(tokenizer_of(self.processor).decode(new, skip_special_tokens=True)).strip()
+            **options,
+        )
+        (answer,) = asking.decoded(self.processor, batch, sequences)
         if answer:
             self.turns.append((question, answer))
         return answer
+
+    def _messages(self, question: str) -> list[asking.Message]:
+        """The turns so far and the new question; images come before the first question."""
+        messages: list[asking.Message] = []
+        for said, answer in self.turns:
+            images = 0 if messages else len(self.images)
+            messages += [asking.user_message(said, images), asking.assistant_message(answer)]
+        images = 0 if messages else len(self.images)
+        return [*messages, asking.user_message(question, images)]
 
 
 class _Stop(StoppingCriteria):
@@ -120,72 +130,9 @@ class _Streamer(TextStreamer):
         self.started = False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Hand a piece on; the answer begins with its first visible character."""
+        """Pass a piece on, without the space before the first visible character."""
         del stream_end
         text = text if self.started else text.lstrip()
         self.started = self.started or bool(text)
         if text:
             self.on_text(text)
-
-
-def tokenizer_of(processor: Any) -> Any:
-    """The tokenizer inside a processor."""
-    return getattr(processor, "tokenizer", processor)
-
-
-def check_question(question: str, processor: Any) -> str:
-    """The question without outer spaces.
-
-    Raises:
-        ValueError: it is empty, or holds an image placeholder.
-    """
-    question = question.strip()
-    if not question:
-        raise ValueError("the question is empty")
-    placeholder = str(getattr(processor, "image_token", None) or PLACEHOLDER)
-    if placeholder in question:
-        raise ValueError(
-            f"the question must not contain {placeholder!r}: pictures are put in front of it"
-        )
-    return question
-
-
-def build_prompt(processor: Any, turns: Sequence[tuple[str, str | None]], n_images: int) -> str:
-    """The text of a conversation, ready for the processor.
-
-    Args:
-        processor: its chat template is used where there is one, else LLaVA-1.5's format.
-        turns: (question, answer) pairs; the last answer is None.
-        n_images: pictures in front of the first question.
-    """
-    messages: list[dict[str, Any]] = []
-    for index, (question, answer) in enumerate(turns):
-        pictures = [{"type": "image"}] * (n_images if index == 0 else 0)
-        text = {"type": "text", "text": question}
-        messages.append({"role": "user", "content": [*pictures, text]})
-        if answer is not None:
-            content = [{"type": "text", "text": answer}]
-            messages.append({"role": "assistant", "content": content})
-    if getattr(processor, "chat_template", None):
-        return str(processor.apply_chat_template(messages, add_generation_prompt=True))
-    return _llava_prompt(processor, turns, n_images)
-
-
-def _llava_prompt(processor: Any, turns: Sequence[tuple[str, str | None]], n_images: int) -> str:
-    placeholder = str(getattr(processor, "image_token", None) or PLACEHOLDER)
-    end = tokenizer_of(processor).eos_token or ""
-    prompt = ""
-    for index, (question, answer) in enumerate(turns):
-        pictures = f"{placeholder}\n" * (n_images if index == 0 else 0)
-        prompt += f"USER: {pictures}{question} ASSISTANT:"
-        prompt += "" if answer is None else f" {answer}{end}"
-    return prompt
-
-
-def encode(processor: Any, prompt: str, images: Sequence[Image.Image]) -> Any:
-    """A prompt and its pictures as the processor's tensors, with one beginning-of-text token."""
-    begin = tokenizer_of(processor).bos_token
-    # Some chat templates write the token themselves; the tokenizer would add a second one.
-    special = {"add_special_tokens": False} if begin and prompt.startswith(begin) else {}
-    pictures = {"images": list(images)} if images else {}
-    return processor(text=prompt, **pictures, return_tensors="pt", **special)

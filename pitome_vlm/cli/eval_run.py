@@ -1,21 +1,20 @@
-"""How `pitome-vlm eval` carries a sweep through: load, measure, time, say, write down.
+"""How `pitome-vlm eval` measures what is left of a sweep, says how far it is, and reports.
 
-Knows: the order, who speaks when several processes work together, and which noise is kept away.
-Does not know: options, how a cell is measured or stored, or how a report is made
-(`pitome_vlm.lmms`).
+Decides which of several processes speaks, and keeps the libraries' output away. How a cell is
+measured, stored and reported is left to `pitome_vlm.measure.evaluate` and `pitome_vlm.lmms`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .session import DEMO, is_first_process, model_path
 from .terminal import quiet, say, write
 
 if TYPE_CHECKING:
@@ -24,9 +23,24 @@ if TYPE_CHECKING:
     from ..measure.evaluate.sweep import Event
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A checked request."""
+@dataclass
+class Sweep:
+    """Cells to measure on one model, and what of them is still to be done.
+
+    Attributes:
+        model: folder or hub name.
+        model_args: further arguments of the model class, as text.
+        batch_size: questions at a time.
+        gen_kwargs: generation options in place of the tasks' own.
+        tasks: lmms-eval tasks.
+        cells: all cells.
+        limit: first questions of every task only, None for all.
+        folder: where finished cells are kept.
+        include_path: folder with further tasks.
+        verbose: let the libraries talk.
+        run: what is the same for all cells, as it is stored with them.
+        todo: cells that are not finished; see `plan`.
+    """
 
     model: str
     model_args: dict[str, str]
@@ -34,41 +48,37 @@ class Plan:
     gen_kwargs: str | None
     tasks: tuple[str, ...]
     cells: list[Cell]
+    limit: int | None
+    folder: Folder
+    include_path: Path | None
+    verbose: bool
+    run: dict[str, Any] = field(init=False)
+    todo: list[Cell] = field(default_factory=list)
+
+    def plan(self, *, resume: bool) -> None:
+        """Read the folder, and find out what is left.
+
+        Raises:
+            ValueError: it holds cells of another run, or `resume` is off and it holds any.
+        """
+        from ..measure.evaluate.records import fingerprint
+        from ..measure.evaluate.sweep import pending, versions
+
+        self.run = {
+            "model": DEMO if self.model == model_path(DEMO) else self.model,
+            "checkpoint": fingerprint(self.model),
+            "model_args": self.model_args,
+            "batch_size": self.batch_size,
+            "limit": self.limit,
+            "gen_kwargs": self.gen_kwargs,
+            "versions": versions(),
+        }
+        self.todo = pending(self.cells, self.folder, self.run, resume=resume)
 
     @property
     def settings(self) -> list[Any]:
         """Every setting once."""
         return list(dict.fromkeys(cell.setting for cell in self.cells))
-
-
-def circumstances(plan: Plan, limit: int | None) -> dict[str, Any]:
-    """What is the same for all cells, as it is stored with them."""
-    from ..measure.evaluate.records import fingerprint
-    from ..measure.evaluate.sweep import versions
-    from .session import model_path
-
-    bundled = plan.model == model_path("demo")
-    return {
-        "model": "demo" if bundled else plan.model,
-        "checkpoint": fingerprint(plan.model),
-        "model_args": plan.model_args,
-        "batch_size": plan.batch_size,
-        "limit": limit,
-        "gen_kwargs": plan.gen_kwargs,
-        "versions": versions(),
-    }
-
-
-@dataclass
-class Sweep:
-    """What is left to do, and the doing."""
-
-    plan: Plan
-    folder: Folder
-    run: dict[str, Any]
-    todo: list[Cell]
-    include_path: Path | None
-    verbose: bool
 
     def work(self, timing: bool) -> bool:
         """Whether the model is needed at all."""
@@ -76,19 +86,18 @@ class Sweep:
 
     def measure(self, timing: bool) -> dict[Cell, str]:
         """Measure what is left; the error of every cell that failed."""
-        plan = self.plan
-        done = len(plan.cells) - len(self.todo)
-        if is_first():
-            say(f"{len(plan.cells)} cells, {done} finished already; loading lmms-eval ...")
+        if is_first_process():
+            done = len(self.cells) - len(self.todo)
+            say(f"{len(self.cells)} cells, {done} finished already; loading lmms-eval ...")
         with _calm(self.verbose):
             evaluator = self._evaluator()
             if evaluator.processes > 1:
-                # All have read the folder before the first one writes to it.
+                # All must have read the folder before the first one writes to it.
                 evaluator.wait()
             from ..measure.evaluate.sweep import run_sweep
 
             failures = run_sweep(
-                plan.cells,
+                self.cells,
                 self.todo,
                 evaluator,
                 self.folder,
@@ -96,49 +105,49 @@ class Sweep:
                 tell=_tell,
                 stop_at_failure=evaluator.processes > 1,
             )
-            if timing and is_first() and not self._timed():
+            if timing and is_first_process() and not self._timed():
                 self._time(evaluator, failures)
         return failures
 
     def _evaluator(self) -> Any:
         from ..lmms.evaluation import Evaluator, Options
 
-        plan, include = self.plan, self.include_path
+        include = self.include_path
         evaluator = Evaluator(
             Options(
-                plan.model,
-                plan.model_args,
-                plan.batch_size,
-                self.run["limit"],
-                plan.gen_kwargs,
+                self.model,
+                self.model_args,
+                self.batch_size,
+                self.limit,
+                self.gen_kwargs,
                 None if include is None else str(include),
                 self.folder.root,
             )
         )
-        evaluator.check_tasks(plan.tasks)
-        evaluator.load(plan.settings)
+        evaluator.check_tasks(self.tasks)
+        evaluator.load(self.settings)
         return evaluator
 
     def _timed(self) -> bool:
         stored = self.folder.load_timing() or {"settings": {}}
-        wanted = self._identities(self.plan.settings)
+        wanted = self._identities(self.settings)
         return all(stored["settings"].get(name) == value for name, value in wanted.items())
 
     def _identities(self, settings: list[Any]) -> dict[str, Any]:
         from ..measure.evaluate.suites import Cell
         from ..measure.evaluate.sweep import identity
 
-        task = self.plan.tasks[0]
+        task = self.tasks[0]
         return {s.name: identity(Cell(task, s), self.run) for s in settings}
 
     def _time(self, evaluator: Any, failures: dict[Cell, str]) -> None:
         """Time the settings that work; those of failed cells may fail again."""
         broken = {cell.setting for cell in failures}
-        settings = [setting for setting in self.plan.settings if setting not in broken]
+        settings = [setting for setting in self.settings if setting not in broken]
         if not settings:
             return
         say(f"timing the first token of {len(settings)} settings ...")
-        timing = evaluator.time_first_tokens(self.plan.tasks[0], settings)
+        timing = evaluator.time_first_tokens(self.tasks[0], settings)
         self.folder.save_timing({"settings": self._identities(settings), **timing})
 
 
@@ -148,7 +157,7 @@ def report(sweep: Sweep, failures: dict[Cell, str], *, plots: bool, published: b
         from ..measure.evaluate.report_pages import write_report
 
         files = write_report(
-            sweep.plan.cells,
+            sweep.cells,
             sweep.folder,
             sweep.run,
             failures,
@@ -160,7 +169,7 @@ def report(sweep: Sweep, failures: dict[Cell, str], *, plots: bool, published: b
 
 
 def _tell(event: Event) -> None:
-    if not is_first() or event.kind == "start":
+    if not is_first_process() or event.kind == "start":
         return
     place = f"[{event.index}/{event.total}] {event.cell.name}"
     if event.kind == "failed":
@@ -178,43 +187,37 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def is_first() -> bool:
-    """Whether this is the process that speaks and writes; torchrun and accelerate set RANK."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-class _WithoutBars(io.TextIOBase):
-    """stderr for a log file: progress bars, which rewrite their line, are left out."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-        self.after_bar = False
-
-    def write(self, text: str) -> int:
-        bar = text.startswith("\r") or (self.after_bar and text == "\n")
-        self.after_bar = text.startswith("\r")
-        if not bar:
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        self.stream.flush()
-
-
 @contextlib.contextmanager
 def _calm(verbose: bool) -> Iterator[None]:
-    """Keep lmms-eval's log, prints and (without a terminal) progress bars away."""
+    """Keep lmms-eval's log and prints away, and its progress bars where there is no terminal."""
     if verbose:
         yield
         return
     from loguru import logger
 
-    bars = sys.stderr if sys.stderr.isatty() else _WithoutBars(sys.stderr)
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
+        if not sys.stderr.isatty():
+            stack.enter_context(_without_bars())
         sink = stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(contextlib.redirect_stdout(sink))
-        stack.enter_context(contextlib.redirect_stderr(bars))
         logger.disable("lmms_eval")
         stack.callback(logger.enable, "lmms_eval")
         yield
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Let tqdm draw nothing, for bars of any library that does not ask for one in particular."""
+    from tqdm import std
+
+    original = std.tqdm.__init__
+
+    def disabled(bar: Any, *args: Any, **options: Any) -> None:
+        original(bar, *args, **options | {"disable": True})
+
+    std.tqdm.__init__ = disabled
+    try:
+        yield
+    finally:
+        std.tqdm.__init__ = original

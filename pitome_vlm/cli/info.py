@@ -1,22 +1,29 @@
-"""`pitome-vlm info`: what merging would do to a model, computed from its configuration.
-
-Knows: its options. Does not know: any formula (`pitome_vlm.measure`). No weights are loaded.
-"""
+"""`pitome-vlm info`: what merging would do to a model, computed from its configuration alone."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..merge.config import CONFIG_NAME, MergeConfig
 from . import options as o
-from .terminal import quiet, write
+from .terminal import quiet, say, show_table, write, write_json
 
 if TYPE_CHECKING:
     from ..measure.description import Description
+
+
+def _list_algorithms(wanted: bool) -> None:
+    if not wanted:
+        return
+    with quiet():
+        from ..merge import algorithms
+
+    known = [algorithms.get(name) for name in algorithms.available()]
+    rows = [[one.name, one.source] for one in known]
+    show_table("Merging algorithms", ["name", "source"], rows, left=(0, 1), folds=(1, 40))
+    raise typer.Exit
 
 
 def info(
@@ -26,7 +33,7 @@ def info(
             "--model",
             "-m",
             metavar="PATH",
-            help="Folder, config.json or Hub name of a LLaVA, or `demo`.",
+            help="Folder, config.json or Hub name of a LLaVA checkpoint, or `demo`.",
         ),
     ],
     keep: o.Keep = None,
@@ -35,90 +42,75 @@ def info(
     algorithm: o.Algorithm = None,
     preset: o.Preset = None,
     quality: o.Quality = None,
+    option: o.MergeOption = None,
     text_tokens: Annotated[
-        int, typer.Option(min=0, help="Length of the prompt beside the picture.")
+        int, typer.Option(min=0, metavar="N", help="Text tokens in the prompt.")
     ] = 64,
-    image_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WIDTHxHEIGHT",
-            help="Size of the picture in pixels, for models that cut pictures into tiles; default "
-            "1024x768.",
-        ),
-    ] = None,
+    image_size: o.ImageSize = None,
     frames: Annotated[
-        int | None, typer.Option(min=1, help="Describe a video of so many frames instead.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Describe a video of N frames instead of an image."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    list_algorithms: Annotated[
+        bool,
+        typer.Option(
+            "--list-algorithms",
+            help="List all merging algorithms and exit.",
+            callback=_list_algorithms,
+            is_eager=True,
+        ),
+    ] = False,
+    as_json: o.AsJson = False,
     verbose: o.Verbose = False,
-    debug: o.Debug = False,
 ) -> None:
     """Show tokens per layer, FLOPs and KV cache with and without merging; loads no weights.
 
-    Without a budget: what the checkpoint's own pitome_config.json says, else a quarter is kept.
+    Without a budget, a quarter of the visual tokens is kept, or what the checkpoint's own
+    pitome_config.json says.
 
     Examples: `pitome-vlm info --model demo --tokens 36`,
     `pitome-vlm info --model llava-hf/llava-v1.6-mistral-7b-hf --keep 0.25 --image-size 1024x768`
     """
-    del debug  # read by the command group
-    merging = o.MergeOptions(keep, tokens, ratio, algorithm, preset, quality).given()
+    del list_algorithms  # handled by its callback, before anything else
+    merging = o.merge_options(keep, tokens, ratio, algorithm, preset, quality, option)
+    size = o.image_size_of(image_size)
     with quiet(verbose):
-        description = _described(model, merging, text_tokens, parsed_size(image_size), frames)
-    write(json.dumps(description.to_dict(), indent=2) if as_json else str(description))
-
-
-def parsed_size(text: str | None) -> tuple[int, int] | None:
-    """(height, width) of a size that people write as "1024x768".
-
-    Raises:
-        ValueError: it is none.
-    """
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.lower().split("x")]
-    numbers = [int(part) for part in parts if part.isascii() and part.isdigit()]
-    if len(parts) != 2 or len(numbers) != 2 or min(numbers) < 1:
-        raise ValueError(
-            f"image-size must be WIDTHxHEIGHT in whole pixels, such as 1024x768, got {text!r}"
-        )
-    width, height = numbers
-    return height, width
+        description, origin = _described(model, merging, text_tokens, size, frames)
+    if origin:
+        say(f"Merging with {description.config.summary()} ({origin})")
+    if as_json:
+        write_json(description.to_dict())
+    else:
+        write(str(description))
 
 
 def _described(
     model: str,
-    merging: dict[str, Any],
+    given: dict[str, Any],
     text_tokens: int,
     image_size: tuple[int, int] | None,
     frames: int | None,
-) -> Description:
+) -> tuple[Description, str]:
     from ..measure.description import from_config
-    from ..wrapping.wrap import make_config
-    from .session import check_algorithm
+    from .session import planned_config
 
-    check_algorithm(merging)
-    source, saved = _source(model)
-    if "config" in merging:  # a preset; nothing of what was saved goes into it
-        saved, merging = None, dict(merging)
-    config = make_config(merging.pop("config", saved), **merging) if saved or merging else None
-    return from_config(
+    source = _source(model)
+    config, origin = planned_config(model, given)
+    description = from_config(
         source, config, text_tokens=text_tokens, image_size=image_size, frames=frames
     )
+    return description, origin
 
 
-def _source(model: str) -> tuple[Any, MergeConfig | None]:
-    """What `from_config` takes, and the merge config saved beside it."""
+def _source(model: str) -> Any:
+    """What `from_config` takes: a config, or the folder or hub name of a base model."""
     from transformers import AutoConfig
 
     from ..loading.peft import find_adapter_at
     from .session import model_path
 
     name = model_path(model)
-    path = Path(name)
-    if path.is_file():
-        return AutoConfig.from_pretrained(name), None
-    saved = (path / CONFIG_NAME).is_file()
+    if Path(name).is_file():
+        return AutoConfig.from_pretrained(name)
     adapter = find_adapter_at(name)
-    if adapter is not None:
-        name = adapter.base(None)
-    return name, MergeConfig.from_pretrained(path) if saved else None
+    return name if adapter is None else adapter.base(None)

@@ -1,22 +1,31 @@
-"""Options that several commands share, and the objects they become.
+"""Options that several commands share, and how their text is read.
 
-Knows: names, help texts and panels of options. Does not know: torch or models.
+Importing this module imports neither torch nor a model, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+import ast
+import contextlib
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from ..merge.config import MergeConfig
+from ..common import suggest
+from ..merge.config import PRESETS, MergeConfig
+
+Number = TypeVar("Number", int, float)
+
+BUDGET_WORDS = ("keep", "tokens", "ratio")
+DTYPES = ("float32", "float16", "bfloat16")
+_SHORT_DTYPES = {
+    "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16",
+}  # fmt: skip
 
 _BUDGET = "Visual tokens (give one of keep, tokens, ratio)"
 _LOADING = "Loading"
 _ANSWER = "Answer"
-_MESSAGES = "Messages"
+MESSAGES = "Messages"
 
 Model = Annotated[
     str,
@@ -24,17 +33,12 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="PATH",
-        help="Folder or Hub name of a LLaVA checkpoint, or `demo` for the bundled one.",
+        help="Folder or Hub name of a LLaVA checkpoint or adapter, or `demo` for the bundled one.",
     ),
 ]
 
 
 def _fraction_or_auto(text: str) -> float | str:
-    """What --keep takes.
-
-    Raises:
-        BadParameter: neither a number nor "auto".
-    """
     if str(text) == "auto":
         return "auto"
     try:
@@ -43,38 +47,50 @@ def _fraction_or_auto(text: str) -> float | str:
         raise typer.BadParameter(f"{text!r} is neither a number nor 'auto'") from error
 
 
+def _known_dtype(name: str | None) -> str | None:
+    if name is None or name in DTYPES:
+        return name
+    meant = _SHORT_DTYPES.get(name.lower())
+    hint = f" Did you mean {meant!r}?" if meant else suggest(name, list(DTYPES))
+    raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}.{hint}")
+
+
 Keep = Annotated[
     Any,
     typer.Option(
         metavar="F",
         parser=_fraction_or_auto,
-        help="Fraction of the visual tokens to keep, 0 to 1, or auto: as few as each picture "
-        "allows.",
+        help="Fraction of the visual tokens to keep, above 0 and up to 1 (1 merges nothing); "
+        "`auto` keeps as few as each image allows.",
         rich_help_panel=_BUDGET,
     ),
 ]
 Quality = Annotated[
     float | None,
     typer.Option(
-        help="With --keep auto: share of a picture's variance to keep, 0 to 1.",
+        metavar="F",
+        help="With --keep auto: fraction of each image's variance to preserve, 0 to 1.",
         rich_help_panel=_BUDGET,
     ),
 ]
 Tokens = Annotated[
     int | None,
-    typer.Option(help="Visual tokens to keep per image.", rich_help_panel=_BUDGET),
+    typer.Option(metavar="N", help="Visual tokens to keep per image.", rich_help_panel=_BUDGET),
 ]
 Ratio = Annotated[
     float | None,
     typer.Option(
-        help="The paper's r: fraction kept at every merging layer.", rich_help_panel=_BUDGET
+        metavar="R",
+        help="The paper's r: fraction of the tokens kept at every merging layer.",
+        rich_help_panel=_BUDGET,
     ),
 ]
 Algorithm = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="pitome_plus (default), pitome, tome, visionzip, ...; a wrong name lists all.",
+        help="Merging algorithm, for instance pitome_plus (default), pitome or tome; `pitome-vlm "
+        "info --list-algorithms` shows all.",
         rich_help_panel=_BUDGET,
     ),
 ]
@@ -82,27 +98,51 @@ Preset = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="paper, or released (what the authors published as code).",
+        help="`paper` for the algorithm as published, `released` for the authors' code.",
         rich_help_panel=_BUDGET,
+    ),
+]
+MergeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="NAME=VALUE",
+        help="Another merge option, such as stage=tower or an option of the algorithm; can be "
+        "repeated.",
+        rich_help_panel=_BUDGET,
+    ),
+]
+Algorithms = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,NAME",
+        help="Merging algorithms to compare, for instance pitome_plus,tome; `pitome-vlm info "
+        "--list-algorithms` shows all.",
     ),
 ]
 Load4Bit = Annotated[
     bool,
     typer.Option(
-        "--load-4bit", help="Quantise to 4 bits (bitsandbytes).", rich_help_panel=_LOADING
+        "--load-4bit",
+        help="Quantise the language model to 4 bits (needs bitsandbytes).",
+        rich_help_panel=_LOADING,
     ),
 ]
 Load8Bit = Annotated[
     bool,
     typer.Option(
-        "--load-8bit", help="Quantise to 8 bits (bitsandbytes).", rich_help_panel=_LOADING
+        "--load-8bit",
+        help="Quantise the language model to 8 bits (needs bitsandbytes).",
+        rich_help_panel=_LOADING,
     ),
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="float32, float16, bfloat16; default: the checkpoint's.",
+        callback=_known_dtype,
+        help="Number format of the weights: float32, float16 or bfloat16; default: the "
+        "checkpoint's.",
         rich_help_panel=_LOADING,
     ),
 ]
@@ -110,83 +150,164 @@ Device = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="For instance cpu; default: the best there is.",
+        help="Device to run on, for instance cpu or cuda:1; default: the accelerator if there is "
+        "one.",
         rich_help_panel=_LOADING,
     ),
 ]
 MaxNewTokens = Annotated[
-    int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=_ANSWER)
+    int,
+    typer.Option(min=1, metavar="N", help="Longest answer in tokens.", rich_help_panel=_ANSWER),
 ]
 Temperature = Annotated[
     float,
     typer.Option(
-        min=0.0, help="0 takes the most likely token; above it samples.", rich_help_panel=_ANSWER
+        min=0.0,
+        metavar="T",
+        help="Sampling temperature; 0 always takes the most likely token.",
+        rich_help_panel=_ANSWER,
     ),
 ]
 Verbose = Annotated[
     bool,
-    typer.Option("--verbose", "-v", help="Details on stderr.", rich_help_panel=_MESSAGES),
+    typer.Option("--verbose", "-v", help="Print details to stderr.", rich_help_panel=MESSAGES),
 ]
-Debug = Annotated[
-    bool,
-    typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=_MESSAGES),
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON to stdout instead of text for people.")
 ]
+# Text and not paths: a path would lose one slash of an address, which is then no address any more.
 Images = Annotated[
-    list[Path],
-    typer.Option("--image", "-i", metavar="FILE", help="A picture; may be given several times."),
+    list[str],
+    typer.Option("--image", "-i", metavar="FILE", help="Image file; can be repeated."),
 ]
 MaybeImages = Annotated[
-    list[Path] | None,
-    typer.Option("--image", "-i", metavar="FILE", help="A picture; may be given several times."),
+    list[str] | None,
+    typer.Option("--image", "-i", metavar="FILE", help="Image file; can be repeated."),
+]
+ImageSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WIDTHxHEIGHT",
+        help="Image size in pixels, for models whose token count depends on it; default: 1024x768.",
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Continue the run in the output folder; finished parts stay."),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace the results of an earlier run in the output folder."),
+]
+Plot = Annotated[
+    bool, typer.Option("--plot/--no-plot", help="Whether to draw a plot (needs matplotlib).")
 ]
 
 
-@dataclass(frozen=True)
-class MergeOptions:
-    """What the user said about merging; all None means nothing at all."""
+def merge_options(
+    keep: float | str | None = None,
+    tokens: int | None = None,
+    ratio: float | None = None,
+    algorithm: str | None = None,
+    preset: str | None = None,
+    quality: float | None = None,
+    option: list[str] | None = None,
+) -> dict[str, Any]:
+    """What was given about merging, by the names of `MergeConfig` and `preset`.
 
-    keep: float | str | None = None
-    tokens: int | None = None
-    ratio: float | None = None
-    algorithm: str | None = None
-    preset: str | None = None
-    quality: float | None = None
+    Everything that can be checked without a model is checked. Empty where nothing was given.
 
-    def given(self, default_keep: float | None = None) -> dict[str, Any]:
-        """What to hand to `load` and `wrap`, checked as far as it can be without a model.
-
-        Args:
-            default_keep: budget where none was given.
-
-        Raises:
-            ValueError: a value out of range, two budgets, or an unknown name.
-        """
-        words = {name: getattr(self, name) for name in ("keep", "tokens", "ratio")}
-        budget = {name: value for name, value in words.items() if value is not None}
-        if not budget and self.algorithm == "none":
-            budget = {"keep": 1.0}
-        elif not budget and default_keep is not None:
-            budget = {"keep": default_keep}
-        values: dict[str, Any] = dict(budget)
-        if self.algorithm is not None:
-            values["algorithm"] = self.algorithm
-        if self.quality is not None:
-            if self.keep != "auto":
-                raise ValueError("--quality belongs to --keep auto; leave it out, or add that")
-            values["quality"] = self.quality
-        if self.preset is not None:
-            return {"config": MergeConfig.preset(self.preset, **values)}
-        if budget:
-            MergeConfig(**values)
-        return values
+    Raises:
+        ValueError: a value out of range, two budgets, or an unknown name.
+    """
+    flags = {
+        "keep": keep, "tokens": tokens, "ratio": ratio, "algorithm": algorithm, "quality": quality,
+    }  # fmt: skip
+    given = {name: value for name, value in flags.items() if value is not None}
+    for text in option or []:
+        for name, value in pairs("option", text).items():
+            if name in given:
+                raise ValueError(f"{name} is given twice, by --{name} and by --option {text}")
+            given[name] = value
+    if quality is not None and keep != "auto":
+        raise ValueError("--quality is used with --keep auto only; add that or leave it out")
+    if preset is not None and preset not in PRESETS:
+        MergeConfig.preset(preset)
+    # The budget may come from the checkpoint; any will do to check the rest.
+    budget: dict[str, Any] = {} if given.keys() & set(BUDGET_WORDS) else {"keep": 1.0}
+    MergeConfig.from_dict({**PRESETS.get(preset or "", {}), **budget, **given})
+    return given if preset is None else {"preset": preset, **given}
 
 
-@dataclass(frozen=True)
-class LoadOptions:
-    """What the user said about loading."""
+def words(field: str, text: str) -> list[str]:
+    """The words of a comma list.
 
-    model: str
-    load_4bit: bool = False
-    load_8bit: bool = False
-    dtype: str | None = None
-    device: str | None = None
+    Raises:
+        ValueError: one of them is empty; the message names the field.
+    """
+    found = [word.strip() for word in text.split(",")]
+    if not all(found):
+        raise ValueError(f"{field} must be separated by single commas, got {text!r}")
+    return found
+
+
+def fractions(field: str, text: str) -> list[float]:
+    """The numbers of a comma list.
+
+    Raises:
+        ValueError: one of them is no number; the message names the field.
+    """
+    try:
+        return [float(word) for word in words(field, text)]
+    except ValueError:
+        raise ValueError(f"{field} must be numbers separated by commas, got {text!r}") from None
+
+
+def counts(field: str, text: str) -> list[int]:
+    """The whole numbers of a comma list, each at least 1.
+
+    Raises:
+        ValueError: one of them is none; the message names the field.
+    """
+    found = words(field, text)
+    for word in found:
+        if not (word.isascii() and word.isdigit() and int(word)):
+            raise ValueError(f"{field} must be whole numbers of at least 1, got {word!r}")
+    return [int(word) for word in found]
+
+
+def pairs(field: str, text: str) -> dict[str, Any]:
+    """`NAME=VALUE,NAME=VALUE` with Python values where they are some; true and false in any case.
+
+    Raises:
+        ValueError: a word without a name or an equals sign.
+    """
+    found: dict[str, Any] = {}
+    for item in filter(None, (piece.strip() for piece in text.split(","))):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not name:
+            raise ValueError(f"{field} must be NAME=VALUE,NAME=VALUE, got {item!r}")
+        # As a string "false" would count as true.
+        value = value.capitalize() if value.lower() in ("true", "false") else value
+        found[name] = value
+        with contextlib.suppress(ValueError, SyntaxError):
+            found[name] = ast.literal_eval(value)
+    return found
+
+
+def image_size_of(text: str | None) -> tuple[int, int] | None:
+    """(height, width) of a size that people write as "1024x768".
+
+    Raises:
+        ValueError: it is none.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.lower().split("x")]
+    numbers = [int(part) for part in parts if part.isascii() and part.isdigit()]
+    if len(parts) != 2 or len(numbers) != 2 or min(numbers) < 1:
+        raise ValueError(
+            f"image-size must be WIDTHxHEIGHT in whole pixels, such as 1024x768, got {text!r}"
+        )
+    width, height = numbers
+    return height, width

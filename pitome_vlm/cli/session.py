@@ -1,54 +1,155 @@
-"""Models and pictures for the commands, loaded without noise.
+"""Models and images for the commands, loaded without noise.
 
-Knows: how the options of the command line map onto `load` and `wrap`. Does not know: what is done
-with the model afterwards. Torch is imported when something is loaded, not before.
+Maps the options of the command line onto `load` and `wrap`. Torch is imported when something is
+loaded, not before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+from ..merge.config import DEFAULT_KEEP, MergeConfig
+from .options import BUDGET_WORDS
+from .terminal import loading, quiet, say
 
-from ..demo import DEMO as DEMO
-from ..demo import resolve
-from .options import LoadOptions
-from .terminal import quiet
+if TYPE_CHECKING:
+    from PIL import Image
+
+DEMO = "demo"  # as in `pitome_vlm.demo`, whose import is too slow for --help
 
 
 def model_path(name: str) -> str:
     """The folder of the bundled model for `demo`, else the name itself."""
+    from ..demo import resolve
+
     return str(resolve(name))
 
 
-def load_model(
-    options: LoadOptions, merging: dict[str, Any], *, verbose: bool = False
-) -> tuple[Any, Any]:
-    """(model, processor), wrapped as asked.
+def planned_config(
+    model: str, given: dict[str, Any], *, base: str | None = None
+) -> tuple[MergeConfig, str]:
+    """What is merged, and where its budget comes from.
+
+    The command line wins over the checkpoint's own pitome_config.json, and that over the default.
 
     Args:
-        options: what to load and how.
-        merging: see `MergeOptions.given`; empty leaves it to the checkpoint.
+        model: path, hub name or `demo`.
+        given: see `options.merge_options`.
+        base: the base model of an adapter, where it is not where it was.
+
+    Returns:
+        The config, and "default", "from ...", or "" where the budget was given.
+
+    Raises:
+        ValueError: an unknown algorithm, or a damaged pitome_config.json.
+    """
+    from ..wrapping.wrap import make_config
+
+    check_algorithm(given)
+    options, origin = dict(given), ""
+    preset = options.pop("preset", None)
+    # A preset stands for all options; nothing of what was saved goes into it.
+    saved = None if preset else _saved_config(model_path(model), base)
+    if not options.keys() & set(BUDGET_WORDS):
+        if options.get("algorithm") == "none":
+            options["keep"] = 1.0
+        elif saved is None:
+            options["keep"], origin = DEFAULT_KEEP, "default"
+        else:
+            origin = "from the checkpoint's pitome_config.json"
+    if preset:
+        return MergeConfig.preset(preset, **options), origin
+    return make_config(saved, **options), origin
+
+
+def _saved_config(path: str, base: str | None) -> MergeConfig | None:
+    """The merge config of a checkpoint; that of an adapter's base where the adapter has none."""
+    from ..loading.checkpoints import existing
+    from ..loading.models import saved_merge_config
+    from ..loading.peft import find_adapter_at
+
+    if Path(path).is_file():  # a config.json alone
+        return None
+    adapter = find_adapter_at(path)
+    saved = saved_merge_config(existing(path) if adapter is None else adapter.path)
+    if saved is None and adapter is not None:
+        return saved_merge_config(adapter.base(base))
+    return saved
+
+
+def load_model(
+    name: str,
+    *,
+    load_4bit: bool = False,
+    load_8bit: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    config: MergeConfig | None = None,
+    verbose: bool = False,
+    **more: Any,
+) -> tuple[Any, Any]:
+    """(model, processor), wrapped as `config` says.
+
+    Args:
+        name: path, hub name or `demo`.
+        load_4bit: quantise to 4 bits.
+        load_8bit: quantise to 8 bits.
+        dtype: one of `options.DTYPES`.
+        device: where to put it; None for the accelerator, if there is one.
+        config: what is merged; None leaves that to the checkpoint.
         verbose: let the libraries talk.
+        **more: further arguments of `loading.load`.
+
+    Raises:
+        ValueError: no such device, or see `loading.load`.
     """
     with quiet(verbose):
         from ..loading.models import load
 
-        check_algorithm(merging)
+        chosen = checked_device(device) or accelerator()
+        loading(f"the model from {name}" if name != DEMO else "the bundled model")
         model, processor = load(
-            model_path(options.model),
-            load_in_4bit=options.load_4bit,
-            load_in_8bit=options.load_8bit,
-            dtype=options.dtype,
-            device_map=options.device or accelerator(),
-            **merging,
+            model_path(name),
+            load_in_4bit=load_4bit,
+            load_in_8bit=load_8bit,
+            dtype=dtype,
+            device_map=chosen,
+            config=config,
+            **more,
         )
     return model, processor
 
 
-def check_algorithm(merging: dict[str, Any]) -> None:
+def load_merging(
+    name: str,
+    given: dict[str, Any],
+    *,
+    announce: bool = False,
+    verbose: bool = False,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """(model, processor) with merging on; says what is merged where no budget was given.
+
+    Args:
+        name: path, hub name or `demo`.
+        given: see `options.merge_options`.
+        announce: say it in any case.
+        verbose: say it in any case, and let the libraries talk.
+        **options: see `load_model`.
+    """
+    with quiet(verbose):
+        config, origin = planned_config(name, given)
+    model, processor = load_model(name, config=config, verbose=verbose, **options)
+    if origin or verbose or announce:
+        say(merging_line(model, origin))
+    return model, processor
+
+
+def check_algorithm(given: dict[str, Any]) -> None:
     """Refuse an unknown algorithm before a large checkpoint is read.
 
     Raises:
@@ -56,12 +157,43 @@ def check_algorithm(merging: dict[str, Any]) -> None:
     """
     from ..merge import algorithms
 
-    if "algorithm" in merging:
-        algorithms.get(merging["algorithm"])
+    if "algorithm" in given:
+        algorithms.get(given["algorithm"])
+
+
+def checked_device(name: str | None) -> str | None:
+    """The name of a device that is there.
+
+    Raises:
+        ValueError: torch does not know it, or this machine does not have it.
+    """
+    import torch
+
+    if name is None or name == "auto":
+        return name
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(
+            f"--device must be cpu, cuda, cuda:1, mps or the like, got {name!r}"
+        ) from None
+    if device.type in ("cpu", "meta"):
+        return name
+    there = torch.accelerator.current_accelerator(check_available=True)
+    if there is None or there.type != device.type:
+        has = "no accelerator" if there is None else f"{there.type} only"
+        raise ValueError(
+            f"--device {name}: PyTorch finds {has} on this machine; use --device "
+            f"{'cpu' if there is None else there.type}, or leave --device out"
+        )
+    if device.index is not None and device.index >= torch.accelerator.device_count():
+        count = torch.accelerator.device_count()
+        raise ValueError(f"--device {name}: this machine has {count}, numbered from 0")
+    return name
 
 
 def accelerator() -> str | None:
-    """The device there is beside the CPU."""
+    """The accelerator of this machine, None where there is only the CPU."""
     import torch
 
     device = torch.accelerator.current_accelerator(check_available=True)
@@ -69,19 +201,44 @@ def accelerator() -> str | None:
 
 
 def load_images(paths: Sequence[Path | str]) -> list[Image.Image]:
-    """Pictures from files, within the limits of `loading.ImageLimits`."""
+    """Images from files, within the limits of `loading.ImageLimits`."""
     from ..loading.images import load_image
 
     return [load_image(path) for path in paths]
 
 
-def merging_line(model: Any) -> str:
-    """What is merged, in one line."""
+def merging_line(model: Any, origin: str = "") -> str:
+    """What is merged, in one line; `origin` says where the budget comes from."""
     from ..wrapping.wrap import is_wrapped, merge_config, merging_of
 
     if not is_wrapped(model):
-        return "no merging"
+        return "No merging"
     base, merging = merging_of(model)
     schedule, unit = merging.plan(base).schedule, merging.adapter.counted_per
-    name = merge_config(model).algorithm
-    return f"{name}: {schedule.tokens_in} -> {schedule.counts_out} visual tokens per {unit}"
+    tokens = f"{schedule.tokens_in} -> {schedule.counts_out} visual tokens per {unit}"
+    config = merge_config(model)
+    if schedule.is_identity:
+        return f"No merging: {tokens}"
+    return f"Merging with {config.summary()}{f' ({origin})' if origin else ''}: {tokens}"
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread.
+
+    Threads that wait for each other slow a model as small as the bundled one down many times over
+    on a busy machine, and make times incomparable.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks and writes; torchrun and accelerate set RANK."""
+    return os.environ.get("RANK", "0") == "0"

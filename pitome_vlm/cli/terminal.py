@@ -1,30 +1,58 @@
-"""Where output goes: answers to stdout, everything else to stderr.
+"""Where output goes: results to stdout, everything else to stderr.
 
-Knows: consoles and what must not reach them. Does not know: commands.
+Tables, progress bars and long lines are laid out for the terminal they appear in; where output is
+piped, nothing is folded and nothing is coloured.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import sys
+import textwrap
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
 def say(text: str) -> None:
-    """One line for the person at the terminal."""
-    err.print(printable(text), markup=False, soft_wrap=True)
+    """One line for the person at the terminal, on stderr."""
+    err.print(_folded(printable(text), err), markup=False, soft_wrap=True)
 
 
-def write(text: str, *, end: str = "\n") -> None:
-    """Text that may be piped on, exactly as it is but for control characters."""
-    out.print(printable(text), markup=False, soft_wrap=True, end=end)
+def write(text: str, *, end: str = "\n", fold: bool = True) -> None:
+    """A result on stdout: as it is in a pipe, folded between words on a terminal.
+
+    Args:
+        text: control characters are left out.
+        end: printed after it.
+        fold: whether lines may be folded; not so for parts of a line, and what is copied.
+    """
+    shown = _folded(printable(text), out) if fold else printable(text)
+    out.print(shown, markup=False, soft_wrap=True, end=end)
     out.file.flush()
+
+
+def write_json(value: Any) -> None:
+    """A JSON value on stdout, and never folded, so that it can be copied and piped."""
+    write(json.dumps(value, indent=2), fold=False)
+
+
+def loading(what: str) -> None:
+    """Say what takes the next seconds; on a terminal only, because a log has no one waiting."""
+    if err.is_terminal:
+        say(f"Loading {what} ...")
 
 
 def printable(text: str) -> str:
@@ -37,15 +65,130 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def _folded(text: str, console: Console) -> str:
+    """Lines of at most the terminal's width, broken between words only."""
+    if not console.is_terminal:
+        return text
+    lines: list[str] = []
+    for line in text.split("\n"):
+        if len(line) <= console.width:
+            lines.append(line)
+            continue
+        indent = line[: len(line) - len(line.lstrip(" -"))]
+        lines += textwrap.wrap(
+            line,
+            console.width,
+            subsequent_indent=" " * len(indent),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines)
+
+
+def show_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str | Text]],
+    *,
+    starts: Collection[int] = (),
+    names: int = 1,
+    left: Collection[int] = (0,),
+    folds: tuple[int, int] | None = None,
+) -> None:
+    """Print a table to stdout.
+
+    Columns that do not fit next to each other follow in further tables, which all begin with the
+    columns that name the rows; no cell is cut off or broken inside a word.
+
+    Args:
+        title: printed above it.
+        columns: heads.
+        rows: cells; markup in a `str` is not interpreted.
+        starts: numbers of rows that begin a new section.
+        names: how many leading columns name the rows.
+        left: numbers of the columns that are left-aligned.
+        folds: number of a column whose cells may be folded between words, and its least width.
+    """
+    heads = [Text(head) for head in columns]
+    cells = [[c if isinstance(c, Text) else Text(printable(c)) for c in row] for row in rows]
+    widths = [
+        max(line.cell_len for cell in column for line in cell.split("\n", allow_blank=True))
+        for column in zip(heads, *cells, strict=True)
+    ]
+    groups, gap = _groups(widths, names, folds)
+    out.print(Text(_folded(title, out), style="bold"), soft_wrap=True)
+    for group in groups:
+        # The box adds one space between two columns.
+        shown = Table(
+            box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0)
+        )
+        for index in group:
+            side: Any = "left" if index in left else "right"
+            foldable = folds is not None and index == folds[0]
+            shown.add_column(heads[index], justify=side, no_wrap=not foldable)
+        for number, row in enumerate(cells):
+            if number in starts:
+                shown.add_section()
+            shown.add_row(*(row[index] for index in group))
+        natural = sum(widths[index] + gap for index in group)
+        console = out if out.is_terminal else Console(file=out.file, width=natural)
+        console.print(shown)
+        console.print()
+    out.file.flush()
+
+
+def _groups(
+    widths: Sequence[int], names: int, folds: tuple[int, int] | None
+) -> tuple[list[list[int]], int]:
+    """Columns of every table, and the number of spaces between two columns."""
+    everything = list(range(len(widths)))
+    if not out.is_terminal:
+        return [everything], 2
+    least = list(widths)
+    if folds is not None:
+        least[folds[0]] = min(folds[1], widths[folds[0]])
+    gaps = [gap for gap in (2, 1) if sum(least) + gap * (len(least) - 1) <= out.width]
+    if gaps:
+        return [everything], gaps[0]
+    groups: list[list[int]] = []
+    for index in everything[names:]:
+        wanted = [*(groups[-1] if groups else everything[:names]), index]
+        if groups and sum(least[i] + 1 for i in wanted) - 1 > out.width:
+            groups.append([*everything[:names], index])
+        elif groups:
+            groups[-1].append(index)
+        else:
+            groups.append(wanted)
+    return groups, 1
+
+
+def progress_bars() -> Progress:
+    """Progress bars on stderr, which vanish when they are done; none without a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )
+
+
 @contextlib.contextmanager
 def quiet(verbose: bool = False) -> Iterator[None]:
     """Keep the libraries' progress bars and log lines out of the terminal for a while.
 
-    Warnings of Python become one line each. Everything is put back afterwards.
+    Says that the libraries are being loaded where they are not yet. Warnings of Python become one
+    line each. Everything is put back afterwards.
 
     Args:
         verbose: leave the libraries as they are.
     """
+    if "transformers" not in sys.modules:
+        loading("torch and transformers")
     if verbose:
         yield
         return

@@ -1,21 +1,21 @@
 """`pitome-vlm train`: LoRA and QLoRA with merging on.
 
-Knows: its options. Does not know: how a run is carried through (`train_run.py`).
+Checks the options; `train_run.py` loads the model and shows progress, and `pitome_vlm.training`
+trains.
 """
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ..common import require
 from . import options as o
-from .eval_run import is_first
+from .session import is_first_process
 from .terminal import quiet
-from .train_run import Plan, carry_through, show
+from .train_run import load_trainable, show, train_model
 
 _DATA = "Data"
 _LORA = "Adapter"
@@ -25,43 +25,56 @@ Data = Annotated[
     str,
     typer.Option(
         metavar="FILE",
-        help="LLaVA-format JSON or JSONL, or a Hugging Face dataset with images and messages.",
+        help="Training data: JSON or JSONL file in LLaVA's format, or a Hugging Face dataset with "
+        "images and messages.",
         rich_help_panel=_DATA,
     ),
 ]
 Output = Annotated[
-    Path, typer.Option("--output", "-o", metavar="DIR", help="Where the adapter is written.")
+    Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the adapter.")
 ]
 ImageFolder = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="Where the file's pictures are; default: beside it.",
+        help="Folder that image paths in the data are relative to; default: the data's folder.",
         rich_help_panel=_DATA,
     ),
 ]
-Split = Annotated[str, typer.Option(help="Split of a dataset.", rich_help_panel=_DATA)]
+Split = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="Split of a Hugging Face dataset to train on.", rich_help_panel=_DATA
+    ),
+]
 ValData = Annotated[
     str | None,
     typer.Option(
-        metavar="FILE", help="Held-out data, for accuracy before and after.", rich_help_panel=_DATA
+        metavar="FILE",
+        help="Held-out data to measure accuracy on before and after training.",
+        rich_help_panel=_DATA,
     ),
 ]
 ValFraction = Annotated[
     float | None,
     typer.Option(
-        metavar="F", help="Hold out this share of the data instead.", rich_help_panel=_DATA
+        metavar="F",
+        help="Fraction of the data to hold out, in place of --val-data.",
+        rich_help_panel=_DATA,
     ),
 ]
 TextOnly = Annotated[
     bool,
-    typer.Option("--text-only", help="Accept records without a picture.", rich_help_panel=_DATA),
+    typer.Option(
+        "--text-only", help="Accept conversations without an image.", rich_help_panel=_DATA
+    ),
 ]
 MaxLength = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Longest row in tokens before merging; default: the model's.",
+        metavar="N",
+        help="Longest conversation in tokens, counted before merging; default: the model's limit.",
         rich_help_panel=_DATA,
     ),
 ]
@@ -69,8 +82,8 @@ Budgets = Annotated[
     str | None,
     typer.Option(
         metavar="N,N",
-        help="Draw one of these budgets at every step (tokens, or fractions), so that one adapter "
-        "serves all of them.",
+        help="Budgets (token counts or fractions) to draw from at every step, so that one adapter "
+        "works at all of them.",
         rich_help_panel=_TRAINING,
     ),
 ]
@@ -78,61 +91,93 @@ Base = Annotated[
     str | None,
     typer.Option(
         metavar="PATH",
-        help="Base model of an adapter that --model names, where it was moved.",
+        help="Base model of the adapter given as --model, if it is no longer where it was.",
         rich_help_panel="Loading",
     ),
 ]
 Rank = Annotated[
-    int | None, typer.Option(min=1, help="Rank of LoRA; default 32.", rich_help_panel=_LORA)
+    int | None,
+    typer.Option(min=1, metavar="N", help="LoRA rank; default: 32.", rich_help_panel=_LORA),
 ]
 Alpha = Annotated[
     float | None,
-    typer.Option(help="Scale of LoRA (alpha / rank); default 64.", rich_help_panel=_LORA),
+    typer.Option(
+        metavar="A",
+        help="LoRA alpha (updates are scaled by alpha / rank); default: 64.",
+        rich_help_panel=_LORA,
+    ),
 ]
 Dropout = Annotated[
-    float | None, typer.Option(help="Dropout of LoRA; default 0.", rich_help_panel=_LORA)
+    float | None,
+    typer.Option(metavar="F", help="LoRA dropout; default: 0.", rich_help_panel=_LORA),
 ]
 Projector = Annotated[
-    bool, typer.Option("--projector", help="Adapt the projector too.", rich_help_panel=_LORA)
+    bool, typer.Option("--projector", help="Also adapt the projector.", rich_help_panel=_LORA)
 ]
 Tower = Annotated[
-    bool, typer.Option("--vision-tower", help="Adapt the vision tower too.", rich_help_panel=_LORA)
+    bool, typer.Option("--vision-tower", help="Also adapt the vision tower.", rich_help_panel=_LORA)
 ]
 Epochs = Annotated[
-    float | None, typer.Option(help="Passes over the data; default 1.", rich_help_panel=_TRAINING)
+    float | None,
+    typer.Option(metavar="N", help="Passes over the data; default: 1.", rich_help_panel=_TRAINING),
 ]
 Steps = Annotated[
-    int | None, typer.Option(min=1, help="Steps instead of epochs.", rich_help_panel=_TRAINING)
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Optimiser steps, in place of --epochs.",
+        rich_help_panel=_TRAINING,
+    ),
 ]
 BatchSize = Annotated[
-    int, typer.Option(min=1, help="Conversations at a time and device.", rich_help_panel=_TRAINING)
+    int,
+    typer.Option(
+        min=1, metavar="N", help="Conversations per batch and device.", rich_help_panel=_TRAINING
+    ),
 ]
 Accumulate = Annotated[
-    int, typer.Option(min=1, help="Batches per step.", rich_help_panel=_TRAINING)
+    int,
+    typer.Option(min=1, metavar="N", help="Batches per optimiser step.", rich_help_panel=_TRAINING),
 ]
 Rate = Annotated[
-    float, typer.Option("--learning-rate", "--lr", help="Peak.", rich_help_panel=_TRAINING)
+    float,
+    typer.Option(
+        "--learning-rate",
+        "--lr",
+        metavar="F",
+        help="Peak learning rate.",
+        rich_help_panel=_TRAINING,
+    ),
 ]
 Checkpointing = Annotated[
     bool,
     typer.Option(
-        "--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=_TRAINING
+        "--gradient-checkpointing",
+        help="Recompute activations in the backward pass: less memory, more time.",
+        rich_help_panel=_TRAINING,
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Of everything random.", rich_help_panel=_TRAINING)]
+Seed = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Random seed.", rich_help_panel=_TRAINING)
+]
 ReportTo = Annotated[
-    str, typer.Option(metavar="A,B", help="wandb, tensorboard, ...", rich_help_panel=_TRAINING)
+    str,
+    typer.Option(
+        metavar="NAME,NAME",
+        help="Where to log the training: wandb, tensorboard, ... or none.",
+        rich_help_panel=_TRAINING,
+    ),
 ]
 TrainingArgs = Annotated[
     str,
     typer.Option(
         metavar="K=V,K=V",
-        help="Further fields of transformers' TrainingArguments, for instance "
-        "bf16=False,eval_strategy=steps,eval_steps=50,push_to_hub=True.",
+        help="Other fields of transformers' TrainingArguments, for instance "
+        "bf16=False,eval_steps=50.",
         rich_help_panel=_TRAINING,
     ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
 
 
 def train(
@@ -150,6 +195,7 @@ def train(
     ratio: o.Ratio = None,
     algorithm: o.Algorithm = None,
     preset: o.Preset = None,
+    option: o.MergeOption = None,
     budgets: Budgets = None,
     rank: Rank = None,
     alpha: Alpha = None,
@@ -165,82 +211,67 @@ def train(
     seed: Seed = 0,
     report_to: ReportTo = "none",
     training_args: TrainingArgs = "",
-    resume: Resume = False,
+    resume: o.Resume = False,
     load_4bit: o.Load4Bit = False,
     load_8bit: o.Load8Bit = False,
     dtype: o.Dtype = None,
     device: o.Device = None,
     base: Base = None,
     verbose: o.Verbose = False,
-    debug: o.Debug = False,
 ) -> None:
     """Train a LoRA adapter while tokens are merged; QLoRA with --load-4bit.
 
     The adapter remembers base model, quantisation and merging: every command and
-    `pitome_vlm.load` take its folder as a model. Needs `pip install "pitome-vlm[train]"`.
+    `pitome_vlm.load` accept its folder as a model. Without a budget, a quarter of the visual tokens
+    is kept, or what the model's own pitome_config.json says; --keep 1 trains without merging. Needs
+    the extra train: `pip install ".[train]"` in a clone of the repository.
 
     Example: `pitome-vlm train --model PATH --data train.jsonl --val-fraction 0.02 --keep 0.25
     --load-4bit -o adapter`
     """
-    del debug  # read by the command group
     require("peft", "train", "train")
-    merging = o.MergeOptions(keep, tokens, ratio, algorithm, preset).given()
+    merging = o.merge_options(keep, tokens, ratio, algorithm, preset, option=option)
     more = [*(["projector"] * projector), *(["vision_tower"] * vision_tower)]
-    parts = ("language_model", *more) if more else None
-    plan = Plan(
-        loading=o.LoadOptions(model, load_4bit, load_8bit, dtype, device),
-        base=base,
-        merging=merging,
-        output=output,
-        data=(data, val_data),
-        opening={"image_folder": image_folder, "split": split, "text_only": text_only},
-        lora={"rank": rank, "alpha": alpha, "dropout": dropout, "parts": parts},
-        resume=resume,
-        rest={
-            "val_fraction": val_fraction,
-            "budgets": _budgets(budgets),
-            "max_length": max_length,
-            "num_train_epochs": epochs,
-            "max_steps": max_steps,
-            "per_device_train_batch_size": batch_size,
-            "gradient_accumulation_steps": accumulate,
-            "learning_rate": learning_rate,
-            "gradient_checkpointing": gradient_checkpointing or None,
-            "seed": seed,
-            "report_to": report_to.split(","),
-        }
-        | _pairs(training_args),
-    )
+    lora = {
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": dropout,
+        "parts": ("language_model", *more) if more else None,
+    }
+    rest = {
+        "val_fraction": val_fraction,
+        "budgets": _budgets(budgets),
+        "max_length": max_length,
+        "num_train_epochs": epochs,
+        "max_steps": max_steps,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulate,
+        "learning_rate": learning_rate,
+        "gradient_checkpointing": gradient_checkpointing or None,
+        "seed": seed,
+        "report_to": report_to.split(","),
+    } | o.pairs("training_args", training_args)
+    opening = {"image_folder": image_folder, "split": split, "text_only": text_only}
     with quiet(verbose):
-        result = carry_through(plan)
-    if is_first():
+        result = train_model(
+            lambda: load_trainable(
+                model, merging, load_4bit, load_8bit, dtype=dtype, device=device, base=base
+            ),
+            output,
+            data=data,
+            val_data=val_data,
+            opening=opening,
+            lora={name: value for name, value in lora.items() if value is not None},
+            resume=resume,
+            rest=rest,
+        )
+    if is_first_process():
         show(result)
 
 
 def _budgets(text: str | None) -> list[float]:
-    found: list[float] = []
-    for word in [] if text is None else text.split(","):
-        try:
-            found.append(int(word) if word.strip().isdigit() else float(word))
-        except ValueError:
-            raise ValueError(
-                f"budgets must be numbers separated by commas (tokens, or fractions), got {word!r}"
-            ) from None
-    return found
-
-
-def _pairs(text: str) -> dict[str, Any]:
-    """`K=V,K=V` with Python values where they are some; true and false in any case."""
-    pairs: dict[str, Any] = {}
-    for item in filter(None, (piece.strip() for piece in text.split(","))):
-        name, equals, value = item.partition("=")
-        if not equals or not name:
-            raise ValueError(f"training_args must be K=V,K=V, got {item!r}")
-        # As a string "false" would count as true.
-        value = value.strip()
-        value = value.capitalize() if value.lower() in ("true", "false") else value
-        try:
-            pairs[name.strip()] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pairs[name.strip()] = value
-    return pairs
+    """Token counts as whole numbers, fractions as they are."""
+    if text is None:
+        return []
+    numbers = o.fractions("budgets", text)
+    return [int(n) if n.is_integer() and n > 1 else n for n in numbers]

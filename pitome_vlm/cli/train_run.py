@@ -1,90 +1,83 @@
-"""How `pitome-vlm train` carries a run through: check, load, train, say.
+"""How `pitome-vlm train` checks, loads and trains, and what is said meanwhile.
 
-Knows: what is refused before a model is loaded, which process speaks, and what is said meanwhile.
-Does not know: options, or how anything is trained (`pitome_vlm.training`).
+Only the first of several processes speaks.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .eval_run import is_first
-from .options import LoadOptions
-from .terminal import err, say, write
+from .session import (
+    check_algorithm,
+    checked_device,
+    is_first_process,
+    merging_line,
+    model_path,
+    planned_config,
+)
+from .terminal import err, loading, say, write
 
 if TYPE_CHECKING:
     from ..training import TrainingResult
 
-TOLD = 10  # lines of progress where there is no terminal to draw a bar on
+MOST_LINES = 10  # lines of progress where there is no terminal to draw a bar on
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A request as it was typed.
+def train_model(
+    load: Callable[[], tuple[Any, Any]],
+    output: Path,
+    *,
+    data: str,
+    val_data: str | None,
+    opening: dict[str, Any],
+    lora: dict[str, Any],
+    resume: bool,
+    rest: dict[str, Any],
+) -> TrainingResult:
+    """Check everything that needs no model, load it, and train.
 
-    Attributes:
-        loading: the model.
-        base: the base model of an adapter.
-        merging: see `MergeOptions.given`.
+    Args:
+        load: loads the model and its processor.
         output: the adapter's folder.
-        data: training and validation data.
-        opening: arguments of `open_conversations`.
-        lora: fields of `LoraOptions`, None where not given.
-        resume: go on with the run in the folder.
+        data: training data.
+        val_data: validation data.
+        opening: further arguments of `open_conversations`.
+        lora: fields of `LoraOptions` that were given.
+        resume: continue the run in the folder.
         rest: further arguments of `pitome_vlm.training.train`.
     """
-
-    loading: LoadOptions
-    base: str | None
-    merging: dict[str, Any]
-    output: Path
-    data: tuple[str, str | None]
-    opening: dict[str, Any]
-    lora: dict[str, Any]
-    resume: bool
-    rest: dict[str, Any]
-
-
-def carry_through(plan: Plan) -> TrainingResult:
-    """Check everything that needs no model, load it, and train."""
     from ..training import LoraOptions, open_conversations, train
     from ..training.run_files import RunFolder
 
-    given = {name: value for name, value in plan.lora.items() if value is not None}
-    lora = LoraOptions(**given)
-    RunFolder(plan.output).check(resume=plan.resume)
-    data, val_data = (
-        None if source is None else open_conversations(source, **plan.opening)
-        for source in plan.data
-    )
-    if data is not None:
-        tell(f"{len(data)} conversations; loading the model ...")
-    model, processor = _load(plan)
-    bar = err.is_terminal and is_first()
+    options = LoraOptions(**lora)
+    RunFolder(output).check(resume=resume)
+    train_set = open_conversations(data, **opening)
+    val_set = None if val_data is None else open_conversations(val_data, **opening)
+    tell(f"{len(train_set)} conversations")
+    model, processor = load()
+    bar = err.is_terminal and is_first_process()
     return train(
         model,
         processor,
-        data,
-        plan.output,
-        val_data=val_data,
-        # An adapter that is trained on has its options already; others are refused by `train`.
-        lora=lora if given or not hasattr(model, "peft_config") else None,
-        resume=plan.resume,
+        train_set,
+        output,
+        val_data=val_set,
+        # An adapter that is trained further has its options already; `train` refuses others.
+        lora=options if lora or not hasattr(model, "peft_config") else None,
+        resume=resume,
         progress=bar,
         callbacks=() if bar else (_lines(),),
-        **plan.rest,
+        **rest,
     )
 
 
 def show(result: TrainingResult) -> None:
-    """The adapter's folder to stdout, the accuracies for the person at the terminal."""
-    from .session import merging_line
-
-    write(f"{result.output_dir}")
+    """Print the adapter's folder to stdout and the accuracies to stderr."""
+    write(f"{result.output_dir}", fold=False)
     say(f"{result.steps} steps, {merging_line(result.model)}")
     if result.before and result.after:
         for name, title in (("answer_accuracy", "answers"), ("token_accuracy", "answer tokens")):
@@ -94,36 +87,56 @@ def show(result: TrainingResult) -> None:
 
 
 def tell(text: str) -> None:
-    """One line, from the first process only."""
-    if is_first():
+    """Say one line, from the first process only."""
+    if is_first_process():
         say(text)
 
 
-def _load(plan: Plan) -> tuple[Any, Any]:
-    from ..loading.models import load, saved_merge_config
+def load_trainable(
+    name: str,
+    given: dict[str, Any],
+    load_4bit: bool,
+    load_8bit: bool,
+    *,
+    dtype: str | None,
+    device: str | None,
+    base: str | None,
+) -> tuple[Any, Any]:
+    """(model, processor) with merging on, in a dtype that this device trains well in.
+
+    Args:
+        name: path, hub name or `demo`.
+        given: see `options.merge_options`.
+        load_4bit: quantise to 4 bits.
+        load_8bit: quantise to 8 bits.
+        dtype: one of `options.DTYPES`.
+        device: where to put it; None for the accelerator of this process, if there is one.
+        base: the base model of an adapter.
+    """
+    from ..loading.models import load
     from ..loading.peft import find_adapter_at
     from ..loading.quantization import compute_dtype
-    from .session import check_algorithm, model_path
 
-    check_algorithm(plan.merging)
-    loading, path = plan.loading, model_path(plan.loading.model)
-    if not plan.merging and saved_merge_config(path) is None:
-        raise ValueError(
-            "give one of --keep, --tokens and --ratio (--keep 1 trains without merging)"
-        )
-    device, dtype = loading.device or _device(), loading.dtype
+    check_algorithm(given)
+    place, path = checked_device(device) or _device(), model_path(name)
+    config, origin = planned_config(name, given, base=base)
     if dtype is None and find_adapter_at(path) is None:
-        dtype = str(compute_dtype(device)).removeprefix("torch.")
-    return load(
+        dtype = str(compute_dtype(place)).removeprefix("torch.")
+    if is_first_process():
+        loading(f"the model from {name}")
+    model, processor = load(
         path,
-        load_in_4bit=loading.load_4bit,
-        load_in_8bit=loading.load_8bit,
+        load_in_4bit=load_4bit,
+        load_in_8bit=load_8bit,
         dtype=dtype,
-        device_map=device,
-        base=plan.base,
+        device_map=place,
+        base=base,
         trainable=True,
-        **plan.merging,
+        config=config,
     )
+    if origin:
+        tell(merging_line(model, origin))
+    return model, processor
 
 
 def _device() -> str:
@@ -135,7 +148,7 @@ def _device() -> str:
 
 
 def _lines() -> Any:
-    """A callback that says now and then how far it is."""
+    """A callback that prints progress a few times during the training."""
     from transformers import TrainerCallback
 
     class Lines(TrainerCallback):
@@ -150,7 +163,7 @@ def _lines() -> Any:
             self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
         ) -> None:
             del args, control, kwargs
-            part = TOLD * state.global_step // max(1, state.max_steps)
+            part = MOST_LINES * state.global_step // max(1, state.max_steps)
             done = state.global_step - self.first
             if part == self.told or "loss" not in (logs or {}) or not done:
                 return

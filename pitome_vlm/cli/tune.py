@@ -1,20 +1,23 @@
 """`pitome-vlm tune`: the smallest budget within a loss of quality, on the user's own questions.
 
-Knows: its options, what is refused before anything is loaded, and how progress looks. Does not
-know: how anything is searched, measured or worded (`pitome_vlm.measure.tune`).
+Checks the options before anything is loaded and shows progress; how budgets are searched, measured
+and reported is left to `pitome_vlm.measure.tune`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..common import require
 from . import options as o
-from .terminal import err, one_line, quiet, say, write
+from .session import DEMO
+from .terminal import one_line, progress_bars, quiet, say, write
 
 if TYPE_CHECKING:
     from ..measure.tune import Event, Recipe, Row, TuneResult
@@ -22,15 +25,15 @@ if TYPE_CHECKING:
 DEMO_SPLIT = "val"
 EXIT_INTERRUPTED = 130
 _WHAT = "What is tuned"
-_HOW = "How"
+_HOW = "How it is tuned"
 
 Data = Annotated[
     str,
     typer.Option(
         "--data",
         metavar="FILE",
-        help='JSONL with {"image": PATH, "question": TEXT, "answer": TEXT} per line (answers may '
-        "be left out of all), or `demo` for the bundled validation questions.",
+        help='JSONL file with {"image": PATH, "question": TEXT, "answer": TEXT} on every line '
+        "(either all lines have an answer or none), or `demo` for the bundled questions.",
         rich_help_panel=_WHAT,
     ),
 ]
@@ -38,7 +41,7 @@ MaxLoss = Annotated[
     float,
     typer.Option(
         metavar="SHARE",
-        help="Largest loss, as a share of the unreduced accuracy; 0.01 is 1 %.",
+        help="Largest acceptable loss of accuracy, relative to the unreduced model; 0.01 is 1 %.",
         rich_help_panel=_WHAT,
     ),
 ]
@@ -46,19 +49,22 @@ IgnoreAnswers = Annotated[
     bool,
     typer.Option(
         "--ignore-answers",
-        help="Compare with the unreduced model's answers instead of those in the data.",
+        help="Compare with the unreduced model's answers instead of the answers in the data.",
         rich_help_panel=_WHAT,
     ),
 ]
 Limit = Annotated[
     int | None,
-    typer.Option(metavar="N", help="First questions of the data only.", rich_help_panel=_WHAT),
+    typer.Option(
+        metavar="N", help="Use only the first N questions of the data.", rich_help_panel=_WHAT
+    ),
 ]
 Algorithms = Annotated[
     str | None,
     typer.Option(
-        metavar="A,B",
-        help="For instance pitome,tome or NAME:field=value; default: all but the baselines.",
+        metavar="NAME,NAME",
+        help="Algorithms to try, for instance pitome,tome or NAME:option=value; default: all but "
+        "the baselines.",
         rich_help_panel=_WHAT,
     ),
 ]
@@ -72,29 +78,40 @@ Budgets = Annotated[
     ),
 ]
 Output = Annotated[
-    Path, typer.Option("--output", "-o", metavar="DIR", help="Where everything is written.")
+    Path,
+    typer.Option(
+        "--output", "-o", metavar="DIR", help="Folder for pitome_config.json, report and results."
+    ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with what is in the output folder.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the split by picture.", rich_help_panel=_HOW)]
+Seed = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Random seed for splitting images into search and check halves.",
+        rich_help_panel=_HOW,
+    ),
+]
 Confidence = Annotated[
-    float, typer.Option(metavar="SHARE", help="Coverage of intervals.", rich_help_panel=_HOW)
+    float,
+    typer.Option(metavar="SHARE", help="Confidence level of the intervals.", rich_help_panel=_HOW),
 ]
 BatchSize = Annotated[
-    int, typer.Option(metavar="N", help="Questions at a time.", rich_help_panel=_HOW)
+    int, typer.Option(metavar="N", help="Questions per batch.", rich_help_panel=_HOW)
 ]
 MaxNewTokens = Annotated[
-    int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=_HOW)
+    int,
+    typer.Option(min=1, metavar="N", help="Longest answer in tokens.", rich_help_panel=_HOW),
 ]
 Suffix = Annotated[
     str,
     typer.Option(
         metavar="TEXT",
-        help="Put after every question, for instance 'Answer the question using a single word or "
-        "phrase.'",
+        help="Text to add after every question, for instance 'Answer the question using a single "
+        "word or phrase.'",
         rich_help_panel=_HOW,
     ),
 ]
-Plot = Annotated[bool, typer.Option("--plot/--no-plot", help="Draw a plot (matplotlib).")]
 
 
 def tune(
@@ -102,7 +119,8 @@ def tune(
     data: Data,
     max_loss: MaxLoss = 0.01,
     output: Output = Path("pitome-tune"),
-    resume: Resume = False,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
     limit: Limit = None,
     ignore_answers: IgnoreAnswers = False,
     algorithms: Algorithms = None,
@@ -112,43 +130,43 @@ def tune(
     batch_size: BatchSize = 8,
     max_new_tokens: MaxNewTokens = 16,
     suffix: Suffix = "",
-    plot: Plot = True,
+    plot: o.Plot = True,
     load_4bit: o.Load4Bit = False,
     load_8bit: o.Load8Bit = False,
     dtype: o.Dtype = None,
     device: o.Device = None,
     verbose: o.Verbose = False,
-    debug: o.Debug = False,
 ) -> None:
     """Find the smallest budget, and options, within a loss of quality on your own questions.
 
-    One half of the pictures is searched on, the other half only checks what was found. Writes
+    One half of the images is used to search, the other half only to check what was found. Writes
     pitome_config.json (for `wrap` and `load`), a report and a plot. Finished settings are kept:
-    after Ctrl-C or a crash `--resume` goes on.
+    after Ctrl-C or a crash, --resume continues.
 
     Example: `pitome-vlm tune --model demo --data demo --limit 240 --output tuned`
     """
-    del debug  # read by the command group
-    recipes, budgets = _recipes(algorithms), _budgets(tokens)
-    with quiet(verbose):
-        from ..measure.plots import check_matplotlib
-        from ..measure.tune import Plan
-        from ..measure.tune.tuner import check_folder
-
-    Plan(max_loss, recipes, budgets, seed, confidence=confidence)
-    check_folder(output, resume=resume)
+    recipes = None if algorithms is None else _recipes(algorithms)
+    budgets = None if tokens is None else o.counts("tokens", tokens)
     if plot:
-        check_matplotlib()
-    rows = _rows(data, limit, ignore_answers)
-    from .session import DEMO, load_model
-
-    # The bundled weights are stored in half precision, which a CPU is slow at.
-    chosen = "float32" if model == DEMO and dtype is None else dtype
-    loading = o.LoadOptions(model, load_4bit, load_8bit, chosen, device)
-    vlm, processor = load_model(loading, {}, verbose=verbose)
-    with quiet(verbose), _progress() as tell:
+        require("matplotlib", "viz", "the plot of tune (--no-plot leaves it out)")
+    with quiet(verbose):
         from ..measure import tune as tuning
+        from ..measure.tune.tuner import check_folder
+        from .session import load_model
 
+    tuning.Plan(max_loss, recipes, budgets, seed, confidence=confidence)
+    check_folder(output, resume=resume, overwrite=overwrite)
+    rows = _rows(data, limit, ignore_answers)
+    vlm, processor = load_model(
+        model,
+        load_4bit=load_4bit,
+        load_8bit=load_8bit,
+        # The bundled weights are stored in half precision, which CPUs are slow with.
+        dtype="float32" if model == DEMO and dtype is None else dtype,
+        device=device,
+        verbose=verbose,
+    )
+    with quiet(verbose), _progress() as tell:
         try:
             result = tuning.tune(
                 vlm,
@@ -164,50 +182,30 @@ def tune(
                 prompt=_prompt(suffix),
                 folder=output,
                 resume=resume,
+                overwrite=overwrite,
                 tell=tell,
             )
         except KeyboardInterrupt:
-            say(f"interrupted; what is finished is in {output}, --resume goes on")
+            say(f"interrupted; finished settings are in {output}, --resume continues")
             raise typer.Exit(EXIT_INTERRUPTED) from None
         files = result.save(output, plot=plot)
     _show(result, files)
 
 
-def _recipes(text: str | None) -> list[Recipe] | None:
+def _recipes(text: str) -> list[Recipe]:
     """The grammar of `eval --algorithms`, without a budget."""
-    if text is None:
-        return None
     from ..measure.evaluate.suites import method_setting
     from ..measure.tune import Recipe
 
     recipes = []
-    for name in _words("algorithms", text):
+    for name in o.words("algorithms", text):
         options = method_setting(name, 1).config.options()
         options.pop("tokens")
         recipes.append(Recipe(name, options))
     return recipes
 
 
-def _budgets(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    words = _words("tokens", text)
-    for word in words:
-        if not word.isascii() or not word.isdigit() or int(word) < 1:
-            raise ValueError(f"tokens must be whole numbers of at least 1, got {word!r}")
-    return [int(word) for word in words]
-
-
-def _words(field: str, text: str) -> list[str]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(words):
-        raise ValueError(f"{field} must be separated by single commas, got {text!r}")
-    return words
-
-
 def _rows(data: str, limit: int | None, ignore_answers: bool) -> list[Row]:
-    import dataclasses
-
     from ..measure.tune import read_rows
 
     demo = data == "demo" and not Path(data).is_file()
@@ -222,37 +220,27 @@ def _demo_rows(limit: int | None) -> list[Row]:
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     samples = load_split(DEMO_SPLIT, limit)
-    pictures = {s.scene_id: scene_image(s.scene_id, DEMO_SPLIT) for s in samples}
+    images = {s.scene_id: scene_image(s.scene_id, DEMO_SPLIT) for s in samples}
     return [
-        Row((pictures[s.scene_id],), s.question, (s.answer,), f"demo question {number}")
+        Row((images[s.scene_id],), s.question, (s.answer,), f"demo question {number}")
         for number, s in enumerate(samples, 1)
     ]
 
 
-def _prompt(suffix: str) -> Any:
-    from .engine import build_prompt
+def _prompt(suffix: str) -> Callable[[Any, str, int], str]:
+    from ..measure.asking import question_prompt
 
     def prompt(processor: Any, question: str, images: int) -> str:
         asked = f"{question}\n{suffix}" if suffix else question
-        return build_prompt(processor, [(asked, None)], images)
+        return question_prompt(processor, asked, images)
 
     return prompt
 
 
 @contextmanager
-def _progress() -> Iterator[Any]:
+def _progress() -> Iterator[Callable[[Event], None]]:
     """A bar for what is running, and a line for everything that is finished."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    # Without a terminal the lines of finished settings are all there is.
-    hidden = not err.is_terminal
-    with Progress(*columns, console=err, transient=True, disable=hidden) as progress:
+    with progress_bars() as progress:
         running = progress.add_task("", total=None, visible=False)
 
         def tell(event: Event) -> None:
@@ -274,7 +262,7 @@ def _line(event: Event) -> str:
     cell = event.cell
     assert cell is not None
     loss = cell.loss
-    took = "kept from before" if event.kept else f"{cell.seconds:.0f} s"
+    took = "kept from an earlier run" if event.kept else f"{cell.seconds:.0f} s"
     return (
         f"{cell.part}: {cell.recipe.name}, {cell.tokens} tokens: loss {percent(loss.value)} "
         f"({100 * loss.low:.1f} to {percent(loss.high)}), {took}"
@@ -282,7 +270,7 @@ def _line(event: Event) -> str:
 
 
 def _show(result: TuneResult, files: list[Path]) -> None:
-    write(f"{result.config.summary()}")
+    write(result.config.summary())
     if result.savings:
         write(result.savings)
     write(result.statement)

@@ -1,21 +1,26 @@
 """`pitome-vlm verify`: what merging does to the spectrum of the token graph.
 
-Knows: its options, and what is refused before anything is measured. Does not know: how it is
-carried through (`verify_run.py`), shown (`verify_show.py`) or measured
-(`pitome_vlm.measure.spectral`).
+Checks the options and shows the results; `verify_run.py` measures and writes the files.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..merge.config import DEFAULT_KEEP
 from . import options as o
+from .terminal import progress_bars, quiet, say, show_table, write
+
+if TYPE_CHECKING:
+    from ..measure.spectral.study import CaseResult, FeatureRow
+    from .verify_run import Outcome
 
 EXIT_FAILED_CHECK = 1
-DEFAULT_KEEP = 0.25
 _SYNTHETIC = "Synthetic clusters"
 _REAL = "Real features"
 
@@ -25,46 +30,51 @@ ModelName = Annotated[
         "--model",
         "-m",
         metavar="PATH",
-        help="Folder or Hub name of a LLaVA, or `demo` for the bundled one.",
+        help="Folder or Hub name of a LLaVA checkpoint, or `demo` for the bundled one.",
         rich_help_panel=_REAL,
     ),
 ]
-Pictures = Annotated[
-    list[Path] | None,
+Images = Annotated[
+    list[str] | None,
     typer.Option(
         "--image",
         "-i",
         metavar="FILE",
-        help="A picture; may be given several times. Default: validation scenes of the demo.",
+        help="Image file; can be repeated. Default: validation scenes of the demo.",
         rich_help_panel=_REAL,
     ),
 ]
 Count = Annotated[
     int | None,
-    typer.Option(metavar="N", help="How many validation scenes; default 8.", rich_help_panel=_REAL),
+    typer.Option(
+        metavar="N", help="Number of validation scenes; default: 8.", rich_help_panel=_REAL
+    ),
 ]
 Features = Annotated[
     bool,
     typer.Option(
-        "--features/--no-features", help="Look at a model's tower.", rich_help_panel=_REAL
+        "--features/--no-features",
+        help="Whether to measure the features of a model's vision tower.",
+        rich_help_panel=_REAL,
     ),
 ]
 Synthetic = Annotated[
     bool,
     typer.Option(
         "--synthetic/--no-synthetic",
-        help="Look at clusters with known labels.",
+        help="Whether to measure synthetic clusters with known labels.",
         rich_help_panel=_SYNTHETIC,
     ),
 ]
 Seeds = Annotated[
-    int, typer.Option(metavar="N", help="Draws of every case.", rich_help_panel=_SYNTHETIC)
+    int,
+    typer.Option(metavar="N", help="Random draws per case.", rich_help_panel=_SYNTHETIC),
 ]
 Sigma = Annotated[
     str,
     typer.Option(
         metavar="X,X",
-        help="Noise beside centres of length one.",
+        help="Noise standard deviations (cluster centres have unit norm).",
         rich_help_panel=_SYNTHETIC,
     ),
 ]
@@ -72,30 +82,26 @@ Sizes = Annotated[
     str | None,
     typer.Option(
         metavar="N/N,N/N",
-        help="Tokens of each cluster; default 32/16/8/5/3,50/8/4/2,20/16/12/9/7.",
+        help="Number of tokens in each cluster; default: 32/16/8/5/3,50/8/4/2,20/16/12/9/7.",
         rich_help_panel=_SYNTHETIC,
     ),
-]
-Algorithms = Annotated[
-    str, typer.Option(metavar="A,B", help="Any registered algorithms, for instance pitome,tome.")
 ]
 Output = Annotated[
     Path,
     typer.Option(
-        "--output", "-o", metavar="DIR", help="For report.md, results.json and spectral.png."
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Folder for report.md, results.json and spectral.png.",
     ),
 ]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the files of an earlier run.")
-]
-Plot = Annotated[bool, typer.Option("--plot/--no-plot", help="Draw spectral.png (matplotlib).")]
 
 
 def verify(
     model: ModelName = "demo",
-    image: Pictures = None,
+    image: Images = None,
     count: Count = None,
-    algorithms: Algorithms = "pitome,tome,random",
+    algorithms: o.Algorithms = "pitome,tome,random",
     keep: o.Keep = None,
     tokens: o.Tokens = None,
     ratio: o.Ratio = None,
@@ -105,48 +111,128 @@ def verify(
     sigma: Sigma = "0.3,0.1,0.03,0.01",
     sizes: Sizes = None,
     output: Output = Path("pitome-verify"),
-    overwrite: Overwrite = False,
-    plot: Plot = True,
+    overwrite: o.Overwrite = False,
+    plot: o.Plot = True,
     load_4bit: o.Load4Bit = False,
     load_8bit: o.Load8Bit = False,
     dtype: o.Dtype = None,
     device: o.Device = None,
     verbose: o.Verbose = False,
-    debug: o.Debug = False,
 ) -> None:
     """Measure how merging changes the spectrum of the token graph, as PiToMe's theorem does.
 
-    On clusters with known labels, beside the theorem's assumptions, and on what the merges of a
-    model's vision tower compared. Exit code 1 if a proven bound does not hold.
+    On synthetic clusters with known labels, where the theorem's assumptions can be checked, and on
+    the features that a model's vision tower merges. Exit code 1 if a proven bound does not hold.
 
     Example: `pitome-vlm verify --algorithms pitome,tome --tokens 36 --count 4`
     """
-    del debug  # read by the command group
-    budget = o.MergeOptions(keep, tokens, ratio).given(DEFAULT_KEEP)
+    budget = o.merge_options(keep, tokens, ratio) or {"keep": DEFAULT_KEEP}
     if not (features or synthetic):
         raise ValueError("--no-features and --no-synthetic together leave nothing to measure")
     if count is not None and image:
-        raise ValueError("give one of --image and --count")
+        raise ValueError("give either --image or --count, not both")
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
-    names = [word.strip() for word in algorithms.split(",")]
-    from .verify_run import Request, measure, parse_sigmas, parse_sizes
-    from .verify_show import check_output, show, store
+    names = list(dict.fromkeys(o.words("algorithms", algorithms or "")))
+    started = time.perf_counter()
+    with quiet(verbose):
+        from . import verify_run as run
+        from .session import check_algorithm, load_images, one_thread
 
-    check_output(output, overwrite=overwrite, plot=plot)
-    loading = o.LoadOptions(model, load_4bit, load_8bit, dtype, device)
-    request = Request(
-        algorithms=names,
-        sizes=parse_sizes(sizes) if synthetic else [],
-        sigmas=parse_sigmas(sigma),
-        seeds=seeds,
-        loading=loading if features else None,
-        images=image or [],
-        count=count,
-        budget=budget,
-    )
-    outcome = measure(request, verbose=verbose)
+    run.check_output(output, overwrite=overwrite, plot=plot)
+    noise, clusters = run.noise_levels(sigma), run.cluster_sizes(sizes)
+    for name in names:
+        check_algorithm({"algorithm": name})
+    images = load_images(image or [])
+    scenes = [] if images or not features else run.scene_numbers(count)
+    if verbose:
+        say(f"measuring {', '.join(names)}")
+    rows: list[FeatureRow] = []
+    results: list[CaseResult] = []
+    about: dict[str, Any] = {}
+    drawn: dict[str, Any] = {}
+    with quiet(verbose), one_thread(), progress_bars() as progress:
+        if features:  # first, because it has more ways to fail, and sooner
+            loading = {"load_4bit": load_4bit, "load_8bit": load_8bit}
+            rows, about = run.feature_results(
+                model,
+                names,
+                budget,
+                images,
+                scenes,
+                progress,
+                dtype=dtype,
+                device=device,
+                **loading,
+            )
+        if synthetic:
+            results, drawn = run.synthetic_results(names, clusters, noise, seeds, progress)
+    seconds = {"seconds": round(time.perf_counter() - started, 1)}
+    outcome = run.outcome_of(names, results, rows, drawn | about | seconds)
     show(outcome)
-    store(request, outcome, output, plot=plot)
+    run.store(outcome, output, plot=plot)
     if not outcome.checks.passed:
         raise typer.Exit(EXIT_FAILED_CHECK)
+
+
+def show(outcome: Outcome) -> None:
+    """Print tables and statements."""
+    from ..measure.spectral import report
+
+    if outcome.results:
+        _show_synthetic(outcome.results)
+        write("† sizes of two clusters tied at some step of some draw (A3 did not hold).")
+        least = min(one.sigma for one in outcome.summary)
+        for one in outcome.summary:
+            if one.sigma == least:
+                write(f"- {report.under_line(one)}")
+        write("")
+    if outcome.rows:
+        _show_features(outcome.rows)
+        write("blind: groups of the same sizes, members drawn at random.")
+        write("")
+    for line in [*report.check_lines(outcome.checks), *report.TRUTHS[1:]]:
+        write(f"- {line}")
+
+
+def _show_synthetic(results: Sequence[CaseResult]) -> None:
+    """SD and mixed groups of every case at the smallest noise."""
+    from ..measure.spectral import report
+
+    least = min(result.sigma for result in results)
+    names = list(dict.fromkeys(result.algorithm for result in results))
+    rows, starts, last = [], set(), None
+    for case, noise in report.by_case(results).items():
+        if last is not None and case.sizes != last:
+            starts.add(len(rows))
+        last = case.sizes
+        cells = [_cell(result) for result in noise[least].values()]
+        rows.append([report.sizes_text(case.sizes), case.layout, str(case.steps), *cells])
+    show_table(
+        f"Spectral distance (groups mixed), sigma {least:g}, mean of {len(results[0].runs)} draws",
+        ["clusters", "layout", "steps", *names],
+        rows,
+        starts=starts,
+        names=3,
+        left=(0, 1),
+    )
+
+
+def _cell(result: CaseResult) -> str:
+    from ..measure.spectral import report
+
+    tied = " " if result.ordered == len(result.runs) else "†"
+    return f"{report.number(result.distance)} ({result.mixed:.1%}){tied}"
+
+
+def _show_features(rows: Sequence[FeatureRow]) -> None:
+    from ..measure.spectral import report
+
+    columns, lines = report.feature_lines(rows)
+    whole: Iterable[int] = (i for i, line in enumerate(lines) if line[0] == report.WHOLE)
+    show_table(
+        f"Real features: SD / N ≤ Weyl bound, mean of {len(rows[0].distance)} image(s)",
+        columns,
+        lines,
+        starts=set(whole),
+    )

@@ -1,21 +1,25 @@
-"""How `pitome-vlm verify` is carried through: read the request, load, measure.
+"""What `pitome-vlm verify` measures, and the files that it writes.
 
-Knows: the order, and where pictures come from. Does not know: options, how anything is measured
-(`pitome_vlm.measure.spectral`) or shown and written (`verify_show.py`).
+How anything is measured is left to `pitome_vlm.measure.spectral`.
 """
 
 from __future__ import annotations
 
-import time
+import json
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+import torch
+import transformers
 
+from ..common import __version__, write_bytes, write_text
 from ..demo import scene_image
 from ..demo.dataset import SPLIT_SCENES
+from ..measure.machine import processor_name
+from ..measure.spectral import plots, report
 from ..measure.spectral.features import TowerChange, merge_changes
 from ..measure.spectral.study import (
     DEFAULT_SIZES,
@@ -29,36 +33,25 @@ from ..measure.spectral.study import (
     synthetic_study,
     under_assumptions,
 )
-from ..measure.spectral.synthetic import Clusters, can_merge
+from ..measure.spectral.synthetic import RATIO, Clusters, can_merge
 from ..merge import algorithms as registry
 from ..merge.config import MergeConfig
-from .demo_run import one_thread
-from .options import LoadOptions
-from .session import DEMO, load_images, load_model
-from .terminal import err, quiet, say
+from .options import fractions, words
+from .session import DEMO, load_model
+from .terminal import say, write
 
-# Chosen and looked at during development, never reported as accuracy; the test split stays unseen.
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+# Looked at during development and never reported as accuracy; the test split stays unseen.
 SPLIT = "val"
 DEFAULT_COUNT = 8
-
-
-@dataclass(frozen=True)
-class Request:
-    """A checked command line; `sizes` empty or `loading` None leave that half out."""
-
-    algorithms: list[str]
-    sizes: list[tuple[int, ...]]
-    sigmas: list[float]
-    seeds: int
-    loading: LoadOptions | None
-    images: list[Path]
-    count: int | None
-    budget: dict[str, Any]
+REPORT, RESULTS, PLOT = "report.md", "results.json", "spectral.png"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything that was measured, and `facts` that only loading could tell."""
+    """Everything that was measured, and `facts` for a reader to judge or repeat it."""
 
     results: list[CaseResult]
     rows: list[FeatureRow]
@@ -67,24 +60,19 @@ class Outcome:
     facts: dict[str, Any]
 
 
-def parse_sigmas(text: str) -> list[float]:
+def noise_levels(text: str) -> list[float]:
     """Noise levels of `--sigma`.
 
     Raises:
         ValueError: no numbers, or out of range.
     """
-    sigmas = []
-    for word in text.split(","):
-        try:
-            value = float(word)
-        except ValueError:
-            raise ValueError(f"sigma must be numbers separated by commas, got {text!r}") from None
-        Clusters((1, 1), sigma=value)
-        sigmas.append(value)
+    sigmas = fractions("sigma", text)
+    for sigma in sigmas:
+        Clusters((1, 1), sigma=sigma)
     return list(dict.fromkeys(sigmas))
 
 
-def parse_sizes(text: str | None) -> list[tuple[int, ...]]:
+def cluster_sizes(text: str | None) -> list[tuple[int, ...]]:
     """Cluster sizes of `--sizes`.
 
     Raises:
@@ -93,7 +81,7 @@ def parse_sizes(text: str | None) -> list[tuple[int, ...]]:
     if text is None:
         return list(DEFAULT_SIZES)
     found = []
-    for word in text.split(","):
+    for word in words("sizes", text):
         parts = [part.strip() for part in word.split("/")]
         if not all(part.isascii() and part.isdigit() for part in parts):
             raise ValueError(f"sizes must be like 32/16/8,20/16/12, got {text!r}")
@@ -103,51 +91,55 @@ def parse_sizes(text: str | None) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(found))
 
 
-def measure(request: Request, *, verbose: bool) -> Outcome:
-    """Run everything that was asked for.
+def check_output(folder: Path, *, overwrite: bool, plot: bool) -> None:
+    """Refuse before measuring what could not be written afterwards.
 
     Raises:
-        ValueError: an unknown algorithm, a picture that is none, a budget that does not fit, ...
+        ValueError: the folder is a file.
+        FileExistsError: results of an earlier run are there.
+        ImportError: matplotlib is needed and not installed.
     """
-    started = time.perf_counter()
-    for name in request.algorithms:
-        registry.get(name)
-    names = list(dict.fromkeys(request.algorithms))
-    images = load_images(request.images)
-    scenes = _scene_numbers(request)
-    if verbose:
-        say(f"measuring {', '.join(names)}")
-    with quiet(verbose), one_thread(), _progress() as progress:
-        # The model first: it has more ways to fail, and sooner.
-        rows, model_facts = _features(request, names, images, scenes, progress)
-        chosen = cases(request.sizes)
-        shown = _deciding_by_tokens(names) if chosen else names
-        total = len(chosen) * len(request.sigmas) * len(shown) * request.seeds
-        bar = progress.add_task("synthetic draws", total=total, visible=bool(total))
-        results = synthetic_study(
-            chosen,
-            shown,
-            request.sigmas,
-            request.seeds,
-            advance=lambda: progress.advance(bar),
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output must be a folder, but {folder} is a file")
+    there = [name for name in (REPORT, RESULTS, PLOT) if (folder / name).exists()]
+    if there and not overwrite:
+        raise FileExistsError(
+            f"{folder} already holds {', '.join(there)}; choose another --output, or replace them "
+            "with --overwrite"
         )
-    if scenes:
-        source = f"{len(scenes)} (scenes {scenes[0]}..{scenes[-1]} of the demo's {SPLIT} split)"
-    else:
-        source = f"{len(images)} (files)"
-    facts = model_facts | ({"pictures": source} if request.loading else {})
-    facts["seconds"] = round(time.perf_counter() - started, 1)
-    return Outcome(results, rows, check(results, rows), under_assumptions(results), facts)
+    if plot:
+        plots.check_matplotlib()
+
+
+def synthetic_results(
+    names: Sequence[str],
+    sizes: Sequence[tuple[int, ...]],
+    sigmas: Sequence[float],
+    seeds: int,
+    progress: Progress,
+) -> tuple[list[CaseResult], dict[str, Any]]:
+    """Results on clusters with known labels, and facts about them.
+
+    Raises:
+        ValueError: none of the algorithms can merge clusters.
+    """
+    chosen, shown = cases(sizes), _deciding_by_tokens(names)
+    total = len(chosen) * len(sigmas) * len(shown) * seeds
+    bar = progress.add_task("synthetic draws", total=total)
+    results = synthetic_study(chosen, shown, sigmas, seeds, advance=lambda: progress.advance(bar))
+    levels = ", ".join(f"{sigma:g}" for sigma in sigmas)
+    drawn = f"seeds 0..{seeds - 1}, {RATIO:.0%} kept at every step, sigma {levels}"
+    return results, {"synthetic": drawn}
 
 
 def _deciding_by_tokens(names: Sequence[str]) -> list[str]:
-    """The algorithms that can be shown clusters; the others are named to the user.
+    """The algorithms that can merge clusters; the others are named to the user.
 
     Raises:
         ValueError: there are none.
     """
     able = [name for name in names if can_merge(name)]
-    reason = "read the class token's attention, which drawn clusters have not"
+    reason = "read the class token's attention, which synthetic clusters do not have"
     if not able:
         raise ValueError(f"{', '.join(names)} {reason}; give --no-synthetic")
     if len(able) < len(names):
@@ -155,54 +147,122 @@ def _deciding_by_tokens(names: Sequence[str]) -> list[str]:
     return able
 
 
-def _scene_numbers(request: Request) -> list[int]:
-    """Validation scenes to look at; their kinds take turns."""
-    if request.images or request.loading is None:
-        return []
-    count = DEFAULT_COUNT if request.count is None else request.count
+def scene_numbers(count: int | None) -> list[int]:
+    """Numbers of the demo's validation scenes to look at; their kinds take turns.
+
+    Raises:
+        ValueError: there are not that many.
+    """
     most = SPLIT_SCENES[SPLIT]
-    if not 1 <= count <= most:
-        raise ValueError(f"count must be in 1..{most} ({SPLIT} scenes of the demo), got {count}")
-    return list(range(count))
+    wanted = DEFAULT_COUNT if count is None else count
+    if not 1 <= wanted <= most:
+        raise ValueError(f"count must be in 1..{most} ({SPLIT} scenes of the demo), got {wanted}")
+    return list(range(wanted))
 
 
-def _progress() -> Progress:
-    columns = TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn()
-    # Where nobody watches, a bar would only leave an empty line.
-    hidden = not err.is_terminal
-    return Progress(*columns, TimeElapsedColumn(), console=err, transient=True, disable=hidden)
-
-
-def _features(
-    request: Request,
+def feature_results(
+    model_name: str,
     names: Sequence[str],
+    budget: dict[str, Any],
     images: Sequence[Any],
     scenes: Sequence[int],
     progress: Progress,
+    **loading: Any,
 ) -> tuple[list[FeatureRow], dict[str, Any]]:
-    """Rows of real features, and what a reader has to know about the model."""
-    if request.loading is None:
-        return [], {}
-    loading = request.loading
-    if loading.model == DEMO and loading.dtype is None:
-        loading = LoadOptions(DEMO, loading.load_4bit, loading.load_8bit, "float32", loading.device)
-    model, processor = load_model(loading, {})
-    configs = {name: MergeConfig(algorithm=name, stage="tower", **request.budget) for name in names}
-    pictures = list(images) or [scene_image(number, SPLIT) for number in scenes]
-    bar = progress.add_task("pictures", total=len(pictures))
+    """Rows of a model's own features, and facts about the model and its images.
+
+    Args:
+        model_name: path, hub name or `demo`.
+        names: algorithms.
+        budget: one of keep, tokens and ratio.
+        images: files; where there are none, `scenes` of the demo are drawn.
+        scenes: numbers of validation scenes.
+        progress: where a bar is shown.
+        **loading: see `load_model`.
+    """
+    if model_name == DEMO and loading.get("dtype") is None:
+        loading["dtype"] = "float32"  # a CPU is slow with the half precision that is stored
+    model, processor = load_model(model_name, **loading)
+    configs = {name: MergeConfig(algorithm=name, stage="tower", **budget) for name in names}
+    shown = list(images) or [scene_image(number, SPLIT) for number in scenes]
+    bar = progress.add_task("images", total=len(shown))
     changes: list[dict[str, TowerChange]] = []
     image_processor = getattr(processor, "image_processor", processor)
-    for one in pictures:
+    for one in shown:
         pixels = image_processor(images=one.convert("RGB"), return_tensors="pt")["pixel_values"]
         changes.append(merge_changes(model, pixels, configs))
         progress.advance(bar)
     compared = {
         name: config.metric or registry.get(name).metric for name, config in configs.items()
     }
-    facts = {
-        "model": request.loading.model,
+    source = f"{len(images)} (files)"
+    if not images:
+        source = f"{len(scenes)} (scenes {scenes[0]}..{scenes[-1]} of the demo's {SPLIT} split)"
+    return feature_rows(changes), {
+        "model": model_name,
         "compared": ", ".join(f"{metric} ({name})" for name, metric in compared.items()),
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "images": source,
     }
-    return feature_rows(changes), facts
+
+
+def outcome_of(
+    names: Sequence[str],
+    results: list[CaseResult],
+    rows: list[FeatureRow],
+    facts: dict[str, Any],
+) -> Outcome:
+    """Everything measured, with what follows from it and its provenance."""
+    facts = {
+        "algorithms": ", ".join(names),
+        **facts,
+        "hardware": processor_name(),
+        "threads": 1,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "pitome_vlm": __version__,
+    }
+    return Outcome(results, rows, check(results, rows), under_assumptions(results), facts)
+
+
+def store(outcome: Outcome, folder: Path, *, plot: bool) -> None:
+    """Write report, results and plot; each is there whole or not at all."""
+    drawn = plots.draw(outcome.results, outcome.rows) if plot else None
+    text = report.markdown(
+        outcome.results,
+        outcome.rows,
+        checks=outcome.checks,
+        summary=outcome.summary,
+        facts=outcome.facts,
+        plot=PLOT if plot else None,
+    )
+    values = {
+        "provenance": outcome.facts,
+        "checks": vars(outcome.checks) | {"passed": outcome.checks.passed},
+        "under_assumptions": [vars(one) for one in outcome.summary],
+        "synthetic": [result.to_dict() for result in outcome.results],
+        "features": [row.to_dict() for row in outcome.rows],
+    }
+    write_text(folder / RESULTS, _dump(values))
+    write_text(folder / REPORT, text)
+    if drawn is None:
+        # A plot of an earlier run would contradict the new numbers.
+        (folder / PLOT).unlink(missing_ok=True)
+    else:
+        write_bytes(folder / PLOT, drawn)
+    for name in (REPORT, RESULTS, *([PLOT] if plot else [])):
+        write(f"wrote {folder / name}")
+
+
+def _dump(values: dict[str, Any]) -> str:
+    """JSON with one line per row: readable, and small changes stay small in a diff."""
+    parts = []
+    for name, value in values.items():
+        if isinstance(value, list):
+            rows = ",\n".join("  " + json.dumps(row) for row in value)
+            parts.append(f'"{name}": [\n{rows}\n]' if rows else f'"{name}": []')
+        else:
+            parts.append(f'"{name}": {json.dumps(value, indent=2)}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"

@@ -1,7 +1,4 @@
-"""`pitome-vlm visualize`: which patches of a picture became one token.
-
-Knows: its options. Does not know: how groups are found or drawn (`pitome_vlm.measure.visualize`).
-"""
+"""`pitome-vlm visualize`: which patches of an image became one token."""
 
 from __future__ import annotations
 
@@ -12,92 +9,125 @@ import typer
 
 from ..merge.config import MergeConfig
 from . import options as o
-from .terminal import quiet, say, write
+from .terminal import quiet, write
 
 if TYPE_CHECKING:
     from PIL import Image
 
 COMPARED = ("pitome_plus", "pitome", "tome", "random", "pool")
-DEFAULT_KEEP = 0.25
 
 
 def visualize(
     model: o.Model,
-    image: Annotated[Path, typer.Option("--image", "-i", metavar="FILE", help="A picture.")],
+    image: o.Images,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write the picture.")
-    ] = Path("overlay.png"),
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder to write to; every image becomes NAME-merged.png there, or "
+            "NAME-compared.png.",
+        ),
+    ] = Path("pitome-visualize"),
     keep: o.Keep = None,
     tokens: o.Tokens = None,
     ratio: o.Ratio = None,
     algorithm: o.Algorithm = None,
     preset: o.Preset = None,
     quality: o.Quality = None,
+    option: o.MergeOption = None,
+    algorithms: o.Algorithms = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Picture and all algorithms side by side.")
+        bool,
+        typer.Option(
+            "--compare",
+            help=f"Draw several algorithms side by side: those of --algorithms, or "
+            f"{', '.join(COMPARED)}.",
+        ),
     ] = False,
-    size: Annotated[int, typer.Option(min=32, max=4096, help="Longer side in pixels.")] = 480,
+    size: Annotated[
+        int,
+        typer.Option(
+            min=32, max=4096, metavar="N", help="Longer side of the drawn image in pixels."
+        ),
+    ] = 480,
     load_4bit: o.Load4Bit = False,
     load_8bit: o.Load8Bit = False,
     dtype: o.Dtype = None,
     device: o.Device = None,
     verbose: o.Verbose = False,
-    debug: o.Debug = False,
 ) -> None:
-    """Draw which patches became one token (same colour and outline); keeps a quarter by default.
+    """Draw which patches of an image became one token: same colour and outline, same token.
+
+    Without a budget, a quarter of the visual tokens is kept, or what the checkpoint's own
+    pitome_config.json says.
 
     Example: `pitome-vlm visualize --model demo --image scene.png --tokens 36 --compare`
     """
-    del debug
-    merging = o.MergeOptions(keep, tokens, ratio, algorithm, preset, quality).given(DEFAULT_KEEP)
-    check_picture_name(output)
-    from .session import load_images, load_model, merging_line
+    merging = o.merge_options(keep, tokens, ratio, algorithm, preset, quality, option)
+    names = o.words("algorithms", algorithms) if algorithms else list(COMPARED) if compare else []
+    targets = _targets(output, image, "compared" if names else "merged")
+    from .session import check_algorithm, load_images, load_merging
 
-    (pixels,) = load_images([image])
-    loading = o.LoadOptions(model, load_4bit, load_8bit, dtype, device)
-    vlm, processor = load_model(loading, merging, verbose=verbose)
-    with quiet(verbose):
-        drawn = (_compared if compare else _alone)(vlm, processor, pixels, size)
-    if verbose:
-        say(merging_line(vlm))
-    _save(drawn, output)
+    images = load_images(image)
+    for name in names:
+        check_algorithm({"algorithm": name})
+    vlm, processor = load_merging(
+        model,
+        merging,
+        load_4bit=load_4bit,
+        load_8bit=load_8bit,
+        dtype=dtype,
+        device=device,
+        verbose=verbose,
+    )
+    for target, pixels in zip(targets, images, strict=True):
+        with quiet(verbose):
+            drawn = (
+                _compared(vlm, processor, pixels, names, size)
+                if names
+                else _alone(vlm, processor, pixels, size)
+            )
+        output.mkdir(parents=True, exist_ok=True)
+        drawn.save(target)
+        write(str(target))
 
 
-def _save(drawn: Image.Image, output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    drawn.save(output)
-    write(str(output))
+def _targets(folder: Path, images: list[str], kind: str) -> list[Path]:
+    """The file of every image; refused before anything is loaded if they cannot be written.
+
+    Raises:
+        ValueError: the folder is a file, or two images have one name.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output must be a folder, but {folder} is a file")
+    targets = [folder / f"{Path(name).stem}-{kind}.png" for name in images]
+    for target in targets:
+        if targets.count(target) > 1:
+            raise ValueError(f"two images would both be written to {target}; draw them separately")
+    return targets
 
 
-def _alone(model: Any, processor: Any, picture: Image.Image, size: int) -> Image.Image:
+def _alone(model: Any, processor: Any, image: Image.Image, size: int) -> Image.Image:
     from ..measure.visualize import overlay, source_map
 
-    return overlay(picture, source_map(model, processor, picture), size=size)
+    return overlay(image, source_map(model, processor, image), size=size)
 
 
-def _compared(model: Any, processor: Any, picture: Image.Image, size: int) -> Image.Image:
-    """The picture and every algorithm at the number of tokens that is in force."""
+def _compared(
+    model: Any, processor: Any, image: Image.Image, names: list[str], size: int
+) -> Image.Image:
+    """The image, and every algorithm at the number of tokens in force."""
     from ..measure.visualize import overlay, source_map, strip
     from ..wrapping.wrap import merge_config, schedule_of, wrapped
 
     tokens, own = schedule_of(model).tokens_out, merge_config(model)
-    figures = [("picture", picture)]
-    for name in COMPARED:
+    figures = [("image", image)]
+    for name in names:
         # The user's own options belong to the user's own algorithm only.
         config = own if name == own.algorithm else MergeConfig(tokens=tokens, algorithm=name)
         with wrapped(model, config=config):
-            groups = source_map(model, processor, picture)
-        figures.append((f"{name}, {groups.tokens} tokens", overlay(picture, groups, size=size)))
+            groups = source_map(model, processor, image)
+        figures.append((f"{name}, {groups.tokens} tokens", overlay(image, groups, size=size)))
     return strip(figures, height=size)
-
-
-def check_picture_name(path: Path) -> None:
-    """Refuse a name whose ending says no picture format, before any work is done.
-
-    Raises:
-        ValueError: the ending is unknown.
-    """
-    from PIL import Image
-
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"output must be a picture file such as overlay.png, got {path}")

@@ -20,6 +20,8 @@ from .schedule import Budget
 
 CONFIG_NAME = "pitome_config.json"
 FORMAT_VERSION = 1
+# Budget of commands and descriptions where none is given and the checkpoint brings none.
+DEFAULT_KEEP = 0.25
 
 Stage = Literal["tower", "projector", "both"]
 Metric = Literal["keys", "hidden"]

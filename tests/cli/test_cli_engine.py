@@ -14,8 +14,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging
 
 import pitome_vlm
-from pitome_vlm.cli.engine import Conversation, build_prompt, encode
+from pitome_vlm.cli.engine import Conversation
 from pitome_vlm.cli.terminal import one_line, printable, quiet
+from pitome_vlm.measure import asking
 
 
 @pytest.fixture(scope="module")
@@ -42,26 +43,31 @@ class Plain:
         bos_token = "<s>"
 
 
+def prompt_of(processor, turns, question, images):
+    talk = Conversation(None, processor, images=[Image.new("RGB", (9, 9))] * images, turns=turns)
+    return asking.prompt_text(processor, talk._messages(question))
+
+
 def test_prompt_follows_the_chat_template(folder):
     processor = AutoProcessor.from_pretrained(folder)
-    turns = [("what is it?", "red"), ("and now?", None)]
-    text = build_prompt(processor, turns, 2)
+    text = prompt_of(processor, [("what is it?", "red")], "and now?", 2)
     said = "user: <image> <image> what is it? assistant: red </s> user: and now? assistant:"
     assert " ".join(text.split()) == said
 
 
 def test_prompt_without_a_template_is_that_of_llava_1_5():
-    turns = [("What is it?", "A cat."), ("And now?", None)]
-    assert build_prompt(Plain, turns[1:], 1) == "USER: <image>\nAnd now? ASSISTANT:"
-    assert build_prompt(Plain, turns, 1) == (
+    assert prompt_of(Plain, [], "And now?", 1) == "USER: <image>\nAnd now? ASSISTANT:"
+    assert prompt_of(Plain, [("What is it?", "A cat.")], "And now?", 1) == (
         "USER: <image>\nWhat is it? ASSISTANT: A cat.</s>USER: And now? ASSISTANT:"
     )
-    assert build_prompt(Plain, turns[1:], 0) == "USER: And now? ASSISTANT:"
+    assert prompt_of(Plain, [], "And now?", 0) == "USER: And now? ASSISTANT:"
 
 
 def test_the_text_begins_with_one_bos_token(folder):
     processor = AutoProcessor.from_pretrained(folder)
-    ids = [encode(processor, start + "user: what", [])["input_ids"][0] for start in ("", "<s> ")]
+    ids = [
+        asking.encoded(processor, [start + "user: what"])["input_ids"][0] for start in ("", "<s> ")
+    ]
     assert ids[0].tolist() == ids[1].tolist()
     assert (ids[0] == processor.tokenizer.bos_token_id).sum() == 1
 
@@ -98,7 +104,7 @@ def test_later_answers_see_what_was_said(talk):
     assert talk.processor.tokenizer.decode(seen[1][0]).count("user:") == 1
 
 
-def test_pictures_are_encoded_once_for_a_conversation(talk):
+def test_images_are_encoded_once_for_a_conversation(talk):
     pitome_vlm.wrap(talk.model, tokens=36)
     calls: list[int] = []
     talk.model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
@@ -134,12 +140,12 @@ def test_a_stopped_answer_is_kept_as_far_as_it_came(talk):
     assert talk.turns == [("what is it?", part)]
 
 
-def test_other_pictures_start_over(talk):
+def test_other_images_start_over(talk):
     talk.ask("what is it?")
-    picture = Image.new("RGB", (9, 9))
-    talk.show([picture, picture])
+    image = Image.new("RGB", (9, 9))
+    talk.show([image, image])
     assert talk.turns == []
-    assert talk.images == [picture, picture]
+    assert talk.images == [image, image]
     assert talk.ask("which one?")
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 from checkpoint import save_checkpoint
@@ -31,6 +29,7 @@ def cli(*words):
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_train_and_ask(self, checkpoint, data, tmp_path):
         done = cli(
             *("--model", checkpoint, "--data", data, "--val-fraction", 0.25, "--load-4bit"),
@@ -44,8 +43,8 @@ class TestCommand:
         run = json.loads((tmp_path / "out" / "training_run.json").read_text())
         assert run["arguments"]["weight_decay"] == 0.01
         assert run["budgets"] == [8, 0.5]
-        picture = data.parent / "0.png"
-        words = ["ask", "-m", tmp_path / "out", "-i", picture, "-v", "what is it ?"]
+        image = data.parent / "0.png"
+        words = ["ask", "-m", tmp_path / "out", "-i", image, "-v", "what is it ?"]
         asked = CliRunner().invoke(app, [str(word) for word in words])
         assert asked.exit_code == 0, asked.output
         assert "144 -> 16 visual tokens" in asked.stderr
@@ -66,11 +65,10 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("words", "said"),
         [
-            ([], "give one of --keep"),
             (["--tokens", 16, "--keep", 0.5], "exactly one"),
             (["--tokens", 1000], "1000"),
             (["--tokens", 16, "--budgets", "a"], "budgets"),
-            (["--tokens", 16, "--training-args", "x"], "K=V"),
+            (["--tokens", 16, "--training-args", "x"], "NAME=VALUE"),
             (["--tokens", 16, "--training-args", "lerning_rate=1"], "learning_rate"),
             (["--tokens", 16, "--alpha", "-1"], "alpha"),
             (["--tokens", 16, "--base", "x"], "base"),
@@ -107,11 +105,3 @@ class TestCommand:
         assert done.exit_code == 130
         assert done.stderr.strip().splitlines()[-1] == "interrupted"
         assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
-
-    def test_help_does_not_import_torch(self):
-        script = (
-            "import sys\nfrom typer.testing import CliRunner\nfrom pitome_vlm.cli import app\n"
-            "assert CliRunner().invoke(app, ['train', '--help']).exit_code == 0\n"
-            "assert not {'torch', 'transformers', 'peft'} & sys.modules.keys()\n"
-        )
-        subprocess.run([sys.executable, "-c", script], check=True)

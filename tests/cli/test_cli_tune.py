@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 from absent import hide
@@ -83,23 +79,23 @@ def test_a_run_ends_with_the_statement_the_config_and_a_report(finished):
 
 def test_only_the_validation_split_of_the_demo_is_used(finished):
     folder, _ = finished
-    answers = [json.loads(path.read_text()) for path in (folder / "cells").iterdir()]
+    answers = [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
     asked = sum(len(a["answers"]) for a in answers if a["recipe"] == "unreduced")
     assert asked == len(load_split("val", 24))
 
 
 def test_a_second_run_is_refused_and_resume_keeps_everything(finished):
     folder, _ = finished
-    fails(demo_run(folder), f"{folder} already holds")
+    fails(demo_run(folder), f"{folder} already holds the results of a tuning run; --resume")
     before = numbers(folder)
     result = demo_run(folder, "--resume")
     assert result.exit_code == 0, result.stderr
     cells = [line for line in result.stderr.splitlines() if re.match("search|check", line)]
     assert cells
-    assert all("kept from before" in line for line in cells)
+    assert all("kept from an earlier run" in line for line in cells)
     assert numbers(folder) == before
-    fails(demo_run(folder, "--resume", limit=30), "questions was 24, is 30")
-    fails(demo_run(folder, "--resume", "--seed", 1), "seed was 0, is 1")
+    fails(demo_run(folder, "--resume", limit=30), "was tuned with questions 24, now it is 30")
+    fails(demo_run(folder, "--resume", "--seed", 1), "was tuned with seed 0, now it is 1")
 
 
 def test_ctrl_c_between_cells_is_130_and_resumes_to_the_same_result(
@@ -111,7 +107,7 @@ def test_ctrl_c_between_cells_is_130_and_resumes_to_the_same_result(
     def interrupted(self, *words):
         calls.append(1)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return original(self, *words)
 
     with monkeypatch.context() as patch:
@@ -119,49 +115,13 @@ def test_ctrl_c_between_cells_is_130_and_resumes_to_the_same_result(
         result = demo_run(tmp_path / "out")
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == (
-        f"interrupted; what is finished is in {tmp_path / 'out'}, --resume goes on"
+        f"interrupted; finished settings are in {tmp_path / 'out'}, --resume continues"
     )
     assert not FILES & {path.name for path in (tmp_path / "out").iterdir()}
     result = demo_run(tmp_path / "out", "--resume")
     assert result.exit_code == 0, result.stderr
-    assert result.stderr.count("kept from before") == 1
+    assert result.stderr.count("kept from an earlier run") == 1
     assert numbers(tmp_path / "out") == numbers(folder)
-
-
-@pytest.mark.slow
-def test_a_real_ctrl_c_leaves_whole_cells_only(tmp_path):
-    words = [
-        "--model",
-        "demo",
-        "--data",
-        "demo",
-        "--limit",
-        "60",
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pitome_vlm", "tune", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        cells, deadline = tmp_path / "out" / "cells", time.monotonic() + 200
-        while not list(cells.glob("*.json")) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.3)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, err
-    assert out == ""
-    assert "Traceback" not in err
-    assert err.rstrip().endswith("--resume goes on")
-    assert all(json.loads(path.read_text())["answers"] for path in cells.glob("*.json"))
 
 
 # --- one's own data
@@ -206,13 +166,13 @@ def test_own_data_without_answers_and_without_a_plot(data, tmp_path):
 
 def test_a_suffix_reaches_the_model(data, tmp_path):
     folder, lines = data
-    file = write(folder, lines[:8], "few.jsonl")
+    file = write(folder, lines)
     found = []
     for name, more in (("a", []), ("b", ["--suffix", "answer with one word ."])):
         words = [*ONE, "--no-plot", "--ignore-answers", "--output", tmp_path / name]
         result = run("--data", file, *words, *more)
         assert result.exit_code == 0, result.stderr
-        found.append(json.loads((tmp_path / name / "result.json").read_text())["facts"])
+        found.append(json.loads((tmp_path / name / "run.json").read_text()))
     assert found[0]["data"] != found[1]["data"]
     assert found[0].keys() == found[1].keys()
 
@@ -254,7 +214,7 @@ BAD_WORDS = [
     (["--data", "demo", "--limit", "24", "--tokens", "999"], "token counts in 1..144"),
     (["--data", "demo", "--limit", "24", "--batch-size", "0"], "batch_size must be"),
     (["--data", "demo", "--max-new-tokens", "0"], "--max-new-tokens"),
-    (["--data", "demo", "--output", __file__], "output must be a folder"),
+    (["--data", "demo", "--output", __file__], "the output must be a folder"),
     (["--data", "demo", "--limit", "24", "--load-4bit", "--load-8bit"], "only one of"),
     (["--dta", "demo"], "No such option: --dta"),
     ([], "Missing option '--data'"),
@@ -270,7 +230,7 @@ def test_bad_words_are_one_line(tmp_path, monkeypatch, words, message):
 
 def test_a_checkpoint_s_own_config_is_never_overwritten(tmp_path):
     MergeConfig(keep=0.5).save_pretrained(tmp_path)
-    fails(demo_run(tmp_path), "already holds pitome_config.json")
+    fails(demo_run(tmp_path), "pitome_config.json is already there and no part of a tuning run")
     assert MergeConfig.from_pretrained(tmp_path).keep == 0.5
 
 
@@ -278,15 +238,3 @@ def test_a_missing_matplotlib_is_said_before_anything_is_measured(tmp_path, monk
     hide(monkeypatch, "matplotlib")
     fails(demo_run(tmp_path / "out"), 'pip install ".[viz]"')
     assert not (tmp_path / "out").exists()
-
-
-def test_help_has_panels_and_does_not_import_torch():
-    script = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom pitome_vlm.cli import app\n"
-        "result = CliRunner().invoke(app, ['tune', '--help'])\n"
-        "assert result.exit_code == 0, result.output\n"
-        "assert 'What is tuned' in result.stdout and 'Loading' in result.stdout\n"
-        "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -45,7 +40,7 @@ def test_three_files_and_nothing_else(done):
     with Image.open(folder / "spectral.png") as image:
         assert image.format == "PNG"
         assert min(image.size) > 400
-        assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 20
+        assert len(image.convert("RGB").getcolors(2**24)) > 20
 
 
 def test_results_are_those_of_the_library(done):
@@ -116,9 +111,9 @@ def test_overwrite_replaces_all_of_an_earlier_run(tmp_path):
     assert "Real features\n" not in (tmp_path / "report.md").read_text()
 
 
-def test_own_model_own_pictures_and_several_algorithms(tmp_path):
+def test_own_model_own_images_and_several_algorithms(tmp_path):
     model = save_checkpoint(tmp_path / "model")
-    image = tmp_path / "picture [one].png"
+    image = tmp_path / "image [one].png"
     pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(image)
     result = run(
@@ -131,7 +126,7 @@ def test_own_model_own_pictures_and_several_algorithms(tmp_path):
     assert list(dict.fromkeys(row["algorithm"] for row in values["features"])) == ["pool", "tome"]
     whole = [row for row in values["features"] if row["layer"] is None]
     assert {(row["n_tokens"], row["n_groups"]) for row in whole} == {(144, 50)}
-    assert values["provenance"]["pictures"] == "1 (files)"
+    assert values["provenance"]["images"] == "1 (files)"
     assert values["checks"]["partitions"] == len(values["features"])
     assert (tmp_path / "out" / "spectral.png").is_file()
 
@@ -157,7 +152,7 @@ def fails_in_one_line(result, message: str) -> None:
     ("words", "message"),
     [
         (["--algorithms", "pitmoe"], "Did you mean 'pitome'?"),
-        (["--algorithms", "pitome,"], "unknown algorithm ''"),
+        (["--algorithms", "pitome,"], "separated by single commas"),
         (["--algorithms", "none"], "algorithm 'none' keeps all 144 visual tokens"),
         (["--sigma", "0.1,small"], "sigma must be numbers separated by commas, got '0.1,small'"),
         (["--sigma", "0"], "sigma must be in (0, 10], got 0.0"),
@@ -168,7 +163,7 @@ def fails_in_one_line(result, message: str) -> None:
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--count", "0"], "count must be in 1..400"),
         (["--count", "401"], "count must be in 1..400"),
-        (["--count", "2", "--image", "x.png"], "give one of --image and --count"),
+        (["--count", "2", "--image", "x.png"], "give either --image or --count"),
         (["--image", "nowhere.png"], "nowhere.png: no such file"),
         (["--image", __file__], "not an image"),
         (["--keep", "0"], "keep must be in (0, 1], got 0"),
@@ -197,36 +192,3 @@ def test_algorithms_that_need_attention_are_named_and_left_out(monkeypatch, tmp_
     values = json.loads((tmp_path / "results.json").read_text())
     assert {row["algorithm"] for row in values["synthetic"]} == {"tome"}
     fails_in_one_line(run(*words, "--overwrite", "--algorithms", "random"), "give --no-synthetic")
-
-
-def test_help_comes_without_torch():
-    script = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom pitome_vlm.cli import app\n"
-        "result = CliRunner().invoke(app, ['verify', '--help'])\n"
-        "assert '--sigma' in result.stdout and 'Real features' in result.stdout, result.output\n"
-        "assert not {'torch', 'numpy', 'matplotlib'} & sys.modules.keys()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
-    words = ["--algorithms", "tome", "--seeds", "50000", "--no-features", "--verbose"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pitome_vlm", "verify", *words, "-o", tmp_path / "out"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        # A background job, as CI may be, ignores Ctrl-C and passes that on to its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stderr.readline() == "measuring tome\n"
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert stderr.strip().splitlines()[-1] == "interrupted"
-    assert "Traceback" not in stderr
-    assert stdout == ""
-    assert not (tmp_path / "out").exists()

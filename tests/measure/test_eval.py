@@ -457,8 +457,8 @@ def command(monkeypatch, task_manager):
 
 
 WRONG = [
-    ([], "give one of --suite and --tasks"),
-    (["--suite", "demo", "--tasks", "gqa"], "give one of --suite and --tasks"),
+    ([], "give either --suite or --tasks"),
+    (["--suite", "demo", "--tasks", "gqa"], "give either --suite or --tasks"),
     (["--suite", "dmeo"], "Did you mean 'demo'?"),
     (["--suite", "demo", "--algorithms", "pitom"], "unknown method 'pitom'. Did you mean"),
     (["--suite", "demo", "--algorithms", "pitome,,tome"], "algorithms must be separated"),
@@ -496,16 +496,19 @@ def test_wrong_arguments_end_in_one_line_and_code_2(command, tmp_path, words, sa
 
 
 def test_missing_packages_are_named_before_anything_is_measured(command, monkeypatch, tmp_path):
-    from pitome_vlm.measure.evaluate import plots
-
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    result = command("--suite", "demo", "--output", tmp_path)
+    words = ["--suite", "demo", "--output", tmp_path]
+    with monkeypatch.context() as patch:
+        hide(patch, "matplotlib")
+        result = command(*words)
     assert result.exit_code == 2
-    assert 'pip install "pitome-vlm[viz]"' in result.stderr
+    assert 'pip install ".[viz]"' in result.stderr
     hide(monkeypatch, "lmms_eval")
-    result = command("--suite", "demo", "--output", tmp_path)
+    result = command(*words)
     assert result.exit_code == 2
     assert 'pip install ".[eval]"' in result.stderr
+    (both,) = command("--suite", "dmeo").stderr.splitlines()
+    assert "Did you mean 'demo'?" in both
+    assert 'pip install ".[eval]"' in both
 
 
 @pytest.mark.slow

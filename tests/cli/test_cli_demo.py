@@ -1,0 +1,47 @@
+"""`pitome-vlm demo`: the whole comparison, and the sample it asks."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+from cli_runner import run
+from PIL import Image
+
+from pitome_vlm.cli import demo_run
+from pitome_vlm.cli.demo_run import balanced, choose_scene, held_out
+
+
+@pytest.mark.slow
+def test_demo_compares_all_methods_and_writes_a_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_run, "TIMED_RUNS", 2)
+    result = run("demo", "--questions", 9, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    rows = re.findall(r"(no merging|PiToMe\+|ToMe|random|pool) +(\d+) +[\d.]+ %", result.stdout)
+    merged = [
+        (name, n) for n in ("72", "36", "16") for name in ("PiToMe+", "ToMe", "random", "pool")
+    ]
+    assert rows == [("no merging", "144"), *merged]
+    assert "A small sample" in result.stdout
+    assert "KV (float32)" in result.stdout
+    assert "eval/results/demo" in result.stdout
+    for name in ("scene.png", "overlay.png", "report.html"):
+        assert f"wrote {tmp_path / 'out' / name}\n" in result.stdout
+    assert Image.open(tmp_path / "out" / "overlay.png").width > 5 * 300
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<img") == 6
+    assert page.count("<tr") == 2 + 13 + page.count("?</td>")
+
+
+def test_the_sample_is_balanced_and_depends_on_the_seed_only():
+    samples = held_out()
+    chosen = balanced(samples, 30, seed=3)
+    counts = Counter(sample.question_type for sample in chosen)
+    assert len(chosen) == len(set(chosen)) == 30
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert len(counts) == 9
+    assert chosen == balanced(samples, 30, seed=3) != balanced(samples, 30, seed=4)
+    scene = choose_scene(samples, 0)
+    assert len(scene) >= 5
+    assert len({sample.scene_id for sample in scene}) == 1

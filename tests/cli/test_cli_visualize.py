@@ -1,0 +1,45 @@
+"""`pitome-vlm visualize`: one file per image in a folder."""
+
+from __future__ import annotations
+
+import pytest
+from cli_runner import fails_in_one_line, run
+from PIL import Image
+
+
+def test_visualize_writes_the_image_into_a_folder(checkpoint, image, tmp_path):
+    folder = tmp_path / "new"
+    words = ["--model", checkpoint, "--image", image, "--output", folder, "--size", 240]
+    result = run("visualize", *words)
+    assert result.exit_code == 0, result.stderr
+    target = folder / "scene one-merged.png"
+    assert result.stdout == f"{target}\n"
+    assert "keep=0.25 (default)" in result.stderr
+    assert Image.open(target).size == (240, 156)  # 90 x 60 pixels in 12 x 12 patches
+
+
+def test_visualize_compares_at_equal_tokens(checkpoint, image, tmp_path):
+    words = ["visualize", "--model", checkpoint, "--image", image, "-o", tmp_path, "--size", 120]
+    result = run(*words, "--ratio", 0.8, "--compare", "-v")
+    assert result.exit_code == 0, result.stderr
+    target = tmp_path / "scene one-compared.png"
+    assert Image.open(target).width > 5 * 120
+    assert run(*words, "--algorithms", "tome").exit_code == 0
+    assert 2 * 120 < Image.open(target).width < 4 * 120
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--image", "TEXT"], "not an image"),
+        (["--image", "IMAGE", "--output", "IMAGE"], "--output must be a folder, but"),
+        (["--image", "IMAGE", "--image", "IMAGE"], "two images would both be written to"),
+        (["--image", "IMAGE", "--algorithms", "tome,,pool"], "separated by single commas"),
+        (["--image", "IMAGE", "--algorithms", "tom"], "Did you mean 'tome'?"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line(words, message, files, checkpoint):
+    for name, path in files.items():
+        words = [word.replace(name, path) for word in words]
+    fails_in_one_line(run("visualize", "--model", checkpoint, *words), message)
