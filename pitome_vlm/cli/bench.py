@@ -24,121 +24,136 @@ _WHAT = "What is timed"
 _HOW = "How it is timed"
 
 
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="PATH",
+        help="Folder or Hub name of a LLaVA checkpoint, or `demo`.",
+        rich_help_panel=_WHAT,
+    ),
+]
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="In place of --model, random weights of a published shape: llava-1.5-7b, "
+        "llava-1.5-13b, llava-next-7b, onevision-7b, or the small tiny, tiny-next, "
+        "tiny-onevision.",
+        rich_help_panel=_WHAT,
+    ),
+]
+Layers = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="With --config: build only N layers of the language model and scale their time "
+        "up to the full depth.",
+        rich_help_panel=_WHAT,
+    ),
+]
+Fractions = Annotated[
+    str,
+    typer.Option(
+        metavar="F,F",
+        help="Fractions of the visual tokens to compare.",
+        rich_help_panel=_WHAT,
+    ),
+]
+TokenCounts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N,N",
+        help="Visual tokens per image to compare, in place of --keep.",
+        rich_help_panel=_WHAT,
+    ),
+]
+Algorithms = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,NAME",
+        help="Merging algorithms to compare; default: pitome_plus.",
+        rich_help_panel=_WHAT,
+    ),
+]
+BatchSizes = Annotated[
+    str,
+    typer.Option(metavar="N,N", help="Batch sizes in prompts to compare.", rich_help_panel=_WHAT),
+]
+TextTokens = Annotated[
+    int, typer.Option(metavar="N", help="Text tokens per prompt.", rich_help_panel=_WHAT)
+]
+AnswerTokens = Annotated[
+    int, typer.Option(metavar="N", help="Tokens per answer.", rich_help_panel=_WHAT)
+]
+ImageCount = Annotated[
+    int, typer.Option(metavar="N", help="Images per prompt.", rich_help_panel=_WHAT)
+]
+Repeats = Annotated[int, typer.Option(metavar="N", help="Timed rounds.", rich_help_panel=_HOW)]
+Warmup = Annotated[
+    int, typer.Option(metavar="N", help="Untimed warm-up rounds.", rich_help_panel=_HOW)
+]
+Memory = Annotated[
+    float | None,
+    typer.Option(
+        metavar="GIB",
+        help="Compute the largest batch for this much memory; default: that of the device.",
+        rich_help_panel=_HOW,
+    ),
+]
+MaxBatch = Annotated[
+    bool,
+    typer.Option(
+        "--max-batch",
+        help="On a GPU: find the largest batch by trying it out, and time it.",
+        rich_help_panel=_HOW,
+    ),
+]
+CheckFlops = Annotated[
+    bool,
+    typer.Option(
+        "--check-flops",
+        help="Compare the computed FLOPs with those that PyTorch counts.",
+        rich_help_panel=_HOW,
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option(metavar="N", help="CPU threads.", rich_help_panel=_HOW)
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Folder for report.md, results.json and bench.png; default: write no files.",
+    ),
+]
+
+
 def bench(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="PATH",
-            help="Folder or Hub name of a LLaVA checkpoint, or `demo`.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    config: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="In place of --model, random weights of a published shape: llava-1.5-7b, "
-            "llava-1.5-13b, llava-next-7b, onevision-7b, or the small tiny, tiny-next, "
-            "tiny-onevision.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    layers: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="With --config: build only N layers of the language model and scale their time "
-            "up to the full depth.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    keep: Annotated[
-        str,
-        typer.Option(
-            metavar="F,F",
-            help="Fractions of the visual tokens to compare.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = "0.5,0.25,0.11",
-    tokens: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N,N",
-            help="Visual tokens per image to compare, in place of --keep.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    algorithms: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,NAME",
-            help="Merging algorithms to compare; default: pitome_plus.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    batch: Annotated[
-        str,
-        typer.Option(
-            metavar="N,N", help="Batch sizes in prompts to compare.", rich_help_panel=_WHAT
-        ),
-    ] = "1",
-    text_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Text tokens per prompt.", rich_help_panel=_WHAT)
-    ] = 64,
-    answer_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens per answer.", rich_help_panel=_WHAT)
-    ] = 32,
-    images: Annotated[
-        int, typer.Option(metavar="N", help="Images per prompt.", rich_help_panel=_WHAT)
-    ] = 1,
+    model: ModelName = None,
+    config: Shape = None,
+    layers: Layers = None,
+    keep: Fractions = "0.5,0.25,0.11",
+    tokens: TokenCounts = None,
+    algorithms: Algorithms = None,
+    batch: BatchSizes = "1",
+    text_tokens: TextTokens = 64,
+    answer_tokens: AnswerTokens = 32,
+    images: ImageCount = 1,
     image_size: o.ImageSize = None,
-    repeats: Annotated[
-        int, typer.Option(metavar="N", help="Timed rounds.", rich_help_panel=_HOW)
-    ] = 20,
-    warmup: Annotated[
-        int, typer.Option(metavar="N", help="Untimed warm-up rounds.", rich_help_panel=_HOW)
-    ] = 3,
-    memory: Annotated[
-        float | None,
-        typer.Option(
-            metavar="GIB",
-            help="Compute the largest batch for this much memory; default: that of the device.",
-            rich_help_panel=_HOW,
-        ),
-    ] = None,
-    max_batch: Annotated[
-        bool,
-        typer.Option(
-            "--max-batch",
-            help="On a GPU: find the largest batch by trying it out, and time it.",
-            rich_help_panel=_HOW,
-        ),
-    ] = False,
-    check_flops: Annotated[
-        bool,
-        typer.Option(
-            "--check-flops",
-            help="Compare the computed FLOPs with those that PyTorch counts.",
-            rich_help_panel=_HOW,
-        ),
-    ] = False,
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", help="CPU threads.", rich_help_panel=_HOW)
-    ] = None,
+    repeats: Repeats = 20,
+    warmup: Warmup = 3,
+    memory: Memory = None,
+    max_batch: MaxBatch = False,
+    check_flops: CheckFlops = False,
+    threads: Threads = None,
     load_4bit: o.Load4Bit = False,
     dtype: o.Dtype = None,
     device: o.Device = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="Folder for report.md, results.json and bench.png; default: write no files.",
-        ),
-    ] = None,
+    output: Output = None,
     overwrite: o.Overwrite = False,
     plot: o.Plot = True,
     as_json: o.AsJson = False,

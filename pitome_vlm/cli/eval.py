@@ -14,7 +14,7 @@ from ..common import require
 from . import options as o
 from .eval_run import Sweep, report
 from .session import is_first_process, model_path
-from .terminal import quiet, say
+from .terminal import say
 
 if TYPE_CHECKING:
     from ..measure.evaluate.suites import Suite
@@ -147,9 +147,8 @@ def evaluate(
         raise ValueError(f"limit must be at least 1, got {limit}")
     if include_path is not None and not include_path.is_dir():
         raise ValueError(f"include_path must be a folder, got {include_path}")
-    with quiet(verbose):
-        from ..measure.evaluate import suites
-        from ..measure.evaluate.records import Folder
+    from ..measure.evaluate import suites
+    from ..measure.evaluate.records import Folder
 
     base = _suite(suite, tasks)
     require("lmms_eval", "eval", "eval")

@@ -26,16 +26,33 @@ def _list_algorithms(wanted: bool) -> None:
     raise typer.Exit
 
 
+ModelName = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="PATH",
+        help="Folder, config.json or Hub name of a LLaVA checkpoint, or `demo`.",
+    ),
+]
+TextTokens = Annotated[int, typer.Option(min=0, metavar="N", help="Text tokens in the prompt.")]
+Frames = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Describe a video of N frames instead of an image."),
+]
+ListAlgorithms = Annotated[
+    bool,
+    typer.Option(
+        "--list-algorithms",
+        help="List all merging algorithms and exit.",
+        callback=_list_algorithms,
+        is_eager=True,
+    ),
+]
+
+
 def info(
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="PATH",
-            help="Folder, config.json or Hub name of a LLaVA checkpoint, or `demo`.",
-        ),
-    ],
+    model: ModelName,
     keep: o.Keep = None,
     tokens: o.Tokens = None,
     ratio: o.Ratio = None,
@@ -43,23 +60,10 @@ def info(
     preset: o.Preset = None,
     quality: o.Quality = None,
     option: o.MergeOption = None,
-    text_tokens: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Text tokens in the prompt.")
-    ] = 64,
+    text_tokens: TextTokens = 64,
     image_size: o.ImageSize = None,
-    frames: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Describe a video of N frames instead of an image."),
-    ] = None,
-    list_algorithms: Annotated[
-        bool,
-        typer.Option(
-            "--list-algorithms",
-            help="List all merging algorithms and exit.",
-            callback=_list_algorithms,
-            is_eager=True,
-        ),
-    ] = False,
+    frames: Frames = None,
+    list_algorithms: ListAlgorithms = False,
     as_json: o.AsJson = False,
     verbose: o.Verbose = False,
 ) -> None:

@@ -134,6 +134,7 @@ def verify(
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     names = list(dict.fromkeys(o.words("algorithms", algorithms or "")))
+    o.fractions("sigma", sigma)
     started = time.perf_counter()
     with quiet(verbose):
         from . import verify_run as run

@@ -17,19 +17,33 @@ if TYPE_CHECKING:
 COMPARED = ("pitome_plus", "pitome", "tome", "random", "pool")
 
 
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Folder to write to; every image becomes NAME-merged.png there, or NAME-compared.png.",
+    ),
+]
+Compare = Annotated[
+    bool,
+    typer.Option(
+        "--compare",
+        help=f"Draw several algorithms side by side: those of --algorithms, or "
+        f"{', '.join(COMPARED)}.",
+    ),
+]
+Size = Annotated[
+    int,
+    typer.Option(min=32, max=4096, metavar="N", help="Longer side of the drawn image in pixels."),
+]
+
+
 def visualize(
     model: o.Model,
     image: o.Images,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="Folder to write to; every image becomes NAME-merged.png there, or "
-            "NAME-compared.png.",
-        ),
-    ] = Path("pitome-visualize"),
+    output: Output = Path("pitome-visualize"),
     keep: o.Keep = None,
     tokens: o.Tokens = None,
     ratio: o.Ratio = None,
@@ -38,20 +52,8 @@ def visualize(
     quality: o.Quality = None,
     option: o.MergeOption = None,
     algorithms: o.Algorithms = None,
-    compare: Annotated[
-        bool,
-        typer.Option(
-            "--compare",
-            help=f"Draw several algorithms side by side: those of --algorithms, or "
-            f"{', '.join(COMPARED)}.",
-        ),
-    ] = False,
-    size: Annotated[
-        int,
-        typer.Option(
-            min=32, max=4096, metavar="N", help="Longer side of the drawn image in pixels."
-        ),
-    ] = 480,
+    compare: Compare = False,
+    size: Size = 480,
     load_4bit: o.Load4Bit = False,
     load_8bit: o.Load8Bit = False,
     dtype: o.Dtype = None,
