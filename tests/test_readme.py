@@ -14,7 +14,7 @@ from tiny import tiny_model
 
 import pitome_vlm
 from pitome_vlm.demo import checkpoint_path, load_split, scene_image
-from pitome_vlm.measure.demo_benchmark import prompt_for
+from pitome_vlm.measure.asking import question_prompt
 from scripts.demo import report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +29,7 @@ def scope(tmp_path):
     model, processor = pitome_vlm.load(path, dtype="float32")
     sample = load_split("val", 1)[0]
     image = scene_image(sample.scene_id, "val")
-    prompt = prompt_for(processor, sample.question)
+    prompt = question_prompt(processor, sample.question)
     batch = dict(processor(images=image, text=prompt, return_tensors="pt"))
     adapter = LoraConfig(target_modules=r".*language_model.*q_proj", r=2)
     return {

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from ..demo import Sample, load_split
-from ..measure.demo_benchmark import Outcome, Setting, batches, interval, run
+from ..measure.demo_benchmark import Outcome, Setting, accuracy_interval, batches, run
 from ..measure.description import describe
 from ..measure.timing import time_prefill
 from ..measure.visualize import SourceMap, source_map
@@ -141,7 +141,12 @@ class Demo:
         )
         times = self._times(chosen, samples, timed)
         return [
-            Score(outcome, _percent(samples, outcome), times[outcome.setting], kv_bytes)
+            Score(
+                outcome,
+                accuracy_interval(samples, outcome.correct),
+                times[outcome.setting],
+                kv_bytes,
+            )
             for outcome, kv_bytes in zip(outcomes, map(self._kv_bytes, chosen), strict=True)
         ]
 
@@ -172,11 +177,6 @@ class Demo:
             if turn:
                 timed(1)
         return {setting: statistics.median(values) for setting, values in times.items()}
-
-
-def _percent(samples: Sequence[Sample], outcome: Outcome) -> tuple[float, float]:
-    low, high = interval(samples, outcome.correct)
-    return 100 * low, 100 * high
 
 
 def score_columns(model: Any) -> list[str]:

@@ -61,12 +61,12 @@ class Sweep:
         Raises:
             ValueError: it holds cells of another run, or `resume` is off and it holds any.
         """
-        from ..measure.evaluate.records import fingerprint
-        from ..measure.evaluate.sweep import pending, versions
+                from ..measure.evaluate.sweep import pending, versions
+        from ..measure.provenance import checkpoint_fingerprint
 
         self.run = {
             "model": DEMO if self.model == model_path(DEMO) else self.model,
-            "checkpoint": fingerprint(self.model),
+            "checkpoint": checkpoint_fingerprint(self.model),
             "model_args": self.model_args,
             "batch_size": self.batch_size,
             "limit": self.limit,
@@ -110,19 +110,17 @@ class Sweep:
         return failures
 
     def _evaluator(self) -> Any:
-        from ..lmms.evaluation import Evaluator, Options
+        from ..lmms.evaluation import Evaluator
 
         include = self.include_path
         evaluator = Evaluator(
-            Options(
-                self.model,
-                self.model_args,
-                self.batch_size,
-                self.limit,
-                self.gen_kwargs,
-                None if include is None else str(include),
-                self.folder.root,
-            )
+            self.model,
+            self.folder.root,
+            model_args=self.model_args,
+            batch_size=self.batch_size,
+            limit=self.limit,
+            gen_kwargs=self.gen_kwargs,
+            include_path=None if include is None else str(include),
         )
         evaluator.check_tasks(self.tasks)
         evaluator.load(self.settings)

@@ -18,7 +18,9 @@ import transformers
 from ..common import __version__, write_bytes, write_text
 from ..demo import scene_image
 from ..demo.dataset import SPLIT_SCENES
-from ..measure.machine import processor_name
+from ..measure.plots import check_matplotlib
+from ..measure.provenance import processor_name
+from ..measure.store import check_files
 from ..measure.spectral import plots, report
 from ..measure.spectral.features import TowerChange, merge_changes
 from ..measure.spectral.study import (
@@ -99,16 +101,9 @@ def check_output(folder: Path, *, overwrite: bool, plot: bool) -> None:
         FileExistsError: results of an earlier run are there.
         ImportError: matplotlib is needed and not installed.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output must be a folder, but {folder} is a file")
-    there = [name for name in (REPORT, RESULTS, PLOT) if (folder / name).exists()]
-    if there and not overwrite:
-        raise FileExistsError(
-            f"{folder} already holds {', '.join(there)}; choose another --output, or replace them "
-            "with --overwrite"
-        )
+    check_files(folder, (REPORT, RESULTS, PLOT), overwrite=overwrite)
     if plot:
-        plots.check_matplotlib()
+        check_matplotlib("the plot (--no-plot leaves it out)")
 
 
 def synthetic_results(

@@ -1,8 +1,7 @@
 """Batches of prompts through a LLaVA: answers, and likelihoods of given continuations.
 
-Knows: processors, `generate`, padding, how many tokens a prompt has once its pictures are merged.
-Does not know: lmms-eval, tasks, or where a prompt comes from. The same engine serves wrapped and
-unwrapped models.
+Handles task options, token counts of prompts whose images are merged, and errors that name the
+document. Needs nothing of lmms-eval; the same engine serves wrapped and unwrapped models.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..measure import asking
 from ..wrapping.encode import prompt_images
 from ..wrapping.wrap import base_model, is_wrapped, merge_config, schedule_of
 from .requests import Prompt, RequestError
@@ -37,7 +37,7 @@ _OPTIONS = (
     "repetition_penalty",
 )
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
-# Handled here, or about other models' pictures and prompts.
+# Handled here, or about other models' images and prompts.
 _ELSEWHERE = ("until", "do_sample", "image_aspect_ratio", "image_sizes", "modalities")
 
 
@@ -133,7 +133,7 @@ class Engine:
 
     Attributes:
         model: a LLaVA, wrapped or not, on its own or inside a `PeftModel`.
-        processor: its processor; the tokenizer is set to pad on the left.
+        processor: its processor; a tokenizer without a padding token pads with the end token.
         work: time and tokens since the last report.
     """
 
@@ -142,9 +142,7 @@ class Engine:
     work: Work = field(default_factory=Work)
 
     def __post_init__(self) -> None:
-        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        # Answers continue at the end of a row, so shorter rows are padded in front.
-        self.tokenizer.padding_side = "left"
+        self.tokenizer = asking.tokenizer_of(self.processor)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
@@ -164,7 +162,7 @@ class Engine:
             RequestError: one of them cannot be scored; the message names it.
         """
         scores: dict[int, Score] = {}
-        # Rows whose pictures shrink by different amounts would not end at the same place.
+        # Rows whose images shrink by different amounts would not end at the same place.
         shrinking = [self._shrinking(prompt, place) for place, prompt in enumerate(prompts)]
         for kind in dict.fromkeys(shrinking):
             places = [i for i, own in enumerate(shrinking) if own == kind]
@@ -199,18 +197,18 @@ class Engine:
                 reason = f"only together, a smaller batch_size may help: {reason}"
             raise RequestError(f"{names}: {reason}") from error
 
-    def _encoded(self, prompts: Sequence[Prompt], texts: list[str]) -> dict[str, Tensor]:
+    def encoded(
+        self, prompts: Sequence[Prompt], texts: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors that the model is given for some prompts, on its device.
+
+        Args:
+            prompts: texts and images.
+            texts: used instead of the prompts' own texts.
+        """
+        texts = [prompt.text for prompt in prompts] if texts is None else texts
         images = [image for prompt in prompts for image in prompt.images]
-        begin = self.tokenizer.bos_token
-        # Some chat templates write the token themselves; the tokenizer would add a second one.
-        special = {"add_special_tokens": False} if begin and texts[0].startswith(begin) else {}
-        pictures = {"images": images} if images else {}
-        batch = self.processor(text=texts, **pictures, **special, padding=True, return_tensors="pt")
-        device, dtype = self.model.device, self.model.dtype
-        return {
-            name: value.to(device, dtype if value.is_floating_point() else None)
-            for name, value in batch.items()
-        }
+        return asking.on_model(self.model, asking.encoded(self.processor, texts, images))
 
     def _lengths(self, batch: Mapping[str, Tensor]) -> list[int]:
         """Tokens of every row as the language model sees them."""
@@ -223,7 +221,7 @@ class Engine:
         return [int(length) for length in lengths]
 
     def _clock(self) -> float:
-        # Accelerators run behind the host.
+        # Accelerators work asynchronously.
         torch.get_device_module(self.model.device).synchronize()
         return time.perf_counter()
 
@@ -240,13 +238,13 @@ class Engine:
     def _answer(
         self, prompts: Sequence[Prompt], wanted: dict[str, Any], until: list[str]
     ) -> list[Answer]:
-        batch = self._encoded(prompts, [prompt.text for prompt in prompts])
+        batch = self.encoded(prompts)
         start = self._clock()
-        sequences = self.model.generate(**batch, **wanted)
+        sequences = asking.generated(self.model, batch, **wanted)
         seconds = self._clock() - start
-        new = sequences[:, batch["input_ids"].shape[1] :]
-        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        read, written = self._lengths(batch), self._written(new)
+        texts = asking.decoded(self.processor, batch, sequences)
+        written = self._written(sequences[:, batch["input_ids"].shape[1] :])
+        read = self._lengths(batch)
         self._count(prompts, seconds, read, written)
         return [
             Answer(_until(text, until), inputs, outputs)
@@ -270,7 +268,7 @@ class Engine:
         counts = [self._tokens(a + b) - self._tokens(a) for a, b in pairs]
         if min(counts) < 1:
             raise ValueError("the continuation to be scored has no token of its own")
-        batch = self._encoded(prompts, [a + b for a, b in pairs])
+        batch = self.encoded(prompts, [a + b for a, b in pairs])
         mask, most = batch["attention_mask"], max(counts)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         start = self._clock()

@@ -1,17 +1,10 @@
-"""Measure one cell with lmms-eval, on a model that is loaded once for all of them.
-
-Knows: lmms-eval's Python interface, what its samples hold, and how to time first tokens fairly.
-Does not know: which cells there are, files, or reports.
-"""
+"""Measure one cell of a sweep with lmms-eval, on a model that is loaded once for all of them."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import statistics
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +14,11 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager, get_task_dict
 
 from ..common import suggest
-from ..measure.demo_benchmark import provenance
 from ..measure.description import describe
 from ..measure.evaluate.records import Measured
 from ..measure.evaluate.suites import BASELINE, Cell, Setting
+from ..measure.provenance import provenance
+from ..measure.stats import iqr
 from ..measure.timing import time_prefill
 from ..wrapping.encode import planned_schedule
 from . import tasks_path
@@ -36,37 +30,37 @@ MOST_TIMED = 8
 TEXT_TOKENS = 64
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is the same for all cells.
-
-    Attributes:
-        model: folder or hub name of a LLaVA.
-        model_args: further arguments of the model class, as text.
-        batch_size: questions at a time.
-        limit: first questions of every task only, None for all.
-        gen_kwargs: lmms-eval generation arguments, None for the tasks' own.
-        include_path: a folder with further tasks.
-        output: where tasks may write their own files.
-    """
-
-    model: str
-    model_args: Mapping[str, str]
-    batch_size: int
-    limit: int | None
-    gen_kwargs: str | None
-    include_path: str | None
-    output: Path
-
-
 class Evaluator:
     """A loaded model and lmms-eval's tasks."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    def __init__(
+        self,
+        model: str,
+        output: Path,
+        *,
+        model_args: Mapping[str, str] | None = None,
+        batch_size: int = 1,
+        limit: int | None = None,
+        gen_kwargs: str | None = None,
+        include_path: str | None = None,
+    ) -> None:
+        """Find the tasks; the model is loaded by `load`.
+
+        Args:
+            model: folder or hub name of a LLaVA.
+            output: folder where tasks may write their own files.
+            model_args: further arguments of the model class, as text.
+            batch_size: questions at a time.
+            limit: only the first questions of every task; None for all.
+            gen_kwargs: lmms-eval generation arguments, None for the tasks' own.
+            include_path: a folder with further tasks.
+        """
+        self.model, self.output = model, output
+        self.model_args = dict(model_args or {})
+        self.batch_size, self.limit, self.gen_kwargs = batch_size, limit, gen_kwargs
         folders = [str(tasks_path())]
-        if options.include_path is not None:
-            folders.append(options.include_path)
+        if include_path is not None:
+            folders.append(include_path)
         self.tasks = TaskManager("ERROR", include_path=folders, model_name="pitome_llava")
         self.lm: Any = None
 
@@ -91,11 +85,11 @@ class Evaluator:
             ValueError: wrong model arguments, or a budget that does not fit.
             OSError: there is no such checkpoint.
         """
-        text = ",".join(f"{key}={value}" for key, value in self.options.model_args.items())
-        # The sweep sets the merging of every cell; what lies beside a checkpoint must not count.
+        text = ",".join(f"{key}={value}" for key, value in self.model_args.items())
+        # The sweep sets the merging of every cell, whatever a checkpoint's folder recommends.
         self.lm = PitomeLlava(
-            pretrained=self.options.model,
-            batch_size=self.options.batch_size,
+            pretrained=self.model,
+            batch_size=self.batch_size,
             algorithm="none",
             keep=1.0,
             **utils.simple_parse_args_string(text),
@@ -108,11 +102,11 @@ class Evaluator:
 
     @property
     def processes(self) -> int:
-        """How many processes work together."""
+        """Number of processes that work together."""
         return int(self.lm.world_size)
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait for all processes."""
         self.lm.accelerator.wait_for_everyone()
 
     def __call__(self, cell: Cell) -> Measured | None:
@@ -122,24 +116,23 @@ class Evaluator:
             RuntimeError: lmms-eval returned nothing to score.
         """
         self.lm.reconfigure(cell.setting.config)
-        with _stopwatch(self.lm) as watch:
-            results = simple_evaluate(
-                model=self.lm,
-                tasks=[cell.task],
-                batch_size=self.options.batch_size,
-                limit=self.options.limit,
-                gen_kwargs=self.options.gen_kwargs,
-                log_samples=True,
-                task_manager=self.tasks,
-                verbosity="ERROR",
-                cli_args=self._cli_args(),
-            )
+        results = simple_evaluate(
+            model=self.lm,
+            tasks=[cell.task],
+            batch_size=self.batch_size,
+            limit=self.limit,
+            gen_kwargs=self.gen_kwargs,
+            log_samples=True,
+            task_manager=self.tasks,
+            verbosity="ERROR",
+            cli_args=self._cli_args(),
+        )
         if self.lm.rank != 0:
             return None
         samples = ((results or {}).get("samples") or {}).get(cell.task)
         if not samples:
             raise RuntimeError(f"{cell.name}: lmms-eval returned no answers")
-        return self._measured(cell, results, samples, watch.seconds)
+        return self._measured(cell, results, samples)
 
     def time_first_tokens(self, task: str, settings: Sequence[Setting]) -> dict[str, Any]:
         """Time to the first token of every setting on the first questions of a task.
@@ -164,36 +157,24 @@ class Evaluator:
         }
 
     def _first_batch(self, task: str) -> dict[str, torch.Tensor]:
-        """What the model is given for the first questions, exactly as in an evaluation."""
+        """What the model is given for the first questions, as in an evaluation."""
         made = get_task_dict([task], self.tasks, "chat")[task]
-        size = min(self.options.batch_size, MOST_TIMED)
+        size = min(self.batch_size, MOST_TIMED)
         made.build_all_requests(limit=size)
         self.lm.task_dict[task] = made.dataset
-        self.lm.reconfigure(None)
-        model, seen = self.lm.model, []
-        generate = model.generate
-
-        def spy(**inputs: Any) -> Any:
-            seen.append({k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)})
-            return generate(**inputs)
-
-        model.generate = spy
-        try:
-            getattr(self.lm, made.instances[0].request_type)(made.instances)
-        finally:
-            del model.generate
-        return seen[0]
+        inputs: dict[str, torch.Tensor] = self.lm.first_inputs(made.instances[:size])
+        return inputs
 
     def _cli_args(self) -> argparse.Namespace:
         # Without these lmms-eval takes another way through its own code; some tasks write files.
         return argparse.Namespace(
             process_with_media=False,
             reasoning_tags=None,
-            output_path=str(self.options.output / "task_files"),
+            output_path=str(self.output / "task_files"),
         )
 
     def _measured(
-        self, cell: Cell, results: dict[str, Any], samples: list[dict[str, Any]], seconds: float
+        self, cell: Cell, results: dict[str, Any], samples: list[dict[str, Any]]
     ) -> Measured:
         # Several processes hand over their parts one after the other.
         samples = sorted(samples, key=lambda sample: int(sample["doc_id"]))
@@ -204,7 +185,7 @@ class Evaluator:
             questions=questions(samples),
             answers=[answer_text(sample["filtered_resps"]) for sample in samples],
             scores=question_scores(samples, list(metrics)),
-            seconds=seconds,
+            seconds=self.lm.answering_seconds,
             facts=self._facts(cell, samples),
             lmms_eval=rest,
         )
@@ -222,53 +203,14 @@ class Evaluator:
         return {
             "visual_tokens": costs.visual_tokens,
             "visual_tokens_unreduced": described.tokens_in,
-            # Where tokens depend on the picture, costs are those of a picture of this size.
+            # Where tokens depend on the image, costs are those of an image of this size.
             **({"image_size": list(described.image_size)} if described.image_size else {}),
             "text_tokens": text,
             "mean_input_tokens": mean,
             **{name: getattr(costs, name) for name in (*names, "kv_bytes_per_image")},
-            "hardware": self._hardware(),
+            "hardware": provenance(model, batch_size=self.batch_size, processes=self.processes),
         }
-
-    def _hardware(self) -> dict[str, Any]:
-        model = self.lm.model
-        facts = provenance(model, split="test", questions=0, batch_size=self.options.batch_size)
-        # Those are about the demo's own questions.
-        kept = {k: v for k, v in facts.items() if k not in ("split", "questions", "scenes")}
-        device = model.device
-        if device.type != "cpu":
-            kept["hardware"] = torch.get_device_module(device).get_device_name(device)
-        return {**kept, "processes": self.processes}
-
-
-@dataclass
-class _Watch:
-    seconds: float = 0.0
-
-
-@contextlib.contextmanager
-def _stopwatch(lm: Any) -> Iterator[_Watch]:
-    """Time the answering alone: no data loading, no scoring."""
-    watch, names = _Watch(), ("generate_until", "generate_until_multi_round")
-
-    def timed(answer: Any) -> Any:
-        def run(requests: Any) -> Any:
-            start = time.perf_counter()
-            answers = answer(requests)
-            watch.seconds += time.perf_counter() - start
-            return answers
-
-        return run
-
-    for name in names:
-        setattr(lm, name, timed(getattr(lm, name)))
-    try:
-        yield watch
-    finally:
-        for name in names:
-            delattr(lm, name)
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    first, middle, third = statistics.quantiles(values, n=4)
-    return {"median": middle, "iqr": third - first}
+    return {"median": statistics.median(values), "iqr": iqr(values)}

@@ -1,14 +1,16 @@
-"""The model class behind `lmms-eval --model pitome_llava`.
+"""The model class of `lmms-eval --model pitome_llava`.
 
-Knows: what lmms-eval asks of a model class, and how a sweep changes the merging of a loaded one.
-Does not know: how prompts are built (`requests.py`) or answered (`engine.py`), nor what a name in
-`--model_args` means (`arguments.py`).
+Handles what lmms-eval asks of a model class, and changes of the merging between the evaluations of
+a sweep. Leaves requests to `requests.py`, answers to `engine.py` and `--model_args` to
+`arguments.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,15 +22,16 @@ from lmms_eval import utils
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from torch import Tensor
 from tqdm import tqdm
 
+from ..measure.asking import image_token, prompt_text
 from ..merge.config import MergeConfig
 from ..wrapping.wrap import is_wrapped, unwrap, wrap
 from .arguments import ModelArguments, combined
 from .engine import Engine, Work
 from .loader import load_model
 from .requests import (
-    PLACEHOLDER,
     Call,
     Prompt,
     RequestError,
@@ -37,7 +40,6 @@ from .requests import (
     generation_call,
     opened,
     plain_messages,
-    rendered,
     scoring_call,
 )
 
@@ -63,7 +65,7 @@ class SequenceResult(GenerationResult):
 
 @dataclass
 class _Dialogue:
-    """A request of several rounds on its way."""
+    """An unfinished request of several rounds."""
 
     call: Call
     doc: Any
@@ -79,6 +81,8 @@ class PitomeLlava(lmms):
     Attributes:
         arguments: what `--model_args` said.
         accelerator: which process this is, and on which device it runs.
+        answering_seconds: wall time of this process's requests since the last `reconfigure`,
+            images and prompts included, data loading and scoring not.
     """
 
     is_simple = False
@@ -90,13 +94,14 @@ class PitomeLlava(lmms):
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
         self.engine = Engine(*load_model(self.arguments, self.accelerator))
+        self.answering_seconds = 0.0
         self.system_prompt = self._resolve_system_prompt(self.arguments.system_prompt)
 
     @classmethod
     def create_from_arg_string(
         cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
     ) -> PitomeLlava:
-        """What lmms-eval calls with the text of `--model_args` and its own options.
+        """The model from the text of `--model_args` and lmms-eval's own options.
 
         Raises:
             ValueError: text that is no list of `name=value`, or see `ModelArguments`.
@@ -141,6 +146,21 @@ class PitomeLlava(lmms):
         else:
             wrap(self.model, config=config)
         self.engine.work = Work()
+        self.answering_seconds = 0.0
+
+    def first_inputs(self, requests: Sequence[Instance]) -> dict[str, Tensor]:
+        """The tensors that the model is given for requests, of dialogues for the first round.
+
+        Raises:
+            RequestError: a prompt cannot be built; the message names its document.
+        """
+        calls = [
+            (dialogue_call if "multi_round" in request.request_type else generation_call)(
+                request, simple=self.is_simple
+            )
+            for request in requests
+        ]
+        return self.engine.encoded([self._first_prompt(call) for call in calls])
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers in the order of the requests.
@@ -150,7 +170,7 @@ class PitomeLlava(lmms):
         """
         calls = [generation_call(request, simple=self.is_simple) for request in requests]
         results: dict[int, GenerationResult] = {}
-        with self._progress(len(calls)) as bar:
+        with self._answering(len(calls)) as bar:
             for options, places in self._batches(calls):
                 prompts = [self._first_prompt(calls[place]) for place in places]
                 for place, answer in zip(places, self.engine.answer(prompts, options), strict=True):
@@ -170,7 +190,7 @@ class PitomeLlava(lmms):
         """
         calls = [scoring_call(request) for request in requests]
         results: list[SequenceResult] = []
-        with self._progress(len(calls)) as bar:
+        with self._answering(len(calls)) as bar:
             for _, places in self._batches(calls):
                 prompts = [self._first_prompt(calls[place]) for place in places]
                 for score in self.engine.score(prompts):
@@ -180,14 +200,14 @@ class PitomeLlava(lmms):
         return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[SequenceResult]:
-        """The answers of all rounds of every request; rounds run side by side.
+        """The answers of all rounds of every request; a round of all requests at a time.
 
         Raises:
             RequestError: one of them cannot be answered; the message names its document.
         """
         calls = [dialogue_call(request, simple=self.is_simple) for request in requests]
         dialogues = [self._begun(call) for call in calls]
-        with self._progress(len(calls)) as bar:
+        with self._answering(len(calls)) as bar:
             for number in range(1, MAX_ROUNDS + 1):
                 going = [one for one in dialogues if one.round.messages is not None]
                 if not going:
@@ -219,7 +239,7 @@ class PitomeLlava(lmms):
         requests = sum(part.requests for part in parts)
         if not requests:
             return
-        # Processes work side by side: the slowest one is what the user waits for.
+        # Processes work in parallel: the slowest one is what the user waits for.
         seconds = max(part.seconds for part in parts)
         written = sum(part.output_tokens for part in parts)
         details = {
@@ -237,8 +257,12 @@ class PitomeLlava(lmms):
             additional_metrics=details,
         )
 
-    def _progress(self, total: int) -> Any:
-        return tqdm(total=total, disable=self.rank != 0, desc="Model Responding")
+    @contextlib.contextmanager
+    def _answering(self, total: int) -> Iterator[Any]:
+        start = time.perf_counter()
+        with tqdm(total=total, disable=self.rank != 0, desc="Model Responding") as bar:
+            yield bar
+        self.answering_seconds += time.perf_counter() - start
 
     def _batches(self, calls: Sequence[Call]) -> Iterator[tuple[dict[str, Any], list[int]]]:
         """Places of requests with the same generation options, `batch_size` at a time."""
@@ -266,10 +290,10 @@ class PitomeLlava(lmms):
             raise _named(call, error) from error
 
     def _prompt(self, call: Call, raw: Any) -> Prompt:
-        placeholder = str(getattr(self.processor, "image_token", None) or PLACEHOLDER)
-        messages, pictures = plain_messages(raw, placeholder, self.system_prompt)
-        images = [opened(picture, self.arguments.max_pixels) for picture in pictures]
-        return Prompt(call, rendered(self.processor, messages), images)
+        placeholder = image_token(self.processor)
+        messages, given = plain_messages(raw, placeholder, self.system_prompt)
+        images = [opened(one, self.arguments.max_pixels) for one in given]
+        return Prompt(call, prompt_text(self.processor, messages), images)
 
     def _begun(self, call: Call) -> _Dialogue:
         try:
@@ -309,7 +333,7 @@ class PitomeLlava(lmms):
 class PitomeLlavaSimple(PitomeLlava):
     """The same model for lmms-eval's simple form, which multiple-choice tasks need.
 
-    Pictures go in front of the task's text, as in the chat form. `--force_simple` selects it.
+    Images go before the task's text, as in the chat form. `--force_simple` selects it.
     """
 
     is_simple = True

@@ -1,7 +1,7 @@
-"""From lmms-eval's requests to prompts: messages, pictures, and which document they belong to.
+"""From lmms-eval's requests to messages, images, and the document they belong to.
 
-Knows: the tuples lmms-eval packs a request into and what tasks put into messages. Does not know:
-how prompts are batched, tokenised or answered.
+Handles the tuples that lmms-eval packs a request into and what tasks put into messages. Leaves
+chat templates to `pitome_vlm.measure.asking` and batches to `engine.py`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from typing import Any
 from PIL import Image
 
 from ..loading.images import load_image
-
-PLACEHOLDER = "<image>"
 
 
 class RequestError(RuntimeError):
@@ -45,7 +43,7 @@ class Call:
         split: split of its data.
         doc_id: number of the document in the split.
         options: the task's generation options.
-        padding: whether lmms-eval only asks to keep its processes in step.
+        padding: whether the request only keeps lmms-eval's processes in step.
         first: document to the messages of the first round.
         later: (document, round, answers so far, info) to the next round, None without rounds.
         target: the continuation to be scored, or document to continuation; None to generate.
@@ -71,8 +69,8 @@ class Prompt:
     Attributes:
         call: the request it belongs to.
         text: the whole prompt in the model's chat format.
-        images: its pictures in order.
-        continuation: what is to be scored behind the text, None to generate.
+        images: its images in order.
+        continuation: the text to be scored after the prompt, None to generate.
     """
 
     call: Call
@@ -110,8 +108,8 @@ def scoring_call(request: Any) -> Call:
     """
     if len(request.args) != 6:
         raise RequestError(
-            f"task {request.task_name!r}, document {request.doc_id}: a continuation without a "
-            "picture and a question cannot be scored; remove acc_mutual_info from metric_list"
+            f"task {request.task_name!r}, document {request.doc_id}: a continuation without an "
+            "image and a question cannot be scored; remove acc_mutual_info from metric_list"
         )
     context, target, to_visual, doc_id, task, split = request.args
     first = _simple_turn(context, to_visual)
@@ -123,8 +121,8 @@ def _is_padding(request: Any) -> bool:
 
 
 def _user_turn(visuals: Sequence[Any] | None, text: str) -> list[dict[str, Any]]:
-    pictures = [{"type": _kind(visual), "url": visual} for visual in visuals or ()]
-    return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+    images = [{"type": _kind(visual), "url": visual} for visual in visuals or ()]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
 
 
 def _kind(visual: Any) -> str:
@@ -166,29 +164,29 @@ def _chat_rounds(to_messages: Any) -> Callable[[Any, int, list[str], Any], Round
 def plain_messages(
     raw: Sequence[dict[str, Any]], placeholder: str, system_prompt: str | None
 ) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Messages for a chat template, without the pictures, and the pictures.
+    """Messages for a chat template, without the images, and the images.
 
-    A task may mark in its text where its pictures belong; they go there, else they stay where
-    the message has them.
+    A task may mark in its text where its images belong; they go there, else they stay where the
+    message has them.
 
     Args:
         raw: what the task handed over.
         placeholder: the processor's image token.
-        system_prompt: the turn to put in front, replacing the task's own.
+        system_prompt: text of a system turn at the start, instead of the task's own.
 
     Raises:
-        ValueError: something that is neither text nor a picture, or markers and pictures of
+        ValueError: something that is neither text nor an image, or markers and images of
             different numbers.
     """
     turns = [(message["role"], _parts(message["content"])) for message in raw]
-    pictures = [url for _, parts in turns for kind, url in parts if kind == "image"]
+    images = [url for _, parts in turns for kind, url in parts if kind == "image"]
     marked = sum(
         text.count(placeholder) for _, parts in turns for kind, text in parts if kind == "text"
     )
-    if marked and marked != len(pictures):
+    if marked and marked != len(images):
         raise ValueError(
-            f"the text marks {marked} places for pictures with {placeholder}, but there are "
-            f"{len(pictures)} pictures"
+            f"the text marks {marked} places for images with {placeholder}, but there are "
+            f"{len(images)} images"
         )
     messages = [
         {"role": role, "content": _content(parts, placeholder, marked=marked > 0)}
@@ -198,7 +196,7 @@ def plain_messages(
         messages = [message for message in messages if message["role"] != "system"]
         turn = {"role": "system", "content": [{"type": "text", "text": system_prompt}]}
         messages.insert(0, turn)
-    return messages, pictures
+    return messages, images
 
 
 def _parts(content: Any) -> list[tuple[str, Any]]:
@@ -212,7 +210,7 @@ def _parts(content: Any) -> list[tuple[str, Any]]:
         elif kind == "image":
             found.append((kind, part.get("url", part.get("image"))))
         else:
-            raise ValueError(f"LLaVA answers questions about pictures; this one holds {kind}")
+            raise ValueError(f"LLaVA answers questions about images; this one holds {kind}")
     return found
 
 
@@ -238,39 +236,20 @@ def _marked_text(text: str, placeholder: str) -> list[dict[str, Any]]:
     return content
 
 
-def opened(picture: Any, max_pixels: int | None) -> Image.Image:
-    """An RGB picture from what a task hands over, scaled down where it is too large.
+def opened(given: Any, max_pixels: int | None) -> Image.Image:
+    """An RGB image from what a task hands over, scaled down where it is too large.
 
     Raises:
-        ImageError: a file that is no picture.
-        ValueError: neither a picture nor a path.
+        ImageError: a file that is no image.
+        ValueError: neither an image nor a path.
     """
-    if isinstance(picture, (str, os.PathLike)):
-        picture = load_image(picture)
-    if not isinstance(picture, Image.Image):
-        raise ValueError(f"a picture must be a PIL image or a path, got {type(picture).__name__}")
-    image = picture.convert("RGB")
+    if isinstance(given, (str, os.PathLike)):
+        given = load_image(given)
+    if not isinstance(given, Image.Image):
+        raise ValueError(f"an image must be a PIL image or a path, got {type(given).__name__}")
+    image = given.convert("RGB")
     if max_pixels is not None and image.width * image.height > max_pixels:
         scale = math.sqrt(max_pixels / (image.width * image.height))
         size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
         image = image.resize(size, Image.Resampling.BICUBIC)
     return image
-
-
-def rendered(processor: Any, messages: list[dict[str, Any]]) -> str:
-    """The prompt: the processor's chat template, or LLaVA-1.5's format where it has none."""
-    if getattr(processor, "chat_template", None):
-        return str(processor.apply_chat_template(messages, add_generation_prompt=True))
-    placeholder = str(getattr(processor, "image_token", None) or PLACEHOLDER)
-    end = getattr(getattr(processor, "tokenizer", processor), "eos_token", None) or ""
-    prompt = ""
-    for message in messages:
-        text = "".join(
-            f"{placeholder}\n" if part["type"] == "image" else part["text"]
-            for part in message["content"]
-        )
-        if message["role"] == "user":
-            prompt += f"USER: {text} ASSISTANT:"
-        else:
-            prompt += f" {text}{end}" if message["role"] == "assistant" else f"{text} "
-    return prompt

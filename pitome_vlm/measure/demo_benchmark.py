@@ -1,33 +1,27 @@
-"""The demo benchmark: held-out questions under many merge settings, with honest intervals.
+"""The demo benchmark: held-out questions of the bundled model under many merge settings.
 
-Knows: how to ask a model every question of a split under one `MergeConfig`, and how uncertain the
-resulting accuracies and differences are. Does not know: files, tables or plots
-(`scripts/demo/benchmark.py` writes those), nor how merging works.
+Asks every question of a split under every `MergeConfig`, and says how uncertain the accuracies
+and their differences are. Tables and plots are made by `scripts/demo` and the command line.
 """
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
+from torch import Tensor
 
-from ..common import __version__
-from ..demo.dataset import SPLIT_SCENES, Sample, scene_image
+from ..demo.dataset import Sample, scene_image
 from ..merge.config import MergeConfig
 from ..wrapping.encode import visual_token_counts
 from ..wrapping.wrap import wrapped
-from .machine import processor_name
+from . import asking
+from .stats import Interval, mean_interval
 
 # One word and the end token; a second word would be a wrong answer anyway.
 ANSWER_TOKENS = 3
-RESAMPLES = 4000
-LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ class Outcome:
 
     Attributes:
         setting: what was measured.
-        tokens: visual tokens per image that reached the language model, a mean where pictures
+        tokens: visual tokens per image that reached the language model, a mean where images
             have counts of their own.
         answers: one per question, in the order of the samples.
         correct: [questions] bool.
@@ -66,17 +60,9 @@ class Outcome:
         return 100.0 * float(self.correct.mean())
 
 
-def prompt_for(processor: Any, question: str) -> str:
-    """One question about one picture, in the model's chat template."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
-    text: str = processor.apply_chat_template(messages, add_generation_prompt=True)
-    return text
-
-
 def batches(
     processor: Any, samples: Sequence[Sample], split: str, batch_size: int
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> Iterator[dict[str, Tensor]]:
     """Processor output for the samples, `batch_size` questions at a time.
 
     Raises:
@@ -86,26 +72,13 @@ def batches(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]
-        yield dict(
-            processor(
-                images=[scene_image(sample.scene_id, split) for sample in part],
-                text=[prompt_for(processor, sample.question) for sample in part],
-                padding=True,
-                return_tensors="pt",
-            )
-        )
+        texts = [asking.question_prompt(processor, sample.question) for sample in part]
+        yield asking.encoded(processor, texts, [scene_image(s.scene_id, split) for s in part])
 
 
-def ask(model: Any, processor: Any, batch: dict[str, torch.Tensor]) -> list[str]:
+def ask(model: Any, processor: Any, batch: dict[str, Tensor]) -> list[str]:
     """Greedy answers of the model as it is (wrapped or not) to one batch."""
-    on_device = {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for name, value in batch.items()
-    }
-    out = model.generate(**on_device, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-    tokenizer = getattr(processor, "tokenizer", processor)
-    new = out[:, batch["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return asking.answers(model, processor, batch, max_new_tokens=ANSWER_TOKENS)
 
 
 def run(
@@ -127,7 +100,7 @@ def run(
         processor: its processor.
         settings: what to compare.
         samples: what to ask, from `load_split(split)`.
-        split: where the pictures come from; "val" for choosing, "test" for reporting.
+        split: where the images come from; "val" for choosing, "test" for reporting.
         batch_size: questions at a time.
         advance: called with the number of questions after every batch of a setting.
 
@@ -151,7 +124,7 @@ def run(
 
 
 def _average(counts: Sequence[float]) -> float:
-    """An int where all pictures have the same count."""
+    """An int where all images have the same count."""
     mean = sum(counts) / len(counts)
     return int(mean) if mean.is_integer() else mean
 
@@ -169,30 +142,22 @@ def concatenate(parts: Sequence[Sequence[Outcome]]) -> list[Outcome]:
     ]
 
 
-def interval(
-    samples: Sequence[Sample], values: np.ndarray, *, seed: int = 0, level: float = LEVEL
-) -> tuple[float, float]:
-    """Bootstrap interval of a mean over questions, resampling whole pictures.
-
-    Questions about one picture fail together, so resampling questions would be too sure of
-    itself. Give per-question differences for a paired interval.
+def accuracy_interval(samples: Sequence[Sample], correct: np.ndarray) -> Interval:
+    """95 % interval of the percentage of right answers; scenes are resampled.
 
     Args:
-        samples: which picture each value belongs to.
-        values: [questions] numbers.
-        seed: of the resampling.
-        level: coverage.
-
-    Returns:
-        Lower and upper end, in the unit of the values.
+        samples: the questions.
+        correct: [questions] bool, or 0 and 1.
     """
-    scenes, index = np.unique([sample.scene_id for sample in samples], return_inverse=True)
-    sums = np.bincount(index, weights=values.astype(float), minlength=len(scenes))
-    counts = np.bincount(index, minlength=len(scenes))
-    draws = np.random.default_rng(seed).integers(0, len(scenes), (RESAMPLES, len(scenes)))
-    means = sums[draws].sum(1) / counts[draws].sum(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return mean_interval(100.0 * correct, _scenes(samples), extremes=(0, 100))
+
+
+def difference_interval(
+    samples: Sequence[Sample], correct: np.ndarray, other: np.ndarray
+) -> Interval:
+    """95 % interval of an accuracy minus another on the same questions, in percentage points."""
+    differences = 100.0 * (correct.astype(float) - other.astype(float))
+    return mean_interval(differences, _scenes(samples), extremes=(-100, 100))
 
 
 def accuracy_by(samples: Sequence[Sample], correct: np.ndarray, attribute: str) -> dict[str, float]:
@@ -203,21 +168,5 @@ def accuracy_by(samples: Sequence[Sample], correct: np.ndarray, attribute: str) 
     }
 
 
-def provenance(model: Any, *, split: str, questions: int, batch_size: int) -> dict[str, Any]:
-    """What a reader needs to judge or repeat a number: hardware, versions, data, settings."""
-    return {
-        "hardware": processor_name() if model.device.type == "cpu" else str(model.device),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "device": model.device.type,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
-        "batch_size": batch_size,
-        "split": split,
-        "questions": questions,
-        "scenes": SPLIT_SCENES[split],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "pitome_vlm": __version__,
-    }
+def _scenes(samples: Sequence[Sample]) -> list[int]:
+    return [sample.scene_id for sample in samples]

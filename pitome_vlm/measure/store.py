@@ -41,13 +41,13 @@ class Store:
         Args:
             root: the folder, which need not exist; None keeps everything in memory.
             identity: what decides every cell of the run (checkpoint, data, options, versions),
-                as values that JSON can hold.
+                as values that JSON can hold; None where every cell brings its own.
 
         Raises:
             ValueError: the root is a file.
         """
         self.root = None if root is None else Path(root)
-        self.identity = dict(identity or {})
+        self.identity = None if identity is None else dict(identity)
         self._cells: dict[str, dict[str, Any]] = {}
         self._arrays: dict[str, np.ndarray] = {}
         if self.root is not None and self.root.exists() and not self.root.is_dir():
@@ -122,7 +122,7 @@ class Store:
         """
         stored = {
             "format": FORMAT,
-            "identity": self.identity | dict(identity or {}),
+            "identity": self._wanted(identity) or {},
             _ORDER: len(self),
             **record,
         }
@@ -135,7 +135,7 @@ class Store:
 
         Args:
             key: its name.
-            identity: see `put`.
+            identity: see `put`; where neither this nor the store has one, any run's cell will do.
 
         Raises:
             ValueError: the file is damaged, of another format, or of another run; the message
@@ -144,13 +144,30 @@ class Store:
         if key not in self:
             return None
         stored = self._read(key)
-        changed = differences(stored["identity"], self.identity | dict(identity or {}))
+        wanted = self._wanted(identity)
+        changed = [] if wanted is None else differences(stored["identity"], wanted)
         if changed:
             raise ValueError(
                 f"cell {key} in {self.root} is of another run: {changed[0]}. Choose another "
                 f"output folder, or delete {self.path(key)}"
             )
         return {name: value for name, value in stored.items() if name not in _HEAD}
+
+    def identity_of(self, key: str) -> dict[str, Any]:
+        """What a finished cell was measured with.
+
+        Raises:
+            KeyError: there is no such cell.
+        """
+        if key not in self:
+            raise KeyError(key)
+        found: dict[str, Any] = self._read(key)["identity"]
+        return found
+
+    def _wanted(self, identity: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        if self.identity is None and identity is None:
+            return None
+        return {**(self.identity or {}), **(identity or {})}
 
     def array(self, name: str) -> np.ndarray | None:
         """A stored array, None where it is missing or damaged; from disk it is mapped, not read."""

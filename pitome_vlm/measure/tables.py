@@ -130,6 +130,24 @@ def percent_interval(low: float, high: float, *, signed: bool = False) -> str:
     return f"{percent(low, signed=signed)} to {percent(high, signed=signed)}"
 
 
+def flops_text(value: float) -> str:
+    """A number of floating point operations with a unit, "1.234 TFLOP"."""
+    return _scaled(value, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"))
+
+
+def bytes_text(value: float) -> str:
+    """A number of bytes with a unit, "1.234 MiB"."""
+    return _scaled(value, 1024, ("B", "KiB", "MiB", "GiB"))
+
+
+def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if value < base:
+            return f"{value:.4g} {unit}"
+        value /= base
+    return f"{value:.4g} {units[-1]}"
+
+
 def _markdown_row(cells: Sequence[str | Cell]) -> str:
     # A bar or a line break in an error message would end the cell.
     texts = (str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells)

@@ -28,7 +28,9 @@ from tqdm import tqdm
 from pitome_vlm import MergeConfig, algorithms
 from pitome_vlm.common import write_text
 from pitome_vlm.demo import checkpoint_path, load_split
-from pitome_vlm.measure.demo_benchmark import Setting, concatenate, interval, provenance
+from pitome_vlm.demo.dataset import SPLIT_SCENES
+from pitome_vlm.measure.demo_benchmark import Setting, concatenate, difference_interval
+from pitome_vlm.measure.provenance import provenance
 from pitome_vlm.merge import Algorithm, MergeContext, MergePlan
 from pitome_vlm.merge.algorithms.pitome import energies
 from pitome_vlm.merge.matching import keep_only
@@ -156,7 +158,11 @@ def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
                 }
             results["minutes"] += (time.time() - start) / 60
             facts = provenance(
-                load_model(path)[0], split=split, questions=len(samples), batch_size=size
+                load_model(path)[0],
+                split=split,
+                questions=len(samples),
+                scenes=SPLIT_SCENES[split],
+                batch_size=size,
             )
             results["provenance"] = facts | {"processes": wanted.jobs, "cores": os.cpu_count()}
             write_text(stored, json.dumps(results, separators=(",", ":")) + "\n")
@@ -186,7 +192,7 @@ def table(results: dict[str, Any]) -> list[str]:
             if not options:
                 cells.append(f"**{100 * own.mean():.1f}**")
                 continue
-            low, high = interval(samples, 100 * (own - default))
+            low, high = difference_interval(samples, own, default)
             cells.append(f"{100 * (own - default).mean():+.1f} ({low:+.1f} to {high:+.1f})")
         lines.append(f"| {group} | {value} | {' | '.join(cells)} |")
     return lines

@@ -24,8 +24,10 @@ from tqdm import tqdm
 import pitome_vlm
 from pitome_vlm import MergeConfig
 from pitome_vlm.demo import checkpoint_path, load_split
-from pitome_vlm.measure.demo_benchmark import Setting, batches, concatenate, provenance, run
+from pitome_vlm.demo.dataset import SPLIT_SCENES
+from pitome_vlm.measure.demo_benchmark import Setting, batches, concatenate, run
 from pitome_vlm.measure.description import describe
+from pitome_vlm.measure.provenance import provenance
 from pitome_vlm.measure.timing import time_prefill
 
 from ..command import command_line
@@ -148,7 +150,13 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
         pool.close()
         pool.join()
     model, processor = load_model(path)
-    facts = provenance(model, split=split, questions=len(samples), batch_size=size)
+    facts = provenance(
+        model,
+        split=split,
+        questions=len(samples),
+        scenes=SPLIT_SCENES[split],
+        batch_size=size,
+    )
     facts["processes"] = wanted.jobs
     facts["minutes"] = round((time.time() - start) / 60, 1)
     if wanted.model_name:

@@ -13,7 +13,13 @@ import numpy as np
 
 from pitome_vlm import MergeConfig, algorithms
 from pitome_vlm.demo import Sample
-from pitome_vlm.measure.demo_benchmark import Outcome, Setting, accuracy_by, interval
+from pitome_vlm.measure.demo_benchmark import (
+    Outcome,
+    Setting,
+    accuracy_by,
+    accuracy_interval,
+    difference_interval,
+)
 
 BASELINE = "none"
 BUDGETS = (72, 36, 18, 9)
@@ -71,16 +77,16 @@ def table(samples: list[Any], rows: list[Row]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        low, high = interval(samples, row.correct)
+        low, high = accuracy_interval(samples, row.correct)
         cells = [f"{row.tokens}", row.name, f"{100 * row.correct.mean():.1f}"]
-        cells.append(f"{100 * low:.1f} to {100 * high:.1f}")
+        cells.append(f"{low:.1f} to {high:.1f}")
         if row is base:
             cells += ["", ""]
         else:
             paired = row.correct - base.correct
-            low, high = interval(samples, paired)
+            low, high = difference_interval(samples, row.correct, base.correct)
             cells.append(f"{100 * paired.mean():+.1f}")
-            cells.append(f"{100 * low:+.1f} to {100 * high:+.1f}")
+            cells.append(f"{low:+.1f} to {high:+.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -101,8 +107,9 @@ def against_recommended(samples: list[Any], rows: list[Row]) -> list[str]:
             continue
         cells = [name]
         for tokens in budgets:
-            paired = 100 * (found[RECOMMENDED, tokens] - found[name, tokens])
-            low, high = interval(samples, paired)
+            own, other = found[RECOMMENDED, tokens], found[name, tokens]
+            paired = 100 * (own - other)
+            low, high = difference_interval(samples, own, other)
             sign = "" if low > 0 else " (not shown)" if high >= 0 else " (worse)"
             cells.append(f"{paired.mean():+.1f} [{low:+.1f}, {high:+.1f}]{sign}")
         lines.append("| " + " | ".join(cells) + " |")
@@ -119,8 +126,8 @@ def kept_share(samples: list[Any], rows: list[Row]) -> list[str]:
     lines = ["| visual tokens | share of the unreduced accuracy | 95 % interval |", "|---|---|---|"]
     for row in rows:
         if row.name == RECOMMENDED:
-            low, high = interval(samples, row.correct - base)
-            share = [100 * (1 + part / base.mean()) for part in (low, high)]
+            low, high = difference_interval(samples, row.correct, base)
+            share = [100 + part / base.mean() for part in (low, high)]
             whole = 100 * row.correct.mean() / base.mean()
             lines.append(f"| {row.tokens} | {whole:.1f} % | {share[0]:.1f} to {share[1]:.1f} % |")
     return ["## What the default keeps", "", *lines, ""]
@@ -202,12 +209,12 @@ def readme_table(
 ) -> str:
     """The compact table of the README: methods against visual tokens."""
     base = next(row for row in rows if row.name == BASELINE)
-    low, high = interval(samples, base.correct)
+    low, high = accuracy_interval(samples, base.correct)
     shown = {(row.name, row.tokens): f"{100 * row.correct.mean():.1f}" for row in rows}
     names = [name for name in dict.fromkeys(row.name for row in rows) if name != BASELINE]
     lines = [
         f"Accuracy in % of the bundled model on {facts['questions']} held-out questions; "
-        f"{100 * base.correct.mean():.1f} % ({100 * low:.1f} to {100 * high:.1f}) with all "
+        f"{100 * base.correct.mean():.1f} % ({low:.1f} to {high:.1f}) with all "
         f"{base.tokens} visual tokens. All but the rows (paper) and (released code) have the same "
         "calibration:",
         "",
@@ -264,7 +271,7 @@ def plot(samples: list[Any], rows: list[Row], path: Path) -> None:
         # A small shift keeps the intervals of neighbouring methods apart.
         x = np.array([row.tokens for row in line]) * (1 + 0.015 * (index - len(names) / 2))
         y = np.array([100 * row.correct.mean() for row in line])
-        ends = 100 * np.array([interval(samples, row.correct) for row in line])
+        ends = np.array([accuracy_interval(samples, row.correct) for row in line])
         axes.errorbar(
             x,
             y,

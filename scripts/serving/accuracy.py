@@ -23,7 +23,13 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from pitome_vlm import MergeConfig
 from pitome_vlm.demo import Sample, checkpoint_path, load_split
-from pitome_vlm.measure.demo_benchmark import ANSWER_TOKENS, Outcome, Setting, interval, run
+from pitome_vlm.measure.demo_benchmark import (
+    ANSWER_TOKENS,
+    Outcome,
+    Setting,
+    accuracy_interval,
+    run,
+)
 from pitome_vlm.vllm import served_config
 
 from ..command import command_line
@@ -77,7 +83,7 @@ def compare(answers: list[str], outcomes: list[Outcome], samples: list[Sample]) 
     rows = [{"name": "vLLM server", "accuracy": 100.0 * float(right.mean())}]
     rows += [{"name": one.setting.name, "accuracy": one.accuracy} for one in outcomes]
     for row, correct in zip(rows, [right, *(one.correct for one in outcomes)], strict=True):
-        row["interval"] = [100 * end for end in interval(samples, correct)]
+        row["interval"] = list(accuracy_interval(samples, correct))
     return {"rows": rows, "different": different, "questions": len(samples)}
 
 

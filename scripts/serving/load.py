@@ -38,7 +38,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pitome_vlm.demo import load_split, scene_image
-from pitome_vlm.measure.machine import processor_name
+from pitome_vlm.measure.provenance import processor_name
 
 from ..command import command_line
 

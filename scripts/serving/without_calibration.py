@@ -20,7 +20,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from pitome_vlm import MergeConfig
 from pitome_vlm.demo import checkpoint_path, load_split
-from pitome_vlm.measure.demo_benchmark import Setting, interval, run
+from pitome_vlm.measure.demo_benchmark import Setting, accuracy_interval, run
 
 from ..command import command_line
 from .load import environment
@@ -60,7 +60,7 @@ def main() -> None:
     rows = {
         (one.setting.name, one.setting.config.keep): (
             one.accuracy,
-            *(100 * end for end in interval(samples, one.correct)),
+            *accuracy_interval(samples, one.correct),
         )
         for one in outcomes
     }

@@ -28,10 +28,12 @@ import torch
 import pitome_vlm
 from pitome_vlm import MergeConfig
 from pitome_vlm.demo import checkpoint_path, load_split
+from pitome_vlm.demo.dataset import SPLIT_SCENES
 from pitome_vlm.demo.drawing import draw_scene
 from pitome_vlm.demo.questions import QUESTION_TYPES, Question, questions_of_type
 from pitome_vlm.demo.scenes import KINDS, Scene, layout_hash, sample_scene
-from pitome_vlm.measure.demo_benchmark import Setting, provenance, run
+from pitome_vlm.measure.demo_benchmark import Setting, run
+from pitome_vlm.measure.provenance import provenance
 
 from .lora_report import write_report
 
@@ -196,7 +198,13 @@ def measure(job: tuple[Trial, argparse.Namespace, Path]) -> dict[str, Any]:
         "adapter_bytes": adapter
         and sum(f.stat().st_size for f in adapter.glob("adapter_model.safetensors")),
         "weights": asdict(pitome_vlm.describe(model).weights),
-        "facts": provenance(model, split=options.split, questions=len(samples), batch_size=BATCH),
+        "facts": provenance(
+            model,
+            split=options.split,
+            questions=len(samples),
+            scenes=SPLIT_SCENES[options.split],
+            batch_size=BATCH,
+        ),
         "outcomes": [
             {
                 "config": outcome.setting.config.to_dict(),

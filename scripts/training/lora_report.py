@@ -15,7 +15,7 @@ import numpy as np
 from pitome_vlm import MergeConfig
 from pitome_vlm.common import write_text
 from pitome_vlm.demo import Sample
-from pitome_vlm.measure.demo_benchmark import interval
+from pitome_vlm.measure.demo_benchmark import accuracy_interval, difference_interval
 
 TITLES = {
     "base": "untrained",
@@ -96,20 +96,20 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     ]
     for row in rows:
         samples, right = row["samples"], row["right"]
-        low, high = interval(samples, right)
+        low, high = accuracy_interval(samples, right)
         cells = [
             str(row["tokens"]),
             METHODS.get(row["method"], row["method"]),
             TITLES.get(row["trial"], row["trial"]),
             f"{100 * right.mean():.1f}",
-            f"{100 * low:.1f} to {100 * high:.1f}",
+            f"{low:.1f} to {high:.1f}",
         ]
         before = _untrained(rows, row, row["method"])
         whole = _untrained(rows, row, "none")
         if row["trained"] and before is not None:
             gained = right - before
-            low, high = interval(samples, gained)
-            cells += [f"{100 * gained.mean():+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"]
+            low, high = difference_interval(samples, right, before)
+            cells += [f"{100 * gained.mean():+.1f}", f"{low:+.1f} to {high:+.1f}"]
             cells.append(_share_of_loss(samples, gained, whole, before))
         else:
             cells += ["", "", ""]
@@ -119,7 +119,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 
 def _share_of_loss(samples: Any, gained: Any, whole: Any, before: Any) -> str:
     """Gain over loss in percent; nothing where a loss is not shown, and nothing to win back."""
-    if whole is None or interval(samples, whole - before)[0] <= 0:
+    if whole is None or difference_interval(samples, whole, before).low <= 0:
         return ""
     return f"{100 * gained.mean() / (whole - before).mean():.0f} %"
 

@@ -18,6 +18,7 @@ from pitome_vlm.lmms import manifests, tasks_path
 from pitome_vlm.lmms.arguments import ModelArguments
 from pitome_vlm.lmms.tasks import demo_vqa
 from pitome_vlm.measure import demo_benchmark as benchmark
+from pitome_vlm.measure.asking import question_prompt
 from pitome_vlm.merge.config import MergeConfig
 from pitome_vlm.wrapping.wrap import is_wrapped, merge_config
 
@@ -185,7 +186,7 @@ def test_likelihoods_equal_those_from_logits(build, docs, config):
     said = [(n, word) for n in range(4) for word in ("red", "one", "top-left of the picture")]
     found = lm.loglikelihood([continuation(n, f" {word}", docs) for n, word in said])
     for (number, words), (loss, greedy), result in zip(said, found, found, strict=True):
-        prompt = benchmark.prompt_for(lm.processor, docs[number]["question"])
+        prompt = question_prompt(lm.processor, docs[number]["question"])
         images = demo_vqa.doc_to_visual(docs[number])
         inputs = lm.processor(images=images, text=f"{prompt} {words}", return_tensors="pt")
         target = inputs["input_ids"][0, -len(words.split()) :]
@@ -198,7 +199,7 @@ def test_likelihoods_equal_those_from_logits(build, docs, config):
         assert greedy == bool((logits.argmax(-1) == target).all())
 
 
-def test_likelihoods_with_different_numbers_of_pictures(build, docs):
+def test_likelihoods_with_different_numbers_of_images(build, docs):
     lm = build(simple=True)
 
     def request(number, count):
@@ -273,7 +274,7 @@ def test_adapters_and_quantisation(build, tmp_path):
     assert len(small.generate_until([question(0), question(1)])) == 2
 
 
-def test_system_prompt_and_large_pictures(lm):
+def test_system_prompt_and_large_images(lm):
     plain = texts(lm.generate_until([question(0)]))
     counts = lm.generate_until([question(0)])[0].token_counts.input_tokens
     lm.system_prompt = "Please look at this image carefully"

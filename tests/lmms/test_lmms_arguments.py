@@ -10,7 +10,8 @@ from PIL import Image
 from pitome_vlm.demo import checkpoint_path
 from pitome_vlm.lmms.arguments import ModelArguments, combined
 from pitome_vlm.lmms.engine import generation_options, joined, stop_strings
-from pitome_vlm.lmms.requests import opened, plain_messages, rendered
+from pitome_vlm.lmms.requests import opened, plain_messages
+from pitome_vlm.measure.asking import prompt_text
 from pitome_vlm.merge.config import MergeConfig
 
 
@@ -118,7 +119,7 @@ def test_prompt_without_a_chat_template():
         {"role": "assistant", "content": [{"type": "text", "text": "A cat"}]},
         {"role": "user", "content": [{"type": "text", "text": "Sure?"}]},
     ]
-    assert rendered(Processor, said) == (
+    assert prompt_text(Processor, said) == (
         "Be brief. USER: <image>\nWhat? ASSISTANT: A cat</s>USER: Sure? ASSISTANT:"
     )
 

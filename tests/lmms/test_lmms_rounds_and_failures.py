@@ -78,7 +78,7 @@ def raising(doc):
     [
         (broken_picture, "no such file"),
         (a_video, "this one holds video"),
-        (two_marks, "marks 2 places for pictures with <image>, but there are 0"),
+        (two_marks, "marks 2 places for images with <image>, but there are 0"),
         (raising, "KeyError: 'answer_key'"),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import math
 import re
 import signal
 import subprocess
@@ -24,8 +23,8 @@ from typer.testing import CliRunner
 from pitome_vlm import MergeConfig
 from pitome_vlm.cli import app
 from pitome_vlm.lmms.samples import question_score, question_scores, questions, task_metrics
-from pitome_vlm.measure.evaluate import published, statistics, suites
-from pitome_vlm.measure.evaluate.records import Folder, fingerprint
+from pitome_vlm.measure.evaluate import published, suites
+from pitome_vlm.measure.evaluate.records import Folder
 from pitome_vlm.measure.evaluate.report_pages import write_report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,19 +69,19 @@ def test_a_failing_cell_is_named_kept_apart_and_tried_again(tmp_path):
 
     def evaluate(cell):
         if cell == bad:
-            raise RuntimeError("document 7: no | picture")
+            raise RuntimeError("document 7: no | image")
         return stand_in.measure(cell)
 
     events = []
     failures = stand_in.sweep(tmp_path, resume=False, evaluate=evaluate, tell=events.append)
-    assert failures == {bad: "RuntimeError: document 7: no | picture"}
+    assert failures == {bad: "RuntimeError: document 7: no | image"}
     assert [event.kind for event in events if event.kind != "start"].count("failed") == 1
-    assert Folder(tmp_path).finished() == len(stand_in.wanted()) - 1
+    assert len(Folder(tmp_path).store) == len(stand_in.wanted()) - 1
     assert "document 7" in Folder(tmp_path).failure(bad).read_text()
     report = report_files(tmp_path, failures)["report.md"].decode()
     assert "## Failed" in report
     assert bad.name in report
-    assert r"no \| picture" in report
+    assert r"no \| image" in report
 
     assert stand_in.sweep(tmp_path, resume=True) == {}
     assert not Folder(tmp_path).failure(bad).exists()
@@ -105,10 +104,10 @@ def test_processes_that_work_together_stop_at_the_first_failure(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("batch_size", 8, "batch_size 4, now it is 8"),
-        ("limit", 10, "limit None, now it is 10"),
-        ("versions", {"pitome-vlm": "1"}, "versions.pitome-vlm '0', now it is '1'"),
-        ("checkpoint", "sha256:1", "checkpoint 'sha256:0'"),
+        ("batch_size", 8, "batch_size was 4, is 8"),
+        ("limit", 10, "limit was None, is 10"),
+        ("versions", {"pitome-vlm": "1"}, "versions.pitome-vlm was '0', is '1'"),
+        ("checkpoint", "sha256:1", "checkpoint was 'sha256:0'"),
     ],
 )
 def test_resume_refuses_cells_measured_otherwise(tmp_path, field, value, said):
@@ -116,24 +115,33 @@ def test_resume_refuses_cells_measured_otherwise(tmp_path, field, value, said):
     other = {**stand_in.RUN, field: value}
     with pytest.raises(ValueError, match=re.escape(said)):
         stand_in.pending(stand_in.wanted(), Folder(tmp_path), other, resume=True)
-    with pytest.raises(ValueError, match="10 finished cells; --resume goes on"):
+    with pytest.raises(FileExistsError, match="10 finished cells; --resume"):
         stand_in.pending(stand_in.wanted(), Folder(tmp_path), stand_in.RUN, resume=False)
+
+
+def test_overwrite_measures_everything_again(tmp_path):
+    stand_in.sweep(tmp_path, resume=False)
+    folder, wanted = Folder(tmp_path), stand_in.wanted()
+    other = {**stand_in.RUN, "batch_size": 8}
+    assert stand_in.pending(wanted, folder, other, resume=False, overwrite=True) == wanted
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_damaged_or_foreign_files_are_refused_by_name(tmp_path):
     stand_in.sweep(tmp_path, resume=False)
     folder, cell = Folder(tmp_path), stand_in.wanted()[0]
-    whole = folder.cell(cell).read_text()
-    folder.cell(cell).write_text(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=re.escape(str(folder.cell(cell)))):
-        folder.load(cell)
-    folder.cell(cell).write_text(whole.replace('"format": 1', '"format": 99', 1))
-    with pytest.raises(ValueError, match="format must be 1, got 99"):
-        folder.load(cell)
-    folder.cell(cell).write_text(whole)
+    path = folder.store.path(cell.file)
+    whole = path.read_text()
+    path.write_text(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        Folder(tmp_path).load(cell)
+    path.write_text(whole.replace('"format": 1', '"format": 99', 1))
+    with pytest.raises(ValueError, match="format must be 1"):
+        Folder(tmp_path).load(cell)
+    path.write_text(whole)
     folder.questions(cell.task).write_text("{}")
     with pytest.raises(ValueError, match="does not belong to the questions"):
-        folder.load(cell)
+        Folder(tmp_path).load(cell)
 
 
 def test_changed_questions_are_a_failure_not_a_comparison(tmp_path):
@@ -146,79 +154,6 @@ def test_changed_questions_are_a_failure_not_a_comparison(tmp_path):
     failures = stand_in.sweep(tmp_path, resume=False, evaluate=evaluate)
     assert list(failures) == [stand_in.wanted()[1]]
     assert "the questions differ" in failures[stand_in.wanted()[1]]
-
-
-def test_fingerprints_tell_trainings_apart(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(bytes(64))
-    first = fingerprint(str(tmp_path))
-    assert fingerprint(str(tmp_path)) == first
-    weights.write_bytes(bytes(63) + b"\1")
-    assert fingerprint(str(tmp_path)) != first
-    assert fingerprint("some/name-on-the-hub") == "some/name-on-the-hub"
-
-
-# --- statistics against independent computations
-
-
-@pytest.mark.parametrize(
-    ("lost", "gained"), [(0, 0), (0, 1), (12, 1), (5, 9), (40, 40), (900, 700)]
-)
-def test_mcnemar_is_the_exact_binomial_test(lost, gained):
-    expected = stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
-    assert statistics.mcnemar_exact(lost, gained) == pytest.approx(expected, rel=1e-9)
-
-
-def test_sign_flips_by_question_agree_with_scipy():
-    rng = np.random.default_rng(3)
-    values = rng.normal(0.25, 1, 14)
-    exact = stats.permutation_test(
-        (values,), np.mean, permutation_type="samples", n_resamples=np.inf
-    ).pvalue
-    ours = statistics.sign_flip(values, list(range(14)))
-    assert ours == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / statistics.FLIPS))
-
-
-def test_sign_flips_move_whole_pictures():
-    # Ten right answers about a single picture are one observation, not ten.
-    one_picture = statistics.sign_flip(np.ones(10), ["same"] * 10)
-    ten_pictures = statistics.sign_flip(np.ones(10), list(range(10)))
-    assert one_picture == 1.0
-    assert ten_pictures < 0.01
-
-
-def test_differences_and_counts():
-    base, other = np.array([1.0, 1, 1, 0, 0, 1]), np.array([1.0, 0, 0, 1, 0, 0])
-    paired = statistics.compare(other, base, list("aabbcc"))
-    assert paired.difference == pytest.approx(-2 / 6)
-    assert (paired.lost, paired.gained) == (3, 1)
-    assert paired.low <= paired.difference <= paired.high
-    soft = statistics.compare(np.array([0.3, 1.0]), np.array([0.6, 1.0]), ["a", "b"])
-    assert (soft.lost, soft.gained, soft.mcnemar) == (None, None, None)
-    with pytest.raises(ValueError, match="same questions"):
-        statistics.compare(other, base[:3], list("aabbcc"))
-
-
-def test_intervals_of_many_pictures_agree_with_resampling(monkeypatch):
-    rng = np.random.default_rng(0)
-    clusters = np.repeat(np.arange(400), rng.integers(1, 6, 400))
-    values = (rng.random(len(clusters)) < rng.random(400)[clusters]).astype(float)
-    resampled = statistics.mean_interval(values, clusters.tolist())
-    monkeypatch.setattr(statistics, "MOST_RESAMPLED", 0)
-    approximate = statistics.mean_interval(values, clusters.tolist())
-    width = resampled[1] - resampled[0]
-    assert np.allclose(resampled, approximate, atol=0.06 * width)
-    # Independent questions would claim more certainty than there is.
-    naive = 2 * 1.96 * values.std() / math.sqrt(len(values))
-    assert width > 1.2 * naive
-
-
-def test_holm_is_the_step_down_procedure():
-    p_values = [0.01, 0.04, 0.03, 0.005]
-    assert statistics.holm(p_values) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0]
-    assert statistics.holm([]) == []
 
 
 # --- what tasks say about a question
@@ -288,17 +223,17 @@ def test_published_numbers_are_labelled_and_near(tmp_path):
     stand_in.sweep(tmp_path, resume=False)
     write_report(stand_in.wanted(), Folder(tmp_path), stand_in.RUN, {}, plots=False)
     text = (tmp_path / "report.md").read_text()
-    section = text.split("## Published beside measured: gqa")[1].split("\n## ")[0]
+    section = text.split("## Published and measured: gqa")[1].split("\n## ")[0]
     assert "| pitome | 192 | exact_match |" in section
     assert "| PiToMe | ~183 | exact_match | 59.9 | -2.1 | LLaVA-1.5-7B | paper |" in section
     assert "measured here" in section
     assert "| copied |" in section
     assert "LLaVA-1.5-13B" not in section
-    assert "Published beside measured: counting" not in text
+    assert "Published and measured: counting" not in text
     write_report(
         stand_in.wanted(), Folder(tmp_path), stand_in.RUN, {}, plots=False, published=False
     )
-    assert "Published beside" not in (tmp_path / "report.md").read_text()
+    assert "Published and" not in (tmp_path / "report.md").read_text()
 
 
 # --- published numbers and suites

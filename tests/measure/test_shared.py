@@ -53,6 +53,13 @@ class TestIntervals:
         monkeypatch.setattr(stats, "MOST_RESAMPLED", 100)
         assert stats.mean_interval(values, clusters) == pytest.approx(resampled, abs=2e-3)
 
+    def test_questions_about_one_image_are_not_independent(self):
+        rng = np.random.default_rng(0)
+        clusters = np.repeat(np.arange(400), rng.integers(1, 6, 400))
+        values = (rng.random(len(clusters)) < rng.random(400)[clusters]).astype(float)
+        low, high = stats.mean_interval(values, clusters.tolist())
+        assert high - low > 1.2 * 2 * 1.96 * values.std() / len(values) ** 0.5
+
     def test_intervals_cover_the_truth_about_as_often_as_they_say(self):
         covered, clusters = 0, images_of(30, 4)
         for seed in range(120):
@@ -97,6 +104,11 @@ class TestComparisons:
         monkeypatch.setattr(stats, "MOST_FLIPPED", 10)
         assert stats.sign_flip(differences, range(300)) == pytest.approx(drawn, abs=0.03)
 
+    def test_flips_move_whole_images(self):
+        # Ten right answers about a single image are one observation, not ten.
+        assert stats.sign_flip(np.ones(10), ["same"] * 10) == 1
+        assert stats.sign_flip(np.ones(10), range(10)) < 0.01
+
     def test_mcnemar_is_a_binomial_test(self):
         assert stats.mcnemar_exact(0, 0) == 1
         assert stats.mcnemar_exact(1, 8) == pytest.approx(20 / 512)
@@ -108,6 +120,8 @@ class TestComparisons:
         assert paired.low < 0.25 < paired.high
         graded = stats.compare([0.5, 1], [1, 1], [0, 1])
         assert graded.lost is graded.gained is graded.mcnemar is None
+        with pytest.raises(ValueError, match="same questions"):
+            stats.compare([1, 0], [1], [0, 1])
 
     def test_holm_corrects_in_order(self):
         assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])

@@ -30,7 +30,7 @@ FACTS = {
     "total_flops": 8.3e12,
     "kv_bytes": 3 << 20,
     "kv_bytes_per_image": 2 << 20,
-    "hardware": {"hardware": "none"},
+    "hardware": {"hardware": "none", "dtype": "float32"},
 }
 
 

@@ -8,7 +8,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import pitome_vlm
 from pitome_vlm.demo import checkpoint_path, load_split, scene_image
-from pitome_vlm.measure.demo_benchmark import ask, batches, prompt_for
+from pitome_vlm.measure.asking import question_prompt
+from pitome_vlm.measure.demo_benchmark import ask, batches
 
 QUESTIONS = 36
 
@@ -57,7 +58,7 @@ def test_batches_of_real_prompts_answer_as_alone(bundled):
 def test_an_untouched_processor_and_two_images(bundled):
     model, processor = bundled
     sample = load_split("val", 1)[0]
-    image, text = scene_image(sample.scene_id, "val"), prompt_for(processor, sample.question)
+    image, text = scene_image(sample.scene_id, "val"), question_prompt(processor, sample.question)
     two = processor(images=[image, image], text="<image> " + text, return_tensors="pt")
     assert (two["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")).sum() == 288
     with pitome_vlm.wrapped(model, keep=0.25):

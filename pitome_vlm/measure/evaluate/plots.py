@@ -1,20 +1,15 @@
-"""Accuracy against tokens and against time, as PNG files.
-
-Knows: how points with intervals are drawn so that methods can be told apart without colour. Does
-not know: where the points come from.
-"""
+"""Accuracy against tokens and against time, as PNG files."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from typing import Any
 
-# Okabe and Ito's palette, which the colour-blind can tell apart.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_MARKERS = "os^Dv*P"
+from ..plots import panels as new_panels
+from ..plots import rendered, style
+
 _MOST_COLUMNS = 3
 
 
@@ -50,19 +45,6 @@ class Panel:
     base: Point | None
 
 
-def check_matplotlib() -> None:
-    """Say how to install what is missing, before hours of measuring.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    if find_spec("matplotlib") is None:
-        raise ImportError(
-            'plots need matplotlib; install it with: pip install "pitome-vlm[viz]", or give '
-            "--no-plots"
-        )
-
-
 def draw(panels: Sequence[Panel], x_label: str, *, budgets: bool) -> bytes:
     """A PNG with one panel per task; x is logarithmic, points of a method are connected.
 
@@ -72,34 +54,18 @@ def draw(panels: Sequence[Panel], x_label: str, *, budgets: bool) -> bytes:
         budgets: methods share their values of x, which are then the ticks, and are drawn a little
             apart. Measured values of x stay where they are.
     """
-    check_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(len(panels), _MOST_COLUMNS)
-    rows = math.ceil(len(panels) / columns)
-    width = 6.2 if columns == 1 else 4.4 * columns
-    figure = Figure(figsize=(width, 4.2 * rows), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    width = 6.2 if len(panels) == 1 else 4.4
+    figure, axes = new_panels(len(panels), _MOST_COLUMNS, width, 4.2)
     methods = list(dict.fromkeys(name for panel in panels for name in panel.lines))
-    for one, panel in zip(axes, panels, strict=False):
+    for one, panel in zip(axes, panels, strict=True):
         _panel(one, panel, methods, budgets)
         one.set_xlabel(x_label)
         one.set_ylabel("questions right, %")
-    for spare in axes[len(panels) :]:
-        spare.set_axis_off()
     axes[0].legend(fontsize=8, framealpha=0.9)
-    data = io.BytesIO()
-    # Without the version of matplotlib in it, the same points always give the same file.
-    figure.savefig(data, format="png", metadata={"Software": None})
-    return data.getvalue()
+    return rendered(figure)
 
 
-def _panel(axes: object, panel: Panel, methods: Sequence[str], budgets: bool) -> None:
-    from matplotlib.axes import Axes
-
-    assert isinstance(axes, Axes)
+def _panel(axes: Any, panel: Panel, methods: Sequence[str], budgets: bool) -> None:
     if panel.base:
         axes.axhspan(panel.base.low, panel.base.high, color="0.5", alpha=0.15, lw=0)
         axes.axhline(panel.base.y, color="0.4", ls="--", lw=1, label="unreduced")
@@ -116,12 +82,8 @@ def _panel(axes: object, panel: Panel, methods: Sequence[str], budgets: bool) ->
             [point.x * shift for point in points],
             y,
             yerr=[below, above],
-            color=_COLOURS[index % len(_COLOURS)],
-            marker=_MARKERS[index % len(_MARKERS)],
-            ms=5,
-            lw=1.3,
             capsize=2,
-            label=name,
+            **style(index, name),
         )
     axes.set_xscale("log")
     _ticks(axes, panel, budgets)
@@ -129,11 +91,9 @@ def _panel(axes: object, panel: Panel, methods: Sequence[str], budgets: bool) ->
     axes.set_title(panel.title, fontsize=10)
 
 
-def _ticks(axes: object, panel: Panel, budgets: bool) -> None:
-    from matplotlib.axes import Axes
+def _ticks(axes: Any, panel: Panel, budgets: bool) -> None:
     from matplotlib.ticker import NullFormatter, NullLocator
 
-    assert isinstance(axes, Axes)
     places = {point.x for line in panel.lines.values() for point in line}
     if panel.base:
         places.add(panel.base.x)

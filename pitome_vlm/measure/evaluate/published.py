@@ -1,7 +1,6 @@
-"""Numbers that others published, to lay beside measured ones.
+"""Numbers that others published, to show next to measured ones (`published_table.py`).
 
-Knows: the columns of the CSV files in `published/` and what each may hold. Does not know: any
-number measured here, or how the two are shown together.
+Handles the columns of the CSV files in `published/` and what each may hold.
 """
 
 from __future__ import annotations

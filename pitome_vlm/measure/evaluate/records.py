@@ -1,7 +1,6 @@
 """The files of a sweep: one JSON per finished cell, the questions of every task, failures, timing.
 
-Knows: names, formats and how to write so that a killed process leaves whole files only. Does not
-know: how anything is measured, or what a report makes of it.
+A killed process leaves whole files only.
 
     cells/<cell>.json      identity, result, answers and scores of a finished cell
     questions/<task>.json  what was asked, once per task; cells name it by its digest
@@ -11,10 +10,8 @@ know: how anything is measured, or what a report makes of it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +19,8 @@ from typing import Any
 import numpy as np
 
 from ...common import write_bytes, write_text
+from ..store import Store, as_json, digest, file_name, read_json
 from .suites import Cell
-
-FORMAT = 1
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,7 @@ class Question:
 
     Attributes:
         doc_id: its number in the task.
-        cluster: which picture it is about; the question itself where that is not known.
+        cluster: which image it is about; the question itself where that is not known.
         group: its type or category, empty where the task has none.
         target: the right answer as text.
         doc_hash: lmms-eval's hash of the whole document.
@@ -56,8 +51,8 @@ class Measured:
         questions: what was asked.
         answers: one text per question.
         scores: one number per question, None where the task scores only the whole.
-        seconds: wall time of answering, rank 0.
-        facts: FLOPs, cache, token counts, hardware, versions.
+        seconds: wall time of answering, of the first process.
+        facts: FLOPs, cache, token counts, hardware and versions.
         lmms_eval: everything else lmms-eval reported.
     """
 
@@ -84,7 +79,7 @@ class Record:
 
     @property
     def clusters(self) -> list[str]:
-        """The picture of every question."""
+        """[questions] the image of every question."""
         return [question.cluster for question in self.measured.questions]
 
 
@@ -92,25 +87,25 @@ class Folder:
     """A sweep's folder."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root)
-        if self.root.exists() and not self.root.is_dir():
-            raise ValueError(f"output must be a folder, but {self.root} is a file")
+        """Name a folder, which need not exist.
 
-    def cell(self, cell: Cell) -> Path:
-        """Where a finished cell lies."""
-        return self.root / "cells" / f"{cell.file}.json"
+        Raises:
+            ValueError: the root is a file.
+        """
+        self.root = Path(root)
+        self.store = Store(root)
 
     def failure(self, cell: Cell) -> Path:
-        """Where a failed cell's traceback lies."""
+        """The traceback of a cell that failed."""
         return self.root / "failed" / f"{cell.file}.txt"
 
     def questions(self, task: str) -> Path:
-        """Where a task's questions lie."""
-        return self.root / "questions" / f"{re.sub(r'[^A-Za-z0-9._=-]+', '_', task)}.json"
+        """The questions of a task."""
+        return self.root / "questions" / f"{file_name(task)}.json"
 
     @property
     def timing(self) -> Path:
-        """Where the timing lies."""
+        """The times to the first token."""
         return self.root / "timing.json"
 
     def save(self, cell: Cell, record: Record) -> None:
@@ -124,7 +119,7 @@ class Folder:
             name: [getattr(question, name) for question in measured.questions]
             for name in Question.__dataclass_fields__
         }
-        text = _dump(columns)
+        text = as_json(columns)
         path = self.questions(cell.task)
         if not path.exists():
             write_text(path, text)
@@ -133,27 +128,28 @@ class Folder:
                 f"{cell.name}: the questions differ from those in {path}; the task's data has "
                 "changed since the other cells were measured"
             )
-        rest = {k: v for k, v in asdict(measured).items() if k != "questions"}
-        body = {"format": FORMAT, "questions_sha256": _digest(text), "identity": record.identity}
-        write_text(self.cell(cell), _dump(body | rest))
+        body = {"questions_sha256": digest(text), **asdict(measured)}
+        del body["questions"]
+        self.store.put(cell.file, body, record.identity)
         self.failure(cell).unlink(missing_ok=True)
 
-    def load(self, cell: Cell) -> Record | None:
+    def load(self, cell: Cell, identity: Mapping[str, Any] | None = None) -> Record | None:
         """A finished cell, None where there is none.
 
+        Args:
+            cell: the cell.
+            identity: what it must have been measured with; None for anything.
+
         Raises:
-            ValueError: the file is damaged or of another format.
+            ValueError: the file is damaged, of another format or of another run.
         """
-        path = self.cell(cell)
-        if not path.is_file():
+        stored = self.store.get(cell.file, identity)
+        if stored is None:
             return None
-        stored = _read(path)
-        if stored.get("format") != FORMAT:
-            raise ValueError(f"{path}: format must be {FORMAT}, got {stored.get('format')!r}")
-        questions = self.questions(cell.task)
-        if not questions.is_file() or _digest(questions.read_text()) != stored["questions_sha256"]:
+        path, questions = self.store.path(cell.file), self.questions(cell.task)
+        if not questions.is_file() or digest(questions.read_text()) != stored["questions_sha256"]:
             raise ValueError(f"{path} does not belong to the questions in {questions}")
-        columns = _read(questions)
+        columns = read_json(questions)
         try:
             asked = [Question(*row) for row in zip(*columns.values(), strict=True)]
             values = {k: stored[k] for k in Measured.__dataclass_fields__ if k != "questions"}
@@ -162,19 +158,22 @@ class Folder:
             raise ValueError(f"{path} is damaged: {error!r}") from error
         if len(measured.answers) != len(asked):
             raise ValueError(f"{path}: {len(measured.answers)} answers to {len(asked)} questions")
-        return Record(stored["identity"], measured)
+        return Record(self.store.identity_of(cell.file), measured)
 
-    def finished(self) -> int:
-        """How many cells lie here."""
-        return len(list((self.root / "cells").glob("*.json")))
+    def clear(self) -> None:
+        """Delete what was measured: cells, questions, failures and timing."""
+        self.store.clear()
+        found = [*self.root.glob("questions/*.json"), *self.root.glob("failed/*.txt"), self.timing]
+        for path in found:
+            path.unlink(missing_ok=True)
 
     def save_timing(self, timing: dict[str, Any]) -> None:
         """Store the timing; atomic."""
-        write_text(self.timing, _dump(timing))
+        write_text(self.timing, as_json(timing))
 
     def load_timing(self) -> dict[str, Any] | None:
         """The stored timing, None where there is none."""
-        return _read(self.timing) if self.timing.is_file() else None
+        return read_json(self.timing) if self.timing.is_file() else None
 
     def save_failure(self, cell: Cell, text: str) -> None:
         """Store a failed cell's traceback."""
@@ -182,49 +181,5 @@ class Folder:
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Store a file of the report; atomic."""
-        path = self.root / name
-        return write_text(path, content) if isinstance(content, str) else write_bytes(path, content)
-
-
-def fingerprint(model: str) -> str:
-    """A digest of a checkpoint folder's content; the name itself for one on the hub.
-
-    Configuration files are read whole, of weights the size and both ends: enough to tell two
-    trainings apart without reading gigabytes.
-    """
-    folder = Path(model)
-    if not folder.is_dir():
-        return model
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in _PARTS):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_END))
-            file.seek(max(0, size - _END))
-            digest.update(file.read(_END))
-    return f"sha256:{digest.hexdigest()}"
-
-
-_PARTS = {".json", ".safetensors", ".bin", ".model", ".jinja"}
-_END = 8 << 20
-
-
-def _dump(value: Any) -> str:
-    # A default representation holds a memory address, which says nothing and changes every run.
-    text = json.dumps(value, default=lambda v: _ADDRESS.sub("", str(v)), ensure_ascii=False)
-    return text + "\n"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to measure it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
+        data = content.encode() if isinstance(content, str) else content
+        return write_bytes(self.root / name, data)

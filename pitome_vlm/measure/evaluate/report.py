@@ -1,8 +1,7 @@
 """From the files of a sweep to the tables of its report.
 
-Knows: what a reader needs to judge a number: intervals, paired differences, costs, hardware, and
-what others published, each labelled. Does not know: how anything was measured, or Markdown and
-HTML (`report_pages.py`).
+The tables hold what a reader needs to judge a number: intervals, paired differences and costs.
+What others published is in `published.py`, the pages are made by `report_pages.py`.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..visualize import Table
-from .published import Published, nearest
+from ..stats import Interval, Paired, compare, holm, mean_interval
+from ..tables import Table, bytes_text, flops_text, percent, percent_interval
 from .records import Folder, Record
-from .statistics import Paired, compare, holm, mean_interval
 from .suites import BASELINE, Cell
 
 # The metric that a task's own table is read by, where it is not the first one.
@@ -27,10 +25,7 @@ _PRIMARY = {
     "seedbench_lite": "seed_all",
 }
 _MOST_GROUPS = 16
-_FEW_PICTURES = 30
-# Published numbers are shown where their budget is within this share of a measured one.
-_NEAR = 0.2
-MEASURED = "measured here"
+_FEW_IMAGES = 30
 
 
 @dataclass
@@ -49,7 +44,7 @@ class Row:
     cell: Cell
     record: Record
     mean: float | None = None
-    interval: tuple[float, float] | None = None
+    interval: Interval | None = None
     paired: Paired | None = None
     p_holm: float | None = None
 
@@ -118,10 +113,10 @@ def accuracy_table(task: str, rows: Sequence[Row]) -> Table:
         cells += [*_mean_cells(row), *_paired_cells(row), _seconds(row.record.measured.seconds)]
         lines.append(cells)
     measured = rows[0].record.measured
-    pictures = len(set(rows[0].record.clusters))
-    note = f"{len(measured.questions)} questions about {pictures} pictures."
-    if pictures < _FEW_PICTURES:
-        note += f" So few pictures (below {_FEW_PICTURES}) make rough intervals."
+    images = len(set(rows[0].record.clusters))
+    note = f"{len(measured.questions)} questions about {images} images."
+    if images < _FEW_IMAGES:
+        note += f" With so few images (below {_FEW_IMAGES}) intervals are rough."
     if measured.scores is None:
         note += " The task scores only the whole, so there is nothing to pair."
     return _numeric(f"Accuracy: {task}", columns, lines, note)
@@ -137,7 +132,7 @@ def group_table(task: str, rows: Sequence[Row]) -> Table | None:
     for row in rows:
         scores = row.record.scores
         assert scores is not None
-        parts = [f"{100 * scores[groups == name].mean():.1f}" for name in names]
+        parts = [percent(scores[groups == name].mean()) for name in names]
         lines.append([row.method, str(row.tokens), *parts])
     columns = ["method", "tokens", *names]
     counts = ", ".join(f"{name} {(groups == name).sum()}" for name in names)
@@ -145,7 +140,7 @@ def group_table(task: str, rows: Sequence[Row]) -> Table | None:
 
 
 def cost_table(rows: Sequence[Row], timing: Mapping[str, Any] | None) -> Table:
-    """What every setting computes, keeps and takes until the first token."""
+    """What every setting computes and stores, and its time to the first token."""
     columns = ["method", "tokens", "prompt", "vision tower", "prefill", "all FLOPs"]
     columns += ["KV per image", "KV of prompt", "first token", "IQR"]
     base = next((row for row in rows if row.method == BASELINE), rows[0])
@@ -161,11 +156,11 @@ def cost_table(rows: Sequence[Row], timing: Mapping[str, Any] | None) -> Table:
                 row.method,
                 str(row.tokens),
                 str(facts["text_tokens"] + row.tokens),
-                _flops(facts["tower_flops"]),
-                _flops(facts["prefill_flops"]),
-                f"{_flops(total)}, {100 * total / whole:.0f} %",
-                _bytes(facts["kv_bytes_per_image"]),
-                _bytes(facts["kv_bytes"]),
+                flops_text(facts["tower_flops"]),
+                flops_text(facts["prefill_flops"]),
+                f"{flops_text(total)}, {100 * total / whole:.0f} %",
+                bytes_text(facts["kv_bytes_per_image"]),
+                bytes_text(facts["kv_bytes"]),
                 _time(time, first),
                 f"{time['iqr']:.1f} ms" if time else "-",
             ]
@@ -173,97 +168,19 @@ def cost_table(rows: Sequence[Row], timing: Mapping[str, Any] | None) -> Table:
     return _numeric("Costs", columns, lines, _cost_note(rows[0], timing))
 
 
-def published_table(task: str, rows: Sequence[Row]) -> Table | None:
-    """Measured numbers and published ones at budgets nearby, None where nobody published any."""
-    budgets = [row.tokens for row in rows if row.method != BASELINE]
-    known = nearest([task])
-    near = [p for p in known if _is_near(p, budgets)]
-    # A source's unreduced model is only of interest beside one of its reduced ones.
-    sources = {(p.model, p.source) for p in near}
-    found = [p for p in known if p in near or (_is_base(p) and (p.model, p.source) in sources)]
-    if not found:
-        return None
-    lines = []
-    for metric in dict.fromkeys(p.metric for p in found):
-        values = [(row, _value(row, metric)) for row in rows]
-        base = next((v for row, v in values if row.method == BASELINE and v is not None), None)
-        for row, value in values:
-            if value is not None:
-                count = str(row.tokens)
-                cells = [row.method, count, metric, f"{value:.1f}", _minus(value, base)]
-                lines.append([*cells, "this checkpoint", MEASURED, "this report"])
-        lines += [_published_line(p, found) for p in found if p.metric == metric]
-    columns = ["method", "tokens", "metric", "value", "minus its none", "model", "provenance"]
-    protocols = dict.fromkeys(f"{p.source}: {p.protocol}" for p in found)
-    note = (
-        "Only numbers of the same checkpoint and protocol can be compared; differences to a "
-        "source's own unreduced model travel better than values. A ~ marks a token count that "
-        "is inferred or a mean. " + " | ".join(protocols)
-    )
-    return Table(
-        f"Published beside measured: {task}",
-        [*columns, "source"],
-        lines,
-        note=note,
-        numbers=frozenset({1, 3, 4}),
-    )
-
-
 def failure_table(failures: Mapping[str, str]) -> Table:
-    """Cells that gave no result."""
+    """The cells without a result, and why."""
     lines = [[name, error] for name, error in failures.items()]
     return Table("Failed, not in the tables below", ["cell", "error"], lines)
 
 
-def _is_base(row: Published) -> bool:
-    return row.method == BASELINE
-
-
-def _is_near(row: Published, budgets: Sequence[int]) -> bool:
-    if _is_base(row) or row.tokens is None:
-        return False
-    return any(abs(row.tokens / budget - 1) <= _NEAR for budget in budgets)
-
-
-def _published_line(row: Published, known: Sequence[Published]) -> list[str]:
-    sure = row.tokens_basis in ("stated", "computed")
-    base = next(
-        (
-            other.value
-            for other in known
-            if _is_base(other)
-            and other.model == row.model
-            and (other.source, other.metric) == (row.source, row.metric)
-        ),
-        None,
-    )
-    tokens = "?" if row.tokens is None else f"{'' if sure else '~'}{row.tokens}"
-    minus = "" if _is_base(row) else _minus(row.value, base)
-    value = f"{row.value:.1f}"
-    names = [row.method, tokens, row.metric]
-    return [*names, value, minus, row.model, row.provenance, row.source]
-
-
-def _minus(value: float, base: float | None) -> str:
-    return "-" if base is None else f"{value - base:+.1f}"
-
-
-def _value(row: Row, metric: str) -> float | None:
-    results = row.record.measured.results
-    if metric == "mme_total":
-        parts = [results.get(f"mme_{part}_score") for part in ("perception", "cognition")]
-        known = [part for part in parts if part is not None]
-        return sum(known) if len(known) == len(parts) else None
-    return None if metric not in results else results[metric] * _scale(metric)
-
-
-def _scale(metric: str) -> float:
-    """100 where lmms-eval reports a share of one."""
+def metric_scale(metric: str) -> float:
+    """What a metric of lmms-eval is multiplied by: 100 where it is a share of one."""
     return 1.0 if metric.startswith("mme_") or metric == "gpt_eval_score" else 100.0
 
 
 def _metric_text(row: Row) -> str:
-    return f"{row.primary[1] * _scale(row.primary[0]):.1f}" if row.primary else "-"
+    return f"{row.primary[1] * metric_scale(row.primary[0]):.1f}" if row.primary else "-"
 
 
 def _own(row: Row) -> str | None:
@@ -271,15 +188,14 @@ def _own(row: Row) -> str | None:
     if row.primary is None:
         return None
     name, value = row.primary
-    same = row.mean is not None and abs(value * _scale(name) - 100 * row.mean) < 1e-6
+    same = row.mean is not None and abs(value * metric_scale(name) - 100 * row.mean) < 1e-6
     return None if same else _metric_text(row)
 
 
 def _mean_cells(row: Row) -> list[str]:
     if row.mean is None or row.interval is None:
         return ["-", "-"]
-    low, high = row.interval
-    return [f"{100 * row.mean:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"]
+    return [percent(row.mean), percent_interval(*row.interval)]
 
 
 def _paired_cells(row: Row) -> list[str]:
@@ -289,8 +205,8 @@ def _paired_cells(row: Row) -> list[str]:
     if paired is None or row.p_holm is None:
         return ["-"] * 5
     return [
-        f"{100 * paired.difference:+.1f}",
-        f"{100 * paired.low:+.1f} to {100 * paired.high:+.1f}",
+        percent(paired.difference, signed=True),
+        percent_interval(paired.low, paired.high, signed=True),
         "-" if paired.lost is None else f"{paired.lost} / {paired.gained}",
         "-" if paired.mcnemar is None else _p(paired.mcnemar),
         _p(row.p_holm),
@@ -304,14 +220,16 @@ def _cost_note(row: Row, timing: Mapping[str, Any] | None) -> str:
         f"mean prompt of {row.cell.task}). One multiply-add is 2 FLOP, only matrix products and "
         "convolutions count: a layer with n tokens, width C and W weights in its linear maps "
         "takes 2 n W + 4 n² C, plus the comparison of tokens where it merges; all FLOPs "
-        "include the projector. Percentages are of the unreduced model. "
+        "include the projector. Percentages are of the unreduced model. The cache (KV) holds "
+        f"{facts['hardware']['dtype']} numbers. "
     )
     if not timing:
         return note + "The time to the first token was not measured."
     return note + (
         f"First token: measured, batch {timing['batch_size']}, first questions of "
         f"{timing['task']}, vision tower, projector and prefill included; median of "
-        f"{timing['rounds']} rounds in which the settings took turns, after a warm-up."
+        f"{timing['rounds']} rounds in which the settings took turns, after a warm-up; x is how "
+        "many times faster than the unreduced model."
     )
 
 
@@ -327,8 +245,8 @@ def _numeric(
 def _time(time: Mapping[str, float] | None, first: Mapping[str, float] | None) -> str:
     if time is None:
         return "-"
-    share = f", {100 * time['median'] / first['median']:.0f} %" if first else ""
-    return f"{time['median']:.1f} ms{share}"
+    faster = f", {first['median'] / time['median']:.2f}x" if first else ""
+    return f"{time['median']:.1f} ms{faster}"
 
 
 def _p(value: float) -> str:
@@ -337,13 +255,3 @@ def _p(value: float) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 600 else f"{value / 60:.1f} min"
-
-
-def _flops(value: float) -> str:
-    units = ("", "k", "M", "G", "T")
-    index = max(0, min(len(units) - 1, (len(str(int(value))) - 1) // 3))
-    return f"{value / 1000**index:.3g} {units[index]}"
-
-
-def _bytes(value: float) -> str:
-    return f"{value / 1024:.0f} KiB" if value < 1 << 20 else f"{value / (1 << 20):.1f} MiB"

@@ -5,7 +5,6 @@ Handles the order in which things are shown; leaves the tables themselves to `re
 
 from __future__ import annotations
 
-import html
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ from typing import Any
 
 from PIL import Image
 
-from ..visualize import Figure, Table, html_report
+from ..provenance import in_words
+from ..tables import Figure, Table, html_report
 from .plots import Panel, Point, draw
+from .published_table import published_table
 from .records import Folder
 from .report import (
     Row,
@@ -23,7 +24,6 @@ from .report import (
     cost_table,
     failure_table,
     group_table,
-    published_table,
     rows_of,
 )
 from .suites import BASELINE, Cell
@@ -31,11 +31,13 @@ from .suites import BASELINE, Cell
 TITLE = "Token reduction: what it saves and what it costs"
 _TOKENS = "visual tokens per image (log scale)"
 _READING = (
-    "Intervals are 95 %, by bootstrap over pictures (questions about one picture fail together). "
+    "Intervals are 95 %, by bootstrap over images (questions about one image fail together), "
+    "with two images added that do not exist, one answered right and one wrong, so that few "
+    "questions never claim certainty. "
     "Differences are paired: the same questions, this setting minus the unreduced model. "
     "Lost and gained are the questions only the unreduced or only this model answered right, "
     "McNemar is the exact test on those, question by question. The last p is a sign-flip "
-    "permutation test by picture, corrected for all comparisons on the task (Holm)."
+    "permutation test by image, corrected for all comparisons on the task (Holm)."
 )
 
 
@@ -60,12 +62,12 @@ def write_report(
     """Write the report of the finished cells; the same cells give the same report.
 
     Args:
-        cells: what was wanted.
-        folder: of the sweep.
+        cells: the cells of the sweep.
+        folder: the sweep's folder.
         run: what is the same for all cells, see `sweep.identity`.
         failures: the error of every cell that failed.
         plots: draw them; needs matplotlib.
-        published: lay published numbers beside the measured ones.
+        published: show published numbers next to the measured ones.
 
     Returns:
         The files written. Without a single finished cell there is none.
@@ -117,14 +119,11 @@ def _lead(rows: Mapping[str, list[Row]], run: Mapping[str, Any]) -> str:
 
 def _provenance(rows: Mapping[str, list[Row]], run: Mapping[str, Any]) -> str:
     machines = dict.fromkeys(
-        ", ".join(f"{k} {v}" for k, v in row.record.measured.facts["hardware"].items())
-        for found in rows.values()
-        for row in found
+        in_words(row.record.measured.facts["hardware"]) for found in rows.values() for row in found
     )
     arguments = ", ".join(f"{k}={v}" for k, v in run["model_args"].items()) or "none"
-    versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
     return (
-        f"Measured on: {' | '.join(machines)}. Versions: {versions}. Checkpoint: "
+        f"Measured on: {' | '.join(machines)}. Versions: {in_words(run['versions'])}. Checkpoint: "
         f"{run['checkpoint']}. Model arguments: {arguments}; batch size {run['batch_size']}; "
         f"generation arguments: {run['gen_kwargs'] or 'those of the task'}. Answers, scores and "
         "the full configuration of every cell: cells/*.json."
@@ -175,18 +174,5 @@ def _panels(rows: Mapping[str, list[Row]], x: Callable[[Row], float]) -> list[Pa
 def _markdown(tables: Sequence[Table], plots: Sequence[Plot], lead: str, footer: str) -> str:
     parts = [f"# {TITLE}", lead, _READING]
     parts += [f"![{plot.caption}]({plot.file})" for plot in plots]
-    parts += [_markdown_table(table) for table in tables]
+    parts += [table.markdown() for table in tables]
     return "\n\n".join([*parts, footer]) + "\n"
-
-
-def _markdown_table(table: Table) -> str:
-    head = [f"## {table.caption}", ""]
-    ruler = ["---:" if i in table.numbers else "---" for i in range(len(table.columns))]
-    lines = [_markdown_row(table.columns), _markdown_row(ruler)]
-    lines += [_markdown_row([str(cell) for cell in row]) for row in table.rows]
-    return "\n".join([*head, *lines, *(["", html.escape(table.note)] if table.note else [])])
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    # A bar or a line break in an error message would end the cell.
-    return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"

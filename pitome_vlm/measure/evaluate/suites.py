@@ -1,13 +1,12 @@
 """What a sweep measures: methods, budgets, tasks, and the suite files that name them.
 
-Knows: the grammar of `--algorithms`, lmms-eval `--config` files and the grid they span. Does not
-know: torch, lmms-eval's code, or how a cell is measured.
+Handles the grammar of `--algorithms`, lmms-eval's `--config` files and the grid they span. Needs
+neither torch nor lmms-eval.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import yaml
 
 from ...common import suggest
 from ...merge.config import PRESETS, MergeConfig
+from ..store import file_name
 
 MODEL_ID = "pitome_llava"
 BASELINE = "none"
@@ -71,7 +71,7 @@ class Cell:
     @property
     def file(self) -> str:
         """A file name without ending."""
-        return re.sub(r"[^A-Za-z0-9._=-]+", "_", f"{self.task}--{self.setting.name}")
+        return file_name(f"{self.task}--{self.setting.name}")
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ def _suite(name: str, runs: list[dict[str, Any]]) -> Suite:
 
 
 def check_batch_size(value: Any) -> int:
-    """The value itself.
+    """Questions at a time, from a suite or an option.
 
     Raises:
         ValueError: not a whole number of at least one.

@@ -1,29 +1,28 @@
-"""Run the cells of a sweep one after the other, keep what is finished, go on after a failure.
+"""Run the cells of a sweep one after the other, keep what is finished, continue after a failure.
 
-Knows: which cells are wanted, which are there already and whether those are the same measurement.
-Does not know: lmms-eval or models; `evaluate` does the measuring (`evaluation.py`).
+Decides which cells are wanted, which are there already and whether those are the same
+measurement. Measuring itself is handed in, by `pitome_vlm.lmms.evaluation`.
 """
 
 from __future__ import annotations
 
-import json
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Literal
 
+from .. import provenance
+from ..store import plain
 from .records import Folder, Measured, Record
 from .suites import Cell
 
 Kind = Literal["start", "done", "failed"]
-PACKAGES = ("pitome-vlm", "lmms-eval", "torch", "transformers")
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something a person who waits wants to know.
+    """Something that a waiting person wants to know.
 
     Attributes:
         kind: what happened to the cell.
@@ -56,19 +55,22 @@ def identity(cell: Cell, run: dict[str, Any]) -> dict[str, Any]:
     merging = cell.setting.config.to_dict()
     # The package's version is in `run` already, under the name people look for.
     merging.pop("pitome_vlm_version")
-    values = {"task": cell.task, "method": cell.setting.method, "merging": merging, **run}
-    # As it comes back from a file, so that the two can be compared.
-    plain: dict[str, Any] = json.loads(json.dumps(values))
-    return plain
+    return plain({"task": cell.task, "method": cell.setting.method, "merging": merging, **run})
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide a result."""
-    return {name: version(name) for name in PACKAGES}
+    """Versions of the packages that decide a result."""
+    found = provenance.versions("lmms-eval")
+    return {name: number for name, number in found.items() if name != "python"}
 
 
 def pending(
-    cells: Sequence[Cell], folder: Folder, run: dict[str, Any], *, resume: bool
+    cells: Sequence[Cell],
+    folder: Folder,
+    run: dict[str, Any],
+    *,
+    resume: bool,
+    overwrite: bool = False,
 ) -> list[Cell]:
     """The cells that have still to be measured.
 
@@ -76,27 +78,17 @@ def pending(
         cells: what is wanted.
         folder: where finished cells lie.
         run: see `identity`.
-        resume: go on with what is there; without it the folder must hold no cell.
+        resume: continue with the cells that are there.
+        overwrite: delete them instead.
 
     Raises:
-        ValueError: there are cells and `resume` is off, or a finished cell was measured under
-            other circumstances.
+        FileExistsError: there are cells, and neither `resume` nor `overwrite`.
+        ValueError: a finished cell was measured with other options or versions.
     """
-    if not resume and folder.finished():
-        raise ValueError(
-            f"{folder.root} already holds {folder.finished()} finished cells; --resume goes on "
-            "with them, or choose another --output"
-        )
-    left = []
-    for cell in cells:
-        record = folder.load(cell)
-        if record is None:
-            left.append(cell)
-            continue
-        wanted = identity(cell, run)
-        if record.identity != wanted:
-            raise ValueError(_difference(cell, folder, record.identity, wanted))
-    return left
+    folder.store.check(resume=resume, overwrite=overwrite)
+    if overwrite:
+        folder.clear()
+    return [cell for cell in cells if folder.load(cell, identity(cell, run)) is None]
 
 
 def run_sweep(
@@ -118,7 +110,7 @@ def run_sweep(
         folder: where to store.
         run: see `identity`.
         tell: called with every event.
-        stop_at_failure: raise instead of going on; processes that work together need it, since
+        stop_at_failure: raise instead of continuing; processes that work together need it, since
             one of them alone cannot leave a cell.
 
     Returns:
@@ -161,16 +153,3 @@ def _attempt(
             raise
         return None, " ".join(f"{type(error).__name__}: {error}".split())
     return measured, ""
-
-
-def _difference(cell: Cell, folder: Folder, found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
-    first = keys[0]
-    then, now = found.get(first), wanted.get(first)
-    if isinstance(then, dict) and isinstance(now, dict):
-        inner = next(key for key in {**now, **then} if then.get(key) != now.get(key))
-        first, then, now = f"{first}.{inner}", then.get(inner), now.get(inner)
-    return (
-        f"{cell.name} was measured with {first} {then!r}, now it is {now!r}: not the same sweep. "
-        f"Choose another --output, or delete {folder.cell(cell)}"
-    )

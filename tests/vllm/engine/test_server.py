@@ -24,7 +24,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import pitome_vlm
 from pitome_vlm.demo import checkpoint_path, load_split, scene_image
-from pitome_vlm.measure.demo_benchmark import Setting, ask, prompt_for, run
+from pitome_vlm.measure.asking import question_prompt
+from pitome_vlm.measure.demo_benchmark import Setting, ask, run
 from pitome_vlm.vllm import served_config
 from scripts.serving.memory import KERNELS, as_url, broken_urls, held
 
@@ -124,7 +125,7 @@ def mixed(library):
     with pitome_vlm.wrapped(model, config=config):
         for one, size in zip(load_split("test", len(SIZES)), SIZES, strict=True):
             image, text = scene_image(one.scene_id, "test").resize(size), one.question
-            prompt = prompt_for(processor, text)
+            prompt = question_prompt(processor, text)
             batch = processor(images=[image], text=[prompt], return_tensors="pt")
             (answer,) = ask(model, processor, dict(batch))
             found.append((body([as_url(png(image))], text), answer))
