@@ -1,4 +1,7 @@
-"""What a number needs to be judged and repeated: machine, model, software, settings."""
+"""What a number needs to be judged and repeated: machine, model, software, settings.
+
+Importing this does not import torch, so that commands can check folders before they load anything.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,12 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..common import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 _SAMPLES = 64
 # These differ between two loads of the same weights.
@@ -31,8 +35,7 @@ def provenance(model: Any = None, **facts: Any) -> dict[str, Any]:
             no model is involved.
         **facts: whatever else decides the numbers: batch_size, seed, split, ...
     """
-    device = torch.device("cpu") if model is None else model.device
-    found: dict[str, Any] = {**machine(device)}
+    found = machine(None if model is None else model.device)
     if model is not None:
         found |= {
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -44,6 +47,8 @@ def provenance(model: Any = None, **facts: Any) -> dict[str, Any]:
 
 def machine(device: torch.device | str | None = None) -> dict[str, Any]:
     """The processor or accelerator that `device` (default: the CPU) names, threads and cores."""
+    import torch
+
     chosen = torch.device("cpu" if device is None else device)
     found: dict[str, Any] = {"hardware": processor_name(), "device": chosen.type}
     if chosen.type != "cpu":
@@ -60,7 +65,7 @@ def versions(*packages: str) -> dict[str, str]:
     """Of Python, this package, torch, transformers, and further packages by distribution name."""
     return {
         "python": platform.python_version(),
-        "torch": str(torch.__version__),
+        "torch": version("torch"),
         "transformers": version("transformers"),
         "pitome_vlm": __version__,
         **{name: version(name) for name in packages},

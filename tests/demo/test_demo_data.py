@@ -189,7 +189,7 @@ def test_wrong_arguments_are_named() -> None:
 
 
 @pytest.mark.parametrize("kind", scenes.KINDS)
-def test_every_kind_draws_inside_the_picture(kind: str) -> None:
+def test_every_kind_draws_inside_the_image(kind: str) -> None:
     for seed in range(30):
         scene = scenes.sample_scene(random.Random(seed), kind)
         assert 1 <= len(scene.objects) <= scenes.MAX_OBJECTS
@@ -211,7 +211,7 @@ def test_identical_scenes_have_touching_equal_blocks() -> None:
         assert min(gaps) == 2 * a.radius + 1
 
 
-def test_larger_pictures_show_the_same_scene() -> None:
+def test_larger_images_show_the_same_scene() -> None:
     small, large = demo.scene_image(0, "test"), demo.scene_image(0, "test", 768)
     assert small.size == (192, 192)
     assert large.size == (768, 768)
@@ -230,7 +230,7 @@ def test_processor_round_trip(tmp_path: Path) -> None:
     built = processor.build_processor()
     built.save_pretrained(tmp_path)
     loaded = transformers.AutoProcessor.from_pretrained(tmp_path)
-    picture = demo.scene_image(3, "test")
+    image = demo.scene_image(3, "test")
     turns = [
         {"role": "system", "content": [{"type": "text", "text": "Please look."}]},
         {
@@ -241,7 +241,7 @@ def test_processor_round_trip(tmp_path: Path) -> None:
         {"role": "user", "content": [{"type": "text", "text": "How big is the star?"}]},
     ]
     text = loaded.apply_chat_template(turns, add_generation_prompt=True)
-    inputs = loaded(text=text, images=picture, return_tensors="pt")
+    inputs = loaded(text=text, images=image, return_tensors="pt")
     words = processor.vocabulary()
     lead = [words[w] for w in ("<s>", "please", "look", ".", "user:")]
     body = [words[w] for w in ("what", "colour", "is", "the", "star", "?")]
@@ -252,7 +252,7 @@ def test_processor_round_trip(tmp_path: Path) -> None:
     assert ids[start + 144 :][:6] == body
     assert ids[-1] == words["assistant:"]
     assert ids.count(processor.EOS) == 1
-    shrunk = picture.resize((120, 120), Image.Resampling.BICUBIC)
+    shrunk = image.resize((120, 120), Image.Resampling.BICUBIC)
     expected = np.asarray(shrunk, np.float32).transpose(2, 0, 1) / 127.5 - 1
     assert np.abs(inputs["pixel_values"][0].numpy() - expected).max() < 0.05
 
@@ -276,8 +276,8 @@ def test_checkpoint_is_small_and_answers() -> None:
         )
         for s in samples
     ]
-    pictures = [demo.scene_image(s.scene_id, "val") for s in samples]
-    inputs = loaded(text=prompts, images=pictures, return_tensors="pt", padding=True)
+    images = [demo.scene_image(s.scene_id, "val") for s in samples]
+    inputs = loaded(text=prompts, images=images, return_tensors="pt", padding=True)
     with torch.no_grad():
         out = model.generate(**inputs, max_new_tokens=3)
     answers = loaded.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -47,9 +47,9 @@ from pitome_vlm.merge.config import MergeConfig
 def test_wrong_model_args(text, said):
     from pitome_vlm.lmms.model import PitomeLlava
 
-    beside = {"batch_size": "8" if "twice" in said else 1, "max_batch_size": None}
+    options = {"batch_size": "8" if "twice" in said else 1, "max_batch_size": None}
     with pytest.raises((ValueError, TypeError, OSError), match=said) as caught:
-        PitomeLlava.create_from_arg_string(text, beside)
+        PitomeLlava.create_from_arg_string(text, options)
     assert "\n" not in str(caught.value)
 
 
@@ -73,7 +73,7 @@ def test_model_args_are_understood():
     }
 
 
-def test_pictures_are_scaled_down_only_where_asked(tmp_path):
+def test_images_are_scaled_down_only_where_asked(tmp_path):
     image = Image.new("L", (200, 100))
     assert opened(image, None).size == (200, 100)
     assert opened(image, 20_000).size == (200, 100)
@@ -88,13 +88,13 @@ def test_pictures_are_scaled_down_only_where_asked(tmp_path):
 def test_messages():
     image = {"type": "image", "url": "a"}
     text = {"type": "text", "text": "what is it"}
-    found, pictures = plain_messages([{"role": "user", "content": [image, text]}], "<image>", "Hi")
+    found, images = plain_messages([{"role": "user", "content": [image, text]}], "<image>", "Hi")
     assert [turn["role"] for turn in found] == ["system", "user"]
     assert found[1]["content"] == [{"type": "image"}, text]
-    assert pictures == ["a"]
+    assert images == ["a"]
     marked = {"type": "text", "text": "first <image> then <image> ok"}
     raw = [{"role": "user", "content": [image, {"type": "image", "url": "b"}, marked]}]
-    found, pictures = plain_messages(raw, "<image>", None)
+    found, images = plain_messages(raw, "<image>", None)
     assert [part["type"] for part in found[0]["content"]] == [
         "text",
         "image",
@@ -102,7 +102,7 @@ def test_messages():
         "image",
         "text",
     ]
-    assert pictures == ["a", "b"]
+    assert images == ["a", "b"]
 
 
 def test_prompt_without_a_chat_template():

@@ -57,7 +57,7 @@ def test_endless_rounds_are_an_error(lm, monkeypatch):
         lm.generate_until_multi_round([request])
 
 
-def broken_picture(doc):
+def broken_image(doc):
     return [{"role": "user", "content": [{"type": "image", "url": "/no/such/cat.png"}]}]
 
 
@@ -76,7 +76,7 @@ def raising(doc):
 @pytest.mark.parametrize(
     ("to_messages", "said"),
     [
-        (broken_picture, "no such file"),
+        (broken_image, "no such file"),
         (a_video, "this one holds video"),
         (two_marks, "marks 2 places for images with <image>, but there are 0"),
         (raising, "KeyError: 'answer_key'"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pitome_vlm
 from pitome_vlm.demo import checkpoint_path, load_split
 from pitome_vlm.lmms.tasks import demo_vqa
@@ -40,8 +42,13 @@ def texts(results):
     return [result.text for result in results]
 
 
+@functools.cache
+def library_model():
+    return pitome_vlm.load(checkpoint_path(), dtype="float32")
+
+
 def library(config, limit):
-    model, processor = pitome_vlm.load(checkpoint_path(), dtype="float32")
+    model, processor = library_model()
     setting = benchmark.Setting("library", config)
     samples = load_split("test", limit)
     (outcome,) = benchmark.run(model, processor, [setting], samples, split="test", batch_size=16)

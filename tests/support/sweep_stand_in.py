@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -54,10 +53,11 @@ def sweep(folder: Path, *, resume: bool, evaluate=measure, tell=None):
     return run_sweep(wanted(), left, evaluate, place, RUN, tell=tell)
 
 
-if __name__ == "__main__":
+def slow_sweep(folder: Path) -> None:
+    """For a process that is to be killed in the middle."""
 
     def slowly(cell):
-        time.sleep(0.4)
+        time.sleep(0.2)
         return measure(cell)
 
-    sweep(Path(sys.argv[1]), resume=False, evaluate=slowly)
+    sweep(folder, resume=False, evaluate=slowly)
