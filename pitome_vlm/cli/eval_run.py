@@ -61,7 +61,7 @@ class Sweep:
         Raises:
             ValueError: it holds cells of another run, or `resume` is off and it holds any.
         """
-                from ..measure.evaluate.sweep import pending, versions
+        from ..measure.evaluate.sweep import pending, versions
         from ..measure.provenance import checkpoint_fingerprint
 
         self.run = {

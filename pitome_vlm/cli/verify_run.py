@@ -20,7 +20,6 @@ from ..demo import scene_image
 from ..demo.dataset import SPLIT_SCENES
 from ..measure.plots import check_matplotlib
 from ..measure.provenance import processor_name
-from ..measure.store import check_files
 from ..measure.spectral import plots, report
 from ..measure.spectral.features import TowerChange, merge_changes
 from ..measure.spectral.study import (
@@ -36,6 +35,7 @@ from ..measure.spectral.study import (
     under_assumptions,
 )
 from ..measure.spectral.synthetic import RATIO, Clusters, can_merge
+from ..measure.store import check_files
 from ..merge import algorithms as registry
 from ..merge.config import MergeConfig
 from .options import fractions, words
