@@ -19,6 +19,7 @@ from scripts.demo import report
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("[es]*/README.md")]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -86,19 +87,42 @@ def test_every_make_target_the_readme_names_exists():
     assert all(re.search(rf"^{name}:", makefile, flags=re.MULTILINE) for name in named)
 
 
-def test_the_committed_table_is_the_measured_one():
+@pytest.fixture(scope="module")
+def measured():
+    """The stored answers of the demo benchmark: questions, rows of the table, costs, facts."""
     results = json.loads((ROOT / "eval/results/demo/results.json").read_text())
-    samples, rows = report.from_raw(results)
-    table = report.readme_table(samples, rows, results["costs"], results["provenance"])
-    assert table in README
-    # The answers were given to the questions this version asks.
-    assert samples == load_split("test")
-    assert len(samples) >= 2000
+    return (*report.from_raw(results), results["costs"], results["provenance"])
+
+
+def test_the_committed_table_is_the_measured_one(measured):
+    assert report.readme_table(*measured) in README
 
 
 @pytest.mark.slow
-def test_the_committed_report_is_the_measured_one():
-    results = json.loads((ROOT / "eval/results/demo/results.json").read_text())
-    samples, rows = report.from_raw(results)
-    page = report.report(samples, rows, results["costs"], results["provenance"])
-    assert page == (ROOT / "eval/results/demo/report.md").read_text()
+def test_the_committed_report_is_the_measured_one(measured):
+    assert report.report(*measured) == (ROOT / "eval/results/demo/report.md").read_text()
+
+
+def test_the_stored_answers_are_to_the_questions_of_this_version(measured):
+    assert measured[0] == load_split("test")
+    assert len(measured[0]) >= 2000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_between_pages_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_scripts_and_targets_that_pages_name_exist(page):
+    text = page.read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for name in set(re.findall(r"scripts(?:\.\w+){2}", text)):
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
+    for name in set(re.findall(r"scripts/\w+/\w+\.(?:py|sh)", text)):
+        assert (ROOT / name).is_file(), name
+    for name in set(re.findall(r"`make ([a-z-]+)", text)):
+        assert re.search(rf"^{name}:", makefile, flags=re.MULTILINE), name
