@@ -23,6 +23,7 @@ from ..wrapping.encode import planned, planned_count, planned_schedule
 from ..wrapping.positions import Calibration
 from ..wrapping.wrap import base_model, is_wrapped, merge_config
 from .accounting import Costs, costs
+from .tables import Table
 from .weights import Weights, weights_of
 
 # Described where a model is not wrapped and no config is given.
@@ -151,6 +152,12 @@ class Description:
 
     def __repr__(self) -> str:
         return str(self)
+
+    def _repr_html_(self) -> str:
+        """The same table for a notebook."""
+        note = "\n".join([*self._where(), *self._weights(), *self._footnote()])
+        rows, numbers = self._rows(), frozenset((1, 2, 3))
+        return Table("\n".join(self._heading()), ("", *_COLUMNS), rows, note, numbers).html()
 
     def _heading(self) -> list[str]:
         return [self.summary] if self.wrapped else [_NOT_IN_FORCE, self.summary]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -276,17 +277,19 @@ def _index(clusters: Sequence[Hashable], count: int) -> np.ndarray:
 def _bootstrap(
     statistic: Callable[..., Any], data: tuple[np.ndarray, np.ndarray], level: float, seed: int
 ) -> Interval:
-    result = stats.bootstrap(
-        data,
-        statistic,
-        n_resamples=RESAMPLES,
-        batch=_BATCH,
-        vectorized=True,
-        paired=True,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    # Draws without a value (nothing right to lose) say nothing about the rest.
+    with warnings.catch_warnings():
+        # Draws without a value (nothing right to lose) are left out below; SciPy warns of them.
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        result = stats.bootstrap(
+            data,
+            statistic,
+            n_resamples=RESAMPLES,
+            batch=_BATCH,
+            vectorized=True,
+            paired=True,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
     ends = np.nanquantile(result.bootstrap_distribution, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(ends[0]), float(ends[1]))
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-_TEMPLATE = "page.html.jinja"
+_PAGE, _FRAGMENT = "page.html.jinja", "fragment.html.jinja"
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ class Table:
         # Markdown passes HTML on, so a note must not look like any.
         return "\n\n".join([*parts, *([html.escape(self.note)] if self.note else [])])
 
+    def html(self) -> str:
+        """Caption, table and note as an HTML fragment, for a notebook."""
+        text: str = _template(_FRAGMENT).render(table=self)
+        return text
+
 
 def markdown_table(
     columns: Sequence[str],
@@ -109,7 +114,7 @@ def html_report(
         footer: provenance of the numbers.
         figure_width: least width of a figure, as CSS writes it.
     """
-    text: str = _template().render(
+    text: str = _template(_PAGE).render(
         title=title,
         lead=lead,
         figures=figures,
@@ -161,7 +166,7 @@ def _base64_png(image: Image.Image) -> str:
 
 
 @functools.cache
-def _template() -> Any:
+def _template(name: str) -> Any:
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(
@@ -172,4 +177,4 @@ def _template() -> Any:
         keep_trailing_newline=True,
     )
     environment.filters["base64_png"] = _base64_png
-    return environment.get_template(_TEMPLATE)
+    return environment.get_template(name)

@@ -39,7 +39,7 @@ def test_no_difference_is_not_certainty_and_more_images_say_more():
     assert agreement.low == 0 < agreement.high
 
 
-def test_questions_about_one_picture_are_no_independent_evidence():
+def test_questions_about_one_image_are_no_independent_evidence():
     lost = [0.0, 0.0, 1.0, 1.0] * 30
     apart = relative_loss([1.0] * 120, lost, range(120))
     together = relative_loss([1.0] * 120, lost, np.repeat(range(30), 4))

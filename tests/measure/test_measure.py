@@ -273,6 +273,14 @@ class TestDescribe:
         assert len({len(line) for line in table}) == 1
         assert "KV cache per image (float32)" in text
 
+    def test_notebooks_show_a_table(self, model):
+        told = describe(model, config=MergeConfig(keep=0.25))
+        page = told._repr_html_()
+        assert page.count("<tr>") == 9
+        assert "144 -&gt; 36 visual tokens per image" in page
+        assert 'text-align: right">75.0 %</td>' in page
+        assert "KV cache of the prompt (float32)" in page
+
     def test_unwrapped_says_so_and_what_would_be(self, model):
         told = describe(model)
         assert not told.wrapped

@@ -222,25 +222,25 @@ def test_the_statement_says_met_or_not_shown_by_the_end_of_the_interval():
     st.integers(0, 5),
     st.floats(0.1, 0.9),
 )
-def test_no_picture_is_in_both_parts(pictures, seed, share):
-    if len(set(image_groups(pictures))) < 4:
+def test_no_image_is_in_both_parts(digests, seed, share):
+    if len(set(image_groups(digests))) < 4:
         with pytest.raises(ValueError, match="at least 4 different images are needed"):
-            split_by_image(pictures, seed=seed, check_share=share)
+            split_by_image(digests, seed=seed, check_share=share)
         return
-    parts = split_by_image(pictures, seed=seed, check_share=share)
+    parts = split_by_image(digests, seed=seed, check_share=share)
     shown = [
-        {name for row in part for name in pictures[row]} for part in (parts.search, parts.check)
+        {name for row in part for name in digests[row]} for part in (parts.search, parts.check)
     ]
     assert not shown[0] & shown[1]
-    assert sorted(parts.search + parts.check) == list(range(len(pictures)))
-    assert parts == split_by_image(pictures, seed=seed, check_share=share)
+    assert sorted(parts.search + parts.check) == list(range(len(digests)))
+    assert parts == split_by_image(digests, seed=seed, check_share=share)
     for part in (parts.search, parts.check):
         assert parts.images(part) >= 2
 
 
 def test_the_seed_decides_the_split():
-    pictures = [(str(i),) for i in range(40)]
-    splits = {split_by_image(pictures, seed=seed).check for seed in range(5)}
+    digests = [(str(i),) for i in range(40)]
+    splits = {split_by_image(digests, seed=seed).check for seed in range(5)}
     assert len(splits) == 5
     assert {len(check) for check in splits} == {20}
 

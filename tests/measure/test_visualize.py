@@ -1,4 +1,4 @@
-"""Source maps and pictures of them."""
+"""Source maps and images of them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def photo(width: int = 160, height: int = 100, seed: int = 0) -> Image.Image:
 
 
 def blocks(groups, colours, cell: int = 20) -> tuple[Image.Image, SourceMap]:
-    """A picture of one plain colour per patch, and a source map for it."""
+    """An image of one plain colour per patch, and a source map for it."""
     pixels = np.array(colours, np.uint8).repeat(cell, 0).repeat(cell, 1)
     groups = np.array(groups)
     return Image.fromarray(pixels), SourceMap(groups, int(groups.max()) + 1)
@@ -170,7 +170,7 @@ def test_seen_region_is_what_the_processor_hands_over(make, size):
     handed = ((pixels * std + mean) * 255).permute(1, 2, 0).numpy()
     box = seen_region(image_processor, image.size)
     left, upper, right, lower = box
-    # Only inside of the picture: what a padding looks like is the processor's business.
+    # Only inside of the image: padding is up to the processor.
     down, across = np.mgrid[0.5:SIDE, 0.5:SIDE] / SIDE
     x, y = left + across * (right - left), upper + down * (lower - upper)
     inside = (x > 0.03) & (x < 0.97) & (y > 0.03) & (y < 0.97)
@@ -247,7 +247,7 @@ def test_overlay_keeps_the_shape_of_the_region_that_was_seen():
     assert overlay(wide, SourceMap(groups, 144, box=box), size=480).size == (480, 480)
 
 
-def test_overlay_without_merging_is_the_picture():
+def test_overlay_without_merging_is_the_image():
     image = photo(96, 96)
     groups = SourceMap(np.arange(144).reshape(12, 12), 144)
     assert (np.asarray(overlay(image, groups, size=96, border=0)) == np.asarray(image)).all()
@@ -281,7 +281,7 @@ def test_a_source_map_that_is_none_is_refused(groups, tokens, seen, message):
         SourceMap(groups, tokens, seen)
 
 
-def test_strip_puts_pictures_side_by_side_with_captions():
+def test_strip_puts_images_side_by_side_with_captions():
     red, blue = Image.new("RGB", (50, 50), "red"), Image.new("RGB", (200, 100), "blue")
     sheet = np.asarray(strip([("a", red), ("two\nlines", blue)], height=100, gap=10))
     assert (sheet == (255, 0, 0)).all(-1).sum() == 100 * 100
@@ -294,12 +294,12 @@ def test_strip_puts_pictures_side_by_side_with_captions():
 
 def test_strip_leaves_room_for_a_long_caption():
     small = Image.new("RGB", (10, 10), "red")
-    long = strip([("a caption much wider than its picture", small)], height=40, gap=4)
+    long = strip([("a caption much wider than its image", small)], height=40, gap=4)
     assert long.width > 150
 
 
 def test_strip_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         strip([])
 
 
@@ -345,7 +345,7 @@ def test_report_needs_no_other_file():
     assert "prefers-color-scheme: dark" in text
 
 
-def test_report_holds_the_pictures_themselves():
+def test_report_holds_the_images_themselves():
     (image,) = Page(report()).all("img")
     data = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
     assert (np.asarray(Image.open(io.BytesIO(data))) == np.asarray(photo(40, 30))).all()

@@ -31,6 +31,10 @@ TIME_COLUMNS = (
     *("budget", "tokens", "batch", "tower", "merge", "proj.", "prompt", "prefill"),
     *("first token", "per token"),
 )
+GAIN_COLUMNS = (
+    *("budget", "batch", "first", "answer", "FLOPs", "KV MiB", "peak GiB"),
+    *("answers/s", "pays to"),
+)
 FIT_COLUMNS = ("budget", "max batch", "how", "answers/s at it")
 WHOLE_COLUMNS = (
     *("budget", "batch", "prefill", "first token", "per token", "answer"),
@@ -83,6 +87,7 @@ class Report:
     def tables(self) -> list[Table]:
         """Times, gains, then (for a cut model) those of the whole depth, then largest batches."""
         pairs, built = self.pairs(), " as built" if self.depth != 1 else ""
+        widths = sorted({one.costs.kv_dtype for _, one in pairs})
         found = [
             _table(
                 f"{self.model}{built}: where the time goes, medians in ms (± interquartile range), "
@@ -92,8 +97,8 @@ class Report:
             ),
             _table(
                 f"{self.model}{built}: gains (2.00x = 2 times faster than the baseline, or 2 times "
-                "fewer FLOPs)",
-                self._gain_columns(),
+                f"fewer FLOPs; KV cache in {' and '.join(widths)})",
+                GAIN_COLUMNS,
                 [self._gain_row(base, one) for base, one in pairs],
             ),
         ]
@@ -115,13 +120,6 @@ class Report:
     def footnotes(self) -> list[str]:
         """What columns and formulas mean, then the notes of this run."""
         return [COLUMN_NOTE, FORMULAS, *self.notes]
-
-    def _gain_columns(self) -> tuple[str, ...]:
-        widths = sorted({one.costs.kv_dtype for _, one in self.pairs()})
-        return (
-            *("budget", "batch", "first", "answer", "FLOPs", f"KV MiB ({', '.join(widths)})"),
-            *("peak GiB", "answers/s", "pays to"),
-        )
 
     def _fit_rows(self) -> list[tuple[str, ...]]:
         return [

@@ -9,11 +9,12 @@ pitome_vlm.wrap(model, config=result.config)
 
 from ..stats import Loss
 from .cells import Cell, Event
+from .plan import Plan
 from .recipes import Recipe, default_recipes
 from .report import TuneResult
 from .rows import Row, read_rows
 from .scoring import exact_match, normalise
-from .tuner import Plan, tune
+from .tuner import tune
 
 __all__ = [
     "Cell",

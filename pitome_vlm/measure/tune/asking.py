@@ -91,7 +91,6 @@ class ModelAsker:
         processor: Any,
         rows: Sequence[Row],
         digests: Sequence[tuple[str, ...]],
-        *,
         prompt: Prompt = question_prompt,
         batch_size: int = 8,
         max_new_tokens: int = 16,

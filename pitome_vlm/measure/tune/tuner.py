@@ -4,67 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from ...common import check_range, whole_number
+from ...common import whole_number
 from ...loading.images import ImageError, ImageLimits
 from ..asking import question_prompt
 from ..store import Store
 from .asking import UNREDUCED, Asker, ModelAsker, Prompt
 from .cells import Cell, Event, Listener, Measurer
-from .recipes import Recipe, checked_recipes, default_recipes, token_counts
+from .plan import Plan
+from .recipes import Recipe, default_recipes, token_counts
 from .report import FILES, TuneResult
 from .rows import Row, as_rows, has_answers, image_digests
-from .scoring import Scorer, exact_match
 from .search import admissible, walk_down, within
 from .split import FEW, Parts, split_by_image
 from .verdict import judge
 
-MOST_CHECKS = 3
 _POOR = 0.1
 # Facts that may differ between a run and its resumption.
 _NOT_DECISIVE = ("checkpoint", "python")
 _MACHINE = ("hardware", "cpu", "cuda", "instructions", "threads", "cores")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Options of `tune`, checked as far as they can be without a model.
-
-    Attributes:
-        max_loss: largest loss, in [0, 1).
-        recipes: options to try; None for the default ones.
-        budgets: token counts or fractions; None for the default ones.
-        seed: random seed of the split.
-        check_share: share of the images to check on, in (0, 1).
-        confidence: coverage of the intervals, in (0.5, 1).
-        max_checks: number of settings that may be checked one after the other, 1 to 3.
-        scorer: from an answer and the accepted ones to a score in [0, 1].
-
-    Raises:
-        TypeError: an option of the wrong type.
-        ValueError: an option out of range.
-    """
-
-    max_loss: float = 0.01
-    recipes: Sequence[Recipe] | None = None
-    budgets: Sequence[float] | None = None
-    seed: int = 0
-    check_share: float = 0.5
-    confidence: float = 0.95
-    max_checks: int = MOST_CHECKS
-    scorer: Scorer = exact_match
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_loss < 1:
-            raise ValueError(
-                f"max_loss must be in [0, 1), a share: 0.01 is one percent; got {self.max_loss}"
-            )
-        check_range("confidence", self.confidence, 0.5, 1, open_ends=True)
-        whole_number("max_checks", self.max_checks, 1, MOST_CHECKS)
-        if self.recipes is not None:
-            checked_recipes(self.recipes)
 
 
 def tune(
@@ -72,14 +31,6 @@ def tune(
     processor: Any,
     rows: Iterable[Row | Mapping[str, Any]],
     *,
-    max_loss: float = 0.01,
-    recipes: Sequence[Recipe] | None = None,
-    budgets: Sequence[float] | None = None,
-    seed: int = 0,
-    check_share: float = 0.5,
-    confidence: float = 0.95,
-    max_checks: int = MOST_CHECKS,
-    scorer: Scorer | None = None,
     batch_size: int = 8,
     max_new_tokens: int = 16,
     prompt: Prompt = question_prompt,
@@ -88,6 +39,7 @@ def tune(
     resume: bool = False,
     overwrite: bool = False,
     tell: Listener | None = None,
+    **plan: Any,
 ) -> TuneResult:
     """Find the smallest budget, and options, within a loss of quality on your own questions.
 
@@ -98,16 +50,6 @@ def tune(
         model: a LLaVA, wrapped or not; it is left as it was.
         processor: the model's processor.
         rows: questions with images (`read_rows`), with answers to all of them or to none.
-        max_loss: largest loss, as a share of the unreduced model's accuracy (0.01 is 1 %);
-            without answers the loss is 1 - agreement with the unreduced model's greedy answers.
-        recipes: options to try; None for `default_recipes()`.
-        budgets: token counts (whole numbers) or fractions; None for eight from 3/4 to 1/16.
-        seed: random seed of the split.
-        check_share: share of the images to check on, in (0, 1).
-        confidence: coverage of the intervals, in (0.5, 1).
-        max_checks: number of settings that may be checked one after the other, 1 to 3; the
-            interval of each is wider than the one before.
-        scorer: from an answer and the accepted ones to a score in [0, 1]; None is `exact_match`.
         batch_size: questions per batch.
         max_new_tokens: longest answer, in tokens.
         prompt: from processor, question and number of images to the text of a prompt.
@@ -116,6 +58,8 @@ def tune(
         resume: continue with the cells in `folder`.
         overwrite: delete the cells in `folder` first.
         tell: called with every `Event`.
+        **plan: fields of `Plan`: max_loss, recipes, budgets, seed, check_share, confidence,
+            max_checks, scorer.
 
     Returns:
         The result; `result.save(folder)` writes config, report and plot.
@@ -123,40 +67,25 @@ def tune(
     Raises:
         ValueError: an option out of range, too few images, an unreadable image (named by row), or
             a folder with the cells of another run.
-        TypeError: not a supported model, or an option of the wrong type.
+        TypeError: not a supported model, or an option that is unknown or of the wrong type.
         FileExistsError: `folder` holds cells or other results, without `resume` or `overwrite`.
     """
-    plan = Plan(
-        max_loss, recipes, budgets, seed, check_share, confidence, max_checks, scorer or exact_match
-    )
+    wanted, tell = Plan(**plan), tell or _silent
     whole_number("batch_size", batch_size, 1)
     whole_number("max_new_tokens", max_new_tokens, 1)
     check_folder(folder, resume=resume, overwrite=overwrite)
-    listener = tell or _silent
     given, limits = as_rows(rows), limits or ImageLimits()
-    has_answers(given)
-    listener(Event("start", "reading images", len(given)))
-    digests = image_digests(given, limits, lambda count: listener(Event("advance", count=count)))
-    asker = ModelAsker(
-        model,
-        processor,
-        given,
-        digests,
-        prompt=prompt,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        limits=limits,
-    )
+    digests = _digests(given, limits, tell)
+    asker = ModelAsker(model, processor, given, digests, prompt, batch_size, max_new_tokens, limits)
     return run(
-        asker,
-        given,
-        digests,
-        plan,
-        folder=folder,
-        resume=resume,
-        overwrite=overwrite,
-        tell=listener,
+        asker, given, digests, wanted, folder=folder, resume=resume, overwrite=overwrite, tell=tell
     )
+
+
+def _digests(rows: Sequence[Row], limits: ImageLimits, tell: Listener) -> list[tuple[str, ...]]:
+    has_answers(rows)
+    tell(Event("start", "reading images", len(rows)))
+    return image_digests(rows, limits, lambda count: tell(Event("advance", count=count)))
 
 
 def check_folder(
@@ -177,17 +106,17 @@ def run(
     overwrite: bool = False,
     tell: Listener | None = None,
 ) -> TuneResult:
-    """`tune` for anything that answers rows under a config; other arguments as there.
+    """`tune` for anything that answers rows under a config.
 
     Args:
         asker: answers rows under a config.
         rows: the questions.
         digests: for every row the digests of its images (`image_digests`).
         plan: the options.
-        folder: where finished cells are kept; None keeps them in memory.
-        resume: continue with the cells in `folder`.
-        overwrite: delete the cells in `folder` first.
-        tell: called with every `Event`.
+        folder: see `tune`.
+        resume: see `tune`.
+        overwrite: see `tune`.
+        tell: see `tune`.
 
     Raises:
         ValueError: too few images, or a folder with the cells of another run.

@@ -1,9 +1,8 @@
-"""Show which patches of a picture became one visual token.
+"""Show which patches of an image became one visual token.
 
     figure = overlay(image, source_map(model, processor, image))
 
-Knows: source maps, how to draw them and how to lay figures and tables out on one page. Does not
-know: how a model chose its groups, the command line, or the demo. Needs Pillow and numpy only.
+Needs Pillow and numpy only.
 """
 
 from ..tables import Cell, Figure, Table, html_report

@@ -1,7 +1,4 @@
-"""Pictures of source maps in the manner of the ToMe paper's figures.
-
-Knows: pixels. Does not know: models or transformers.
-"""
+"""Images of source maps in the style of the ToMe paper's figures."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from .sources import Box, SourceMap
 
 DEFAULT_SIZE = 480
 MIN_CELL = 4
-# What a dropped patch fades into; also what lies outside of the picture where it is padded.
+# Colour that dropped patches fade into, and that padding around an image has.
 ABSENT = (127, 127, 127)
 Floats = npt.NDArray[np.float32]
 
@@ -30,17 +27,20 @@ def overlay(
 ) -> Image.Image:
     """Paint every group of merged patches in its mean colour, outlined in a colour of its own.
 
-    Patches that share fill and outline became one token, also where they do not touch. A patch
-    that was merged with nothing keeps its pixels; one that was dropped fades to grey.
+    Patches that share fill and outline became one token, even if they do not touch. Patches merged
+    with nothing keep their pixels; dropped ones fade to grey.
 
     Args:
-        image: the picture the source map was made from, at any resolution.
-        source_map: see `source_map`.
-        size: wanted length of the longer side in pixels; rounded to whole patches.
-        border: width of an outline in pixels, 0 for none; None fits it to the patches.
+        image: the image that the source map was made from, at any resolution.
+        source_map: groups of that image's patches (`source_map`).
+        size: length of the longer side in pixels, rounded to whole patches.
+        border: width of outlines in pixels, 0 for none; None fits it to the patches.
+
+    Returns:
+        An RGB image of the part that the model saw.
 
     Raises:
-        ValueError: `size` is too small to draw every patch, or `border` to be seen.
+        ValueError: `size` is too small to draw every patch, or `border` is too wide.
     """
     rows, columns = source_map.grid
     across, down = _cell(image, source_map, size)
@@ -53,9 +53,9 @@ def overlay(
     width = max(1, round(cell / 16)) if border is None else border
     if not 0 <= width <= cell // 2:
         raise ValueError(f"border must be in 0..{cell // 2} pixels, got {border}")
-    picture = region(image, source_map.box, (columns * across, rows * down))
-    # [rows, columns, y, x, rgb]: one small picture per patch.
-    patches = np.asarray(picture, np.float32).reshape(rows, down, columns, across, 3)
+    seen = region(image, source_map.box, (columns * across, rows * down))
+    # [rows, columns, y, x, rgb]: the pixels of every patch.
+    patches = np.asarray(seen, np.float32).reshape(rows, down, columns, across, 3)
     patches = patches.transpose(0, 2, 1, 3, 4).copy()
     _fill(patches, source_map)
     _outline(patches, source_map, width)
@@ -73,7 +73,7 @@ def _cell(image: Image.Image, source_map: SourceMap, size: int) -> tuple[int, in
 
 
 def region(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
-    """The part of a picture that a model sees, at a display size, padded where it ends."""
+    """The part of an image that a model sees, resized to `size`, padded outside of the image."""
     image = image.convert("RGB")
     corners = [edge * (image.width, image.height)[i % 2] for i, edge in enumerate(box)]
     inside = all(0 <= edge <= 1 for edge in box)
@@ -138,22 +138,25 @@ def _group_colours(sizes: npt.NDArray[np.int64]) -> Floats:
 def strip(
     figures: Sequence[tuple[str, Image.Image]], *, height: int = 360, gap: int = 16
 ) -> Image.Image:
-    """Pictures side by side with captions under them.
+    """Images side by side with captions under them.
 
     Args:
-        figures: (caption, picture) pairs; a caption may have several lines.
-        height: height of every picture in pixels.
-        gap: space between and around them.
+        figures: (caption, image) pairs; a caption may have several lines.
+        height: height of every image in pixels.
+        gap: pixels between and around the images.
+
+    Returns:
+        An RGB image.
 
     Raises:
-        ValueError: there is no picture, or no room for one.
+        ValueError: there is no image, or `height` or `gap` is out of range.
     """
     if not figures:
-        raise ValueError("strip needs at least one picture, got none")
+        raise ValueError("strip needs at least one image, got none")
     if height < 1 or gap < 0:
         raise ValueError(f"height must be >= 1 and gap >= 0, got {height} and {gap}")
     font = ImageFont.load_default(max(12, round(height / 20)))
-    shown = [_at_height(picture.convert("RGB"), height) for _, picture in figures]
+    shown = [_at_height(image.convert("RGB"), height) for _, image in figures]
     boxes = [_text_box(caption, font) for caption, _ in figures]
     widths = [max(p.width, box[2]) for p, box in zip(shown, boxes, strict=True)]
     below = max(box[3] for box in boxes)
@@ -161,20 +164,20 @@ def strip(
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     left = gap
-    for (caption, _), picture, width in zip(figures, shown, widths, strict=True):
+    for (caption, _), image, width in zip(figures, shown, widths, strict=True):
         centre = left + width / 2
-        sheet.paste(picture, (round(centre - picture.width / 2), gap))
+        sheet.paste(image, (round(centre - image.width / 2), gap))
         place = (centre, height + gap * 1.5)
         draw.multiline_text(place, caption, "#222222", font, anchor="ma", align="center")
         left += width + gap
     return sheet
 
 
-def _at_height(picture: Image.Image, height: int) -> Image.Image:
-    if picture.height == height:
-        return picture
-    width = max(1, round(picture.width * height / picture.height))
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+def _at_height(image: Image.Image, height: int) -> Image.Image:
+    if image.height == height:
+        return image
+    width = max(1, round(image.width * height / image.height))
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _text_box(caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> tuple[int, ...]:

@@ -1,8 +1,4 @@
-"""Which output token every patch of a picture went into.
-
-Knows: how to ask a wrapped model, and which part of a picture its processor shows to the vision
-tower. Does not know: drawing.
-"""
+"""Which output token every patch of an image went into, and which part of it the tower sees."""
 
 from __future__ import annotations
 
@@ -25,15 +21,18 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 @dataclass(frozen=True, eq=False)
 class SourceMap:
-    """The groups of one picture's patches.
+    """The groups of one image's patches.
 
     Attributes:
         groups: [rows, columns] int64, the output token every patch went into.
         tokens: visual tokens that reach the language model, a kept CLS included.
         seen: [rows, columns] bool, False for patches that were dropped instead of averaged
             (selection and pruning); None means all are seen.
-        box: the part of the picture that the patches cover (left, upper, right, lower) as
+        box: the part of the image that the patches cover (left, upper, right, lower), as
             fractions of its width and height; outside of 0..1 where the processor pads.
+
+    Raises:
+        ValueError: shapes or token numbers that do not fit together.
     """
 
     groups: npt.NDArray[np.int64]
@@ -62,33 +61,33 @@ class SourceMap:
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
-        """[tokens] patches behind every token; 0 for a CLS token."""
+        """[tokens] int64, number of patches in every token; 0 for a CLS token."""
         return np.bincount(self.groups.ravel(), minlength=self.tokens)
 
 
 def source_map(model: nn.Module, processor: Any, image: Image.Image) -> SourceMap:
-    """Run the vision tower of a wrapped model on one picture and read its groups.
+    """Run the vision tower of a wrapped model on one image and read its groups.
 
     Args:
         model: a wrapped model.
         processor: the model's processor, or its image processor.
-        image: any picture.
+        image: an image of any size and mode.
 
     Raises:
         ValueError: the model is not wrapped, its tokens form no grid, or its processor makes
-            several tiles of a picture.
+            several tiles of an image.
     """
     base, merging = merging_of(model)
     shape = merging.adapter.tower_shape(base)
     if shape.packed:
         raise ValueError(
-            "this model cuts a picture into tiles, whose groups cannot be drawn on one picture; "
-            "use a model that reads a picture as one tile, such as LLaVA-1.5"
+            "this model cuts images into tiles, whose groups cannot be drawn on one image; use a "
+            "model that takes an image as one tile, such as LLaVA-1.5"
         )
     if shape.grid is None:
         raise ValueError(
             f"the {shape.n_tokens} visual tokens of this model form no grid, so they cannot be "
-            "drawn on a picture"
+            "drawn on an image"
         )
     image_processor = getattr(processor, "image_processor", processor)
     pixels = _pixel_values(image_processor, image)
@@ -114,7 +113,7 @@ def _pixel_values(image_processor: Any, image: Image.Image) -> torch.Tensor:
     ]
     if pixels.dim() != 4 or len(pixels) != 1:
         raise ValueError(
-            f"one picture must become one tile, got pixel values of shape {tuple(pixels.shape)}"
+            f"one image must become one tile, got pixel values of shape {tuple(pixels.shape)}"
         )
     return pixels
 
@@ -132,7 +131,7 @@ def _seen_patches(merge_pass: MergePass, grid: tuple[int, int]) -> npt.NDArray[n
     for step, plan in enumerate(plans):
         if step == len(tower):
             token = token - n_dropped
-        # A leading token that ends with the tower has no place in the plans behind it.
+        # A leading token that is cut off after the tower has no place in the plans after that.
         inside = token.clamp(min=0)
         assign, kept = plan.assign[0].cpu(), plan.kept[0].cpu()
         if plan.prune:
@@ -144,11 +143,11 @@ def _seen_patches(merge_pass: MergePass, grid: tuple[int, int]) -> npt.NDArray[n
 
 
 def seen_region(image_processor: Any, size: tuple[int, int]) -> Box:
-    """The part of a picture that a Hugging Face image processor hands to the vision tower.
+    """The part of an image that a Hugging Face image processor hands to the vision tower.
 
     Args:
         image_processor: resizing, then cropping at the centre or padding to a square.
-        size: (width, height) of the picture.
+        size: (width, height) of the image in pixels.
 
     Returns:
         (left, upper, right, lower) as fractions of width and height.
@@ -157,7 +156,7 @@ def seen_region(image_processor: Any, size: tuple[int, int]) -> Box:
     if getattr(image_processor, "do_pad", None) and not getattr(
         image_processor, "do_center_crop", None
     ):
-        # LlavaImageProcessor centres the picture on a square as large as its longer side.
+        # LlavaImageProcessor centres the image on a square as large as its longer side.
         side = max(width, height)
         across, down = (side / width - 1) / 2, (side / height - 1) / 2
         return -across, -down, 1 + across, 1 + down

@@ -1,4 +1,4 @@
-"""Models that cut pictures into tiles in use: processors, accounting, training, lmms-eval, CLI."""
+"""Models that cut images into tiles in use: processors, accounting, training, lmms-eval, CLI."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_flops_agree_with_torch(kind, options):
 @pytest.mark.parametrize("size", [(128, 128), (100, 180)])
 @pytest.mark.parametrize("kind", ["next", "onevision_resampled"])
 def test_flops_with_merging_in_the_tower_are_at_most_what_is_said(kind, size):
-    """Groups that live in padding alone are only known once the picture is; without any, exact."""
+    """Groups of padding alone depend on the pixels; without any, the count is exact."""
     model = pitome_vlm.wrap(anyres_model(kind), keep=0.25)
     cost = costs(model, text_tokens=9, image_size=size)
     tower, projector, prefill = counted(model, anyres_batch(model, rows=((size,),), texts=(5,)))
@@ -85,13 +85,13 @@ def test_flops_with_merging_in_the_tower_are_at_most_what_is_said(kind, size):
         assert cost.projector_flops == pytest.approx(projector, rel=0.01)
 
 
-def test_a_description_says_which_picture_it_is_about():
+def test_a_description_says_which_image_it_is_about():
     model = anyres_model()
     told = pitome_vlm.describe(model, image_size=(128, 128), config=MergeConfig(keep=0.25))
     assert "of 128 x 128 pixels" in told.summary
     text = str(told)
     assert "tiles of 64 patches: 5, packed to 320 patches and 16 newlines" in text
-    assert "tokens behind the projector: 5 x" in text
+    assert "tokens after the projector: 5 x" in text
     values = json.loads(json.dumps(told.to_dict()))
     assert (values["tokens_in"], values["tokens_out"]) == (336, 84)
     assert (values["image_size"], values["tiles"]) == ([128, 128], 5)
@@ -104,13 +104,13 @@ def test_a_description_says_which_picture_it_is_about():
     ("size", "error"),
     [((0, 5), ValueError), ((5, 2.5), TypeError), (7, TypeError), ("ab", TypeError)],
 )
-def test_no_size_of_a_picture(size, error):
+def test_no_size_of_an_image(size, error):
     with pytest.raises(error, match=r"image(_size| height| width) must be"):
         pitome_vlm.describe(anyres_model(), image_size=size)
 
 
 def test_known_counts_of_published_checkpoints():
-    """LLaVA-NeXT's 2,928 tokens of a 672 x 672 picture; 144 per tile keep a quarter of them."""
+    """LLaVA-NeXT's 2,928 tokens of a 672 x 672 image; 144 per tile keep a quarter of them."""
     model = anyres_checkpoint_model()
     config = model.config
     config.vision_config.image_size, config.vision_config.patch_size = 336, 14
@@ -196,7 +196,7 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_info_takes_the_size_of_a_picture(folder):
+def test_info_takes_the_size_of_an_image(folder):
     found = run("info", "--model", folder, "--keep", 0.25, "--image-size", "180x100", "--json")
     assert found.exit_code == 0, found.output
     values = json.loads(found.stdout)
@@ -211,7 +211,7 @@ def test_info_refuses_what_is_no_size(folder, size):
     assert "image-size must be WIDTHxHEIGHT" in found.stderr
 
 
-def test_pictures_of_groups_are_refused_by_name():
+def test_images_of_tiles_are_refused_by_name():
     model = pitome_vlm.wrap(anyres_checkpoint_model(), keep=0.25)
-    with pytest.raises(ValueError, match="cuts a picture into tiles"):
+    with pytest.raises(ValueError, match="cuts images into tiles"):
         source_map(model, anyres_processor(), noise(90, 90))
