@@ -160,6 +160,22 @@ def test_six_lines_are_enough(lines, model):
     assert torch.equal(answer, model.generate(**batch, **options))
 
 
+def test_what_is_no_adapter_is_refused_by_name(lines):
+    toy = type(find_adapter_named("toy_vlm"))
+    for wrong, shown in ((toy, "ToyAdapter"), ("toy_vlm", "'toy_vlm'")):
+        with pytest.raises(
+            TypeError, match=f"subclass of pitome_vlm.adapters.Adapter, got {shown}"
+        ):
+            adapters.register(wrong)
+    known = list(adapters.ADAPTERS)
+    adapters.register(toy())
+    assert known == adapters.ADAPTERS
+
+
+def find_adapter_named(model_type):
+    return next(one for one in adapters.ADAPTERS if model_type in one.model_types)
+
+
 def test_two_adapters_for_one_model_type_are_refused(lines):
     class Other(adapters.HFLlavaAdapter):
         model_types = ("toy_vlm",)

@@ -1,8 +1,9 @@
-"""Pictures of any size: what comes out of tower, projector and packing, and how much of it."""
+"""Images of any size: what comes out of tower, projector and packing, and how much of it."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -45,28 +46,27 @@ def seen_by_language_model(model, batch):
     return lengths[0]
 
 
+@pytest.mark.parametrize(("start", "keep"), [(0, 0.25), (1, 0.03)])
 @pytest.mark.parametrize("kind", ["next", "onevision", "onevision_resampled"])
-def test_the_language_model_sees_what_was_promised_for_every_size(kind):
-    model = anyres_model(kind)
+def test_the_language_model_sees_what_was_promised_for_every_size(shared, kind, start, keep):
+    model = pitome_vlm.wrap(shared(anyres_model, kind, layers=3), keep=keep)
     assert len(SIZES) >= 20
-    for keep in (0.25, 0.03):
-        pitome_vlm.wrap(model, keep=keep)
-        for size in SIZES:
-            batch = anyres_batch(model, rows=((size,),), texts=(4,))
-            full = int((batch["input_ids"] == IMAGE).sum())
-            described = pitome_vlm.describe(model, image_size=size)
-            assert described.tokens_in == full, size
-            newlines = described.footprint.newlines
-            expected = max(math.floor(keep * full + 0.5), 2 if newlines else 1)
-            assert described.tokens_out == expected, size
-            seen = seen_by_language_model(model, batch)
-            assert seen == batch["input_ids"].shape[1] - full + expected, size
+    for size in SIZES[start::2]:
+        batch = anyres_batch(model, rows=((size,),), texts=(4,))
+        full = int((batch["input_ids"] == IMAGE).sum())
+        described = pitome_vlm.describe(model, image_size=size)
+        assert described.tokens_in == full, size
+        newlines = described.footprint.newlines
+        expected = max(math.floor(keep * full + 0.5), 2 if newlines else 1)
+        assert described.tokens_out == expected, size
+        seen = seen_by_language_model(model, batch)
+        assert seen == batch["input_ids"].shape[1] - full + expected, size
 
 
 @pytest.mark.parametrize("kind", ANYRES_KINDS)
-def test_identity_grouping_reproduces_the_features(kind):
+def test_identity_grouping_reproduces_the_features(shared, kind):
     """Through spreading, packing and regrouping, with nothing merged: not one bit differs."""
-    model = pitome_vlm.wrap(anyres_model(kind), keep=1.0)
+    model = pitome_vlm.wrap(shared(anyres_model, kind), keep=1.0)
     vision = anyres_pixels(model, list(SIZES))
     with torch.no_grad():
         ours = encode_images(model, **vision)
@@ -77,10 +77,12 @@ def test_identity_grouping_reproduces_the_features(kind):
         assert anchors.tolist() == source.tolist() == list(range(len(expected)))
 
 
-@pytest.mark.parametrize("kind", ANYRES_KINDS)
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_keep_one_is_bit_identical(kind, side):
-    plain = anyres_model(kind)
+@pytest.mark.parametrize(
+    ("kind", "side"),
+    [*((kind, "left") for kind in ANYRES_KINDS), ("next", "right"), ("onevision", "right")],
+)
+def test_keep_one_is_bit_identical(shared, kind, side):
+    plain = shared(anyres_model, kind)
     batch = anyres_batch(plain, side=side)
     wrapped = pitome_vlm.wrap(copy.deepcopy(plain), keep=1.0)
     with torch.no_grad():
@@ -106,18 +108,19 @@ def fitting(name, stage):
     return not (algorithm.one_step and stage == "both")
 
 
-CASES = [
+FITTING = [
     (name, stage)
     for name in algorithms.available()
     for stage in ("tower", "projector", "both")
     if name != "none" and fitting(name, stage)
 ]
+CASES = list(zip(itertools.cycle(["next", "onevision_resampled"]), FITTING))
 
 
-@pytest.mark.parametrize(("name", "stage"), CASES)
-@pytest.mark.parametrize("kind", ["next", "onevision_resampled"])
-def test_every_algorithm_hits_the_count_and_books_every_cell(kind, name, stage):
-    model = anyres_model(kind)
+@pytest.mark.parametrize(("kind", "case"), CASES)
+def test_every_algorithm_hits_the_count_and_books_every_cell(shared, kind, case):
+    name, stage = case
+    model = shared(anyres_model, kind)
     vision = anyres_pixels(model, [*THREE, (1, 500), (50, 1)])
     full = [len(one) for one in unmerged(model, vision)]
     for budget in ({"keep": 0.3}, {"tokens": 7}, {"ratio": 0.9}):
@@ -141,8 +144,8 @@ def test_every_algorithm_hits_the_count_and_books_every_cell(kind, name, stage):
 
 
 @pytest.mark.parametrize("kind", ["next", "onevision"])
-def test_newlines_are_thinned_evenly_and_never_merged_with_patches(kind):
-    model = pitome_vlm.wrap(anyres_model(kind), keep=0.2)
+def test_newlines_are_thinned_evenly_and_never_merged_with_patches(shared, kind):
+    model = pitome_vlm.wrap(shared(anyres_model, kind), keep=0.2)
     footprint, count = planned_count(model, MergeConfig(keep=0.2), image_size=(128, 128))
     assert footprint.newlines == 2 * SIDE
     vision = anyres_pixels(model, [(128, 128)])
@@ -161,7 +164,7 @@ def test_newlines_are_thinned_evenly_and_never_merged_with_patches(kind):
 
 
 def reference_cells(size, resampled):
-    """(tile, patch) of every cell of a packed picture, -1 for newlines, by loops over pixels."""
+    """(tile, patch) of every cell of a packed image, -1 for newlines, by loops over pixels."""
     fits = {}
     for height, width in PINS:
         scale = min(width / size[1], height / size[0])
@@ -199,9 +202,9 @@ def reference_cells(size, resampled):
 
 @pytest.mark.parametrize("size", [*THREE, (128, 128), (200, 7), (333, 100)])
 @pytest.mark.parametrize("kind", ["next", "onevision_resampled"])
-def test_the_layout_that_is_learnt_is_the_one_of_the_formulas(kind, size):
+def test_the_layout_that_is_learnt_is_the_one_of_the_formulas(shared, kind, size):
     """An independent walk over rows and columns finds every cell where the probe found it."""
-    model = anyres_model(kind)
+    model = shared(anyres_model, kind)
     pitome_vlm.wrap(model, keep=0.5, stage="projector", algorithm="random")
     from pitome_vlm.adapters import hf_anyres
     from pitome_vlm.merge.tiles import PackedItem, learn_layouts
@@ -231,9 +234,9 @@ def test_the_layout_that_is_learnt_is_the_one_of_the_formulas(kind, size):
 
 
 @pytest.mark.parametrize("kind", ["next", "onevision_resampled"])
-def test_a_token_is_the_mean_of_its_cells(kind):
+def test_a_token_is_the_mean_of_its_cells(shared, kind):
     """Against the definition: what the tower kept, spread, packed, and averaged group by group."""
-    model = pitome_vlm.wrap(anyres_model(kind), keep=0.4, stage="tower", algorithm="tome")
+    model = pitome_vlm.wrap(shared(anyres_model, kind), keep=0.4, stage="tower", algorithm="tome")
     base, merging = merging_of(model)
     vision = anyres_pixels(model, [(128, 128)])
     merge_pass = merging.plan(base).new_pass()
@@ -267,8 +270,8 @@ def test_a_token_is_the_mean_of_its_cells(kind):
 
 @pytest.mark.parametrize("kind", ["next", "onevision_resampled"])
 @pytest.mark.parametrize("options", [{"keep": 0.3}, {"keep": "auto"}, {"tokens": 9}])
-def test_a_batch_of_different_sizes_equals_one_by_one(kind, options):
-    model = pitome_vlm.wrap(anyres_model(kind), **options)
+def test_a_batch_of_different_sizes_equals_one_by_one(shared, kind, options):
+    model = pitome_vlm.wrap(shared(anyres_model, kind), **options)
     sizes = [*THREE, (90, 90), (1, 500)]
     vision = anyres_pixels(model, sizes)
     with torch.no_grad():
@@ -286,8 +289,8 @@ def test_a_batch_of_different_sizes_equals_one_by_one(kind, options):
             )
 
 
-def test_tiles_in_one_row_are_taken_as_well():
-    model = pitome_vlm.wrap(anyres_model(), keep=0.3)
+def test_tiles_in_one_row_are_taken_as_well(shared):
+    model = pitome_vlm.wrap(shared(anyres_model), keep=0.3)
     with torch.no_grad():
         stacked = encode_images(model, **anyres_pixels(model, THREE))
         flat = encode_images(model, **anyres_pixels(model, THREE, flat=True))
@@ -296,8 +299,8 @@ def test_tiles_in_one_row_are_taken_as_well():
 
 
 @pytest.mark.parametrize("kind", ["next", "onevision"])
-def test_keep_auto_gives_every_picture_its_own_count(kind):
-    model = pitome_vlm.wrap(anyres_model(kind), keep="auto", quality=0.9)
+def test_keep_auto_gives_every_image_its_own_count(shared, kind):
+    model = pitome_vlm.wrap(shared(anyres_model, kind), keep="auto", quality=0.9)
     vision = anyres_pixels(model, THREE)
     vision["pixel_values"][1] = 0.5  # one colour: nothing tells its patches apart
     counts = visual_token_counts(model, **vision)
@@ -307,8 +310,8 @@ def test_keep_auto_gives_every_picture_its_own_count(kind):
     assert counts[1] < counts[0]
 
 
-def test_onevision_gives_pictures_of_one_prompt_a_tile_each():
-    model = anyres_model("onevision")
+def test_onevision_gives_images_of_one_prompt_a_tile_each(shared):
+    model = shared(anyres_model, "onevision")
     alone = [True, False, False]
     vision = anyres_pixels(model, THREE, alone=alone)
     vision["batch_num_images"] = torch.tensor([1, 2])
@@ -326,8 +329,8 @@ def test_onevision_gives_pictures_of_one_prompt_a_tile_each():
 
 
 @pytest.mark.parametrize("kind", ["next", "onevision"])
-def test_a_call_may_ask_for_other_feature_layers(kind):
-    model = anyres_model(kind)
+def test_a_call_may_ask_for_other_feature_layers(shared, kind):
+    model = shared(anyres_model, kind)
     vision = anyres_pixels(model, [(90, 90)])
     with torch.no_grad():
         expected = model.model.get_image_features(**vision, vision_feature_layer=2)
@@ -336,8 +339,8 @@ def test_a_call_may_ask_for_other_feature_layers(kind):
     assert torch.equal(getattr(expected, "pooler_output", expected)[0], found.features[0])
 
 
-def test_gradients_reach_tower_projector_and_newline():
-    model = pitome_vlm.wrap(anyres_model("onevision_resampled"), keep=0.3).train()
+def test_gradients_reach_tower_projector_and_newline(shared):
+    model = pitome_vlm.wrap(shared(anyres_model, "onevision_resampled"), keep=0.3).train()
     batch = anyres_batch(model)
     labels = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, -100)
     model(**batch, labels=labels).loss.backward()
@@ -363,8 +366,8 @@ def test_half_precision_keeps_its_dtype(dtype):
 
 class TestErrors:
     @pytest.fixture
-    def model(self):
-        return pitome_vlm.wrap(anyres_model(), keep=0.25)
+    def model(self, shared):
+        return pitome_vlm.wrap(shared(anyres_model), keep=0.25)
 
     def test_missing_sizes(self, model):
         batch = anyres_batch(model)
@@ -372,7 +375,7 @@ class TestErrors:
         with pytest.raises(ValueError, match="image_sizes are missing"):
             model(**batch)
 
-    def test_sizes_of_other_pictures(self, model):
+    def test_sizes_of_other_images(self, model):
         batch = anyres_batch(model)
         batch["image_sizes"] = torch.tensor([[128, 128]] * 2)
         with pytest.raises(ValueError, match=r"3 images of up to 5 tiles.*2 images of up to 5"):
@@ -401,10 +404,10 @@ class TestErrors:
         with pytest.raises(ValueError, match="65 visual tokens where its grid"):
             pitome_vlm.wrap(model, keep=0.5)
 
-    def test_pooling_inside_the_tower(self):
+    def test_pooling_inside_the_tower(self, shared):
         with pytest.raises(ValueError, match="stage must be 'projector'"):
-            pitome_vlm.wrap(anyres_model(), keep=0.5, algorithm="pool", stage="tower")
+            pitome_vlm.wrap(shared(anyres_model), keep=0.5, algorithm="pool", stage="tower")
 
-    def test_more_tokens_than_a_tile_has(self):
+    def test_more_tokens_than_a_tile_has(self, shared):
         with pytest.raises(ValueError, match=r"1\.\.64"):
-            pitome_vlm.wrap(anyres_model(), tokens=65)
+            pitome_vlm.wrap(shared(anyres_model), tokens=65)

@@ -1,4 +1,4 @@
-"""The attention that tokens are ranked by, and where algorithms that need it may stand."""
+"""The attention that tokens are ranked by, and where algorithms that need it can be used."""
 
 from __future__ import annotations
 
@@ -40,18 +40,22 @@ def seen_attention(model, pixels, layer):
     return seen[layer]
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("kind", ["clip", "clip_full", "siglip", "siglip_default"])
-@pytest.mark.parametrize("layer", [0, 3])
-def test_is_the_models_own_attention(kind, attention, layer):
+@pytest.mark.parametrize(
+    ("kind", "attention", "layer"),
+    [
+        *(("clip", "eager", 0), ("clip", "sdpa", 3), ("clip_full", "eager", 3)),
+        *(("siglip", "sdpa", 0), ("siglip", "eager", 3), ("siglip_default", "sdpa", 3)),
+    ],
+)
+def test_is_the_models_own_attention(shared, kind, attention, layer):
     pixels = tiny_batch(kind, (2,), (3,))["pixel_values"]
-    tower = tiny_model(kind, attention="eager").model.vision_tower
+    tower = shared(tiny_model, kind, attention="eager").model.vision_tower
     with torch.no_grad():
         own = tower(pixels, output_attentions=True).attentions[layer].mean(1)
     row = own[:, 0] if kind.startswith("clip") else own.mean(1)
     leading = 0 if kind == "siglip" else 1
     model = pitome_vlm.wrap(
-        tiny_model(kind, attention=attention), tokens=100, layers=(layer,), **RANKED
+        shared(tiny_model, kind, attention=attention), tokens=100, layers=(layer,), **RANKED
     )
     ours = seen_attention(model, pixels, layer)
     assert ours.dtype == torch.float32
@@ -60,8 +64,8 @@ def test_is_the_models_own_attention(kind, attention, layer):
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_a_merged_token_gets_what_its_members_got(kind):
-    model = tiny_model(kind)
+def test_a_merged_token_gets_what_its_members_got(shared, kind):
+    model = shared(tiny_model, kind)
     pixels = duplicated_image(model)  # neighbours 2i and 2i + 1 are equal
     whole = seen_attention(pitome_vlm.wrap(model, ratio=0.5, layers=(3,), **RANKED), pixels, 3)
     pitome_vlm.wrap(model, ratio=0.5, layers=(1, 3), **RANKED)
@@ -71,14 +75,14 @@ def test_a_merged_token_gets_what_its_members_got(kind):
 
 @pytest.mark.parametrize("algorithm", ["diffrate", "visionzip"])
 @pytest.mark.parametrize("stage", ["projector", "both"])
-def test_outside_of_the_tower_it_is_refused_by_name(algorithm, stage):
-    model = tiny_model()
+def test_outside_the_tower_it_is_refused_by_name(shared, algorithm, stage):
+    model = shared(tiny_model)
     with pytest.raises(ValueError, match=f"algorithm '{algorithm}'.*stage must be 'tower'"):
         pitome_vlm.wrap(model, keep=0.5, algorithm=algorithm, stage=stage)
 
 
 class Pixels:
-    """An image processor that hands out one prepared picture."""
+    """An image processor that returns one prepared image."""
 
     def __init__(self, pixels):
         self.pixels = pixels
@@ -88,14 +92,14 @@ class Pixels:
 
 
 @pytest.mark.parametrize("kind", ["clip", "clip_full", "siglip"])
-def test_source_maps_show_what_was_dropped(kind):
-    model, picture = tiny_model(kind), Image.new("RGB", (96, 96))
+def test_source_maps_show_what_was_dropped(shared, kind):
+    model, image = shared(tiny_model, kind), Image.new("RGB", (96, 96))
     processor = Pixels(tiny_batch(kind, (1,), (3,))["pixel_values"])
     whole = planned_schedule(model, MergeConfig(keep=1.0)).tokens_in
 
     def seen(**options):
         pitome_vlm.wrap(model, tokens=40, **options)
-        found = source_map(model, processor, picture)
+        found = source_map(model, processor, image)
         assert found.tokens == 40
         return found
 

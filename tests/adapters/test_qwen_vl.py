@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL: merged behind the tower, places in time, rows and columns kept."""
+"""Qwen2-VL and Qwen2.5-VL: merged after the tower, places in time, rows and columns kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pitome_vlm.wrapping.wrap import merging_of
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 KINDS = ("qwen2_5_vl", "qwen2_vl")
-# (frames, rows, columns) of patches; twice what is left behind the patch merger.
+# (frames, rows, columns) of patches; twice what is left after the patch merger.
 SMALL, WIDE, TALL = (1, 8, 8), (1, 4, 16), (1, 12, 6)
 
 
@@ -31,8 +31,8 @@ def kind(request):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_keep_one_is_bit_identical_and_unwrapping_leaves_nothing(kind, side):
-    plain = qwen(kind)
+def test_keep_one_is_bit_identical_and_unwrapping_leaves_nothing(shared, kind, side):
+    plain = shared(qwen, kind)
     batch = batch_of(plain, ROWS, side=side)
     wrapped = pitome_vlm.wrap(copy.deepcopy(plain), keep=1.0)
     with torch.no_grad():
@@ -48,9 +48,9 @@ def test_keep_one_is_bit_identical_and_unwrapping_leaves_nothing(kind, side):
     assert [type(m) for m in plain.modules()] == [type(m) for m in wrapped.modules()]
 
 
-def test_identity_grouping_is_the_unmerged_model(kind):
+def test_identity_grouping_is_the_unmerged_model(shared, kind):
     """All tokens through the merged path: embeddings, places and sizes are the model's own."""
-    plain = qwen(kind)
+    plain = shared(qwen, kind)
     batch = batch_of(plain, ROWS)
     wrapped = pitome_vlm.wrap(copy.deepcopy(plain), keep=1.0)
     vision = {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
@@ -74,8 +74,8 @@ GRIDS = [
 ]
 
 
-def test_the_language_model_sees_what_was_promised(kind):
-    model = pitome_vlm.wrap(qwen(kind), keep=0.25)
+def test_the_language_model_sees_what_was_promised(shared, kind):
+    model = pitome_vlm.wrap(shared(qwen, kind), keep=0.25)
     assert len(GRIDS) >= 20
     for grid in GRIDS:
         check_promise(model, grid)
@@ -96,14 +96,14 @@ def check_promise(model, grid):
     assert told.tokens_out == max(1, math.floor(0.25 * full + 0.5))
     assert lengths == [batch["input_ids"].shape[1] - full + told.tokens_out]
     assert "visual tokens per image" in str(told)
-    # The tower is run in full, on the picture as it is.
+    # The tower is run in full, on the image as it is.
     assert "not run" not in str(told)
     assert "tile" not in str(told)
 
 
 @pytest.mark.parametrize("positions", ["mean", "original"])
-def test_places_are_those_of_the_group_and_of_the_unreduced_text(kind, positions):
-    model = pitome_vlm.wrap(qwen(kind), keep=0.25, positions=positions)
+def test_places_are_those_of_the_group_and_of_the_unreduced_text(shared, kind, positions):
+    model = pitome_vlm.wrap(shared(qwen, kind), keep=0.25, positions=positions)
     base, merging = merging_of(model)
     batch = batch_of(model, ROWS)
     places = merging.adapter.prompt_places(base, batch, batch["attention_mask"])
@@ -136,8 +136,8 @@ def test_places_are_those_of_the_group_and_of_the_unreduced_text(kind, positions
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_greedy_with_a_cache_equals_recomputing_everything(kind, beams):
-    model = pitome_vlm.wrap(qwen(kind), keep=0.3)
+def test_greedy_with_a_cache_equals_recomputing_everything(shared, kind, beams):
+    model = pitome_vlm.wrap(shared(qwen, kind), keep=0.3)
     batch = batch_of(model, ROWS)
     out = model.generate(**batch, **GREEDY, num_beams=beams)
     assert torch.equal(out[:, : batch["input_ids"].shape[1]], batch["input_ids"])
@@ -166,8 +166,8 @@ def test_greedy_with_a_cache_equals_recomputing_everything(kind, beams):
     assert torch.equal(out, ids)
 
 
-def test_rows_answer_as_they_do_alone_on_either_side(kind):
-    model = pitome_vlm.wrap(qwen(kind), keep=0.3)
+def test_rows_answer_as_they_do_alone_on_either_side(shared, kind):
+    model = pitome_vlm.wrap(shared(qwen, kind), keep=0.3)
     with torch.no_grad():
         left = model(**batch_of(model, ROWS, side="left")).logits[:, -1]
         batch = batch_of(model, ROWS, side="right")
@@ -180,8 +180,8 @@ def test_rows_answer_as_they_do_alone_on_either_side(kind):
 
 
 @pytest.mark.parametrize("name", [n for n in algorithms.available() if n != "none"])
-def test_every_algorithm_that_fits_hits_the_count(name):
-    model = qwen()
+def test_every_algorithm_that_fits_hits_the_count(shared, name):
+    model = shared(qwen)
     config = MergeConfig(keep=0.3, algorithm=name)
     if algorithms.get(name).needs_attention:
         with pytest.raises(ValueError, match="ranks tokens by attention"):
@@ -199,8 +199,8 @@ def test_every_algorithm_that_fits_hits_the_count(name):
         assert torch.equal(source[anchors], torch.arange(len(anchors)))
 
 
-def test_videos_are_merged_frame_by_frame_or_in_windows(kind):
-    model = qwen(kind)
+def test_videos_are_merged_frame_by_frame_or_in_windows(shared, kind):
+    model = shared(qwen, kind)
     grid = (4, 8, 8)
     batch = batch_of(model, ((grid,),), kind="video")
     for options in ({}, {"temporal": True, "temporal_window": 2}):
@@ -218,7 +218,7 @@ def test_videos_are_merged_frame_by_frame_or_in_windows(kind):
         assert pitome_vlm.describe(model, frames=8).footprint.frames == 4
 
 
-def test_another_question_about_a_cached_picture_costs_no_tower(kind):
+def test_another_question_about_a_cached_image_costs_no_tower(kind):
     model, cache, calls = pitome_vlm.wrap(qwen(kind), keep=0.25), pitome_vlm.ImageCache(), []
     model.model.visual.register_forward_hook(lambda *_: calls.append(1))
     for texts in ((5,), (9,)):
@@ -228,8 +228,8 @@ def test_another_question_about_a_cached_picture_costs_no_tower(kind):
     assert (cache.hits, cache.misses, len(calls)) == (1, 1, 3)
 
 
-def test_gradients_and_labels(kind):
-    model = pitome_vlm.wrap(qwen(kind), keep=0.3).train()
+def test_gradients_and_labels(shared, kind):
+    model = pitome_vlm.wrap(shared(qwen, kind), keep=0.3).train()
     batch = batch_of(model, ROWS)
     labels = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, -100)
     model(**batch, labels=labels).loss.backward()
@@ -245,19 +245,19 @@ class TestErrors:
             ({"keep": 0.5, "size_bias": False, "positions": "compact"}, "positions='compact'"),
         ],
     )
-    def test_options_that_do_not_fit(self, options, said):
-        model = qwen()
+    def test_options_that_do_not_fit(self, shared, options, said):
+        model = shared(qwen)
         with pytest.raises(ValueError, match=said):
             pitome_vlm.wrap(model, **options)
         assert type(model) is Qwen2_5_VLForConditionalGeneration
 
-    def test_missing_grids(self):
-        model = pitome_vlm.wrap(qwen(), keep=0.5)
+    def test_missing_grids(self, shared):
+        model = pitome_vlm.wrap(shared(qwen), keep=0.5)
         with pytest.raises(ValueError, match="image_grid_thw is missing"):
             encode_images(model, pixels([SMALL]))
 
-    def test_embeddings_alone(self):
-        model = pitome_vlm.wrap(qwen(), keep=0.5)
+    def test_embeddings_alone(self, shared):
+        model = pitome_vlm.wrap(shared(qwen), keep=0.5)
         batch = batch_of(model, ROWS)
         ids = batch.pop("input_ids")
         with pytest.raises(ValueError, match="input_ids are needed"):

@@ -44,7 +44,7 @@ INSIDE = {
     "siglip": SiglipVisionConfig(**SIZE),
     "chinese_clip": ChineseCLIPVisionConfig(**SIZE, projection_dim=16),
 }
-BEHIND = {
+AFTER = {
     "dinov2": Dinov2Config(**SIZE),
     "dinov2_registers": Dinov2WithRegistersConfig(**SIZE),
     "vit": ViTConfig(**SIZE),
@@ -55,8 +55,8 @@ BEHIND = {
 }
 NEITHER = {
     "pixtral": PixtralVisionConfig(**SIZE, head_dim=8),
-    # Packed patches of any picture: LLaVA's classes cannot call it. Checkpoints of SigLIP2 for
-    # one picture size are siglip_vision_model.
+    # Packed patches of any image: LLaVA's classes cannot call it. Checkpoints of SigLIP2 for
+    # one image size are siglip_vision_model.
     "siglip2": Siglip2VisionConfig(
         **{name: value for name, value in SIZE.items() if name != "image_size"}, num_patches=64
     ),
@@ -87,10 +87,10 @@ def plain_counts(model, **vision):
     return [len(one) for one in getattr(out, "pooler_output", out)]
 
 
-@pytest.mark.parametrize("name", [*INSIDE, *BEHIND])
+@pytest.mark.parametrize("name", [*INSIDE, *AFTER])
 @pytest.mark.parametrize("strategy", ["default", "full"])
-def test_every_tower_merges_behind_it_to_the_promised_count(name, strategy):
-    model = model_on((INSIDE | BEHIND)[name], strategy)
+def test_every_tower_merges_after_it_to_the_promised_count(name, strategy):
+    model = model_on((INSIDE | AFTER)[name], strategy)
     pixels = torch.randn(2, 3, 64, 64)
     full = plain_counts(model, pixel_values=pixels)
     state = torch.random.get_rng_state()
@@ -102,9 +102,9 @@ def test_every_tower_merges_behind_it_to_the_promised_count(name, strategy):
     assert visual.counts == [described.tokens_out] * 2
 
 
-@pytest.mark.parametrize("name", BEHIND)
+@pytest.mark.parametrize("name", AFTER)
 def test_an_unknown_tower_is_refused_inside_with_what_was_looked_for(name):
-    model = model_on(BEHIND[name])
+    model = model_on(AFTER[name])
     with pytest.raises(TypeError, match=r"layer_norm1.*q_proj.*no position embeddings.*projector"):
         pitome_vlm.wrap(model, keep=0.25, stage="tower")
     assert not is_wrapped(model)
@@ -150,8 +150,8 @@ def test_a_layer_that_merges_nothing_computes_what_its_class_does(name, attentio
 
 
 @pytest.mark.parametrize(("name", "strategy"), [("dinov2", "default"), ("aimv2", "full")])
-def test_tiles_merge_behind_an_unknown_tower(name, strategy):
-    model = model_on(BEHIND[name], strategy, kind="next")
+def test_tiles_merge_after_an_unknown_tower(name, strategy):
+    model = model_on(AFTER[name], strategy, kind="next")
     sizes = torch.tensor([[100, 180], [1, 50]])
     tiles = [5, 3]
     pixels = torch.randn(2, max(tiles), 3, 64, 64)

@@ -1,4 +1,4 @@
-"""Tower layers behind the feature layer are left out where tokens are merged, else on wish."""
+"""Tower layers after the feature layer are not run where tokens are merged, or on request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CASES = {
 
 
 def layers_run(model):
-    """How often every layer of the tower has computed, as it goes on."""
+    """How often every layer of the tower has computed, counted live."""
     layers = find_encoder_layers(find_adapter(model).parts(model).vision_tower)[0]
     counts = [0] * len(layers)
     for index, layer in enumerate(layers):

@@ -105,9 +105,9 @@ def test_a_batch_is_its_rows(kind, side, images):
     first = 0
     for row, count in enumerate(images):
         here = batch["attention_mask"][row].bool()
-        pictures = batch["images"][first : first + max(1, count)]
+        own = batch["images"][first : first + max(1, count)]
         first += max(1, count)
-        alone = model(input_ids=batch["input_ids"][row, here][None], images=pictures).logits
+        alone = model(input_ids=batch["input_ids"][row, here][None], images=own).logits
         torch.testing.assert_close(together[row, shown[row]], alone[0], atol=2e-3, rtol=1e-3)
 
 
@@ -194,14 +194,14 @@ def test_decoding_by_hand_with_the_returned_cache(options):
     found = []
     for _ in range(4):
         found.append(int(out.logits[0, -1].argmax()))
-        # Old decoding loops hand the pictures in again with every token; they are not looked at.
+        # Old decoding loops pass the images again with every token; they are ignored.
         cache = {"past_key_values": out.get(CACHE_NAME)}
         step = torch.tensor([[found[-1]]])
         out = model(input_ids=step, images=batch["images"], use_cache=True, **cache)
     assert found == expected
 
 
-def test_a_picture_after_a_filled_cache():
+def test_an_image_after_a_filled_cache():
     model = pitome_vlm.wrap(original_model(), keep=0.25)
     first, second = original_batch((1,), (5,)), original_batch((1,), (4,), seed=3)
     both = {
@@ -321,7 +321,7 @@ def test_criteria_and_streamers_see_new_tokens():
     assert [int(one) for one in streamed[-4:-1]] == new[0].tolist()
 
 
-def test_pictures_as_a_list_and_in_five_axes():
+def test_images_as_a_list_and_in_five_axes():
     model = pitome_vlm.wrap(original_model(), keep=0.25)
     batch = original_batch((1, 1), (5, 5))
     expected = model(**batch).logits
@@ -343,14 +343,14 @@ def test_a_prompt_is_cut_after_merging():
     assert compact["inputs_embeds"].shape[1] == limit
     words = batch["input_ids"][batch["input_ids"] >= 0]
     assert compact["labels"][compact["labels"] >= 0].tolist() == words[:20].tolist()
-    # Without merging the picture alone is longer than that.
+    # Without merging the image alone is longer than that.
     _, embeds, _, _ = own_preparation(pitome_vlm.unwrap(model), batch)
     assert embeds.shape[1] == limit < 2 * PATCHES
 
 
 def test_rows_that_become_ragged_get_a_mask():
     model = pitome_vlm.wrap(original_model(), keep=0.25)
-    # 1 picture and 145 words more are as long as 2 pictures, until these are merged.
+    # 1 image and 145 words more are as long as 2 images, until these are merged.
     batch = original_batch((2, 1), (5, 5 + PATCHES + 4 - 3 - 1 + 1))
     ids = batch["input_ids"]
     new = model.generate(ids, images=batch["images"], attention_mask=None, **GREEDY)

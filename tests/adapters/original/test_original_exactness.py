@@ -28,7 +28,7 @@ from pitome_vlm.wrapping.original_inputs import prepare_original
 from pitome_vlm.wrapping.wrap import is_wrapped
 
 PLAIN = {"size_bias": False, "positions": "compact"}
-# (width, height), extreme shapes and pictures smaller than a patch among them.
+# (width, height), extreme shapes and images smaller than a patch among them.
 SIZES = [
     *((96, 96), (192, 96), (96, 192), (640, 480), (480, 640), (1000, 30), (30, 1000), (1, 1)),
     *((1, 500), (500, 1), (7, 5), (1024, 1024), (333, 334), (99, 98), (2000, 700), (120, 700)),
@@ -37,7 +37,7 @@ SIZES = [
 
 
 def spatial_batch(sizes, texts, *, side="right"):
-    """One picture of several tiles per row, as `process_images` makes them for any resolution."""
+    """One image of several tiles per row, as `process_images` makes them for any resolution."""
     batch = original_batch(images=(1,) * len(sizes), texts=texts, side=side)
     generator = torch.Generator().manual_seed(5)
     grids = [get_anyres_image_grid_shape(size, PINPOINTS, 96) for size in sizes]
@@ -66,7 +66,7 @@ def own_preparation(model, batch, labels=None, positions=None):
 
 
 def snapshot(model):
-    """Everything a wrap could leave behind on a model's modules."""
+    """Everything a wrap could leave on a model's modules."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 
     def attributes(module):
