@@ -27,7 +27,12 @@ NARROW_QUESTION = 14
 def demo(
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="DIR", help="Folder for images and report.html."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder for images and report.html; an earlier demo there is replaced.",
+        ),
     ] = Path("pitome-demo"),
     questions: Annotated[
         int, typer.Option(metavar="N", help="Number of held-out questions to measure accuracy on.")

@@ -239,6 +239,16 @@ def merge_options(
     return given if preset is None else {"preset": preset, **given}
 
 
+def check_run_flags(resume: bool, overwrite: bool) -> None:
+    """Refuse to continue and to replace a run at once.
+
+    Raises:
+        ValueError: both are wanted.
+    """
+    if resume and overwrite:
+        raise ValueError("--resume continues a run and --overwrite replaces it; give one of them")
+
+
 def words(field: str, text: str) -> list[str]:
     """The words of a comma list.
 

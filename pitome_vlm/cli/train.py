@@ -212,6 +212,7 @@ def train(
     report_to: ReportTo = "none",
     training_args: TrainingArgs = "",
     resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
     load_4bit: o.Load4Bit = False,
     load_8bit: o.Load8Bit = False,
     dtype: o.Dtype = None,
@@ -230,6 +231,7 @@ def train(
     --load-4bit -o adapter`
     """
     require("peft", "train", "train")
+    o.check_run_flags(resume, overwrite)
     merging = o.merge_options(keep, tokens, ratio, algorithm, preset, option=option)
     more = [*(["projector"] * projector), *(["vision_tower"] * vision_tower)]
     lora = {
@@ -263,6 +265,7 @@ def train(
             opening=opening,
             lora={name: value for name, value in lora.items() if value is not None},
             resume=resume,
+            overwrite=overwrite,
             rest=rest,
         )
     if is_first_process():

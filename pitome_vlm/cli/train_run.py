@@ -36,6 +36,7 @@ def train_model(
     opening: dict[str, Any],
     lora: dict[str, Any],
     resume: bool,
+    overwrite: bool,
     rest: dict[str, Any],
 ) -> TrainingResult:
     """Check everything that needs no model, load it, and train.
@@ -48,13 +49,14 @@ def train_model(
         opening: further arguments of `open_conversations`.
         lora: fields of `LoraOptions` that were given.
         resume: continue the run in the folder.
+        overwrite: replace the run in the folder.
         rest: further arguments of `pitome_vlm.training.train`.
     """
     from ..training import LoraOptions, open_conversations, train
     from ..training.run_files import RunFolder
 
     options = LoraOptions(**lora)
-    RunFolder(output).check(resume=resume)
+    RunFolder(output).check(resume=resume, overwrite=overwrite)
     train_set = open_conversations(data, **opening)
     val_set = None if val_data is None else open_conversations(val_data, **opening)
     tell(f"{len(train_set)} conversations")
@@ -69,6 +71,7 @@ def train_model(
         # An adapter that is trained further has its options already; `train` refuses others.
         lora=options if lora or not hasattr(model, "peft_config") else None,
         resume=resume,
+        overwrite=overwrite,
         progress=bar,
         callbacks=() if bar else (_lines(),),
         **rest,

@@ -145,6 +145,7 @@ def tune(
 
     Example: `pitome-vlm tune --model demo --data demo --limit 240 --output tuned`
     """
+    o.check_run_flags(resume, overwrite)
     recipes = None if algorithms is None else _recipes(algorithms)
     budgets = None if tokens is None else o.counts("tokens", tokens)
     if plot:

@@ -23,7 +23,8 @@ Output = Annotated[
         "--output",
         "-o",
         metavar="DIR",
-        help="Folder to write to; every image becomes NAME-merged.png there, or NAME-compared.png.",
+        help="Folder to write to; every image becomes NAME-merged.png there, or NAME-compared.png. "
+        "Files of these names are replaced.",
     ),
 ]
 Compare = Annotated[

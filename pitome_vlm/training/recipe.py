@@ -64,6 +64,7 @@ def train(
     budgets: Sequence[float] = (),
     max_length: int | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = False,
     callbacks: Sequence[Any] = (),
     **arguments: Any,
@@ -77,7 +78,7 @@ def train(
         model: wrapped with the budget to train for; the adapter of a `PeftModel` is trained on.
         processor: its processor.
         train_data: file, dataset or records; see `open_conversations`.
-        output_dir: a new or empty folder; with `resume`, that of the run to resume.
+        output_dir: a new or empty folder, or that of a run to resume or overwrite.
         val_data: held-out data for accuracy before and after.
         val_fraction: hold out this share of the training data instead.
         image_folder: folder that image paths in files are relative to; None for the file's own.
@@ -88,6 +89,7 @@ def train(
             numbers are tokens per image, others fractions to keep). Empty for the model's own.
         max_length: longest row in tokens before merging; None for the language model's limit.
         resume: resume the run in the folder, from the start if it has no checkpoint yet.
+        overwrite: delete the run in the folder before the first step.
         progress: show a progress bar on stderr.
         callbacks: more callbacks for the Trainer.
         **arguments: fields of `TrainingArguments`, for instance `learning_rate`,
@@ -101,7 +103,7 @@ def train(
         ImportError: PEFT, or a package that an option needs, is not installed.
     """
     folder = RunFolder(output_dir)
-    folder.check(resume=resume)
+    folder.check(resume=resume, overwrite=overwrite)
     opening = {"image_folder": image_folder, "split": split, "text_only": text_only}
     data, held_out = _data(train_data, val_data, val_fraction, opening)
     for budget in budgets:
@@ -117,7 +119,8 @@ def train(
         "data": {"train": data.fingerprint, "val": held_out and held_out.fingerprint},
         "arguments": identity(settings),
     }
-    folder.compare(run)
+    if not overwrite:
+        folder.compare(run)
     # Ranks and repetitions begin with the same adapter.
     transformers.set_seed(settings.seed)
     trainer = MergingTrainer(
@@ -129,7 +132,7 @@ def train(
         budgets=budgets,
         callbacks=list(callbacks),
     )
-    _fit(trainer, folder, run, resume)
+    _fit(trainer, folder, run, resume=resume, overwrite=overwrite)
     return _finish(trainer, folder, _facts(trainer, data, held_out, run))
 
 
@@ -145,7 +148,9 @@ def _identity(model: Any, lora: LoraOptions | None) -> dict[str, Any]:
     }
 
 
-def _fit(trainer: Any, folder: RunFolder, run: dict[str, Any], resume: bool) -> None:
+def _fit(
+    trainer: Any, folder: RunFolder, run: dict[str, Any], *, resume: bool, overwrite: bool
+) -> None:
     """Train, from the last complete checkpoint if there is one."""
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback):
@@ -153,6 +158,8 @@ def _fit(trainer: Any, folder: RunFolder, run: dict[str, Any], resume: bool) -> 
     # All processes must have checked the folder before the first one writes into it.
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
+        if overwrite:
+            folder.clear()
         folder.begin(run)
     last = folder.last_checkpoint() if resume else None
     trainer.train(resume_from_checkpoint=None if last is None else str(last))

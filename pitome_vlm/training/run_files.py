@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,15 @@ class RunFolder:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.root = Path(folder).expanduser()
 
-    def check(self, *, resume: bool) -> None:
-        """Check that nothing would be overwritten.
+    def check(self, *, resume: bool, overwrite: bool = False) -> None:
+        """Check that nothing would be overwritten unasked.
+
+        Args:
+            resume: an unfinished run may be there.
+            overwrite: any run may be there; see `clear`.
 
         Raises:
-            FileExistsError: the folder is not empty and `resume` is off, or its run is finished.
+            FileExistsError: the folder is not empty and neither is on, or its run is finished.
             NotADirectoryError: it is a file.
             ValueError: it does not hold a training run.
         """
@@ -39,17 +44,25 @@ class RunFolder:
             raise NotADirectoryError(f"output {self.root} is a file; give a folder")
         if not self.root.exists() or not any(self.root.iterdir()):
             return
-        if (self.root / RESULT_NAME).exists():
-            raise FileExistsError(f"{self.root} holds a finished adapter; give another folder")
-        if not resume:
+        replaced = "--overwrite (overwrite=True) replaces it, or choose another output folder"
+        if (self.root / RESULT_NAME).exists() and not overwrite:
+            raise FileExistsError(f"{self.root} already holds a finished adapter; {replaced}")
+        if not (resume or overwrite):
             raise FileExistsError(
-                f"{self.root} is not empty; resume the run in it with resume=True (--resume), or "
-                "give another folder"
+                f"{self.root} is not empty; --resume (resume=True) continues the run in it, "
+                f"{replaced}"
             )
         if not (self.root / RUN_NAME).is_file():
             raise ValueError(
                 f"{self.root} does not hold a training run (no {RUN_NAME}); give another folder"
             )
+
+    def clear(self) -> None:
+        """Delete the run's result, its checkpoints and its description, and nothing else."""
+        for path in self.root.glob("checkpoint-*"):
+            shutil.rmtree(path)
+        for name in (RESULT_NAME, RUN_NAME):
+            (self.root / name).unlink(missing_ok=True)
 
     def compare(self, run: dict[str, Any]) -> None:
         """Check that the run in the folder, if there is one, is this one.

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-from checkpoint import save_checkpoint
 from training_data import records, write_lines
 from typer.testing import CliRunner
 
 from pitome_vlm.cli import app
+from pitome_vlm.cli.train_run import load_trainable
+from pitome_vlm.merge.config import MergeConfig
 from pitome_vlm.training import MergingTrainer
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("llava"))
+from pitome_vlm.wrapping.wrap import merge_config
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +50,22 @@ class TestCommand:
             *("--max-steps", 1),
         )
         assert again.exit_code == 0, again.output
+        record = json.loads((tmp_path / "more" / "pitome_adapter.json").read_text())
+        assert record["quantization"]["load_in_4bit"]
+        assert record["training"]["lora"] == "continued"
+        words = ["--model", checkpoint, "--data", data, "-o", tmp_path / "more", "--max-steps", 1]
+        refused = cli(*words)
+        assert refused.exit_code == 2
+        assert "--overwrite" in refused.stderr
+        replaced = cli(*words, "--overwrite", "--tokens", 9)
+        assert replaced.exit_code == 0, replaced.output
+        saved = json.loads((tmp_path / "more" / "pitome_config.json").read_text())
+        assert saved["tokens"] == 9
         twice = cli(
             *("--model", tmp_path / "out", "--data", data, "-o", tmp_path / "x", "--rank", 8)
         )
         assert twice.exit_code == 2
-        assert "adapter already" in twice.stderr
-        record = json.loads((tmp_path / "more" / "pitome_adapter.json").read_text())
-        assert record["quantization"]["load_in_4bit"]
-        assert record["training"]["lora"] == "continued"
+        assert "already has an adapter" in twice.stderr
 
     @pytest.mark.parametrize(
         ("words", "said"),
@@ -75,6 +80,7 @@ class TestCommand:
             (["--tokens", 16, "--image-folder", "nowhere"], "nowhere"),
             (["--tokens", 16, "--load-4bit", "--load-8bit"], "only one of load_in_4bit"),
             (["--tokens", 16, "--algorithm", "tme"], "tome"),
+            (["--resume", "--overwrite"], "give one of them"),
         ],
         ids=str,
     )
@@ -88,13 +94,20 @@ class TestCommand:
         assert "Traceback" not in done.output
         assert not (tmp_path / "out").exists()
 
+    def test_without_a_budget_a_quarter_is_kept_and_that_is_said(self, checkpoint, capsys):
+        model, _ = load_trainable(
+            str(checkpoint), {}, False, False, dtype=None, device="cpu", base=None
+        )
+        assert merge_config(model) == MergeConfig(keep=0.25)
+        assert "keep=0.25 (default): 144 -> 36" in capsys.readouterr().err
+
     def test_a_bad_line_is_named_before_the_model_is_loaded(self, data, tmp_path):
         rows = records(data.parent, 2)
         rows[1]["image"] = "gone.png"
         bad = write_lines(data.parent / "bad.jsonl", rows)
         done = cli("--model", "no/such", "--data", bad, "-o", tmp_path / "out", "--tokens", 16)
         assert done.exit_code == 2
-        assert "bad.jsonl line 2: no image file" in done.stderr
+        assert "bad.jsonl line 2: no such image file" in done.stderr
 
     def test_ctrl_c_is_interrupted_130(self, checkpoint, data, tmp_path, monkeypatch):
         def stop(*args, **kwargs):

@@ -217,6 +217,7 @@ BAD_WORDS = [
     (["--data", "demo", "--max-new-tokens", "0"], "--max-new-tokens"),
     (["--data", "demo", "--output", __file__], "output must be a folder"),
     (["--data", "demo", "--limit", "24", "--load-4bit", "--load-8bit"], "only one of"),
+    (["--data", "demo", "--resume", "--overwrite"], "give one of them"),
     (["--dta", "demo"], "No such option: --dta"),
     ([], "Missing option '--data'"),
 ]

@@ -495,6 +495,9 @@ class TestTrain:
             train(model, processor, data, tmp_path)
         with pytest.raises(ValueError, match="does not hold a training run"):
             train(model, processor, data, tmp_path, resume=True)
+        with pytest.raises(ValueError, match="does not hold a training run"):
+            train(model, processor, data, tmp_path, overwrite=True)
+        assert (tmp_path / "mine.txt").read_text() == "mine"
         with pytest.raises(NotADirectoryError, match="is a file"):
             train(model, processor, data, tmp_path / "mine.txt")
 
