@@ -212,17 +212,6 @@ def _score_table(run: Demo, scores: Sequence[Score]) -> Table:
 
 
 def _footer(run: Demo, seed: int) -> str:
-    import platform
+    from ..measure.provenance import in_words, provenance
 
-    import torch
-    import transformers
-
-    from ..common import __version__
-
-    weight = next(run.model.parameters())
-    return (
-        f"Measured by pitome-vlm {__version__} demo, seed {seed}: {platform.machine()} "
-        f"{weight.device.type}, {torch.get_num_threads()} thread, {weight.dtype}; "
-        f"torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, Python {platform.python_version()}."
-    )
+    return f"Measured by pitome-vlm demo: {in_words(provenance(run.model, seed=seed))}."

@@ -126,6 +126,7 @@ def evaluate(
     limit: Limit = None,
     output: Output = Path("pitome-eval"),
     resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
     batch_size: BatchSize = None,
     model_args: ModelArgs = "",
     gen_kwargs: GenKwargs = None,
@@ -143,6 +144,7 @@ def evaluate(
 
     Example: `pitome-vlm eval --suite demo --algorithms pitome,tome --tokens 72,36 --limit 200`
     """
+    o.check_run_flags(resume, overwrite)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     if include_path is not None and not include_path.is_dir():
@@ -171,7 +173,7 @@ def evaluate(
         include_path=include_path,
         verbose=verbose,
     )
-    sweep.plan(resume=resume)
+    sweep.plan(resume=resume, overwrite=overwrite)
     failures = sweep.measure(timing) if sweep.work(timing) else {}
     if not is_first_process():
         return

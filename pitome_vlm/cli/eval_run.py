@@ -40,6 +40,7 @@ class Sweep:
         verbose: let the libraries talk.
         run: what is the same for all cells, as it is stored with them.
         todo: cells that are not finished; see `plan`.
+        overwrite: whether the folder is emptied before the first cell is measured.
     """
 
     model: str
@@ -54,12 +55,14 @@ class Sweep:
     verbose: bool
     run: dict[str, Any] = field(init=False)
     todo: list[Cell] = field(default_factory=list)
+    overwrite: bool = False
 
-    def plan(self, *, resume: bool) -> None:
+    def plan(self, *, resume: bool, overwrite: bool) -> None:
         """Read the folder, and find out what is left.
 
         Raises:
-            ValueError: it holds cells of another run, or `resume` is off and it holds any.
+            FileExistsError: it holds cells, and neither `resume` nor `overwrite` is on.
+            ValueError: it holds cells of another run.
         """
         from ..measure.evaluate.sweep import pending, versions
         from ..measure.provenance import checkpoint_fingerprint
@@ -73,7 +76,11 @@ class Sweep:
             "gen_kwargs": self.gen_kwargs,
             "versions": versions(),
         }
-        self.todo = pending(self.cells, self.folder, self.run, resume=resume)
+        self.overwrite = overwrite
+        if overwrite:
+            self.todo = list(self.cells)
+        else:
+            self.todo = pending(self.cells, self.folder, self.run, resume=resume)
 
     @property
     def settings(self) -> list[Any]:
@@ -94,6 +101,8 @@ class Sweep:
             if evaluator.processes > 1:
                 # All must have read the folder before the first one writes to it.
                 evaluator.wait()
+            if self.overwrite and is_first_process():
+                self.folder.clear()
             from ..measure.evaluate.sweep import run_sweep
 
             failures = run_sweep(

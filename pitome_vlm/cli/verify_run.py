@@ -6,20 +6,16 @@ How anything is measured is left to `pitome_vlm.measure.spectral`.
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-
-from ..common import __version__, write_bytes, write_text
+from ..common import write_bytes, write_text
 from ..demo import scene_image
 from ..demo.dataset import SPLIT_SCENES
 from ..measure.plots import check_matplotlib
-from ..measure.provenance import processor_name
+from ..measure.provenance import machine, versions
 from ..measure.spectral import plots, report
 from ..measure.spectral.features import TowerChange, merge_changes
 from ..measure.spectral.study import (
@@ -209,16 +205,9 @@ def outcome_of(
     facts: dict[str, Any],
 ) -> Outcome:
     """Everything measured, with what follows from it and its provenance."""
-    facts = {
-        "algorithms": ", ".join(names),
-        **facts,
-        "hardware": processor_name(),
-        "threads": 1,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "pitome_vlm": __version__,
-    }
+    # Everything runs on one thread.
+    algorithms = {"algorithms": ", ".join(names)}
+    facts = {**machine(), **algorithms, **facts, "threads": 1, **versions()}
     return Outcome(results, rows, check(results, rows), under_assumptions(results), facts)
 
 

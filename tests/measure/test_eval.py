@@ -479,6 +479,7 @@ def test_eval_measures_names_what_failed_and_repairs_it(command, monkeypatch, tm
     again = command(*words)
     assert again.exit_code == 2
     assert "--resume" in again.stderr
+    assert "--overwrite" in again.stderr
     second = command(*words, "--resume")
     assert second.exit_code == 0, second.output
     assert second.stderr.count("% right") == 1
@@ -505,3 +506,7 @@ def test_eval_measures_names_what_failed_and_repairs_it(command, monkeypatch, tm
     third = command(*words, "--resume")
     assert third.exit_code == 0, third.output
     assert (tmp_path / "report.md").read_text() == report
+
+    third = command(*words, "--overwrite")
+    assert third.exit_code == 0, third.output
+    assert third.stderr.count("% right") == 3
