@@ -46,7 +46,7 @@ CASES = {
     "visualize": ["-m", "demo", "-i", "IMAGE", "-o", "here"],
     "serve-args": ["demo", "--keep", 0.5],
     "bench": ["--config", "tiny", "--keep", 0.5, "--batch", "1,2", *QUICK],
-    "verify": ["--seeds", 1, "--sigma", "0.1", "--sizes", "8/4/2", "--count", 1, "-o", "here"],
+    "verify": ["--seeds", 1, "--sigma", "0.1", "--sizes", "8/4/2", "--count", 1, "--no-plot"],
 }
 
 

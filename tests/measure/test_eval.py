@@ -502,11 +502,12 @@ def test_eval_measures_names_what_failed_and_repairs_it(command, monkeypatch, tm
         assert stored["identity"]["merging"]["tokens"] == outcome.setting.config.tokens
 
     # Nothing left to do: no model is loaded, the report is the same.
-    monkeypatch.setattr(evaluation, "PitomeLlava", None)
-    third = command(*words, "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "PitomeLlava", None)
+        third = command(*words, "--resume")
     assert third.exit_code == 0, third.output
     assert (tmp_path / "report.md").read_text() == report
 
-    third = command(*words, "--overwrite")
-    assert third.exit_code == 0, third.output
-    assert third.stderr.count("% right") == 3
+    fourth = command(*words, "--overwrite")
+    assert fourth.exit_code == 0, fourth.output
+    assert fourth.stderr.count("% right") == 3
