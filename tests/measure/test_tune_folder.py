@@ -15,11 +15,11 @@ from pitome_vlm.merge.config import MergeConfig
 
 def test_a_run_that_was_interrupted_resumes_to_the_same_result_without_asking_again(tmp_path):
     share = by_tokens(pitome={36: 0.005, 18: 0.03, 9: 0.3}, tome={18: 0.006, 9: 0.1})
-    whole, undisturbed = tuned(share, rows=stub_rows(100), folder=tmp_path / "whole")
+    whole, undisturbed = tuned(share, rows=stub_rows(60), folder=tmp_path / "whole")
     total = len(whole.asked)
     for stop in range(total):
         folder = tmp_path / str(stop)
-        rows, digests = stub_rows(100)
+        rows, digests = stub_rows(60)
         first = StubAsker(rows, share, interrupt_after=stop)
         plan = Plan(recipes=RECIPES, budgets=BUDGETS)
         with pytest.raises(KeyboardInterrupt):
@@ -28,7 +28,7 @@ def test_a_run_that_was_interrupted_resumes_to_the_same_result_without_asking_ag
         assert comparable(result) == comparable(undisturbed)
         assert len(first.asked) + len(second.asked) == total
         assert not set(first.asked) & set(second.asked)
-    again, result = tuned(share, rows=stub_rows(100), folder=tmp_path / "whole", resume=True)
+    again, result = tuned(share, rows=stub_rows(60), folder=tmp_path / "whole", resume=True)
     assert again.asked == []
     assert result.to_dict() == undisturbed.to_dict()
 
