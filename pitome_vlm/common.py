@@ -11,7 +11,7 @@ import importlib.util
 import numbers
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,27 @@ def whole_number(field: str, value: Any, low: int, high: int | None = None) -> i
     if high is not None and plain > high:
         raise ValueError(f"{field} must be at most {high}, got {value!r}")
     return plain
+
+
+def check_choice(field: str, value: Any, allowed: Sequence[str]) -> None:
+    """Refuse what is none of the allowed words.
+
+    Raises:
+        ValueError: the message names field, choices and value, and suggests the closest.
+    """
+    if value not in allowed:
+        hint = suggest(str(value), list(allowed))
+        raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {value!r}.{hint}")
+
+
+def check_flag(field: str, value: Any) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        TypeError: something else, numbers included.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{field} must be True or False, got {value!r}")
 
 
 def require(module: str, extra: str, what: str) -> None:

@@ -200,7 +200,7 @@ def _recipes(text: str) -> list[Recipe]:
 
     recipes = []
     for name in o.words("algorithms", text):
-        options = method_setting(name, 1).config.options()
+        options = method_setting(name, 1).config.changed()
         options.pop("tokens")
         recipes.append(Recipe(name, options))
     return recipes

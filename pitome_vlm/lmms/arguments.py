@@ -16,10 +16,9 @@ from ..common import suggest
 from ..demo import DEMO, resolve
 from ..loading.checkpoints import torch_dtype
 from ..merge import algorithms
-from ..merge.config import PRESETS, MergeConfig
+from ..merge.config import PRESETS, MergeConfig, option_names
 
 BUDGET = ("keep", "tokens", "ratio")
-MERGING = tuple(item.name for item in dataclasses.fields(MergeConfig))
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,9 @@ class ModelArguments:
             FileNotFoundError: `system_prompt` or `peft` looks like a path that does not exist.
         """
         values = {name: _cleaned(name, value) for name, value in values.items()}
-        known = sorted({*MERGING, "preset", *(item.name for item in dataclasses.fields(cls))})
+        # Whose option a name is shows when the algorithm is known, perhaps with the checkpoint.
+        options = (*option_names(), "preset")
+        known = sorted({*options, *(item.name for item in dataclasses.fields(cls))})
         known.remove("merging")
         for name in values:
             if name not in known:
@@ -103,7 +104,7 @@ class ModelArguments:
                 "pretrained is missing; give model_args pretrained=PATH,keep=0.25 with the folder "
                 f"or hub name of a LLaVA, or pretrained={DEMO} for the bundled one"
             )
-        merging = {name: given.pop(name) for name in (*MERGING, "preset") if name in given}
+        merging = {name: given.pop(name) for name in options if name in given}
         for name in ("pretrained", "peft", "system_prompt", "dtype", "device", "revision"):
             if name in given:
                 given[name] = str(given[name])

@@ -13,12 +13,13 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .config import MergeConfig, Metric, Stage
+from .config import SHARED, MergeConfig, Metric, Own, Stage
+from .options import NoOptions
 from .plan import MergePlan
 
 __all__ = [
@@ -86,6 +87,14 @@ class MergeContext:
     cls_attention: Tensor | None = None
     pairs: PairLimits | None = None
 
+    def own(self, kind: type[Own]) -> Own:
+        """The options that belong to the algorithm itself.
+
+        Args:
+            kind: their class, as in `Algorithm.options`.
+        """
+        return self.config.own(kind)
+
     def required_attention(self) -> Tensor:
         """`cls_attention`, for algorithms that rank by it.
 
@@ -149,6 +158,8 @@ class Algorithm:
         calibrated: sizes and positions are told to the language model by default.
         compares: tokens with each other, which is what it costs (`costs`).
         pairs_compared: (N, M, context) to how many pairs a step from N to M tokens compares.
+        options: the class of its own options, a frozen dataclass that checks its values and can
+            be made without arguments; `MergeContext.own` gives it to `plan`.
     """
 
     name: str
@@ -165,6 +176,20 @@ class Algorithm:
     calibrated: bool = True
     compares: bool = True
     pairs_compared: Callable[[int, int, MergeContext], int] = every_pair
+    options: type[Any] = NoOptions
+
+    def __post_init__(self) -> None:
+        if not dataclasses.is_dataclass(self.options):
+            raise TypeError(
+                f"options of algorithm {self.name!r} must be a frozen dataclass, got "
+                f"{self.options!r}"
+            )
+        for item in dataclasses.fields(self.options):
+            if item.name in (*SHARED, "options"):
+                raise ValueError(
+                    f"algorithm {self.name!r} has an option {item.name!r}, which all algorithms "
+                    "share; give it another name"
+                )
 
 
 @torch.no_grad()

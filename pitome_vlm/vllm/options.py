@@ -80,7 +80,7 @@ def served_config(config: MergeConfig) -> MergeConfig:
             f"positions={config.positions!r} cannot be served: {_NO_CALIBRATION}; leave positions "
             "out or set them to 'compact'"
         )
-    return dataclasses.replace(config, size_bias=False, positions="compact")
+    return config.replace(size_bias=False, positions="compact")
 
 
 def hf_overrides(config: MergeConfig) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def hf_overrides(config: MergeConfig) -> dict[str, Any]:
         ValueError: see `served_config`.
     """
     served = served_config(config)
-    values = json.loads(json.dumps({"algorithm": served.algorithm, **served.options()}))
+    values = json.loads(json.dumps({"algorithm": served.algorithm, **served.changed()}))
     return {"architectures": [ARCHITECTURE], OPTIONS_KEY: values}
 
 

@@ -83,7 +83,7 @@ def _facts(
         kind = f"4 bits ({quantization.get('bnb_4bit_quant_type')})"
     elif quantization.get("load_in_8bit"):
         kind = "8 bits (LLM.int8)"
-    options = {k: v for k, v in config.options().items() if k not in ("keep", "tokens", "ratio")}
+    options = {k: v for k, v in config.changed().items() if k not in ("keep", "tokens", "ratio")}
     facts = [
         ("base model", f"`{_shown(record.base_model)}`"),
         ("base revision", record.base_revision or ""),

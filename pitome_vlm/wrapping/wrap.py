@@ -148,11 +148,7 @@ def make_config(config: MergeConfig | None = None, **options: Any) -> MergeConfi
         return MergeConfig.from_dict(given)
     if not isinstance(config, MergeConfig):
         raise TypeError(f"config must be a MergeConfig, got {type(config).__name__}")
-    budget = {"keep", "tokens", "ratio"}
-    merged = config.to_dict()
-    if budget & given.keys():
-        merged |= dict.fromkeys(budget)
-    return MergeConfig.from_dict(merged | given)
+    return config.replace(**given)
 
 
 def base_model(model: nn.Module) -> nn.Module:

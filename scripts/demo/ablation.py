@@ -32,7 +32,7 @@ from pitome_vlm.demo.dataset import SPLIT_SCENES
 from pitome_vlm.measure.demo_benchmark import Setting, concatenate, difference_interval
 from pitome_vlm.measure.provenance import provenance
 from pitome_vlm.merge import Algorithm, MergeContext, MergePlan
-from pitome_vlm.merge.algorithms.pitome import energies
+from pitome_vlm.merge.algorithms.pitome import EnergyOptions, energies
 from pitome_vlm.merge.matching import keep_only
 from pitome_vlm.merge.similarity import Similarity
 
@@ -83,7 +83,7 @@ def keep_lowest_energy(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergeP
         ctx: relative depth.
     """
     similarity = Similarity(keys, ctx.pairs)
-    order = energies(similarity, ctx).argsort(dim=-1, stable=True)
+    order = energies(similarity, EnergyOptions(), ctx.depth).argsort(dim=-1, stable=True)
     return keep_only(similarity, order[:, :n_out], order[:, n_out:])
 
 

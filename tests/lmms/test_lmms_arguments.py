@@ -12,7 +12,7 @@ from pitome_vlm.lmms.arguments import ModelArguments, combined
 from pitome_vlm.lmms.engine import generation_options, joined, stop_strings
 from pitome_vlm.lmms.requests import opened, plain_messages
 from pitome_vlm.measure.asking import prompt_text
-from pitome_vlm.merge.config import MergeConfig
+from pitome_vlm.merge.config import MergeConfig, option_names
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_model_args_are_understood():
     assert parsed.merging == {"keep": 1, "layers": [1, 3], "seed": 3}
     assert (parsed.batch_size, parsed.system_prompt) == (4, "a, b")
     every = MergeConfig(tokens=36).to_dict()
-    named = {name: every[name] for name in MergeConfig.__dataclass_fields__}
+    named = {name: every[name] for name in option_names("pitome_plus")}
     assert MergeConfig.from_dict(ModelArguments.parse({"pretrained": "x"} | named).merging) == (
         MergeConfig(tokens=36)
     )

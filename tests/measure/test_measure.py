@@ -255,11 +255,11 @@ class TestDescribe:
         assert describe(wrap(model, keep=1.0)).saved("total_flops") == 0
 
     def test_table(self, model):
-        told = describe(wrap(model, keep=0.25, algorithm="tome", margin=0.3))
+        told = describe(wrap(model, keep=0.25, algorithm="pitome", margin=0.3))
         text = str(told)
         assert repr(told) == text
         lines = text.splitlines()
-        assert lines[0] == "tome keep=0.25 margin=0.3: 144 -> 36 visual tokens per image"
+        assert lines[0] == "pitome keep=0.25 margin=0.3: 144 -> 36 visual tokens per image"
         assert "plan (nothing is merged" not in text
         assert "4: 48 -> 36" in text
         assert max(map(len, lines)) <= 79

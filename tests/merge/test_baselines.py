@@ -5,6 +5,8 @@ What all algorithms share is in test_algorithms.py.
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from slow_reference import (
@@ -54,58 +56,73 @@ def same(groups: dict[int, list[int]], slow: dict[int, list[int]]) -> bool:
     return groups == {name: sorted(members) for name, members in slow.items()}
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("leading", [0, 1])
-def test_tofu_prunes_early_and_keeps_norms_late(seed, leading):
-    keys, _, n_out = draw(seed, fewest=0.5)
-    n = keys.shape[1]
-    front = torch.ones(2, leading, 6, dtype=torch.float64)
-    values = torch.randn(2, n + leading, 5, generator=torch.Generator().manual_seed(seed)).double()
-    for depth in (0.0, 0.5, 0.51, 1.0):
-        plan = planned("tofu", torch.cat([front, keys], 1), n_out, n_leading=leading, depth=depth)
-        merged, sizes = plan.apply(values)
+def test_tofu_prunes_early_and_keeps_norms_late():
+    for seed, leading in product(SEEDS, [0, 1]):
+        keys, _, n_out = draw(seed, fewest=0.5)
+        n = keys.shape[1]
+        front = torch.ones(2, leading, 6, dtype=torch.float64)
+        values = torch.randn(
+            2, n + leading, 5, generator=torch.Generator().manual_seed(seed)
+        ).double()
+        slow = [
+            {
+                frozenset(i + leading for i in group)
+                for group in tome_groups(row, n_out, class_token=bool(leading))
+            }
+            for row in keys.tolist()
+        ]
+        alone = {frozenset([i]) for i in range(leading)}
+        for depth in (0.0, 0.5, 0.51, 1.0):
+            plan = planned(
+                "tofu", torch.cat([front, keys], 1), n_out, n_leading=leading, depth=depth
+            )
+            merged, sizes = plan.apply(values)
+            for row in range(2):
+                groups = named_groups(plan, row)
+                found = {frozenset(members) for members in groups.values()}
+                assert found == slow[row] | alone, f"seed {seed}, depth {depth}"
+                names = plan.kept[row].tolist()
+                expected = values[row, plan.kept[row]].clone()
+                for place, name in enumerate(names):
+                    if depth > 0.5 and len(groups[name]) > 1:
+                        expected[place] = torch.tensor(mlerp(values[row].tolist(), groups[name]))
+                assert sizes[row].tolist() == [len(groups[name]) for name in names], f"seed {seed}"
+                torch.testing.assert_close(merged[row], expected, msg=f"seed {seed}")
+                alike = torch.tensor([depth <= 0.5 or len(groups[name]) == 1 for name in names])
+                assert torch.equal(merged[row][alike], expected[alike]), f"seed {seed}"
+
+
+def test_diffrate_prunes_the_last_and_merges_the_next():
+    for seed in SEEDS:
+        keys, attention, n_out = draw(seed)
+        plan = planned("diffrate", keys, n_out, cls_attention=attention)
+        sizes = torch.randint(1, 9, attention.shape).float()
+        merged, new_sizes = plan.apply(keys, sizes)
         for row in range(2):
-            slow = tome_groups(keys[row].tolist(), n_out, class_token=bool(leading))
-            slow = {frozenset(i + leading for i in group) for group in slow}
-            groups = named_groups(plan, row)
-            alone = {frozenset([i]) for i in range(leading)}
-            assert {frozenset(members) for members in groups.values()} == slow | alone
+            groups, pruned = diffrate_groups(keys[row].tolist(), attention[row].tolist(), n_out)
+            assert same(named_groups(plan, row), groups), f"seed {seed}"
+            assert plan.dropped is not None, f"seed {seed}"
+            assert set(plan.dropped[row].nonzero().flatten().tolist()) == pruned, f"seed {seed}"
             for place, name in enumerate(plan.kept[row].tolist()):
-                assert sizes[row, place] == len(groups[name])
-                if depth <= 0.5 or len(groups[name]) == 1:
-                    assert torch.equal(merged[row, place], values[row, name])
-                else:
-                    expected = torch.tensor(mlerp(values[row].tolist(), groups[name])).double()
-                    torch.testing.assert_close(merged[row, place], expected)
+                used = [i for i in groups[name] if i not in pruned]
+                mean = weighted_mean(keys[row].tolist(), sizes[row].tolist(), used)
+                torch.testing.assert_close(
+                    merged[row, place], torch.tensor(mean).double(), msg=f"seed {seed}"
+                )
+                assert new_sizes[row, place] == sum(sizes[row, i] for i in groups[name]), (
+                    f"seed {seed}"
+                )
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_diffrate_prunes_the_last_and_merges_the_next(seed):
-    keys, attention, n_out = draw(seed)
-    plan = planned("diffrate", keys, n_out, cls_attention=attention)
-    sizes = torch.randint(1, 9, attention.shape).float()
-    merged, new_sizes = plan.apply(keys, sizes)
-    for row in range(2):
-        groups, pruned = diffrate_groups(keys[row].tolist(), attention[row].tolist(), n_out)
-        assert same(named_groups(plan, row), groups)
-        assert plan.dropped is not None
-        assert set(plan.dropped[row].nonzero().flatten().tolist()) == pruned
-        for place, name in enumerate(plan.kept[row].tolist()):
-            used = [i for i in groups[name] if i not in pruned]
-            mean = weighted_mean(keys[row].tolist(), sizes[row].tolist(), used)
-            torch.testing.assert_close(merged[row, place], torch.tensor(mean).double())
-            assert new_sizes[row, place] == sum(sizes[row, i] for i in groups[name])
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_visionzip_keeps_dominant_tokens_and_merges_context(seed):
-    keys, attention, n_out = draw(seed)
-    plan = planned("visionzip", keys, max(2, n_out), cls_attention=attention)
-    for row in range(2):
-        slow = visionzip_groups(keys[row].tolist(), attention[row].tolist(), max(2, n_out))
-        assert same(named_groups(plan, row), slow)
-    assert not plan.prune
-    assert plan.dropped is None
+def test_visionzip_keeps_dominant_tokens_and_merges_context():
+    for seed in SEEDS:
+        keys, attention, n_out = draw(seed)
+        plan = planned("visionzip", keys, max(2, n_out), cls_attention=attention)
+        for row in range(2):
+            slow = visionzip_groups(keys[row].tolist(), attention[row].tolist(), max(2, n_out))
+            assert same(named_groups(plan, row), slow), f"seed {seed}"
+        assert not plan.prune, f"seed {seed}"
+        assert plan.dropped is None, f"seed {seed}"
 
 
 def test_visionzip_shares_are_those_of_the_paper():
@@ -122,15 +139,17 @@ def test_visionzip_with_one_token_keeps_the_dominant_one():
     assert sizes.tolist() == [[keys.shape[1]]] * 2
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_divprune_is_greedy_max_min_diversity(seed):
-    keys, _, n_out = draw(seed)
-    plan = planned("divprune", keys, n_out)
-    for row in range(2):
-        chosen = divprune_choice(keys[row].tolist(), n_out)
-        others = [i for i in range(keys.shape[1]) if i not in chosen]
-        assert same(named_groups(plan, row), with_nearest(keys[row].tolist(), chosen, others))
-    assert torch.equal(plan.apply(keys)[0][0], keys[0, plan.kept[0]])
+def test_divprune_is_greedy_max_min_diversity():
+    for seed in SEEDS:
+        keys, _, n_out = draw(seed)
+        plan = planned("divprune", keys, n_out)
+        for row in range(2):
+            chosen = divprune_choice(keys[row].tolist(), n_out)
+            others = [i for i in range(keys.shape[1]) if i not in chosen]
+            assert same(
+                named_groups(plan, row), with_nearest(keys[row].tolist(), chosen, others)
+            ), f"seed {seed}"
+        assert torch.equal(plan.apply(keys)[0][0], keys[0, plan.kept[0]]), f"seed {seed}"
 
 
 def test_divprune_takes_one_of_every_kind_before_a_second():

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pitome_vlm import MergeConfig
+from pitome_vlm.merge.algorithms.pitome import PitomeOptions
 from pitome_vlm.merge.config import CONFIG_NAME, FORMAT_VERSION, PRESETS
 from pitome_vlm.wrapping.wrap import make_config
 
@@ -24,11 +25,11 @@ from pitome_vlm.wrapping.wrap import make_config
         ({"keep": 0.5, "energy": "papr"}, r"energy must be one of paper, elu.*mean 'paper'"),
         ({"keep": 0.5, "stage": "lm"}, "stage must be one of tower, projector, both, got 'lm'"),
         ({"keep": 0.5, "metric": "values"}, "metric must be one of"),
-        ({"keep": 0.5, "split": None}, "split must be one of"),
+        ({"keep": 0.5, "algorithm": "pitome", "split": None}, "split must be one of"),
         ({"keep": 0.5, "margin": 1.5}, r"margin must be in \[-1, 1\], got 1.5"),
         ({"keep": 0.5, "alpha": -1}, r"alpha must be in \[0, inf\], got -1"),
         ({"keep": 0.5, "tower_share": 1}, r"tower_share must be in \(0, 1\), got 1"),
-        ({"keep": 0.5, "early_matching": 2}, "early_matching must be in"),
+        ({"keep": 0.5, "algorithm": "pitome", "early_matching": 2}, "early_matching must be in"),
         ({"keep": 0.5, "seed": -1}, "seed must be at least 0, got -1"),
         ({"keep": 0.5, "projector_steps": 0}, "projector_steps must be at least 1"),
         ({"keep": 0.5, "layers": (-1,)}, "layers must be at least 0, got -1"),
@@ -45,7 +46,7 @@ def test_values_out_of_range(options, message):
     [
         {"keep": "half"},
         {"keep": 0.5, "weighted": 1},
-        {"keep": 0.5, "protect": "yes"},
+        {"keep": 0.5, "algorithm": "pitome", "protect": "yes"},
         {"keep": 0.5, "seed": 1.5},
         {"keep": 0.5, "margin": "0.9"},
         {"keep": 0.5, "algorithm": 7},
@@ -67,7 +68,7 @@ def test_it_is_frozen():
 CONFIGS = st.builds(
     MergeConfig,
     keep=st.floats(0.001, 1),
-    algorithm=st.sampled_from(["pitome", "tome"]),
+    algorithm=st.sampled_from(["pitome", "pitome_plus"]),
     stage=st.sampled_from([None, "tower", "projector", "both"]),
     layers=st.none() | st.lists(st.integers(0, 30), min_size=1).map(tuple),
     energy=st.sampled_from(["paper", "elu", "gaussian"]),
@@ -145,8 +146,10 @@ def test_presets():
     )
     assert MergeConfig.preset("paper", keep=0.5) == paper
     released = MergeConfig.preset("released", ratio=0.9)
-    assert (released.energy, released.metric, released.weighted) == ("elu", "hidden", False)
-    assert MergeConfig.preset("released", keep=0.5, energy="paper").energy == "paper"
+    assert released.own(PitomeOptions) == PitomeOptions(energy="elu", early_matching=0.5)
+    assert (released.metric, released.weighted) == ("hidden", False)
+    paper_energy = MergeConfig.preset("released", keep=0.5, energy="paper")
+    assert paper_energy.own(PitomeOptions) == PitomeOptions(early_matching=0.5)
     with pytest.raises(ValueError, match=r"one of paper, released, got 'relased'.*mean"):
         MergeConfig.preset("relased", keep=0.5)
     assert all(MergeConfig(keep=0.5, **fields) for fields in PRESETS.values())
@@ -158,7 +161,7 @@ def test_changes_to_a_config():
     assert make_config(config, energy="paper") == MergeConfig(keep=0.5)
     assert config.replace(ratio=0.9) == MergeConfig(ratio=0.9, energy="elu")
     for key in ("format_version", "pitome_vlm_version"):
-        with pytest.raises(ValueError, match=f"{key} belongs into a pitome_config.json"):
+        with pytest.raises(ValueError, match=f"{key} is set in pitome_config.json"):
             make_config(None, keep=0.5, **{key: 9})
     with pytest.raises(TypeError, match="config must be a MergeConfig, got dict"):
         make_config({"keep": 0.5})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 from tiny import tiny_model
 
@@ -28,7 +27,7 @@ def cosine(a, b):
 
 
 def slow_groups(keys, n_out, margin):
-    """Energy-weighted matching by plain loops (issue 4): the r best edges of two halves."""
+    """Energy-weighted matching by plain loops: the r best edges of two halves."""
     n = len(keys)
     similar = [[cosine(a, b) for b in keys] for a in keys]
 
@@ -50,20 +49,20 @@ def slow_groups(keys, n_out, margin):
     return {frozenset(group) for group in groups.values()}
 
 
-@pytest.mark.parametrize("seed", range(100))
-def test_it_is_energy_weighted_matching(seed):
-    generator = torch.Generator().manual_seed(seed)
-    n = int(torch.randint(4, 40, (1,), generator=generator))
-    n_out = int(torch.randint((n + 1) // 2, n, (1,), generator=generator))
-    depth = (seed % 7) / 7
-    keys = torch.randn(2, n, 6, generator=generator, dtype=torch.float64)
-    plan = make_plan(PLUS, keys, n_out, ctx=context(depth))
-    for row in range(2):
-        found: dict[int, set[int]] = {}
-        for token, group in enumerate(plan.assign[row].tolist()):
-            found.setdefault(group, set()).add(token)
-        fast = {frozenset(group) for group in found.values()}
-        assert fast == slow_groups(keys[row].tolist(), n_out, margin_at(depth))
+def test_it_is_energy_weighted_matching():
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        n = int(torch.randint(4, 40, (1,), generator=generator))
+        n_out = int(torch.randint((n + 1) // 2, n, (1,), generator=generator))
+        depth = (seed % 7) / 7
+        keys = torch.randn(2, n, 6, generator=generator, dtype=torch.float64)
+        plan = make_plan(PLUS, keys, n_out, ctx=context(depth))
+        for row in range(2):
+            found: dict[int, set[int]] = {}
+            for token, group in enumerate(plan.assign[row].tolist()):
+                found.setdefault(group, set()).add(token)
+            fast = {frozenset(group) for group in found.values()}
+            assert fast == slow_groups(keys[row].tolist(), n_out, margin_at(depth)), f"seed {seed}"
 
 
 def scene(seed):
@@ -77,12 +76,12 @@ def scene(seed):
     return torch.stack(tokens)[order][None], objects
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_twins_on_a_redundant_background_stay_apart(seed):
+def test_twins_on_a_redundant_background_stay_apart():
     """ToMe merges the twins first, they are the most similar pairs; counting then fails."""
-    keys, objects = scene(seed)
-    plan = make_plan(PLUS, keys, 13, ctx=context())
-    assert len({plan.assign[0, token].item() for token in objects}) == 4
+    for seed in range(20):
+        keys, objects = scene(seed)
+        plan = make_plan(PLUS, keys, 13, ctx=context())
+        assert len({plan.assign[0, token].item() for token in objects}) == 4, f"seed {seed}"
 
 
 def test_tome_does_merge_twins():
@@ -94,20 +93,20 @@ def test_tome_does_merge_twins():
     assert lost > 5
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_different_tokens_are_not_merged_while_alike_ones_are_left(seed):
+def test_different_tokens_are_not_merged_while_alike_ones_are_left():
     """PiToMe merges all of its 2k tokens pairwise; here an outlier keeps its place."""
-    generator = torch.Generator().manual_seed(seed)
-    alike = torch.ones(10, 8) + 0.05 * torch.randn(10, 8, generator=generator)
-    different = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0][:4]
-    keys = torch.cat([alike, different])[torch.randperm(14, generator=generator)][None]
-    plan = make_plan(PLUS, keys, 10, ctx=context())
-    sizes = plan.merge_sizes(None)[0]
-    groups = [(plan.assign[0] == group).nonzero().flatten() for group in range(10)]
-    for group in groups:
-        if len(group) > 1:
-            assert keys[0, group].std(0).max() < 0.2
-    assert sizes.sum() == 14
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        alike = torch.ones(10, 8) + 0.05 * torch.randn(10, 8, generator=generator)
+        different = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0][:4]
+        keys = torch.cat([alike, different])[torch.randperm(14, generator=generator)][None]
+        plan = make_plan(PLUS, keys, 10, ctx=context())
+        sizes = plan.merge_sizes(None)[0]
+        groups = [(plan.assign[0] == group).nonzero().flatten() for group in range(10)]
+        for group in groups:
+            if len(group) > 1:
+                assert keys[0, group].std(0).max() < 0.2, f"seed {seed}"
+        assert sizes.sum() == 14, f"seed {seed}"
 
 
 def test_energy_order_is_an_option():
@@ -138,21 +137,21 @@ def slow_coverage(keys, n_out):
     return {frozenset(group) for group in groups.values()}
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_behind_the_tower_it_covers(seed):
-    generator = torch.Generator().manual_seed(seed)
-    n = int(torch.randint(3, 40, (1,), generator=generator))
-    n_out = int(torch.randint(1, n, (1,), generator=generator))
-    keys = torch.randn(2, n, 6, generator=generator, dtype=torch.float64)
-    ctx = MergeContext(config=MergeConfig(keep=0.5), depth=1.0, at_projector=True)
-    plan = make_plan(PLUS, keys, n_out, ctx=ctx)
-    assert plan.n_out == n_out
-    for row in range(2):
-        found: dict[int, set[int]] = {}
-        for token, group in enumerate(plan.assign[row].tolist()):
-            found.setdefault(group, set()).add(token)
-        fast = {frozenset(group) for group in found.values()}
-        assert fast == slow_coverage(keys[row].tolist(), n_out)
+def test_behind_the_tower_it_covers():
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        n = int(torch.randint(3, 40, (1,), generator=generator))
+        n_out = int(torch.randint(1, n, (1,), generator=generator))
+        keys = torch.randn(2, n, 6, generator=generator, dtype=torch.float64)
+        ctx = MergeContext(config=MergeConfig(keep=0.5), depth=1.0, at_projector=True)
+        plan = make_plan(PLUS, keys, n_out, ctx=ctx)
+        assert plan.n_out == n_out, f"seed {seed}"
+        for row in range(2):
+            found: dict[int, set[int]] = {}
+            for token, group in enumerate(plan.assign[row].tolist()):
+                found.setdefault(group, set()).add(token)
+            fast = {frozenset(group) for group in found.values()}
+            assert fast == slow_coverage(keys[row].tolist(), n_out), f"seed {seed}"
 
 
 def test_more_than_half_at_once_is_coverage_too():

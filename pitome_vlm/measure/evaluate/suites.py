@@ -6,7 +6,6 @@ neither torch nor lmms-eval.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,12 @@ from typing import Any
 import yaml
 
 from ...common import suggest
-from ...merge.config import PRESETS, MergeConfig
+from ...merge.config import PRESETS, MergeConfig, option_names
 from ..store import file_name
 
 MODEL_ID = "pitome_llava"
 BASELINE = "none"
 SUITES = Path(__file__).resolve().parent / "suites"
-_MERGE_FIELDS = tuple(field.name for field in dataclasses.fields(MergeConfig))
 _PRESET = "preset"
 _BUDGETS = ("keep", "tokens", "ratio")
 # The keys of an lmms-eval config that a sweep uses; those it replaces are simply not read.
@@ -116,10 +114,11 @@ def method_setting(method: str, tokens: int) -> Setting:
 
     name, *options = method.split(":")
     values: dict[str, Any] = {}
+    fixed = (*_BUDGETS, "algorithm")
     for option in options:
         field, sign, value = option.partition("=")
-        if not sign or field not in _MERGE_FIELDS or field in (*_BUDGETS, "algorithm"):
-            known = [f for f in _MERGE_FIELDS if f not in (*_BUDGETS, "algorithm")]
+        known = [f for f in option_names(_algorithm_of(name)) if f not in fixed]
+        if not sign or field not in known:
             raise ValueError(
                 f"algorithms: {method!r} must be NAME:field=value with a field of "
                 f"{', '.join(known)}, got {option!r}.{suggest(field, known)}"
@@ -138,6 +137,14 @@ def method_setting(method: str, tokens: int) -> Setting:
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"algorithms: {error}") from error
+
+
+def _algorithm_of(method: str) -> str | None:
+    """The algorithm behind a method's name, None where there is none."""
+    from ...merge import algorithms
+
+    name = PRESETS.get(method, {}).get("algorithm", method)
+    return name if name in algorithms.available() else None
 
 
 def grid(methods: Sequence[str], tokens: Sequence[int]) -> tuple[Setting, ...]:
@@ -225,8 +232,9 @@ def check_model_args(given: dict[str, str]) -> None:
         ValueError: a merge option, the checkpoint or the batch size is among them.
     """
     options = {"pretrained": "--model", "batch_size": "--batch-size"}
+    merging = option_names()
     for key in given:
-        if key in _MERGE_FIELDS:
+        if key in merging:
             raise ValueError(
                 f"model_args: {key} is set by the sweep; use --tokens and --algorithms "
                 f"(for instance pitome:{key}=...)"
@@ -246,7 +254,7 @@ def _suite(name: str, runs: list[dict[str, Any]]) -> Suite:
     if not all(tasks):
         raise ValueError("tasks must be names separated by commas")
     arguments = [parse_model_args(str(run.get("model_args") or "")) for run in runs]
-    merging = {*_MERGE_FIELDS, _PRESET}
+    merging = {*option_names(), _PRESET}
     plain = [{k: v for k, v in a.items() if k not in merging} for a in arguments]
     if any(other != plain[0] for other in plain):
         raise ValueError("the model_args of a suite's runs may differ in merge options only")
@@ -276,7 +284,7 @@ def check_batch_size(value: Any) -> int:
 
 
 def _run_setting(arguments: dict[str, str]) -> Setting:
-    values = {key: _scalar(arguments[key]) for key in _MERGE_FIELDS if key in arguments}
+    values = {key: _scalar(arguments[key]) for key in option_names() if key in arguments}
     preset = arguments.get(_PRESET)
     if preset is not None:
         return Setting(preset, MergeConfig.preset(preset, **values))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...merge import algorithms
 from ...merge.algorithm import MergeContext, cosine_similarity, make_plan
-from ...merge.algorithms.pitome import margin_at
+from ...merge.algorithms.pitome import EnergyOptions
 from ...merge.config import MergeConfig
 from ...merge.plan import MergePlan
 from ...merge.schedule import Budget, plan_counts
@@ -224,7 +224,7 @@ def _merge(
     plans: list[MergePlan] = []
     margins, step_sizes = [], []
     for step, n_out in enumerate(counts):
-        margins.append(margin_at(step / steps) if config.margin is None else config.margin)
+        margins.append(config.own(EnergyOptions).margin_at(step / steps))
         before = plans or [MergePlan.identity(values)]
         assign = composed_groups(before)[0]
         step_sizes.append(_cluster_sizes(assign, labels))

@@ -1,38 +1,26 @@
-"""The registry of merge algorithms.
+"""The merge algorithms, by name.
 
-Knows: names. Each algorithm is one file that only decides and one line here. Does not know:
-models, or how a plan is applied (`algorithm.py`).
+Every module in this folder is an algorithm: it is named like it and holds it as `ALGORITHM`.
+Algorithms of other packages are found by their entry point in the group `pitome_vlm.algorithms`.
 """
 
 from __future__ import annotations
 
-from ...common import suggest
-from ..algorithm import Algorithm
-from . import (
-    diffrate,
-    divprune,
-    none,
-    pitome,
-    pitome_plus,
-    pool,
-    random_drop,
-    tofu,
-    tome,
-    visionzip,
-)
+from typing import cast
 
-_REGISTRY: dict[str, Algorithm] = {}
+from .. import registry
+from ..algorithm import Algorithm
+
+__all__ = ["available", "get", "register"]
 
 
 def register(algorithm: Algorithm) -> Algorithm:
-    """Make an algorithm available by name.
+    """Make an algorithm available by name, in this process.
 
     Raises:
         ValueError: the name is taken by another algorithm.
     """
-    if _REGISTRY.get(algorithm.name, algorithm) is not algorithm:
-        raise ValueError(f"algorithm {algorithm.name!r} is already registered")
-    _REGISTRY[algorithm.name] = algorithm
+    registry.register(algorithm)
     return algorithm
 
 
@@ -40,31 +28,15 @@ def get(name: str) -> Algorithm:
     """The algorithm of that name.
 
     Raises:
-        ValueError: there is none; the message suggests the closest name and lists all.
+        ValueError: there is none (the message suggests the closest name, lists all and says how
+            to add one), or the package that provides it cannot be imported.
     """
-    if name not in _REGISTRY:
-        raise ValueError(
-            f"unknown algorithm {name!r}.{suggest(name, available())} "
-            f"Available: {', '.join(available())}"
-        )
-    return _REGISTRY[name]
+    return cast(Algorithm, registry.find(name))
 
 
 def available() -> list[str]:
-    """Registered names, sorted."""
-    return sorted(_REGISTRY)
+    """Names of the algorithms that can be used, sorted.
 
-
-for _module in (
-    pitome,
-    pitome_plus,
-    tome,
-    tofu,
-    diffrate,
-    visionzip,
-    divprune,
-    random_drop,
-    pool,
-    none,
-):
-    register(_module.ALGORITHM)
+    One of another package that cannot be imported is left out with a warning.
+    """
+    return registry.available()

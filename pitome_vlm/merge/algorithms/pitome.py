@@ -1,21 +1,73 @@
 """PiToMe (NeurIPS 2024, arXiv 2405.16148): protect informative tokens, merge the redundant.
 
-Written from the paper's formulas (eq. 3-4, Algorithm 1). Knows: keys and options. Does not know:
-what the keys were computed from, nor how the plan is applied. The variants of the authors'
-released code are options of this one algorithm, not copies.
+Written from the paper's formulas (eq. 3-4, Algorithm 1). The variants of the authors' released code
+are options of this one algorithm, not copies.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ...common import check_choice, check_flag, check_range
 from ..algorithm import Algorithm, MergeContext, every_pair
 from ..matching import alternating_pairs, match_alternating, match_most_similar
 from ..plan import MergePlan
 from ..similarity import Similarity
+
+Energy = Literal["paper", "elu", "gaussian"]
+Split = Literal["ordered", "random", "high_low"]
+
+
+@dataclass(frozen=True)
+class EnergyOptions:
+    """How redundant a token is, as a number.
+
+    Attributes:
+        energy: form of f_m: paper eq. 4, the released code's ELU, or the Gaussian kernel.
+        alpha: alpha of eq. 4, >= 0.
+        margin: fixed margin m in [-1, 1]; None is the paper's 0.9 - 0.9 l / L.
+    """
+
+    energy: Energy = "paper"
+    alpha: float = 1.0
+    margin: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("energy", self.energy, get_args(Energy))
+        check_range("alpha", self.alpha, 0, math.inf)
+        if self.margin is not None:
+            check_range("margin", self.margin, -1, 1)
+
+    def margin_at(self, depth: float) -> float:
+        """The margin at a relative depth l / L in [0, 1]."""
+        return margin_at(depth) if self.margin is None else self.margin
+
+
+@dataclass(frozen=True)
+class PitomeOptions(EnergyOptions):
+    """The variants of PiToMe.
+
+    Attributes:
+        split: how the 2k mergeable tokens become sources and destinations.
+        protect: keep the N - 2k tokens of lowest energy out of the matching.
+        early_matching: up to this relative depth in [0, 1] plain bipartite matching is used
+            instead of energy (the released recipe has 0.5); 0 is never.
+    """
+
+    split: Split = "ordered"
+    protect: bool = True
+    early_matching: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("split", self.split, get_args(Split))
+        check_flag("protect", self.protect)
+        check_range("early_matching", self.early_matching, 0, 1)
 
 
 def margin_at(depth: float) -> float:
@@ -68,26 +120,28 @@ def energy_score(
     return score.sum(-1).sub_(own).div_(similarity.shape[-1])
 
 
-def energies(similarity: Similarity, ctx: MergeContext, *, last: bool = False) -> Tensor:
-    """`energy_score` of all tokens [B, N], with the options of a context.
+def energies(
+    similarity: Similarity, options: EnergyOptions, depth: float, *, last: bool = False
+) -> Tensor:
+    """`energy_score` of all tokens [B, N].
 
     Args:
         similarity: of N tokens.
-        ctx: options and relative depth.
+        options: form, alpha and margin.
+        depth: relative depth l / L in [0, 1].
         last: see `Similarity.by_row`.
     """
-    config = ctx.config
-    margin = margin_at(ctx.depth) if config.margin is None else config.margin
+    margin, form, alpha = options.margin_at(depth), options.energy, options.alpha
     return similarity.by_row(
         lambda rows, first: energy_score(
-            rows, margin, form=config.energy, alpha=config.alpha, first=first, overwrite=last
+            rows, margin, form=form, alpha=alpha, first=first, overwrite=last
         ),
         last=last,
     )
 
 
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
-    """Paper Algorithm 1, lines 2-10; see `MergeConfig` for the variants.
+    """Paper Algorithm 1, lines 2-10; see `PitomeOptions` for the variants.
 
     Args:
         keys: [B, N, D].
@@ -97,7 +151,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     Raises:
         ValueError: more than half of the tokens would have to go in one step.
     """
-    config, n_tokens = ctx.config, keys.shape[1]
+    options, n_tokens = ctx.own(PitomeOptions), keys.shape[1]
     n_merge = n_tokens - n_out
     if 2 * n_merge > n_tokens:
         raise ValueError(
@@ -105,45 +159,47 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
             f"{(n_tokens + 1) // 2}..{n_tokens}, got {n_out}"
         )
     similarity = Similarity(keys, ctx.pairs)
-    if _matches_early(ctx):
+    if _matches_early(options, ctx.depth):
         return match_alternating(similarity, n_merge, offset=ctx.n_leading)
-    energy = energies(similarity, ctx, last=_computes_edges_again(n_tokens, n_out, ctx))
+    last = _computes_edges_again(n_tokens, n_out, options)
+    energy = energies(similarity, options, ctx.depth, last=last)
     by_energy = energy.argsort(dim=-1, descending=True, stable=True)
-    if not config.protect:
+    if not options.protect:
         halves = by_energy[:, ::2], by_energy[:, 1::2]
         sources, destinations = match_most_similar(similarity, *halves, n_merge)
         return MergePlan.from_pairs(n_tokens, sources, destinations)
-    side_a, side_b = _split(by_energy[:, : 2 * n_merge], ctx)
+    side_a, side_b = _split(by_energy[:, : 2 * n_merge], options.split, ctx)
     _, partner = similarity.best(side_a, side_b)
     order = None
-    if not config.restore_order:
+    if not ctx.config.restore_order:
         order = torch.cat([by_energy[:, 2 * n_merge :], side_b], 1)
     return MergePlan.from_pairs(n_tokens, side_a, side_b.gather(1, partner), order=order)
 
 
-def _matches_early(ctx: MergeContext) -> bool:
-    return ctx.config.early_matching > 0 and ctx.depth <= ctx.config.early_matching
+def _matches_early(options: PitomeOptions, depth: float) -> bool:
+    return options.early_matching > 0 and depth <= options.early_matching
 
 
-def _computes_edges_again(n_in: int, n_out: int, ctx: MergeContext) -> bool:
+def _computes_edges_again(n_in: int, n_out: int, options: PitomeOptions) -> bool:
     """Where few tokens go, their k x k products are cheaper than the memory to keep all N x N."""
-    return ctx.config.protect and 8 * (n_in - n_out) <= n_in
+    return options.protect and 8 * (n_in - n_out) <= n_in
 
 
 def pairs_compared(n_in: int, n_out: int, ctx: MergeContext) -> int:
     """All pairs and those matched; in the early layers of the released code those of ToMe."""
-    if _matches_early(ctx):
+    options = ctx.own(PitomeOptions)
+    if _matches_early(options, ctx.depth):
         return alternating_pairs(n_in, n_out, ctx)
-    again = (n_in - n_out) ** 2 if _computes_edges_again(n_in, n_out, ctx) else 0
+    again = (n_in - n_out) ** 2 if _computes_edges_again(n_in, n_out, options) else 0
     return every_pair(n_in, n_out, ctx) + again
 
 
-def _split(mergeable: Tensor, ctx: MergeContext) -> tuple[Tensor, Tensor]:
+def _split(mergeable: Tensor, how: Split, ctx: MergeContext) -> tuple[Tensor, Tensor]:
     """The 2k mergeable tokens [B, 2k], in energy order, into sources and destinations [B, k]."""
     half = mergeable.shape[1] // 2
-    if ctx.config.split == "ordered":
+    if how == "ordered":
         return mergeable[:, ::2], mergeable[:, 1::2]
-    if ctx.config.split == "high_low":
+    if how == "high_low":
         return mergeable[:, :half], mergeable[:, half:]
     shuffled = mergeable[:, ctx.random_order(2 * half, mergeable.device)]
     return shuffled[:, :half], shuffled[:, half:]
@@ -154,4 +210,5 @@ ALGORITHM = Algorithm(
     plan=plan,
     source="PiToMe, arXiv 2405.16148, eq. 3-4 and Algorithm 1",
     pairs_compared=pairs_compared,
+    options=PitomeOptions,
 )

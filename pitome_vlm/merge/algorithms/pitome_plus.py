@@ -1,7 +1,4 @@
-"""pitome_plus: energy-weighted matching in the tower, coverage behind it (ours, issue 4).
-
-Knows: keys and options. Does not know: what the keys were computed from, nor how the plan is
-applied.
+"""pitome_plus: energy-weighted matching in the tower, then coverage at the projector (ours).
 
 PiToMe merges all of its 2k redundant tokens pairwise, however different the partners are, because
 it has no floor on similarity; ToMe takes the most similar pairs, wherever they are, and so merges
@@ -30,7 +27,7 @@ from ..algorithm import Algorithm, MergeContext
 from ..matching import complement, match_most_similar
 from ..plan import MergePlan
 from ..similarity import Similarity
-from .pitome import energies
+from .pitome import EnergyOptions, energies
 
 
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
@@ -39,7 +36,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     Args:
         keys: [B, N, D].
         n_out: 1..N.
-        ctx: relative depth, and of the options `energy`, `alpha`, `margin`, `restore_order`.
+        ctx: relative depth, `EnergyOptions` and `restore_order`.
     """
     similarity = Similarity(keys, ctx.pairs)
     if ctx.at_projector or 2 * n_out < keys.shape[1]:
@@ -55,15 +52,15 @@ def _matching(similarity: Similarity, n_out: int, ctx: MergeContext) -> MergePla
         n_out: N - r with 2 r <= N.
         ctx: see `plan`.
     """
-    config, n_tokens = ctx.config, similarity.n_tokens
-    energy = energies(similarity, ctx)
+    n_tokens = similarity.n_tokens
+    energy = energies(similarity, ctx.own(EnergyOptions), ctx.depth)
     by_energy = energy.argsort(dim=-1, descending=True, stable=True)
     # Alternating, so that both ends of a good edge are rarely on one side.
     sources, destinations = match_most_similar(
         similarity, by_energy[:, ::2], by_energy[:, 1::2], n_tokens - n_out, energy
     )
     order = None
-    if not config.restore_order:
+    if not ctx.config.restore_order:
         gone = torch.zeros_like(by_energy, dtype=torch.bool).scatter(1, sources, True)
         stays = ~gone.gather(1, by_energy)
         last = stays.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
@@ -87,10 +84,11 @@ def _coverage(similarity: Similarity, n_out: int) -> MergePlan:
 ALGORITHM = Algorithm(
     name="pitome_plus",
     plan=plan,
-    source="pitome_vlm issue 4: energy-weighted matching of PiToMe (arXiv 2405.16148) and ToMe, "
-    "then k-center coverage",
+    source="ours: energy-weighted matching of PiToMe (arXiv 2405.16148) and ToMe, then k-center "
+    "coverage",
     pairwise=False,
     default_stage="both",
     tower_share=2 / 3,
     metric="hidden",
+    options=EnergyOptions,
 )

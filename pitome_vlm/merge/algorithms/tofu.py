@@ -14,15 +14,29 @@ norm is divided out, which the released comparison leaves out.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from ...common import check_range
 from ..algorithm import Algorithm, MergeContext
 from ..matching import alternating_pairs
 from ..plan import MergePlan
 from . import tome
 
-PRUNING_DEPTH = 0.5
+
+@dataclass(frozen=True)
+class TofuOptions:
+    """Where ToFu changes over from pruning to merging.
+
+    Attributes:
+        pruning_depth: relative depth in [0, 1] up to which tokens are pruned.
+    """
+
+    pruning_depth: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_range("pruning_depth", self.pruning_depth, 0, 1)
 
 
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
@@ -37,7 +51,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
         ValueError: more than half of the tokens would have to go in one step.
     """
     pairs = tome.plan(keys, n_out, ctx=ctx)
-    early = ctx.depth <= PRUNING_DEPTH
+    early = ctx.depth <= ctx.own(TofuOptions).pruning_depth
     return dataclasses.replace(pairs, prune=early, keep_norm=not early)
 
 
@@ -48,4 +62,5 @@ ALGORITHM = Algorithm(
     plan=plan,
     source="ToFu, arXiv 2312.01026, section 3",
     pairs_compared=alternating_pairs,
+    options=TofuOptions,
 )
