@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from ..common import suggest
-from ..merge.config import PRESETS, MergeConfig
+from ..merge.config import PRESETS, SHARED, MergeConfig, option_names
 
 Number = TypeVar("Number", int, float)
 
@@ -235,7 +235,12 @@ def merge_options(
         MergeConfig.preset(preset)
     # The budget may come from the checkpoint; any will do to check the rest.
     budget: dict[str, Any] = {} if given.keys() & set(BUDGET_WORDS) else {"keep": 1.0}
-    MergeConfig.from_dict({**PRESETS.get(preset or "", {}), **budget, **given})
+    checked = {**PRESETS.get(preset or "", {}), **budget, **given}
+    if "algorithm" not in checked and not given.keys() <= set(SHARED):
+        # So may the algorithm, with options that the default one does not have.
+        others = set(option_names()) - set(option_names(MergeConfig(keep=1.0).algorithm))
+        checked = {name: value for name, value in checked.items() if name not in others}
+    MergeConfig.from_dict(checked)
     return given if preset is None else {"preset": preset, **given}
 
 

@@ -179,7 +179,7 @@ class Algorithm:
     options: type[Any] = NoOptions
 
     def __post_init__(self) -> None:
-        if not dataclasses.is_dataclass(self.options):
+        if not getattr(getattr(self.options, "__dataclass_params__", None), "frozen", False):
             raise TypeError(
                 f"options of algorithm {self.name!r} must be a frozen dataclass, got "
                 f"{self.options!r}"

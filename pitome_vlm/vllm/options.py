@@ -8,7 +8,6 @@ merge them read the same options.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping

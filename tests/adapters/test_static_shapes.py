@@ -34,9 +34,8 @@ LIMITS = {"whole": PairLimits(), "pieces": PairLimits(whole_up_to=10, piece_byte
 N = 48
 
 
-def merge(keys, attention, sizes, n_out, options, limits, at_projector):
+def merge(keys, attention, sizes, config, algorithm, limits, at_projector):
     """One plan after one leading token, applied."""
-    config = MergeConfig(tokens=n_out, **options)
     ctx = MergeContext(
         config,
         layer=2,
@@ -47,9 +46,15 @@ def merge(keys, attention, sizes, n_out, options, limits, at_projector):
         pairs=limits,
         at_projector=at_projector,
     )
-    plan = make_plan(algorithms.get(config.algorithm), keys, n_out, ctx=ctx, sizes=sizes)
+    plan = make_plan(algorithm, keys, config.tokens, ctx=ctx, sizes=sizes)
     merged, grown = plan.apply(keys, sizes)
     return merged, grown, plan.assign, plan.kept
+
+
+def chosen(n_out, options):
+    """Config and algorithm; a compiled model has found both before."""
+    config = MergeConfig(tokens=n_out, **options)
+    return config, algorithms.get(config.algorithm)
 
 
 def tensors(seed=0):
@@ -82,7 +87,9 @@ def test_a_plan_needs_no_values_for_its_shapes(options, limits):
     for n_out, at_projector in ((30, False), (12, False), (12, True)):
         with FakeTensorMode() as mode:
             fakes = [mode.from_tensor(one) for one in tensors()]
-            merged, sizes, assign, kept = merge(*fakes, n_out, options, limits, at_projector)
+            merged, sizes, assign, kept = merge(
+                *fakes, *chosen(n_out, options), limits, at_projector
+            )
         assert merged.shape == (2, n_out + 1, 8)
         assert sizes.shape == kept.shape == (2, n_out + 1)
         assert assign.shape == (2, N + 1)
@@ -113,7 +120,7 @@ def test_a_merge_is_one_graph_per_budget(name, limits):
     compiled = torch.compile(merge, backend=graphs, fullgraph=True, dynamic=False)
     for n_out, at_projector, expected in ((12, False, 1), (6, True, 2)):
         for seed in (1, 2):
-            arguments = (*tensors(seed), n_out, options, limits, at_projector)
+            arguments = (*tensors(seed), *chosen(n_out, options), limits, at_projector)
             for found, exact in zip(compiled(*arguments), merge(*arguments), strict=True):
                 torch.testing.assert_close(found, exact)
         assert graphs.count == expected

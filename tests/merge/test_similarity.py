@@ -220,6 +220,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("name", "width"), [("pitome", 64), ("tome", 64)])
 def test_a_plan_of_16384_tokens_takes_less_than_256_mb(name, width):
