@@ -1,7 +1,6 @@
 """The bundled demo: a tiny trained LLaVA, the scenes it sees and the questions it answers.
 
-Knows where the checkpoint lies and hands out the held-out questions and their pictures. Does
-not know how to load or run a model: that is ordinary transformers code, for example
+Loading and running the model is ordinary transformers code, for example
 `LlavaForConditionalGeneration.from_pretrained(checkpoint_path())`. Importing this module does
 not import torch.
 """

@@ -1,8 +1,6 @@
 """The demo's train, validation and test questions, regenerated from seeds.
 
-Knows the splits, how scenes are assigned to them and how questions are spread over types and
-answers. Does not know models or tokenizers. Nothing is stored: a scene is a function of its
-split and number.
+Nothing is stored: a scene is a function of its split and number.
 
 Splits cannot share a layout: each layout hash belongs to exactly one split (six in eight to
 train, one to val, one to test), and a sampled scene whose hash belongs elsewhere is redrawn.
@@ -77,7 +75,13 @@ def scene(scene_id: int, split: str) -> Scene:
 
 
 def scene_image(scene_id: int, split: str, size: int = CANONICAL_SIZE) -> Image.Image:
-    """The picture of one scene; `size` above the canonical 192 is for display only."""
+    """The image of one scene, RGB, `size` pixels square.
+
+    Sizes above the canonical 192 are for display only: the model was trained on 192.
+
+    Raises:
+        ValueError: no such split or scene, or a size out of range.
+    """
     return draw_scene(scene(scene_id, split), size)
 
 

@@ -1,8 +1,7 @@
 """From a scene description to pixels.
 
-Knows how backgrounds and objects are drawn with Pillow and numpy, at the canonical size or
-larger for display, and which object covers which pixel. Does not know how scenes are sampled,
-what is asked about them or how a model preprocesses pictures.
+Backgrounds and objects are drawn with Pillow and numpy, at the canonical size or larger for
+display.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ FloatArray = npt.NDArray[np.float32]
 
 
 def draw_scene(scene: Scene, size: int = CANONICAL_SIZE) -> Image.Image:
-    """Render a scene as a square RGB picture; the same scene gives the same pixels."""
+    """Render a scene as a square RGB image; the same scene gives the same pixels."""
     if not CANONICAL_SIZE // 4 <= size <= MAX_SIZE:
         raise ValueError(f"size must be in {CANONICAL_SIZE // 4}..{MAX_SIZE}, got {size}")
-    picture = _draw_background(scene.background)
+    image = _draw_background(scene.background)
     if size != CANONICAL_SIZE:
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(picture)
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
     for thing in scene.objects:
         fill = _RGB[thing.colour]
         shaded = (int(fill[0] * _OUTLINE_SHADE), int(fill[1] * _OUTLINE_SHADE))
@@ -50,7 +49,7 @@ def draw_scene(scene: Scene, size: int = CANONICAL_SIZE) -> Image.Image:
         if thing.colour == "black":
             outline = (70, 70, 70)
         _draw_object(draw, thing, size / CANONICAL_SIZE, fill, outline)
-    return picture
+    return image
 
 
 def object_map(scene: Scene) -> npt.NDArray[np.uint8]:

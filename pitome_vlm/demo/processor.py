@@ -1,8 +1,7 @@
 """The demo model's words and its Hugging Face processor.
 
-Knows the vocabulary, the prompt format and the picture size that the model was trained with.
-Does not know scenes' pixels or any weights. transformers and tokenizers are imported only when
-a processor is built.
+Holds the vocabulary, the prompt format and the image size that the model was trained with.
+transformers and tokenizers are imported only when a processor is built.
 
 Prompt format: `<s> [system words] user: <image> question ? assistant: answer </s> user: ...`.
 Text is lower-cased, "?" is a word of its own, and "color" is read as "colour".
@@ -31,7 +30,7 @@ _QUESTION_WORDS = (
     "what colour which is the of shape object how many are there can you see count a in picture "
     "where corner left or right above below size big number does say more than fewer yes no"
 )
-# Harmless words for text around the picture; training mixes them so that positions vary.
+# Harmless words for text around the image; training mixes them so that positions vary.
 _FILLER_TEXT = (
     "please look at this image carefully and answer with one word . , ! : this it here an on "
     "question short be helpful assistant about shown following only then i will ask some "

@@ -1,9 +1,7 @@
 """Template questions about a scene, with exact one-word answers.
 
-Knows which questions a scene supports, the phrases that name its objects and which objects a
-phrase means. Does not know pixels, splits or how a tokenizer cuts the text. A question keeps
-its mentions (where each object phrase ends and what it means), so that training can ground the
-phrase; nobody else needs them.
+A question keeps its mentions (where each object phrase ends and which objects it means), so that
+training can ground the phrase; nothing else uses them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Scene descriptions of the demo: what may be in a picture, and where.
+"""Scene descriptions of the demo: what may be in an image, and where.
 
-Knows the object vocabulary, how each kind of scene is sampled from a seeded generator and how
-a layout is hashed. Does not know how scenes become pixels (`drawing`), what is asked about
-them (`questions`) or which scene belongs to which split (`dataset`). Standard library only.
+Every kind of scene is sampled from a seeded generator. `drawing` makes the pixels, `questions` the
+questions, and `dataset` assigns scenes to splits by the hash of their layout. Standard library
+only.
 
-Coordinates are pixels of the canonical 192 x 192 picture, origin top left.
+Coordinates are pixels of the canonical 192 x 192 image, origin top left.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Background:
-    """What lies behind the objects: a grey-ish base colour and a low-contrast texture."""
+    """The background: a grey-ish base colour and a low-contrast texture."""
 
     kind: str
     base: tuple[int, int, int]
@@ -59,7 +59,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """A whole picture as a description; `kind` is one of `KINDS`."""
+    """A whole image as a description; `kind` is one of `KINDS`."""
 
     kind: str
     background: Background

@@ -1,8 +1,7 @@
 """The lmms-eval plugin: `lmms-eval --model pitome_llava`, and the task of the bundled model.
 
-Knows: the names under which lmms-eval finds the model class, and where the tasks lie. Does not
-know: the model class itself. lmms-eval imports this module at every start, whatever it is going
-to evaluate, so nothing heavy is imported here.
+lmms-eval imports this module at every start, whatever it is going to evaluate, so nothing heavy is
+imported here.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ MODEL_NAME = "pitome_llava"
 
 
 def manifests() -> list[Any]:
-    """What the entry point in the group `lmms_eval.models` hands over.
+    """The models of the entry point in the group `lmms_eval.models`.
 
     The chat class is the ordinary one. lmms-eval asks multiple-choice tasks of simple classes
     only, which `--force_simple` selects.

@@ -1,7 +1,6 @@
 """`--model_args`: every name that is understood, checked before a checkpoint is read.
 
-Knows: the names, and how lmms-eval turns `name=value` text into Python values. Does not know:
-lmms-eval's classes, or how a model is loaded.
+lmms-eval turns `name=value` text into Python values; `loader.py` loads what they describe.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ BUDGET = ("keep", "tokens", "ratio")
 
 @dataclass(frozen=True)
 class ModelArguments:
-    """What `--model_args` (and the command line beside it) may say.
+    """What `--model_args` and the command line may say.
 
     Attributes:
         pretrained: folder or hub name of a LLaVA, or `demo` for the bundled one.
         merging: what `pitome_vlm.load` is told about merging: a `config`, or fields of
-            `MergeConfig`. Empty leaves it to a `pitome_config.json` beside the checkpoint.
+            `MergeConfig`. Empty leaves it to a `pitome_config.json` in the checkpoint's folder.
         dtype: `auto` for the checkpoint's; None for float32 on a CPU and the checkpoint's
             elsewhere.
         device: where to run, in a single process.
@@ -38,9 +37,9 @@ class ModelArguments:
         load_in_8bit: quantise the language model to 8 bits.
         peft: folder or hub name of a PEFT adapter to put on the model.
         revision: branch, tag or commit on the hub.
-        max_pixels: scale larger pictures down to this many pixels before the processor sees
+        max_pixels: scale larger images down to this many pixels before the processor sees
             them; None leaves them alone.
-        system_prompt: text of a system turn in front of every prompt, or a file that holds it.
+        system_prompt: text of a system turn at the start of every prompt, or a file that holds it.
         batch_size: requests at a time.
     """
 
@@ -124,7 +123,7 @@ def _merging(values: dict[str, Any]) -> dict[str, Any]:
         if preset not in PRESETS:
             MergeConfig.preset(preset)
         if not budget:
-            raise ValueError(f"preset={preset} needs one of keep, tokens, ratio beside it")
+            raise ValueError(f"preset={preset} needs one of keep, tokens, ratio as well")
         return {"config": MergeConfig.preset(preset, **values)}
     if budget:
         MergeConfig.from_dict(values)
@@ -153,10 +152,10 @@ def _cleaned(name: str, value: Any) -> Any:
 
 
 def combined(model_args: Mapping[str, Any], command_line: Mapping[str, Any]) -> dict[str, Any]:
-    """`--model_args` together with `--batch_size` and `--device`, which lmms-eval passes beside.
+    """`--model_args` with `--batch_size` and `--device`, which lmms-eval passes separately.
 
     Args:
-        model_args: what the text after `--model_args` says; it wins over a default beside it.
+        model_args: what the text after `--model_args` says; it wins over a default.
         command_line: lmms-eval's own options; `batch_size` is always there, 1 by default.
 
     Raises:

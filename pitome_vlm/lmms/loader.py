@@ -1,8 +1,4 @@
-"""The model behind `--model_args`: loaded once, on the right device, with its adapter.
-
-Knows: which process runs where, and the order of checkpoint, merging and PEFT adapter. Does not
-know: lmms-eval.
-"""
+"""Loads the model that `--model_args` describes, on this process's device, with its adapter."""
 
 from __future__ import annotations
 

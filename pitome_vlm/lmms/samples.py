@@ -1,6 +1,6 @@
-"""What lmms-eval's logged samples hold: questions, pictures, scores, token counts.
+"""Reads lmms-eval's logged samples: questions, images, scores and token counts.
 
-Knows: how tasks name things and in which forms they hand over scores. Does not know: models, or
+Tasks differ in what they call things and in the form of their scores. Needs neither models nor
 lmms-eval's code.
 """
 
@@ -11,9 +11,9 @@ from typing import Any
 
 from ..measure.evaluate.records import Question
 
-# What a task's documents call the picture and the type of a question. A question number counts
-# as a picture: MME asks twice under the same one.
-_PICTURE = ("scene_id", "image_id", "imageId", "image_source", "data_id", "question_id")
+# What a task's documents call the image and the type of a question. A question number counts as
+# an image: MME asks twice under the same one.
+_IMAGE = ("scene_id", "image_id", "imageId", "image_source", "data_id", "question_id")
 _GROUP = ("question_type", "category", "kind")
 
 
@@ -30,14 +30,14 @@ def task_metrics(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def questions(samples: Sequence[Mapping[str, Any]]) -> list[Question]:
-    """What was asked, with the picture and the type of every question where they are known."""
+    """What was asked, with the image and the type of every question where they are known."""
     docs = [sample.get("doc") or {} for sample in samples]
-    picture = next((f for f in _PICTURE if all(f in doc for doc in docs)), None)
+    image = next((f for f in _IMAGE if all(f in doc for doc in docs)), None)
     group = next((f for f in _GROUP if all(f in doc for doc in docs)), None)
     return [
         Question(
             doc_id=int(sample["doc_id"]),
-            cluster=str(doc[picture] if picture else sample["doc_id"]),
+            cluster=str(doc[image] if image else sample["doc_id"]),
             group=str(doc[group]) if group else "",
             target=answer_text(sample["target"]),
             doc_hash=str(sample["doc_hash"])[:16],

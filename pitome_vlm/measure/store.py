@@ -85,7 +85,7 @@ class Store:
             path.unlink()
 
     def path(self, key: str) -> Path:
-        """Where a cell lies.
+        """The file of a cell.
 
         Raises:
             ValueError: the key is no file name, or the store has no folder.

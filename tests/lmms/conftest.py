@@ -34,9 +34,23 @@ def shared(build):
     return build()
 
 
+@pytest.fixture(scope="module")
+def shared_simple(build):
+    return build(simple=True)
+
+
 @pytest.fixture
 def lm(shared):
-    shared.reconfigure(QUARTER)
-    shared.arguments = ModelArguments.parse({"pretrained": "demo", "batch_size": 4})
-    shared.system_prompt = None
-    return shared
+    return as_built(shared)
+
+
+@pytest.fixture
+def simple_lm(shared_simple):
+    return as_built(shared_simple)
+
+
+def as_built(lm):
+    lm.reconfigure(QUARTER)
+    lm.arguments = ModelArguments.parse({"pretrained": "demo", "batch_size": 4})
+    lm.system_prompt = None
+    return lm

@@ -120,14 +120,14 @@ def test_task_functions(docs):
 
 
 def test_batches_answer_like_single_requests(lm, docs):
-    requests = [question(number) for number in range(24)]
+    requests = [question(number) for number in range(12)]
     found = {}
-    for size in (1, 4, 16):
+    for size in (1, 4, 12):
         lm.arguments = ModelArguments.parse({"pretrained": "demo", "batch_size": size})
         found[size] = lm.generate_until(requests)
-    assert found[1] == found[4] == found[16]
+    assert found[1] == found[4] == found[12]
     assert lm.model.dtype == torch.float32
-    assert sum(a == d["answer"] for a, d in zip(texts(found[1]), docs, strict=False)) > 12
+    assert sum(a == d["answer"] for a, d in zip(texts(found[1]), docs, strict=False)) > 6
 
 
 def test_different_generation_options_are_not_mixed(lm):
@@ -151,8 +151,8 @@ def test_evaluations_in_a_row_share_the_model(lm):
     for config in (QUARTER, MergeConfig(tokens=20, algorithm="tome"), None):
         lm.reconfigure(config)
         assert is_wrapped(lm.model) == (config is not None)
-        given = texts(lm.generate_until([question(number) for number in range(8)]))
-        expected[config] = library(config or PLAIN, 8).answers
+        given = texts(lm.generate_until([question(number) for number in range(4)]))
+        expected[config] = library(config or PLAIN, 4).answers
         lm.clean()
         assert given == expected[config]
     before = lm.model
@@ -161,6 +161,23 @@ def test_evaluations_in_a_row_share_the_model(lm):
     with pytest.raises(ValueError, match="tokens"):
         lm.reconfigure(MergeConfig(tokens=999))
     assert merge_config(lm.model) == QUARTER
+
+
+def test_first_inputs_and_seconds_are_those_of_an_evaluation(lm, monkeypatch):
+    requests, given = [question(number) for number in range(3)], []
+    generate = lm.model.generate
+    monkeypatch.setattr(
+        lm.model, "generate", lambda **inputs: given.append(inputs) or generate(**inputs)
+    )
+    assert lm.answering_seconds == 0
+    lm.generate_until(requests)
+    assert 0 < lm.engine.work.seconds < lm.answering_seconds
+    inputs = lm.first_inputs(requests)
+    assert {"input_ids", "attention_mask", "pixel_values"} <= set(inputs)
+    for name, value in inputs.items():
+        assert torch.equal(value, given[0][name]), name
+    lm.reconfigure(None)
+    assert lm.answering_seconds == 0
 
 
 def test_throughput_is_reported_once_per_evaluation(lm):
@@ -180,8 +197,8 @@ def test_throughput_is_reported_once_per_evaluation(lm):
 
 
 @pytest.mark.parametrize("config", [QUARTER, None])
-def test_likelihoods_equal_those_from_logits(build, docs, config):
-    lm = build(simple=True)
+def test_likelihoods_equal_those_from_logits(simple_lm, docs, config):
+    lm = simple_lm
     lm.reconfigure(config)
     said = [(n, word) for n in range(4) for word in ("red", "one", "top-left of the picture")]
     found = lm.loglikelihood([continuation(n, f" {word}", docs) for n, word in said])
@@ -199,8 +216,8 @@ def test_likelihoods_equal_those_from_logits(build, docs, config):
         assert greedy == bool((logits.argmax(-1) == target).all())
 
 
-def test_likelihoods_with_different_numbers_of_images(build, docs):
-    lm = build(simple=True)
+def test_likelihoods_with_different_numbers_of_images(simple_lm, docs):
+    lm = simple_lm
 
     def request(number, count):
         visuals = [scene_image(scene, "test") for scene in range(count)]

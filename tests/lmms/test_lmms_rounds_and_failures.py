@@ -10,8 +10,8 @@ from pitome_vlm.lmms.tasks import demo_vqa
 
 
 @pytest.mark.parametrize("simple", [False, True])
-def test_rounds(build, simple):
-    lm = build(simple=simple)
+def test_rounds(lm, simple_lm, simple):
+    lm = simple_lm if simple else lm
     asked = []
 
     def later(doc, *, previous_output, round_idx, previous_round_info):
@@ -118,8 +118,8 @@ def too_large(inputs):
     return inputs["input_ids"]
 
 
-def test_scoring_errors(build, docs):
-    lm = build(simple=True)
+def test_scoring_errors(simple_lm, docs):
+    lm = simple_lm
     with pytest.raises(RequestError, match=r"document 1: ValueError: the continuation .* empty"):
         lm.loglikelihood([continuation(0, " red", docs), continuation(1, " ", docs)])
     request = instance("loglikelihood", 1)

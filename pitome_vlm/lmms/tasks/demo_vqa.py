@@ -1,8 +1,7 @@
-"""The functions behind `demo_vqa.yaml`: pictures, questions and scores of the bundled model.
+"""The functions of `demo_vqa.yaml`: images, questions and scores of the bundled model.
 
-Knows: the columns of `demo_vqa.jsonl` and what lmms-eval calls a task's functions with. Does not
-know: models. Pictures are not stored: they are drawn from the number of their scene, the same
-pixels that `pitome_vlm.measure.demo_benchmark` asks about.
+Images are not stored: they are drawn from the number of their scene, the same pixels that
+`pitome_vlm.measure.demo_benchmark` asks about.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ def write_data() -> None:
 
 
 def doc_to_visual(doc: Mapping[str, Any]) -> list[Image.Image]:
-    """The picture of a question."""
-    return [_picture(int(doc["scene_id"]))]
+    """The image of a question, as a list."""
+    return [_scene_image(int(doc["scene_id"]))]
 
 
 def doc_to_text(
@@ -76,7 +75,7 @@ def doc_to_choice_index(doc: Mapping[str, Any]) -> int:
 
 
 @functools.lru_cache(maxsize=512)
-def _picture(scene_id: int) -> Image.Image:
+def _scene_image(scene_id: int) -> Image.Image:
     """Drawn once per scene: drawing takes as long as answering, and a scene has six questions."""
     return scene_image(scene_id, SPLIT)
 

@@ -5,9 +5,9 @@
     change = spectral_change(token_graph(features), plan.assign[0], plan.n_out)
     change.distance, change.bound        # SD <= N ||L - L_lifted||_2
 
-Knows: token graphs, partitions, clusters with known labels, and how to read what a wrapped model's
-tower merged. Does not know: the command line (`pitome-vlm verify`), the demo, or how any algorithm
-decides. Which of the paper's statements hold is said in `report.TRUTHS` and docs/spectral.md.
+Measured on clusters with known labels and on the merges of a wrapped model's tower. Which of the
+paper's statements hold is said in `report.TRUTHS` and docs/spectral.md; the command is
+`pitome-vlm verify`.
 """
 
 from .features import LayerChange, RecordedMerge, TowerChange, merge_changes, recorded_merges

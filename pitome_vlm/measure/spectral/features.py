@@ -1,8 +1,7 @@
 """The merges of a wrapped model's tower, with the tokens each of them compared.
 
-Knows: how to have an algorithm's decisions written down while a tower runs. Does not know:
-pictures, labels (real features have none, so nothing here says how many groups are mixed), or how
-an algorithm decides.
+An algorithm's decisions are recorded while a tower runs. Real features have no labels, so nothing
+here says how many groups are mixed.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from ...merge.plan import MergePlan
 from ...wrapping.wrap import merging_of, wrapped
 from .graph import SpectralChange, composed_groups, spectral_change, token_graph
 
-# Which algorithm runs to read the keys of the first merging layer does not matter: no merge lies
+# Which algorithm runs to read the keys of the first merging layer does not matter: no merge comes
 # before it. This one merges in every layer.
 _ANY = "tome"
 
@@ -56,7 +55,7 @@ class LayerChange:
 
 @dataclass(frozen=True)
 class TowerChange:
-    """One algorithm in one tower, for a batch of pictures.
+    """One algorithm in one tower, for a batch of images.
 
     Attributes:
         layers: every merge, on the graph of the tokens it saw. From the second one on these are
@@ -91,7 +90,7 @@ def recorded_merges(
     """
     if config.keep == "auto":
         raise ValueError(
-            'keep="auto" gives every picture a count of its own, so pictures cannot be averaged; '
+            'keep="auto" gives every image a count of its own, so images cannot be averaged; '
             "give a fixed budget, for instance keep=0.25"
         )
     keys: dict[int, Tensor] = {}
@@ -105,7 +104,7 @@ def recorded_merges(
             )
         if schedule.packed:
             raise ValueError(
-                "this model cuts a picture into tiles, so there is no one graph of its patches; "
+                "this model cuts an image into tiles, so there is no one graph of its patches; "
                 "use a LLaVA-1.5"
             )
         plan = merging.plan(base)
@@ -123,7 +122,7 @@ def recorded_merges(
 
 
 def _without_leading(plan: MergePlan, n_leading: int) -> MergePlan:
-    """The partition of the tokens behind the leading ones, which nothing is merged with."""
+    """The partition of the tokens after the leading ones, which nothing is merged with."""
     assign, kept = (part[:, n_leading:] - n_leading for part in (plan.assign, plan.kept))
     return MergePlan.from_groups(assign.cpu(), kept.cpu())
 
@@ -144,7 +143,7 @@ def _recording(algorithm: Algorithm, seen: dict[int, Tensor]) -> Algorithm:
 def merge_changes(
     model: nn.Module, pixel_values: Tensor, configs: dict[str, MergeConfig]
 ) -> dict[str, TowerChange]:
-    """What several settings do to the spectra of the same pictures' token graphs.
+    """What several settings do to the spectra of the same images' token graphs.
 
     Args:
         model: a supported LLaVA, wrapped or not; it is left as it was.

@@ -1,7 +1,7 @@
 """Token graphs, their coarse and lifted versions, and the distance between their spectra.
 
 Definitions: PiToMe (arXiv 2405.16148) eq. 3 and section 3.3, after Jin, Loukas and JaJa
-(arXiv 1802.04447). Knows: matrices, all float64. Does not know: how a partition came about.
+(arXiv 1802.04447). All matrices are float64.
 
 Axes: N tokens, n groups; leading axes (a batch) are allowed everywhere and have to agree.
 A partition is `assign` [..., N] int64 with values 0..n-1, every one of them taken, as in

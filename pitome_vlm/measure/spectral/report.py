@@ -1,7 +1,6 @@
 """The words and tables of a spectral verification, as Markdown.
 
-Knows: how to say what was measured and which statements are true. Does not know: how anything was
-measured, terminals, or files.
+Says what was measured and which of the paper's statements are true.
 """
 
 from __future__ import annotations
@@ -10,10 +9,11 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..tables import markdown_table
 from .study import TOLERANCE, Case, CaseResult, Checks, FeatureRow, Under
 from .synthetic import RATIO
 
-# PiToMe's paper, section 3.3 and appendix, against what was found (issue 4, item 5).
+# Claims of PiToMe's paper (arXiv 2405.16148, section 3.3 and appendix) against what was found.
 TRUTHS = (
     "Proven, and checked in every measurement: SD <= N ||L - L_lifted||_2 (Weyl's inequality).",
     "Lemma 1 (the lifted spectrum is the coarse one and N - n ones) is true with sum weights only. "
@@ -35,7 +35,7 @@ ABOUT_SYNTHETIC = (
     "tokens and books every other one on its most similar survivor."
 )
 ABOUT_FEATURES = (
-    "SD / N ≤ its Weyl bound ||L - L_lifted||_2: means over pictures, on what each "
+    "SD / N ≤ its Weyl bound ||L - L_lifted||_2: means over images, on what each "
     "merge compared. From the second layer on every algorithm sees the tokens its own merges left, "
     "so layers compare within a column; the last rows compare across: all merges as one partition "
     "of the patches, on the graph of the first merging layer's keys, which is the same for all. "
@@ -51,12 +51,6 @@ def number(value: float) -> str:
 def sizes_text(sizes: Iterable[int]) -> str:
     """For instance 32/16/8/5/3."""
     return "/".join(map(str, sizes))
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def check_lines(checks: Checks) -> list[str]:
@@ -94,7 +88,9 @@ def under_table(summary: Sequence[Under]) -> str:
         ]
         for one in summary
     ]
-    return table(["sigma", "algorithm", "draws", "of these mixed labels", "largest SD"], rows)
+    return markdown_table(
+        ["sigma", "algorithm", "draws", "of these mixed labels", "largest SD"], rows
+    )
 
 
 def by_case(results: Sequence[CaseResult]) -> dict[Case, dict[float, dict[str, CaseResult]]]:
@@ -106,7 +102,7 @@ def by_case(results: Sequence[CaseResult]) -> dict[Case, dict[float, dict[str, C
 
 
 def distance_table(results: Sequence[CaseResult]) -> str:
-    """SD by noise; at the smallest noise also what lies behind it."""
+    """SD by noise; at the smallest noise also bounds, mixed groups and the assumptions."""
     sigmas = sorted({result.sigma for result in results}, reverse=True)
     least = sigmas[-1]
     rows = []
@@ -128,7 +124,7 @@ def distance_table(results: Sequence[CaseResult]) -> str:
             )
     head = ["sizes", "layout", "steps", "algorithm", *(f"SD, sigma {s:g}" for s in sigmas)]
     head += ["Weyl bound", "groups mixed", "A3 held", "largest size ratio"]
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def margin_table(results: Sequence[CaseResult]) -> str:
@@ -149,7 +145,9 @@ def margin_table(results: Sequence[CaseResult]) -> str:
             f"{sum(first_margin)} of {len(facts)}",
         ]
     head = ["sizes", "sigma", "smallest cos within", "largest cos across"]
-    return table([*head, "A2: a margin separates", "eq. 4's first margin does"], rows.values())
+    return markdown_table(
+        [*head, "A2: a margin separates", "eq. 4's first margin does"], rows.values()
+    )
 
 
 def layer_name(row: FeatureRow) -> str:
@@ -204,7 +202,7 @@ def markdown(
         checks: see `study.check`.
         summary: see `study.under_assumptions`.
         facts: provenance, shown as it is.
-        plot: file name of the plot beside the report, None where there is none.
+        plot: file name of the plot in the report's folder, None where there is none.
     """
     parts = ["# Spectral verification", _bullets(TRUTHS)]
     parts += ["## What must hold", _bullets(check_lines(checks))]
@@ -221,7 +219,7 @@ def markdown(
         parts += ["### Cosines (A1, A2)", margin_table(results)]
     if rows:
         head, lines = feature_lines(rows)
-        parts += ["## Real features", ABOUT_FEATURES, table(head, lines)]
+        parts += ["## Real features", ABOUT_FEATURES, markdown_table(head, lines)]
     parts += ["## Measured with", _bullets(f"{name}: {value}" for name, value in facts.items())]
     return "\n\n".join(parts) + "\n"
 

@@ -1,7 +1,6 @@
-"""Many runs on synthetic clusters and on pictures, averaged, and what must hold in all of them.
+"""Many runs on synthetic clusters and on images, averaged, and what must hold in all of them.
 
-Knows: which cases are compared and how runs become rows. Does not know: how a run is made
-(`synthetic.py`, `features.py`), nor how rows are shown (`report.py`, `plots.py`).
+Runs are made by `synthetic.py` and `features.py`, rows are shown by `report.py` and `plots.py`.
 """
 
 from __future__ import annotations
@@ -140,16 +139,16 @@ def synthetic_study(
 
 @dataclass(frozen=True)
 class FeatureRow:
-    """One merge of one algorithm, over all pictures.
+    """One merge of one algorithm, over all images.
 
     Attributes:
         algorithm: its name.
         layer: 0-based tower layer; None for all merges as one partition.
         n_tokens: N.
         n_groups: n.
-        distance: SD / N of every picture.
-        bound: ||L - L_lifted||_2 of every picture, the Weyl bound of SD / N.
-        shuffled: SD / N of every picture where the members of the groups are drawn blindly; only
+        distance: SD / N of every image.
+        bound: ||L - L_lifted||_2 of every image, the Weyl bound of SD / N.
+        shuffled: SD / N of every image where the members of the groups are drawn blindly; only
             where `layer` is None.
     """
 
@@ -162,7 +161,7 @@ class FeatureRow:
     shuffled: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; lists hold one value per picture."""
+        """Plain JSON values; lists hold one value per image."""
         values = dict(vars(self))
         for name in ("distance", "bound", "shuffled"):
             values[name] = [_short(value) for value in values[name]]
@@ -173,7 +172,7 @@ class FeatureRow:
 
 
 def feature_rows(changes: Sequence[dict[str, TowerChange]]) -> list[FeatureRow]:
-    """Rows from one `merge_changes` per batch of pictures, algorithm by algorithm, in layer order.
+    """Rows from one `merge_changes` per batch of images, algorithm by algorithm, in layer order.
 
     Args:
         changes: all with the same settings.

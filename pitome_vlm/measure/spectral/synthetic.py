@@ -1,12 +1,12 @@
 """Clusters with known labels, and what merging does to them.
 
-Knows: how to draw tokens for which the assumptions of PiToMe's Theorem 1 can be checked, and to
-merge them step by step as a tower does. Does not know: models.
+Draws tokens for which the assumptions of PiToMe's Theorem 1 can be checked, and merges them step by
+step as a tower does. No model is involved.
 
 Assumptions, in the words of the paper: (A1) the cosine within a true cluster tends to one; (A2) a
 margin m separates cosines within clusters (>= m) from those across (< m); (A3) the clusters' sizes
 are strictly ordered at every step. Sizes and noise are given, the rest is measured and reported
-beside every result.
+with every result.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Clusters:
             first on all even positions and then on all odd ones: a cluster on one parity only
             cannot find a partner of its own in ToMe's matching, which is the layout the paper's
             Lemma 3 needs.
-        sigma: root mean square length of the noise beside a centre of length one, in (0, 10]; the
+        sigma: root mean square length of the noise around a centre of length one, in (0, 10]; the
             expected cosine within a cluster is near 1 / (1 + sigma^2).
         dim: D, at least the number of clusters.
     """
@@ -83,7 +83,7 @@ class Clusters:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Whether a result may be laid beside the theorem.
+    """Whether the theorem applies to a result.
 
     Attributes:
         within: smallest cosine within a true cluster (A1: tends to one).
@@ -100,7 +100,7 @@ class Assumptions:
 
     @property
     def separated(self) -> bool:
-        """A2: some margin lies between the cosines across and within."""
+        """A2: some margin separates the cosines across from those within."""
         return self.across < self.within
 
     @property
