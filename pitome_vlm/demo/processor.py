@@ -17,9 +17,9 @@ from pitome_vlm.demo.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES
 if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
-PICTURE_SIZE = 120
+IMAGE_SIZE = 120
 PATCH_SIZE = 10
-GRID = PICTURE_SIZE // PATCH_SIZE
+GRID = IMAGE_SIZE // PATCH_SIZE
 PATCHES = GRID * GRID
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
@@ -84,7 +84,7 @@ def build_processor() -> LlavaProcessor:
 
     image_processor = CLIPImageProcessor(
         do_resize=True,
-        size={"height": PICTURE_SIZE, "width": PICTURE_SIZE},
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         do_center_crop=False,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,

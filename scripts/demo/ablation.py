@@ -5,8 +5,8 @@
 
 Every row is the default `MergeConfig` with one thing changed, at 1/2, 1/4, 1/8 and 1/16 of the
 tokens; both together ("calibration") is crossed in full, because each part alone hurts. Differences
-are paired with the default on the same questions, intervals resample pictures. A run that was
-stopped goes on with the rows that are missing. Writes ablation_<split>.json and .md.
+are paired with the default on the same questions, intervals resample images. A run that was
+stopped resumes with the missing rows. Writes ablation_<split>.json and .md.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def report(results: dict[str, Any]) -> str:
         f"Made by `python -m scripts.demo.ablation --split {facts['split']} --output "
         "eval/results/ablation`. The first rows are percent right; every other row is its "
         "difference to the default in points, with the 95 % interval of the paired difference "
-        "(bootstrap over pictures). An interval that holds 0 shows no difference.",
+        "(bootstrap over images). An interval that holds 0 shows no difference.",
         "",
         *table(results),
         "",

@@ -1,6 +1,6 @@
 """How the demo benchmark is written down: Markdown tables, the README's table, a plot, raw JSON.
 
-Knows: outcomes and intervals. Does not know: how anything was measured (`demo_benchmark.py`).
+Renders outcomes and intervals; measuring is in `benchmark.py`.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def report(
         f"# Demo benchmark{title}",
         "",
         f"{facts.get('model', 'The bundled model')} on {facts['questions']} {facts['split']} "
-        "questions, greedy, exact match. Intervals resample whole pictures (4,000 bootstrap "
+        "questions, greedy, exact match. Intervals resample whole images (4,000 bootstrap "
         "draws); differences are paired by question. `random` is the mean of seeds "
         + ", ".join(map(str, RANDOM_SEEDS))
         + ". Every method acts where its authors put it: most merge in the vision tower, DivPrune, "

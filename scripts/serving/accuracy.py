@@ -1,11 +1,11 @@
-"""Ask a running vLLM server the demo's held-out questions and lay the library's answers beside.
+"""Ask a running vLLM server the demo's held-out questions, and compare with the library's answers.
 
     pitome-vlm serve demo --keep 0.25 --port 8000 --dtype float32 --max-model-len 400 &
     python -m scripts.serving.accuracy --url http://127.0.0.1:8000 --keep 0.25 -o accuracy_0.25
 
-Give the same budget and algorithm as the server has. Beside the server stand the library with the
-same config (which has to agree) and the library's default, which tells the language model about
-sizes and positions and which vLLM cannot have.
+Give the same budget and algorithm as the server has. The server is compared with the library with
+the same config (which has to agree) and the library's default, which tells the language model
+about sizes and positions and which vLLM cannot have.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def ask_server(url: str, samples: list[Sample], clients: int) -> tuple[list[str]
     """The server's answers and prompt lengths, in the order of the samples."""
     with httpx.Client(timeout=120) as client:
         model = client.get(f"{url}/v1/models").json()["data"][0]["id"]
-        pictures = {one.scene_id: data_url(one.scene_id) for one in samples}
+        images = {one.scene_id: data_url(one.scene_id) for one in samples}
 
         def ask(sample: Sample) -> tuple[str, int]:
-            body = chat(model, pictures[sample.scene_id], sample.question, ANSWER_TOKENS)
+            body = chat(model, images[sample.scene_id], sample.question, ANSWER_TOKENS)
             del body["stream"], body["stream_options"]
             response = client.post(f"{url}/v1/chat/completions", json=body)
             response.raise_for_status()

@@ -1,4 +1,4 @@
-"""Drive a running OpenAI-compatible vLLM server with pictures of the demo scenes.
+"""Drive a running OpenAI-compatible vLLM server with images of the demo scenes.
 
     pitome-vlm serve demo --keep 0.25 --port 8000 &
     python -m scripts.serving.load drive --url http://127.0.0.1:8000 --label keep=0.25 -o small.json
@@ -9,7 +9,7 @@ or both servers one after the other, on the same machine, into one report:
     python -m scripts.serving.load both --model demo --keep 1.0 0.25 -o eval/results/serving/load
 
 The load is bounded: `--clients` requests are in flight at most and `--requests` are sent in all.
-Every picture is asked about `--questions` times, so that caches have something to do.
+Every image is asked about `--questions` times, so that caches have something to do.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ except ImportError as error:
 METRICS = {
     "prefix_cache_hits": "vllm:prefix_cache_hits_total",
     "prefix_cache_queries": "vllm:prefix_cache_queries_total",
-    "picture_cache_hits": "vllm:mm_cache_hits_total",
-    "picture_cache_queries": "vllm:mm_cache_queries_total",
+    "image_cache_hits": "vllm:mm_cache_hits_total",
+    "image_cache_queries": "vllm:mm_cache_queries_total",
 }
 START_TIMEOUT = 600
 
@@ -73,7 +73,7 @@ def workload(options: argparse.Namespace, model: str) -> list[dict[str, Any]]:
 
 
 def data_url(scene_id: int) -> str:
-    """A scene's picture as it travels in a request."""
+    """A scene's image as it travels in a request."""
     buffer = io.BytesIO()
     scene_image(scene_id, "test").save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -141,7 +141,7 @@ def counters(client: httpx.Client, url: str) -> dict[str, float]:
 def drive(url: str, label: str, options: argparse.Namespace) -> dict[str, Any]:
     """Send the whole load and sum it up.
 
-    The last `--warm-up` requests are sent once before, uncounted, so their pictures are known when
+    The last `--warm-up` requests are sent once before, uncounted, so their images are known when
     they come again.
     """
     limits = httpx.Limits(max_connections=options.clients)
@@ -231,7 +231,7 @@ def report(runs: list[dict[str, Any]], command: str, machine: dict[str, Any]) ->
         shown = [f"{v * 1000:.0f}" if form == "ms" else form.format(v) for v in values]
         shown += [f"{values[-1] / values[0]:.2f}"] if ratio else []
         lines.append(f"| {title} | {' | '.join(shown)} |")
-    for title, name in (("prefix cache", "prefix_cache"), ("picture cache", "picture_cache")):
+    for title, name in (("prefix cache", "prefix_cache"), ("image cache", "image_cache")):
         shown = [f"{run[name + '_hits']:.0f} of {run[name + '_queries']:.0f}" for run in runs]
         lines.append(f"| {title}, hits | {' | '.join(shown + ([''] if ratio else []))} |")
     shown = [json.dumps(run["errors"]) if run["errors"] else "none" for run in runs]
@@ -297,7 +297,7 @@ def arguments() -> argparse.Namespace:
     load = argparse.ArgumentParser(add_help=False)
     load.add_argument("--clients", type=int, default=8, help="requests in flight at most")
     load.add_argument("--requests", type=int, default=200)
-    load.add_argument("--questions", type=int, default=2, help="about every picture")
+    load.add_argument("--questions", type=int, default=2, help="about every image")
     load.add_argument("--max-tokens", type=int, default=8)
     load.add_argument("--ignore-eos", action="store_true", help="answers of --max-tokens each")
     load.add_argument("--warm-up", type=int, default=8, help="requests sent once before, uncounted")

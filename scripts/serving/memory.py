@@ -44,8 +44,8 @@ SERVER = (
     "--mm-processor-cache-gb 0.05"
 )
 MEANING = """Memory that belongs to a process and no file (RssAnon), in MiB; "workers" are all
-processes that the front end started. A fifth of the requests hold a broken picture, of nine kinds.
-keep=1 runs stock vLLM's own code on every picture. "Kernels" is ONEDNN_PRIMITIVE_CACHE_CAPACITY,
+processes that the front end started. A fifth of the requests hold a broken image, of nine kinds.
+keep=1 runs stock vLLM's own code on every image. "Kernels" is ONEDNN_PRIMITIVE_CACHE_CAPACITY,
 how many compiled kernels oneDNN keeps in a process: one for every shape of every matrix product,
 1024 where nobody sets it."""
 
@@ -56,7 +56,7 @@ def as_url(content: bytes) -> str:
 
 
 def broken_urls(good: str) -> dict[str, str]:
-    """Addresses of pictures that no server can read, by what is wrong with them.
+    """Addresses of images that no server can read, by what is wrong with them.
 
     Args:
         good: one that can be read, as `data:` address.
@@ -79,7 +79,7 @@ def broken_urls(good: str) -> dict[str, str]:
 
 
 def _damaged_later(png: bytes) -> bytes:
-    """The same picture with its pixels in two parts, of which the second has no readable name."""
+    """The same image with its pixels in two parts, of which the second has no readable name."""
     start = png.index(b"IDAT") - 4
     (length,) = struct.unpack(">I", png[start : start + 4])
     pixels = png[start + 8 : start + 8 + length]

@@ -1,6 +1,6 @@
 """The GPU benchmark's part on attention: the tower's kernels, and ways of proportional attention.
 
-Knows: what is changed on a model. Does not know: the other steps (`gpu_bench.py`).
+The other steps are in `gpu_bench.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pitome_vlm.measure.tables import markdown_table
 from .attention_ways import first_line, time_ways
 from .gpu_run import Run, vision_inputs
 
-# Of one picture in CLIP-L/336: before, half way and behind merging to a quarter.
+# Of one image in CLIP-L/336: before, half way through and after merging to a quarter.
 CLIP_TOKENS = (577, 300, 145)
 
 
@@ -58,7 +58,7 @@ COMPILED, COMPILE_SECONDS = ("compile", "graphs"), 120
 
 
 def attention(run: Run, name: str) -> None:
-    """Encoding at a quarter of the tokens, by how the tower attends, beside the untouched tower."""
+    """Encoding at a quarter of the tokens, by the tower's kind of attention, and unmerged."""
     rows = []
     batch = int(run.options.batches.split(",")[-1])
     for variant in run.options.attention.split(","):
@@ -74,7 +74,7 @@ def attention(run: Run, name: str) -> None:
             what = "untouched" if keep is None else f"keep={keep}"
             rows.append([variant, what, f"{median(times):.2f} ±{iqr(times):.2f}"])
             run.save(f"attention-{name}", rows)
-    title = f"## {name}: encoding {batch} pictures, by attention of the tower"
+    title = f"## {name}: encoding {batch} images, by attention of the tower"
     run.save(f"attention-{name}", rows)
     run.add("", title, "", markdown_table(["attention", "budget", "ms"], rows))
 

@@ -49,7 +49,7 @@ def exact_products() -> Iterator[None]:
 
 
 def correctness(run: Run) -> None:
-    """Plans and features of the device against the CPU on the same random pictures.
+    """Plans and features of the device against the CPU on the same random images.
 
     In float64 plans must be equal; in float32 near ties may fall otherwise.
     """
@@ -78,7 +78,7 @@ def correctness(run: Run) -> None:
 def compared(
     run: Run, name: str, algorithm: str, dtype: torch.dtype
 ) -> tuple[list[bool], list[float]]:
-    """Whether the plan of each picture is equal, and how far features are apart where it is."""
+    """Whether the plan of each image is equal, and how far features are apart where it is."""
     model = build(name, dtype=dtype)
     pitome_vlm.wrap(model, keep=0.25, algorithm=algorithm)
     vision = vision_inputs(model, 2)
@@ -244,7 +244,7 @@ def share(run: Run, name: str, model: Any) -> None:
                 f"{100 * (inside + outside) / whole:.1f} %" if whole else "-",
             ]
         )
-    columns = ["budget", "tower ms", "of it merge", "merge behind it", "share of tower"]
+    columns = ["budget", "tower ms", "of it merge", "merge after it", "share of tower"]
     clock_name = "CPU" if on_cpu else "device"
     run.save(f"share-{name}", [dict(zip([*columns, "of all"], row, strict=True)) for row in rows])
     title = f"## {name}: the merge's share of {clock_name} time (torch.profiler)"
@@ -325,7 +325,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", default="llava-1.5-7b,llava-1.5-13b")
-    parser.add_argument("--tokens", default="288,192,144,64", help="beside all 576")
+    parser.add_argument("--tokens", default="288,192,144,64", help="compared with all 576")
     parser.add_argument("--algorithms", default="pitome_plus")
     parser.add_argument("--batches", default="1,8,32", help="the largest that fits is added")
     parser.add_argument("--attention", default=",".join(ATTENTION), help="variants to time")

@@ -1,6 +1,6 @@
 """One run of the GPU benchmark: what is asked for, what there is so far, how much time is left.
 
-Knows: steps, the report. Does not know: what is measured (`gpu_bench.py`, `gpu_attention.py`).
+Steps and the report; what is measured is in `gpu_bench.py` and `gpu_attention.py`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Run:
         finally:
             gc.collect()
             if self.options.device != "cpu":
-                # Behind an error of the device even this fails.
+                # After an error of the device even this fails.
                 with contextlib.suppress(RuntimeError):
                     torch.cuda.empty_cache()
 
@@ -93,6 +93,6 @@ class OutOfTimeError(Exception):
 
 
 def vision_inputs(model: Any, batch: int) -> dict[str, torch.Tensor]:
-    """Pixels of random pictures, and what belongs to them."""
+    """Pixels of random images, and what belongs to them."""
     inputs = inputs_for(model, Case(batch))
     return {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}

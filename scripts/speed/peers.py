@@ -7,8 +7,8 @@ is the untouched model of transformers.
     python -m scripts.speed.peers --shape llava-1.5-7b --layers 4 --dtype bfloat16 \
         --threads 2 --minutes 3 --out eval/results/performance/peers_cpu
 
-Every round is written to OUT.json as soon as it is finished; called again, the script goes on from
-there until there are --repeats rounds. OUT.md holds the tables. With --layers, columns marked
+Every round is written to OUT.json as soon as it is finished; called again, the script continues
+from there until there are --repeats rounds. OUT.md holds the tables. With --layers, columns marked
 "whole" scale the time inside the language model's layers to its whole depth and count the rest
 once.
 """
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--answer", type=int, default=8, help="tokens timed for decoding")
     parser.add_argument("--repeats", type=int, default=20, help="rounds in the end")
-    parser.add_argument("--minutes", type=float, help="stop early; call again to go on")
+    parser.add_argument("--minutes", type=float, help="stop early; call again to continue")
     parser.add_argument("--out", type=Path, help="OUT.json and OUT.md")
     options = parser.parse_args()
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes

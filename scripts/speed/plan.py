@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from pitome_vlm.common import install_hint
 from pitome_vlm.measure.provenance import provenance
 from pitome_vlm.merge import algorithms
 from pitome_vlm.merge.algorithm import MergeContext, make_plan
@@ -236,7 +237,7 @@ def report(found: dict[str, Any], out: Path) -> None:
     try:
         draw(found, out / "plan.png")
     except ImportError:
-        print('no plot: pip install "pitome-vlm[viz]"', file=sys.stderr)
+        print(f"no plot: {install_hint('viz')}", file=sys.stderr)
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ class Row:
     merge: list[float] = dataclasses.field(default_factory=list)
     flops: int = 0
     merge_flops: int = 0
-    beside: float = 0.0
+    other: float = 0.0
     free: bool = False
 
 
@@ -91,7 +91,7 @@ class FreePass(MergePass):
         metric: torch.Tensor,
         cls_attention: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The first tokens, as a layout that a merge leaves behind; books nothing."""
+        """The first tokens, as the layout after a merge; records nothing."""
         del metric, cls_attention
         left = dict(self.schedule.tower).get(layer)
         if left is None:
@@ -100,7 +100,7 @@ class FreePass(MergePass):
 
 
 def clip_l(dtype: torch.dtype) -> Any:
-    """LLaVA-1.5's tower and projector in front of one small language layer."""
+    """LLaVA-1.5's tower and projector with one small language layer."""
     tower = configuration("llava-1.5-7b").vision_config
     words = LlamaConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1
@@ -131,7 +131,7 @@ def rows_to_measure(algorithms: list[str], keeps: list[float]) -> list[Row]:
 
 
 @torch.no_grad()
-def beside_ms(model: Any, row: Row, options: argparse.Namespace) -> float:
+def other_ms(model: Any, row: Row, options: argparse.Namespace) -> float:
     """What merging adds to a layer's own attention: the log-size mask, and mean keys.
 
     Attention alone, with and without, in turns: within a whole tower the difference is smaller
@@ -208,7 +208,7 @@ def measure(model: Any, rows: list[Row], options: argparse.Namespace) -> None:
         row.flops, row.merge_flops = found.tower_flops, found.merge_flops
         pitome_vlm.unwrap(model)
         if row.merge_flops and not row.free:
-            row.beside = beside_ms(model, row, options)
+            row.other = other_ms(model, row, options)
     pixels = torch.randn(options.batch, 3, 336, 336, dtype=model.dtype)
     rounds, order = range(options.warmup + options.repeats), random.Random(0)
     for number in tqdm(rounds, unit="round", disable=not sys.stderr.isatty()):
@@ -238,9 +238,9 @@ def summary(rows: list[Row]) -> list[dict[str, Any]]:
             "merge_ms": statistics.median(row.merge),
         }
         if row.flops and row.merge_flops:
-            one["beside_ms"] = row.beside
+            one["other_ms"] = row.other
             # What costs less than nothing is noise.
-            cost = one["merge_ms"] + max(0.0, row.beside)
+            cost = one["merge_ms"] + max(0.0, row.other)
             one["overhead_share"] = cost / one["tower_ms"]
             free = by_name[FREE + row.name]
             low, middle, high = statistics.quantiles(free, n=4)
@@ -288,7 +288,7 @@ def markdown(found: list[dict[str, Any]], about: dict[str, Any]) -> str:
         low, high = one["time_ratio_iqr"]
         own, free = "| | |", ""
         if "overhead_share" in one:
-            own = f"{one['merge_ms']:.1f} | {one['beside_ms']:.1f} | {one['overhead_share']:.1%} |"
+            own = f"{one['merge_ms']:.1f} | {one['other_ms']:.1f} | {one['overhead_share']:.1%} |"
             least, most = one["free_ratio_iqr"]
             free = f"{one['free_ratio']:.3f} ({least:.3f} to {most:.3f})"
         lines.append(

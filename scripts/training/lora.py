@@ -103,22 +103,22 @@ def ask_about(scene: Scene, rng: random.Random, count: int, asked: Counter[str])
 
 
 def draw_data(folder: Path, scenes: int, per_scene: int, seed: int) -> Path:
-    """A LLaVA-format file with pictures beside it; drawn once."""
+    """A LLaVA-format file with its images in a folder; drawn once."""
     file = folder / f"train-{scenes}x{per_scene}-{seed}.jsonl"
     if file.is_file():
         return file
-    pictures = folder / f"pictures-{seed}"
-    pictures.mkdir(parents=True, exist_ok=True)
+    images = folder / f"images-{seed}"
+    images.mkdir(parents=True, exist_ok=True)
     asked: Counter[str] = Counter()
     lines = []
     for number in range(scenes):
         scene = fresh_scene(number, seed)
-        path = pictures / f"{number}.png"
+        path = images / f"{number}.png"
         if not path.is_file():
             draw_scene(scene).save(path)
         rng = random.Random(f"demo-lora/questions/{seed}/{number}")
         turns = list(turns_of(ask_about(scene, rng, per_scene, asked)))
-        record = {"id": number, "image": f"{pictures.name}/{path.name}", "conversations": turns}
+        record = {"id": number, "image": f"{images.name}/{path.name}", "conversations": turns}
         lines.append(json.dumps(record))
     part = file.with_suffix(".part")
     part.write_text("\n".join(lines) + "\n")

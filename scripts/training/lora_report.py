@@ -1,6 +1,6 @@
 """Table and raw answers of scripts/training/lora.py.
 
-Knows: Markdown, and what is compared with what. Does not know: training or models.
+Compares every trained model with its own base; training itself is in `lora.py`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def report(samples: Sequence[Sample], results: list[dict[str, Any]], recipe: dic
             "# LoRA and QLoRA with merging on",
             "",
             f"The bundled model on {len(samples)} {facts['split']} questions, greedy, exact match. "
-            "Intervals resample whole pictures (4,000 bootstrap draws). *won back* is the paired "
+            "Intervals resample whole images (4,000 bootstrap draws). *won back* is the paired "
             "difference to the same model untrained at the same tokens; *of the loss* the share of "
             "what merging had cost (untrained without merging minus untrained with it), left out "
             "where that cost is not shown (its interval reaches 0): there is nothing to win back.",

@@ -14,7 +14,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from pitome_vlm.demo.processor import IMAGE, PATCH_SIZE, PICTURE_SIZE, build_processor, vocabulary
+from pitome_vlm.demo.processor import IMAGE, IMAGE_SIZE, PATCH_SIZE, build_processor, vocabulary
 
 WEIGHTS = "model.safetensors"
 
@@ -26,7 +26,7 @@ def tiny_config(dtype: torch.dtype | None = None) -> LlavaConfig:
         intermediate_size=64,
         num_hidden_layers=4,
         num_attention_heads=4,
-        image_size=PICTURE_SIZE,
+        image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
         projection_dim=16,
     )

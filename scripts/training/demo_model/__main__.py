@@ -1,13 +1,13 @@
 """Train the bundled demo model from nothing: scenes, tower, language model, checkpoint.
 
     python -m scripts.training.demo_model all --folder /tmp/demo_train
-    python -m scripts.training.demo_model tower --folder /tmp/demo_train     # goes on where it was
+    python -m scripts.training.demo_model tower --folder /tmp/demo_train     # resumes
     python -m scripts.training.demo_model all --smoke --folder /tmp/smoke    # a few steps of each
     python -m scripts.training.demo_model all --seed 1000 --vision-layers 6 --folder /tmp/second
 
 Needs two CPU cores and about 6 GB of memory; each training stage runs as two single-thread
 processes (two threads in one process are much slower on these small matrices). A stage that was
-stopped goes on from its last checkpoint; delete FOLDER/<stage>.pt to start it again.
+stopped resumes from its last checkpoint; delete FOLDER/<stage>.pt to start it again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MINUTES = {"tower": 25.0, "language": 45.0, "joint": 25.0}
 # (rate of the layers' matrices, rate of everything else)
 RATES = {"tower": (4e-3, 2e-3), "language": (4e-3, 2e-3), "joint": (2e-3, 1e-3)}
 BATCH = {"tower": 32, "language": 16, "joint": 16}
-QUESTIONS_PER_PICTURE = 14
+QUESTIONS_PER_IMAGE = 14
 SMOKE_SIZES = {"vision_layers": 2, "vision_width": 32, "text_layers": 2, "text_width": 32}
 LOG = logging.getLogger("demo_model")
 
@@ -103,7 +103,7 @@ def work(stage: str, options: argparse.Namespace) -> None:
         stage,
         minutes,
         batch,
-        QUESTIONS_PER_PICTURE,
+        QUESTIONS_PER_IMAGE,
         sizes,
         RATES[stage],
         layer,

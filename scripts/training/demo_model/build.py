@@ -17,10 +17,10 @@ from pitome_vlm.demo.processor import (
     EOS,
     GRID,
     IMAGE,
+    IMAGE_SIZE,
     PAD,
     PATCH_SIZE,
     PATCHES,
-    PICTURE_SIZE,
     vocabulary,
 )
 
@@ -52,13 +52,13 @@ def build_model(
 
 
 def vision_config(layers: int, width: int) -> CLIPVisionConfig:
-    """A CLIP tower for 120 x 120 pictures."""
+    """A CLIP tower for 120 x 120 images."""
     return CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=layers,
         num_attention_heads=width // 32,
-        image_size=PICTURE_SIZE,
+        image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
         hidden_act="gelu",
         projection_dim=width,

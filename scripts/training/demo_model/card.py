@@ -32,7 +32,7 @@ language: en
 # The pitome_vlm demo model
 
 A tiny but complete LLaVA, trained from nothing on drawn scenes, so that merging visual tokens
-can be tried and measured offline in seconds. CLIP tower of 8 layers x 128, pictures of 120 x 120
+can be tried and measured offline in seconds. CLIP tower of 8 layers x 128, images of 120 x 120
 pixels as 12 x 12 = 144 patches of 10 (+ CLS), feature layer -2; projector of two layers; Llama of
 5 layers x 160 with a word-level vocabulary. 3.0 million parameters, bf16, 6 MB.
 
@@ -56,7 +56,7 @@ print(processor.decode(model.generate(**inputs, max_new_tokens=2)[0, inputs.inpu
 
 INTERVALS = """
 
-Intervals: bootstrap over pictures. Text only: a classifier on words and word pairs, trained on the
+Intervals: bootstrap over images. Text only: a classifier on words and word pairs, trained on the
 same training questions; what can be guessed without looking.
 """
 
@@ -67,11 +67,11 @@ LIMITS = """
   conversation. Unknown words become `<unk>`. Counts are asked up to six.
 - One training run with one seed. A difference between two reduction methods on it is evidence
   about the mechanism, not about large models.
-- Every training picture carried one picture per prompt and all 144 patches; no token was ever
+- Every training image carried one image per prompt and all 144 patches; no token was ever
   dropped or merged in training, so no reduction method is favoured by augmentation. Positions
-  varied by 0 to 10 words before the picture and by second turns.
+  varied by 0 to 10 words before the image and by second turns.
 - The tower was taught densely what each patch shows, a real CLIP tower is not: its patch features
-  are tidier. CLS was trained as in CLIP (match picture and caption within a batch), not on labels
+  are tidier. CLS was trained as in CLIP (match image and caption within a batch), not on labels
   of object presence; its captions are bags of the words for what the scene holds.
 - Counting is the weakest type (mostly off by one). `exists` can be guessed at about 66 % from the
   wording alone, because absent things are mostly named by colour and shape together.
@@ -79,7 +79,7 @@ LIMITS = """
 
 ## Licence
 
-Apache-2.0, weights and data generator alike. Nothing but generated pictures was used.
+Apache-2.0, weights and data generator alike. Nothing but generated images was used.
 """
 
 
@@ -93,7 +93,7 @@ def _table(rows: list[Figure], guess: dict[str, float]) -> str:
 
 
 def _recipe(folder: Path, stage: str, notes: str) -> str:
-    lines = ["\n## Training\n", "| stage | pictures | steps | minutes |", "|---|---|---|---|"]
+    lines = ["\n## Training\n", "| stage | images | steps | minutes |", "|---|---|---|---|"]
     for name in STAGES[: STAGES.index(stage) + 1]:
         path = folder / f"{name}.pt"
         if path.exists():
@@ -113,7 +113,7 @@ gives a similar, not an identical model.
 1. tower: every patch of the feature layer tells colour x shape, size, digit, row and column of
    the object that it shows; CLS matches captions within the batch. Muon for the
    matrices of the layers, AdamW for the rest.
-2. language: tower frozen; up to 14 questions packed per picture; each sees only the picture and
+2. language: tower frozen; up to 14 questions packed per image; each sees only the image and
    its own conversation; auxiliary losses at object phrases (row, column and number of what is
    meant) and on projected patches (words for what they show). The auxiliary heads are thrown away.
 3. joint: everything at a lower rate, same losses.

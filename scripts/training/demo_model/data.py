@@ -1,4 +1,4 @@
-"""Training arrays: what the processor makes of each picture, patch labels, encoded questions.
+"""Training arrays: what the processor makes of each image, patch labels, encoded questions.
 
 Knows how scenes and questions become numpy arrays on disk. Does not know models.
 """
@@ -16,7 +16,7 @@ from PIL import Image
 
 from pitome_vlm.demo import dataset
 from pitome_vlm.demo.drawing import draw_scene, object_map
-from pitome_vlm.demo.processor import GRID, PATCHES, PICTURE_SIZE, encode_question, vocabulary
+from pitome_vlm.demo.processor import GRID, IMAGE_SIZE, PATCHES, encode_question, vocabulary
 from pitome_vlm.demo.questions import QUESTION_TYPES, Question
 from pitome_vlm.demo.scenes import (
     BACKGROUNDS,
@@ -42,7 +42,7 @@ TRAIN_QUESTIONS = 14
 class Arrays:
     """One split as arrays; `questions` rows index `tokens`, scenes index `questions`."""
 
-    pictures: np.ndarray
+    images: np.ndarray
     patch_object: np.ndarray
     density: np.ndarray
     objects: np.ndarray
@@ -54,21 +54,21 @@ class Arrays:
 
     @staticmethod
     def load(folder: Path) -> Arrays:
-        """Open one part; the pictures stay on disk until asked for."""
+        """Open one part; the images stay on disk until asked for."""
         return Arrays(
             **{
-                name: np.load(folder / f"{name}.npy", mmap_mode="r" if name == "pictures" else None)
+                name: np.load(folder / f"{name}.npy", mmap_mode="r" if name == "images" else None)
                 for name in Arrays.__dataclass_fields__
             }
         )
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
 
-def model_picture(scene: Scene) -> np.ndarray:
-    """The picture as the processor shrinks it."""
-    size = (PICTURE_SIZE, PICTURE_SIZE)
+def model_image(scene: Scene) -> np.ndarray:
+    """The image as the processor shrinks it."""
+    size = (IMAGE_SIZE, IMAGE_SIZE)
     return np.asarray(draw_scene(scene).resize(size, Image.Resampling.BICUBIC))
 
 
@@ -137,7 +137,7 @@ def build_part(split: str, first: int, last: int, folder: Path, per_scene: int) 
     """Write the arrays of scenes first..last-1; returns their layout hashes."""
     folder.mkdir(parents=True, exist_ok=True)
     count, words, counts = last - first, vocabulary(), Counter()
-    pictures = np.empty((count, PICTURE_SIZE, PICTURE_SIZE, 3), np.uint8)
+    images = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     patches = np.empty((count, PATCHES), np.int8)
     density = np.empty((count, PATCHES), np.float32)
     tables = np.empty((count, MAX_OBJECTS, len(FIELDS)), np.int8)
@@ -148,7 +148,7 @@ def build_part(split: str, first: int, last: int, folder: Path, per_scene: int) 
     starts, hashes = [0], []
     for i in range(count):
         described = dataset.scene(first + i, split)
-        pictures[i] = model_picture(described)
+        images[i] = model_image(described)
         patches[i], tables[i] = patch_objects(described), object_table(described)
         density[i] = object_density(described)
         background[i] = BACKGROUNDS.index(described.background.kind)
@@ -160,7 +160,7 @@ def build_part(split: str, first: int, last: int, folder: Path, per_scene: int) 
             tokens.extend(ids)
         starts.append(len(questions))
     arrays = {
-        "pictures": pictures,
+        "images": images,
         "patch_object": patches,
         "density": density,
         "objects": tables,
@@ -195,6 +195,6 @@ def build(folder: Path, train_scenes: int, held_out_scenes: int) -> dict[str, in
         "test_collisions": sum(h in train for h in hashes[3]),
         "val_test_collisions": len(set(hashes[2]) & set(hashes[3])),
     }
-    digest = hashlib.sha256(np.load(folder / "test" / "pictures.npy").tobytes()).hexdigest()
-    (folder / "report.txt").write_text(f"{report}\ntest pictures sha256 {digest}\n")
+    digest = hashlib.sha256(np.load(folder / "test" / "images.npy").tobytes()).hexdigest()
+    (folder / "report.txt").write_text(f"{report}\ntest images sha256 {digest}\n")
     return report

@@ -55,8 +55,8 @@ def ask(checkpoint: Path, split: str, limit: int | None = None, batch: int = 48)
             )
             for s in part
         ]
-        pictures = [scene_image(s.scene_id, split) for s in part]
-        inputs = processor(text=prompts, images=pictures, return_tensors="pt", padding=True)
+        images = [scene_image(s.scene_id, split) for s in part]
+        inputs = processor(text=prompts, images=images, return_tensors="pt", padding=True)
         with torch.no_grad():
             out = model.generate(**inputs, max_new_tokens=3)
         new = out[:, inputs["input_ids"].shape[1] :]
@@ -65,7 +65,7 @@ def ask(checkpoint: Path, split: str, limit: int | None = None, batch: int = 48)
 
 
 def figures(samples: Sequence[Sample], answers: Sequence[str]) -> list[Figure]:
-    """Accuracy overall, by question type and by scene kind; intervals clustered by picture."""
+    """Accuracy overall, by question type and by scene kind; intervals clustered by image."""
     right = np.array([s.answer == a for s, a in zip(samples, answers, strict=True)], float)
     scene = np.array([s.scene_id for s in samples])
     groups = [("all", np.ones(len(samples), bool))]

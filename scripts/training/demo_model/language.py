@@ -145,7 +145,7 @@ class Features:
         """Features [scenes, patches, width] in float32."""
         new = scenes[~self.known[scenes]]
         if len(new):
-            features, _ = tower_outputs(self.tower, to_pixels(self.arrays.pictures[new]))
+            features, _ = tower_outputs(self.tower, to_pixels(self.arrays.images[new]))
             self.store[torch.from_numpy(new)] = features.half()
             self.known[new] = True
         return self.store[torch.from_numpy(scenes)].float()

@@ -1,7 +1,7 @@
-"""Packing many questions about one picture into one sequence.
+"""Packing many questions about one image into one sequence.
 
-Knows the token layout, the block mask and the positions. A picture is encoded once; each
-conversation (one question, sometimes two turns) sees the picture and itself, never another
+Token layout, block mask and positions. An image is encoded once; each
+conversation (one question, sometimes two turns) sees the image and itself, never another
 conversation, exactly as if it had been asked alone. Does not know losses or models.
 """
 
@@ -36,7 +36,7 @@ FILLER_IDS = [WORDS[word] for word in FILLER_WORDS]
 
 @dataclass
 class Packed:
-    """A batch of sequences and where its answers and mentions are (picture, token) pairs."""
+    """A batch of sequences and where its answers and mentions are (image, token) pairs."""
 
     ids: Tensor
     positions: Tensor
@@ -63,7 +63,7 @@ class _Sequence:
 
 
 def prefix(rng: random.Random | None) -> list[int]:
-    """Tokens up to and including the picture, with 0 to 10 random words around "user:"."""
+    """Tokens up to and including the image, with 0 to 10 random words around "user:"."""
     filler: list[int] = []
     if rng is not None and rng.random() < 0.6:
         filler = [

@@ -127,7 +127,7 @@ class Optimiser:
         return {"adam": self.adam.state_dict(), "momenta": self.momenta}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on with stored moments."""
+        """Continue with stored moments."""
         self.adam.load_state_dict(state["adam"])
         self.momenta = state["momenta"]
 
@@ -204,18 +204,18 @@ class Loop:
                 self.save()
         if self.rank == 0:
             self.save()
-            LOG.info("done step %d pictures %d val %s", self.step, self.seen, score(True))
+            LOG.info("done step %d images %d val %s", self.step, self.seen, score(True))
 
     def _log(self, means: dict[str, float]) -> None:
         shown = {name: round(value, 3) for name, value in means.items()}
         rate = self.seen / max(1e-9, self.spent)
         minutes = self.spent / 60
         LOG.info(
-            "%.1f min step %d pictures %d (%.1f/s) %s", minutes, self.step, self.seen, rate, shown
+            "%.1f min step %d images %d (%.1f/s) %s", minutes, self.step, self.seen, rate, shown
         )
 
     def save(self) -> None:
-        """Write everything needed to go on; killed halfway, the last checkpoint stays whole."""
+        """Write everything needed to resume; killed halfway, the last checkpoint stays whole."""
         states = {name: module.state_dict() for name, module in self.modules.items()}
         progress = {"step": self.step, "spent": self.spent, "seen": self.seen}
         partial = self.path.with_suffix(".partial")

@@ -42,7 +42,7 @@ class TowerHeads(nn.Module):
 
 @dataclass
 class Batch:
-    """Pictures and what each patch of them shows."""
+    """Images and what each patch of them shows."""
 
     pixels: Tensor
     present: Tensor
@@ -56,9 +56,9 @@ class Batch:
     caption: Tensor
 
 
-def to_pixels(pictures: np.ndarray) -> Tensor:
-    """What the processor makes of 8-bit pictures of the model's size."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+def to_pixels(images: np.ndarray) -> Tensor:
+    """What the processor makes of 8-bit images of the model's size."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def make_batch(arrays: Arrays, indices: np.ndarray) -> Batch:
@@ -75,7 +75,7 @@ def make_batch(arrays: Arrays, indices: np.ndarray) -> Batch:
     centre = torch.from_numpy(arrays.density[indices])
     background = torch.from_numpy(arrays.background[indices]).long()
     return Batch(
-        to_pixels(arrays.pictures[indices]),
+        to_pixels(arrays.images[indices]),
         present,
         weight,
         combination,
@@ -114,9 +114,9 @@ def weighted(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def _caption_loss(heads: TowerHeads, pooled: Tensor, captions_of: Tensor) -> Tensor:
-    picture = functional.normalize(heads.cls(pooled), dim=-1)
+    image = functional.normalize(heads.cls(pooled), dim=-1)
     text = functional.normalize(heads.caption(captions_of), dim=-1)
-    logits = picture @ text.T * heads.scale.exp().clamp(max=50)
+    logits = image @ text.T * heads.scale.exp().clamp(max=50)
     target = torch.arange(len(logits))
     rows = functional.cross_entropy(logits, target)
     return (rows + functional.cross_entropy(logits.T, target)) / 2
@@ -180,7 +180,7 @@ def tower_scores(
             "digit": (digit.argmax(-1) == b.digit)[written],
             "size": (size.argmax(-1) == b.size)[on],
             "row": (row.argmax(-1) == b.row)[on],
-            # Whether the density, summed over the picture, rounds to the number of objects.
+            # Whether the density, summed over the image, rounds to the number of objects.
             "counted": centre[..., 0].sigmoid().sum(-1).round() == b.centre.sum(-1).round(),
         }
         for name, hit in hits.items():
