@@ -63,7 +63,7 @@ def _merged_videos(
 def _video_footprints(
     adapter: Adapter, model: Any, inputs: Mapping[str, Any]
 ) -> dict[str, list[Footprint]]:
-    """Counts of the videos of a call, which all have as many frames."""
+    """Counts of the videos of a call, which all have the same number of frames."""
     if inputs.get(VIDEOS) is None:
         return {}
     _, videos, frames = _frames_of(inputs)

@@ -1,4 +1,4 @@
-"""Running the original llava package's own preparation of a prompt on other values than embeddings.
+"""Runs the original llava package's own preparation of a prompt on values other than embeddings.
 
 `prepare_inputs_labels_for_multimodal` only moves embeddings about (and in forks resamples those of
 images): what it does to codes or coordinates tells what it does to embeddings, whatever the fork.
@@ -84,7 +84,7 @@ def own_preparation(model: Any) -> Any:
 
 
 def own_function(model: Any, name: str) -> Any:
-    """A function that the preparation calls by name, None where its module has no such one."""
+    """A function that the preparation calls by name, None if its module has none of that name."""
     for cls in base_class(model).__mro__:
         found = getattr(sys.modules.get(cls.__module__), name, None)
         if PREPARE in cls.__dict__ and found is not None:
@@ -163,7 +163,7 @@ class _StandIn:
         self.config.tokenizer_padding_side = "right"
 
     def __getattr__(self, name: str) -> Any:
-        # Methods that the preparation is split into have to see the other values too.
+        # Helper methods of the preparation must see the replaced values too.
         method = inspect.getattr_static(base_class(self._model), name, None)
         if inspect.isfunction(method) and not method.__module__.startswith(LIBRARIES):
             return types.MethodType(method, self)

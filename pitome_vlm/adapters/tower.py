@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 
 LAYER_PARTS = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "out_proj", "head_dim", "scale")
-# All that a merging layer hands to attention. One that takes more (rotary positions, in MLCD) would
+# All that a merging layer passes to attention. One that takes more (rotary positions, in MLCD) would
 # silently get less.
 ATTENTION_INPUTS = {
     *("self", "hidden_states", "attention_mask", "causal_attention_mask"),
@@ -37,7 +37,7 @@ LAYER_ATTRIBUTES = ("_pitome_layer", "_pitome_slot", "_pitome_returns_tuple")
 
 
 class TowerSlot:
-    """Which encoding the layers of one tower belong to right now, in this thread.
+    """The encoding to which the layers of one tower belong right now, in this thread.
 
     A layer cannot be handed an argument through the towers of transformers 4.57, so it looks
     here when it is *called* and passes what it finds to its own forward as an argument: a
@@ -121,7 +121,7 @@ class MergingLayer:
     _pitome_returns_tuple: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Hand the active pass on as an argument."""
+        """Pass the active encoding to `forward` as an argument."""
         active = self._pitome_slot[0].active
         if active is not None:
             kwargs["pitome_pass"] = active
