@@ -27,8 +27,8 @@ logger = logging.get_logger(__name__)
 
 LAYER_PARTS = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "out_proj", "head_dim", "scale")
-# All that a merging layer passes to attention. One that takes more (rotary positions, in MLCD) would
-# silently get less.
+# All that a merging layer passes to attention. A layer that takes more (rotary positions, in MLCD)
+# would silently get less.
 ATTENTION_INPUTS = {
     *("self", "hidden_states", "attention_mask", "causal_attention_mask"),
     *("output_attentions", "kwargs"),
