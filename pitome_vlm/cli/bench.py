@@ -162,8 +162,8 @@ def bench(
     """Time tower, merging, prefill and decoding with and without merging, in turns.
 
     Every budget is timed once per round, the unmerged model included; tables show medians in
-    milliseconds. `pays to` is the longest answer in tokens that gets at least 10 % faster ("from
-    80": answers of 80 tokens and more do).
+    milliseconds. `pays to` is the longest answer in tokens that is at least 1.1 times faster
+    ("from 80": answers of 80 tokens and more are).
 
     Examples: `pitome-vlm bench --config llava-1.5-7b --layers 4 --batch 1,4`,
     `pitome-vlm bench --model PATH --tokens 144,64 --algorithms pitome_plus,tome -o bench`

@@ -141,7 +141,7 @@ def markdown(report: Report, results: list[Phases]) -> str:
         "in turns; medians in ms (± distance of the quartiles).",
         markdown_table(columns, rows),
         "`scripts/speed/peers.py`. Peers are algorithms of ours, written from their papers. "
-        "`pays to`: the longest answer that gets at least 10 % faster than `none`. With equal "
+        "`pays to`: the longest answer that is at least 1.1 times faster than `none`. With equal "
         "tokens a further token is the same work whoever chose them: differences between methods "
         "of one budget in the columns of 32 and 128 new tokens, and in `pays to`, are noise of "
         "decoding as far as the ± of `per token` is larger than them (a difference whose quartiles "

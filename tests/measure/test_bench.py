@@ -122,12 +122,12 @@ def test_sentences_say_when_it_helps_and_when_not():
     report = Report("x", [[base, good, bad, any_length, later]])
     helps, not_at_all, always, long_ones = verdict(report)
     assert helps.startswith("good, batch 1")
-    assert "answers of up to 51 tokens get at least 1.1 times faster" in helps
+    assert "answers of up to 51 tokens are at least 1.1 times faster" in helps
     assert "the first token comes 2.5 times faster" in helps
     assert "does not help" in not_at_all
     assert "the first token takes 1.10 times as long" in not_at_all
     assert "answers of any length" in always
-    assert "answers of 3 tokens and more get at least 1.1 times faster" in long_ones
+    assert "answers of 3 tokens and more are at least 1.1 times faster" in long_ones
 
 
 def test_noise_of_decoding_decides_about_no_answer():

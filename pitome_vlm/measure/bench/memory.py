@@ -101,7 +101,7 @@ def fitting_batch(whole: Any, result: Phases, memory: int, dtype: torch.dtype) -
     """The largest batch by `FORMULA`, which ignores fragmentation and workspaces.
 
     Args:
-        whole: the model at its whole depth; it may be on the meta device.
+        whole: the model at full depth; it may be on the meta device.
         result: budget and case.
         memory: bytes available for weights and everything else.
         dtype: dtype of activations and cache.

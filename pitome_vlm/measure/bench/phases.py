@@ -1,4 +1,4 @@
-"""Times of one budget in one case: medians, scaling to the whole depth, and when merging pays."""
+"""Times of one budget in one case: medians, scaling to full depth, and when merging pays."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def pays_for(base: Phases, one: Phases, *, measured: bool = False) -> Lengths | 
     Args:
         base: the baseline.
         one: the budget.
-        measured: judge the model as it was timed, instead of its whole depth.
+        measured: judge the model as it was timed, instead of at full depth.
     """
     own, other = (x.measured if measured else x.whole for x in (one, base))
     if one.decodes_alike(base):
@@ -141,7 +141,7 @@ class Phases:
 
     @property
     def whole(self) -> Estimate:
-        """Medians at the whole depth: time inside the layers times `depth`, the rest once."""
+        """Medians at full depth: time inside the layers times `depth`, the rest once."""
         more = (self.depth - 1) * self.median("prefill_layers")
         further = (self.depth - 1) * self.median("decode_layers")
         own = self.measured
@@ -161,13 +161,13 @@ class Phases:
 
     @property
     def _decoding(self) -> list[float]:
-        """Milliseconds of one further token at the whole depth, one entry per round."""
+        """Milliseconds of one further token at full depth, one entry per round."""
         rounds = zip(self.rounds["decode"], self.rounds["decode_layers"], strict=True)
         return [all_of_it + (self.depth - 1) * layers for all_of_it, layers in rounds]
 
     @property
     def kv_bytes(self) -> int:
-        """KV cache of the batch after the prompts, at the whole depth."""
+        """KV cache of the batch after the prompts, at full depth."""
         return round(self.costs.kv_bytes * self.depth) * self.case.batch
 
     def answers_per_second(self, estimate: Estimate) -> float:

@@ -11,7 +11,7 @@ from ...common import write_text
 from ..provenance import provenance
 from ..stats import iqr
 from ..tables import Table
-from .phases import SCALED, TIMES, Phases, pays_for
+from .phases import SCALED, TIMES, Phases, median, pays_for
 
 FORMAT = "pitome_vlm bench 4"
 FORMULAS = (
@@ -85,7 +85,7 @@ class Report:
         return [(case[0], one) for case in self.results for one in case if one.repeats]
 
     def tables(self) -> list[Table]:
-        """Times, gains, then (for a cut model) those of the whole depth, then largest batches."""
+        """Times, gains, then (for a cut model) those of full depth, then largest batches."""
         pairs, built = self.pairs(), " as built" if self.depth != 1 else ""
         widths = sorted({one.costs.kv_dtype for _, one in pairs})
         found = [
@@ -103,11 +103,11 @@ class Report:
             ),
         ]
         if self.depth != 1:
-            title = f"{self.model} at its whole depth, scaled up (ms; 2.00x = 2 times faster)"
+            title = f"{self.model} at full depth, scaled up (ms; 2.00x = 2 times faster)"
             rows = [self._whole_row(base, one) for base, one in pairs]
             found.append(_table(title, WHOLE_COLUMNS, rows))
         if self.fits:
-            title = "largest batch" + (" at the whole depth" if self.depth != 1 else "")
+            title = "largest batch" + (" at full depth" if self.depth != 1 else "")
             found.append(_table(title, FIT_COLUMNS, self._fit_rows()))
         return found
 
@@ -133,8 +133,8 @@ class Report:
             str(one.tokens),
             str(one.case.batch),
             *(shown(one.median(name)) for name in TIMES[:5]),
-            f"{shown(one.median('first'))} ±{shown(iqr(one.rounds['first']))}",
-            f"{shown(one.median('decode'))} ±{shown(iqr(one.rounds['decode']))}",
+            _with_spread(one.rounds["first"]),
+            _with_spread(one.rounds["decode"]),
         )
 
     def _gain_row(self, base: Phases, one: Phases) -> tuple[str, ...]:
@@ -201,6 +201,12 @@ def _rate(fit: Fit) -> str:
     if fit.answers_per_second is None:
         return "-"
     return f"{'>= ' if fit.estimated else ''}{fit.answers_per_second:.3g}"
+
+
+def _with_spread(values: list[float]) -> str:
+    """Median ± interquartile range, which a single value does not have."""
+    spread = f" ±{shown(iqr(values))}" if len(values) > 1 else ""
+    return f"{shown(median(values))}{spread}"
 
 
 def shown(value: float) -> str:

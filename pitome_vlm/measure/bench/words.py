@@ -30,20 +30,20 @@ def page(report: Report) -> str:
 def _about(report: Report, base: Phases, one: Phases) -> str:
     own, other = one.whole, base.whole
     head = f"{one.budget.name}, batch {one.case.batch} ({base.tokens} -> {one.tokens} tokens): "
-    cut = " (at the whole depth, scaled up)" if one.depth != 1 else ""
+    cut = " (at full depth, scaled up)" if one.depth != 1 else ""
     lengths, faster = pays_for(base, one), other.first / own.first
     alike = "; per-token time differs by less than run-to-run noise"
     rest = f"; {_first(faster)}{alike if one.decodes_alike(base) else ''}{_memory(base, one)}"
     rest += f"{_batch(report, base, one)}."
     least = f"{1 / (1 - WORTH):.1f} times faster{cut}"
     if lengths is None:
-        return f"{head}does not help: no answer gets {least}{rest}"
+        return f"{head}does not help: no answer is {least}{rest}"
     reach = "answers of any length"
     if lengths.most is not None:
         reach = f"answers of up to {lengths.most} tokens"
     elif lengths.least > 1:
         reach = f"answers of {lengths.least} tokens and more"
-    return f"{head}{reach} get at least {least}{rest}"
+    return f"{head}{reach} are at least {least}{rest}"
 
 
 def _first(faster: float) -> str:
