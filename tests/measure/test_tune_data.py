@@ -20,23 +20,21 @@ from pitome_vlm.measure.tune import (
     read_rows,
 )
 from pitome_vlm.measure.tune.recipes import BASELINES, token_counts
+from pitome_vlm.merge import algorithms, registry
 from pitome_vlm.merge.config import MergeConfig
 
 # --- recipes, budgets, options
 
 
 def test_default_recipes_follow_the_registry(monkeypatch):
-    from pitome_vlm.merge import algorithms
-
     recipes = default_recipes()
     tried = [recipe.config(9).algorithm for recipe in recipes]
     assert recipes[0].config(9) == MergeConfig(tokens=9, algorithm=MergeConfig(keep=1.0).algorithm)
     assert set(tried) == set(algorithms.available()) - set(BASELINES)
     assert len({recipe.config(9) for recipe in recipes}) == len(recipes)
     assert len({recipe.name for recipe in recipes}) == len(recipes)
-    registry = dict(algorithms._REGISTRY)
-    registry["mine"] = dataclasses.replace(algorithms.get("tome"), name="mine")
-    monkeypatch.setattr(algorithms, "_REGISTRY", registry)
+    mine = dataclasses.replace(algorithms.get("tome"), name="mine")
+    monkeypatch.setitem(registry._known, "mine", mine)
     assert "mine" in [recipe.name for recipe in default_recipes()]
 
 
