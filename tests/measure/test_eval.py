@@ -375,7 +375,7 @@ def test_grids_have_the_unreduced_model_once_and_every_method_at_every_budget():
         "released-64",
         "random:seed=3-64",
     ]
-    assert settings[2].config.energy == "elu"
+    assert settings[2].config.to_dict()["energy"] == "elu"
     assert settings[3].config.seed == 3
     files = [cell.file for cell in suites.cells(["gqa"], settings)]
     assert len(set(files)) == len(files)
