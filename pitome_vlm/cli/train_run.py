@@ -81,7 +81,7 @@ def train_model(
 def show(result: TrainingResult) -> None:
     """Print the adapter's folder to stdout and the accuracies to stderr."""
     write(f"{result.output_dir}", fold=False)
-    say(f"{result.steps} steps, {merging_line(result.model)}")
+    say(f"{result.steps} steps. {merging_line(result.model)}")
     if result.before and result.after:
         for name, title in (("answer_accuracy", "answers"), ("token_accuracy", "answer tokens")):
             before, after = 100 * result.before[name], 100 * result.after[name]

@@ -130,11 +130,12 @@ def _deciding_by_tokens(names: Sequence[str]) -> list[str]:
         ValueError: there are none.
     """
     able = [name for name in names if can_merge(name)]
-    reason = "read the class token's attention, which synthetic clusters do not have"
+    others = ", ".join(sorted(set(names) - set(able)))
+    reason = "synthetic clusters have no class token, whose attention this needs"
     if not able:
-        raise ValueError(f"{', '.join(names)} {reason}; give --no-synthetic")
-    if len(able) < len(names):
-        say(f"real features only: {', '.join(sorted(set(names) - set(able)))} {reason}")
+        raise ValueError(f"{others}: {reason}; give --no-synthetic")
+    if others:
+        say(f"measured on real features only: {others} ({reason})")
     return able
 
 

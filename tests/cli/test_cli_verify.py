@@ -188,7 +188,7 @@ def test_algorithms_that_need_attention_are_named_and_left_out(monkeypatch, tmp_
     words = ["--no-features", "--no-plot", *SMALL[:6], "--output", tmp_path]
     result = run(*words, "--algorithms", "random,tome")
     assert result.exit_code == 0
-    assert "real features only: random read" in result.stderr
+    assert "measured on real features only: random" in result.stderr
     values = json.loads((tmp_path / "results.json").read_text())
     assert {row["algorithm"] for row in values["synthetic"]} == {"tome"}
     fails_in_one_line(run(*words, "--overwrite", "--algorithms", "random"), "give --no-synthetic")
