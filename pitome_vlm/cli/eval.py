@@ -14,7 +14,7 @@ from ..common import require
 from . import options as o
 from .eval_run import Sweep, report
 from .session import is_first_process, model_path
-from .terminal import say
+from .terminal import loading_libraries, say
 
 if TYPE_CHECKING:
     from ..measure.evaluate.suites import Suite
@@ -156,6 +156,7 @@ def evaluate(
     require("lmms_eval", "eval", "eval")
     if plot:
         require("matplotlib", "viz", "the plot of eval (--no-plot leaves it out)")
+    loading_libraries()
     chosen = model or base.pretrained
     if chosen is None:
         raise ValueError("model must be given, for instance --model llava-hf/llava-1.5-7b-hf")

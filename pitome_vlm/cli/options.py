@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import ast
 import contextlib
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from ..common import suggest
 from ..merge.config import PRESETS, SHARED, MergeConfig, option_names
-
-Number = TypeVar("Number", int, float)
+from .terminal import loading_libraries
 
 BUDGET_WORDS = ("keep", "tokens", "ratio")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -220,6 +219,9 @@ def merge_options(
     Raises:
         ValueError: a value out of range, two budgets, or an unknown name.
     """
+    if algorithm or preset or option:
+        # Only an algorithm knows its options, and it is written in torch.
+        loading_libraries()
     flags = {
         "keep": keep, "tokens": tokens, "ratio": ratio, "algorithm": algorithm, "quality": quality,
     }  # fmt: skip

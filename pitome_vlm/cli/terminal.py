@@ -7,6 +7,7 @@ piped, nothing is folded and nothing is coloured.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 import textwrap
@@ -53,6 +54,13 @@ def loading(what: str) -> None:
     """Say what takes the next seconds; on a terminal only, because a log has no one waiting."""
     if err.is_terminal:
         say(f"Loading {what} ...")
+
+
+@functools.cache
+def loading_libraries() -> None:
+    """Say once that torch is being loaded, unless it is there already."""
+    if "torch" not in sys.modules:
+        loading("torch and transformers")
 
 
 def printable(text: str) -> str:
@@ -187,8 +195,7 @@ def quiet(verbose: bool = False) -> Iterator[None]:
     Args:
         verbose: leave the libraries as they are.
     """
-    if "transformers" not in sys.modules:
-        loading("torch and transformers")
+    loading_libraries()
     if verbose:
         yield
         return

@@ -146,7 +146,6 @@ def tune(
     Example: `pitome-vlm tune --model demo --data demo --limit 240 --output tuned`
     """
     o.check_run_flags(resume, overwrite)
-    recipes = None if algorithms is None else _recipes(algorithms)
     budgets = None if tokens is None else o.counts("tokens", tokens)
     if plot:
         require("matplotlib", "viz", "the plot of tune (--no-plot leaves it out)")
@@ -155,6 +154,7 @@ def tune(
         from ..measure.tune.tuner import check_folder
         from .session import load_model
 
+        recipes = None if algorithms is None else _recipes(algorithms)
     tuning.Plan(max_loss, recipes, budgets, seed, confidence=confidence)
     check_folder(output, resume=resume, overwrite=overwrite)
     rows = _rows(data, limit, ignore_answers)

@@ -74,8 +74,9 @@ def visualize(
     from .session import check_algorithm, load_images, load_merging
 
     images = load_images(image)
-    for name in names:
-        check_algorithm({"algorithm": name})
+    with quiet(verbose):
+        for name in names:
+            check_algorithm({"algorithm": name})
     vlm, processor = load_merging(
         model,
         merging,
