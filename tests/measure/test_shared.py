@@ -9,7 +9,7 @@ from PIL import Image
 
 from pitome_vlm.demo import checkpoint_path, load_split, scene_image
 from pitome_vlm.loading import load
-from pitome_vlm.measure import asking, plots, stats, store, tables
+from pitome_vlm.measure import asking, demo_benchmark, plots, stats, store, tables
 from pitome_vlm.measure.provenance import (
     checkpoint_fingerprint,
     in_words,
@@ -40,6 +40,14 @@ class TestIntervals:
         low, high = stats.mean_interval([0.0] * 40, clusters)
         assert low == 0
         assert 0 < high < 0.2
+
+    def test_demo_accuracies_are_percentages_with_the_added_images(self):
+        samples, right = load_split("test", 40), np.ones(40, bool)
+        assert len({sample.scene_id for sample in samples}) == 7
+        low, high = demo_benchmark.accuracy_interval(samples, right)
+        assert 85 < low < 100 == high
+        low, high = demo_benchmark.difference_interval(samples, right, right)
+        assert -10 < low < 0 < high < 10
 
     def test_no_difference_is_no_certainty_and_lies_around_zero(self):
         low, high = stats.difference_interval([1.0] * 40, [1.0] * 40, [i % 7 for i in range(40)])
@@ -94,7 +102,7 @@ class TestIntervals:
 
 class TestComparisons:
     def test_few_images_are_flipped_exactly(self):
-        # 3 of 8 sign patterns of (2, 1, 1) and their mirrors: |sum| >= 4 only when all agree.
+        # Of the 8 sign patterns of (2, 1, 1) two have a sum as far from 0: all agree.
         assert stats.sign_flip([2.0, 1.0, 1.0], [0, 1, 2]) == pytest.approx(2 / 8)
         assert stats.sign_flip([0.0, 0.0], [0, 1]) == 1
 
@@ -197,6 +205,12 @@ class TestStore:
             with pytest.raises(ValueError, match=said):
                 Store(tmp_path).get("a")
 
+    def test_memory_has_no_files(self):
+        with pytest.raises(ValueError, match="no files"):
+            Store(None).path("a")
+        with pytest.raises(KeyError, match="a"):
+            Store(None).identity_of("a")
+
     def test_keys_are_file_names(self, tmp_path):
         for key in ("", "../a", "a/b", "a b"):
             with pytest.raises(ValueError, match="key must be"):
@@ -252,6 +266,15 @@ class TestTables:
             "",
             "a &lt; b",
         ]
+
+    def test_rows_of_another_length_are_refused(self):
+        with pytest.raises(ValueError, match="'T' must have 2 cells, got 1"):
+            tables.Table("T", ["a", "b"], [["only one"]])
+
+    def test_numbers_have_units(self):
+        assert tables.flops_text(1.5e9) == "1.5 GFLOP"
+        assert tables.bytes_text(900 * 1024) == "900 KiB"
+        assert tables.bytes_text(5 * 2**40) == "5120 GiB"
 
     def test_shares_are_shown_as_percent(self):
         assert tables.percent(0.1234) == "12.3"
