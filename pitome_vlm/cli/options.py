@@ -227,10 +227,10 @@ def merge_options(
     }  # fmt: skip
     given = {name: value for name, value in flags.items() if value is not None}
     for text in option or []:
-        for name, value in pairs("option", text).items():
-            if name in given:
-                raise ValueError(f"{name} is given twice, by --{name} and by --option {text}")
-            given[name] = value
+        name, value = pair("option", text)
+        if name in given:
+            raise ValueError(f"{name} is given twice, the second time by --option {text}")
+        given[name] = value
     if quality is not None and keep != "auto":
         raise ValueError("--quality is used with --keep auto only; add that or leave it out")
     if preset is not None and preset not in PRESETS:
@@ -294,22 +294,28 @@ def counts(field: str, text: str) -> list[int]:
 
 
 def pairs(field: str, text: str) -> dict[str, Any]:
-    """`NAME=VALUE,NAME=VALUE` with Python values where they are some; true and false in any case.
+    """`NAME=VALUE,NAME=VALUE` by name; see `pair`.
 
     Raises:
         ValueError: a word without a name or an equals sign.
     """
-    found: dict[str, Any] = {}
-    for item in filter(None, (piece.strip() for piece in text.split(","))):
-        name, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or not name:
-            raise ValueError(f"{field} must be NAME=VALUE,NAME=VALUE, got {item!r}")
-        # As a string "false" would count as true.
-        value = value.capitalize() if value.lower() in ("true", "false") else value
-        found[name] = value
-        with contextlib.suppress(ValueError, SyntaxError):
-            found[name] = ast.literal_eval(value)
-    return found
+    return dict(pair(field, word) for word in text.split(",") if word.strip())
+
+
+def pair(field: str, text: str) -> tuple[str, Any]:
+    """`NAME=VALUE` with a Python value where it is one; true and false in any case.
+
+    Raises:
+        ValueError: there is no name or no equals sign.
+    """
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not name:
+        raise ValueError(f"{field} must be NAME=VALUE, got {text.strip()!r}")
+    # As a string "false" would count as true.
+    value = value.capitalize() if value.lower() in ("true", "false") else value
+    with contextlib.suppress(ValueError, SyntaxError):
+        return name, ast.literal_eval(value)
+    return name, value
 
 
 def image_size_of(text: str | None) -> tuple[int, int] | None:

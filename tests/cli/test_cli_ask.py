@@ -62,8 +62,8 @@ def test_the_checkpoint_s_own_budget_comes_before_the_default(checkpoint, image,
 
 def test_options_without_a_flag_of_their_own(checkpoint, image):
     words = ["ask", "-m", checkpoint, "-i", image, "--max-new-tokens", 2, "-v", "what?"]
-    result = run(*words, "--option", "stage=tower", "--option", "weighted=false", "--keep", 0.5)
-    assert "keep=0.5 stage=tower weighted=False" in result.stderr
+    result = run(*words, "--option", "stage=tower", "--option", "layers=[0, 2]", "--keep", 0.5)
+    assert "Merging with pitome_plus keep=0.5 stage=tower layers=(0, 2)" in result.stderr
 
 
 def test_temperature_samples(checkpoint, image):

@@ -193,7 +193,7 @@ BAD_LINES = [
 @pytest.mark.parametrize(("line", "message"), BAD_LINES, ids=str)
 def test_a_bad_line_is_named_in_one_line(data, tmp_path, line, message):
     folder, lines = data
-    (folder / "text.png").write_text("no picture\n")
+    (folder / "text.png").write_text("no image\n")
     file = write(folder, [*lines[:2], line, *lines[2:]])
     fails(run("--data", file, "--output", tmp_path / "out"), message)
     assert not (tmp_path / "out").exists()
