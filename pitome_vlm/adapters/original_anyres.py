@@ -44,7 +44,12 @@ class OriginalAnyResAdapter(OriginalLlavaAdapter):
 
     @override
     def items_of(self, images: ImageBatch) -> list[int]:
-        """Which entry of `encode` every tile is a part of: the image it was cut from."""
+        """Which entry of `encode` every tile is a part of: the image it was cut from.
+
+        Raises:
+            ValueError: sizes are missing although an image has several tiles.
+        """
+        _check_sizes(images)
         return [index for index, n in enumerate(images.tiles) for _ in range(n)]
 
     @override

@@ -282,3 +282,29 @@ def test_every_image_has_its_own_count_with_keep_auto():
     expected = [words[0] + counts[0], words[1] + counts[1] + counts[2]]
     assert compact["attention_mask"].sum(1).tolist() == expected
     assert bool(model(**batch).logits.isfinite().all())
+
+
+def test_images_that_cannot_be_laid_out_are_refused():
+    model, batch = spatial_model(), spatial_batch([(192, 96)], (6,))
+    pitome_vlm.wrap(model, keep=0.25)
+    with pytest.raises(
+        ValueError, match=r"image_sizes must hold .* each of the 1 images.*got none"
+    ):
+        model(**batch | {"image_sizes": None})
+    with pytest.raises(
+        ValueError, match=r"images must be \[images, 3, height, width\].*got \(3, 96"
+    ):
+        model(**batch | {"images": batch["images"][0][0]})
+
+
+def test_counts_of_tiles_are_known_before_they_are_encoded():
+    model, batch = spatial_model(), spatial_batch([(192, 96), (96, 96)], (6, 4))
+    pitome_vlm.wrap(model, keep=0.25)
+    footprints = find_adapter(model).footprints(model, batch)["image"]
+    assert find_adapter(model).footprints(model, {}) == {}
+    sizes = batch["image_sizes"]
+    assert footprints == [
+        find_adapter(model).footprint(model, image_size=(high, wide)) for wide, high in sizes
+    ]
+    visual = pitome_vlm.encode_images(model, batch["images"], image_sizes=sizes)
+    assert visual.full_counts == [one.full for one in footprints]
