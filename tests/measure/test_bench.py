@@ -37,11 +37,13 @@ from pitome_vlm.measure.bench import (
     measure,
     median,
     needed_bytes,
+    page,
     pays_for,
     plot,
     verdict,
 )
 from pitome_vlm.measure.bench.memory import is_computable, search_largest
+from pitome_vlm.measure.bench.report import Fit
 from pitome_vlm.merge.config import MergeConfig
 from pitome_vlm.wrapping.encode import planned_count
 from pitome_vlm.wrapping.wrap import is_wrapped, merge_config
@@ -430,6 +432,23 @@ def test_json_holds_every_round_and_what_it_was_measured_on(tmp_path):
     flops = quarter["flops"]
     assert flops["total"] == flops["tower"] + flops["projector"] + flops["prefill"]
     assert none["measured"]["speed_up_first"] == 1.0
+
+
+def test_tables_are_text_and_the_page_holds_all_of_them():
+    base, merged = phases(100.0, 10.0, depth=2.0), phases(50.0, 10.0, budget=QUARTER, depth=2.0)
+    fits = {"none": Fit(8, False, 2.0), "quarter": Fit(20, True, 5.0, estimated=False)}
+    report = Report("x", [[base, merged]], ["a note"], fits=fits, depth=2.0)
+    times, gains, whole, largest = report.tables()
+    assert times.rows[1][:3] == ("quarter", "144", "1")
+    assert "1 round in turns" in times.caption
+    assert (gains.rows[0][2], gains.rows[1][2]) == ("1.00x", "2.00x")
+    assert "KV cache in float32" in gains.caption
+    assert "full depth" in whole.caption
+    assert largest.rows == [("none", "8", "computed", ">= 2"), ("quarter", "20", "tried", "5")]
+    text = page(report)
+    for part in ("# x", "hardware ", report.markdown(), *verdict(report), "a note"):
+        assert part in text
+    assert "20 prompts fit at a time instead of 8" in text
 
 
 @pytest.mark.parametrize("kind", ["png", "svg"])

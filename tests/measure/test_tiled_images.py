@@ -141,10 +141,10 @@ def test_a_collated_batch_is_shortened_to_the_same_loss(tmp_path):
 
 
 def test_training_and_loading_back(folder, tmp_path):
-    data = write_lines(tmp_path / "train.jsonl", records(tmp_path, 8))
+    data = write_lines(tmp_path / "train.jsonl", records(tmp_path, 4))
     model, processor = pitome_vlm.load(folder, keep=0.25, dtype="float32")
     result = train(
-        model, processor, data, tmp_path / "adapter", max_steps=3, per_device_train_batch_size=2
+        model, processor, data, tmp_path / "adapter", max_steps=2, per_device_train_batch_size=2
     )
     again, processor = pitome_vlm.load(result.output_dir, base=folder, dtype="float32")
     batch = processor(images=noise(100, 150), text=QUESTION, return_tensors="pt")

@@ -48,7 +48,7 @@ def one_by_one(model, processor, row, config):
         return_tensors="pt",
     )
     with pitome_vlm.wrapped(model, config=config), torch.no_grad():
-        out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        out = model.generate(**inputs, max_new_tokens=2, do_sample=False)
         logits = model(**inputs).logits[0, -1]
     text = processor.tokenizer.decode(
         out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
@@ -60,7 +60,7 @@ def test_a_model_is_asked_what_it_would_be_asked_by_hand(demo):
     model, processor = demo
     rows = demo_rows()
     result = tune(
-        model, processor, rows, recipes=ONE, budgets=[16], batch_size=5, max_new_tokens=4,
+        model, processor, rows, recipes=ONE, budgets=[16], batch_size=3, max_new_tokens=2,
         max_loss=0.99,
     )  # fmt: skip
     (cell,), (check,) = result.cells, result.checks
