@@ -49,11 +49,11 @@ def prepare_original(
         ValueError: the images are of another form, or see `original_layout.lay_out`.
     """
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    pictures = image_batch(inputs["images"], inputs.get("image_sizes"))
+    batch = image_batch(inputs["images"], inputs.get("image_sizes"))
     model, calibration = plan.model, plan.calibration
     adapter: Any = plan.adapter
     tokens_in = plan.schedule.tokens_in
-    layout = lay_out(model, pictures, adapter.items_of(pictures), tokens_in, ids, mask)
+    layout = lay_out(model, batch, adapter.items_of(batch), tokens_in, ids, mask)
     encoded = plan.encode(image_cache)
     visual = encoded[0].visual
     images = _images_of(layout, visual, encoded[0].token_id)

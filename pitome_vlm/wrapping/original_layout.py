@@ -48,7 +48,7 @@ class Layout:
 
 def lay_out(
     model: Any,
-    pictures: ImageBatch,
+    images: ImageBatch,
     items: Sequence[int],
     tokens: int,
     input_ids: Tensor,
@@ -58,7 +58,7 @@ def lay_out(
 
     Args:
         model: the model.
-        pictures: of the prompt.
+        images: of the prompt.
         items: what every tile is a part of.
         tokens: of one tile.
         input_ids: [B, T].
@@ -70,13 +70,13 @@ def lay_out(
     ids = input_ids.cpu()
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
     _check_mask(mask, ids)
-    _check_pictures(ids, mask, pictures)
+    _check_images(ids, mask, images)
     # Every word is called by its column.
     columns = torch.arange(ids.shape[1]).expand_as(ids)
     per_tile = torch.tensor(items)[:, None].expand(-1, tokens)
     codes, valid = run_preparation(
         model,
-        pictures,
+        images,
         _codes(VISUAL, per_tile),
         _codes(NEWLINE, torch.tensor(0)),
         input_ids=torch.where(ids == PLACEHOLDER, ids, columns),
@@ -117,11 +117,11 @@ def _check_mask(mask: Tensor, ids: Tensor) -> None:
         )
 
 
-def _check_pictures(ids: Tensor, mask: Tensor, pictures: ImageBatch) -> None:
+def _check_images(ids: Tensor, mask: Tensor, images: ImageBatch) -> None:
     """The package itself ends in an IndexError here."""
     per_row = ((ids == PLACEHOLDER) & mask.bool()).sum(1)
     # It takes one image for every row, also for one without a placeholder.
-    needed, found = int(per_row.clamp(min=1).sum()), len(pictures.tiles)
+    needed, found = int(per_row.clamp(min=1).sum()), len(images.tiles)
     if needed > found:
         bare = int((per_row == 0).sum())
         rest = f" and {bare} of its rows none (each takes one that is not shown)" if bare else ""

@@ -140,7 +140,7 @@ def method_setting(method: str, tokens: int) -> Setting:
 
 
 def _algorithm_of(method: str) -> str | None:
-    """The algorithm behind a method's name, None where there is none."""
+    """The algorithm of a method's name; None if there is none."""
     from ...merge import algorithms
 
     name = PRESETS.get(method, {}).get("algorithm", method)
