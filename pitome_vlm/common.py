@@ -47,7 +47,7 @@ def suggest(name: str, known: list[str]) -> str:
 def check_range(
     field: str, value: Any, low: float, high: float, *, open_ends: bool = False
 ) -> None:
-    """Refuse what is no number between `low` and `high`.
+    """Check that a value is a number between `low` and `high`, inclusive unless `open_ends`.
 
     Raises:
         TypeError: not a number.
@@ -80,10 +80,10 @@ def whole_number(field: str, value: Any, low: int, high: int | None = None) -> i
 
 
 def check_choice(field: str, value: Any, allowed: Sequence[str]) -> None:
-    """Refuse what is none of the allowed words.
+    """Check that a value is one of the allowed words.
 
     Raises:
-        ValueError: the message names field, choices and value, and suggests the closest.
+        ValueError: it is not; the message names field, choices and value, and suggests the closest.
     """
     if value not in allowed:
         hint = suggest(str(value), list(allowed))
@@ -91,22 +91,22 @@ def check_choice(field: str, value: Any, allowed: Sequence[str]) -> None:
 
 
 def check_flag(field: str, value: Any) -> None:
-    """Refuse what is neither True nor False.
+    """Check that a value is True or False.
 
     Raises:
-        TypeError: something else, numbers included.
+        TypeError: it is something else, for instance a number.
     """
     if not isinstance(value, bool):
         raise TypeError(f"{field} must be True or False, got {value!r}")
 
 
 def require(module: str, extra: str, what: str) -> None:
-    """See that an optional dependency is installed; nothing is imported.
+    """Check that an optional dependency is installed, without importing it.
 
     Args:
         module: name of the module to find.
-        extra: the extra of this package that brings it.
-        what: needs it, for the message: "a plot", "load_in_4bit=True".
+        extra: the extra of this package that installs it.
+        what: the feature that needs it, for the message: "a plot", "load_in_4bit=True".
 
     Raises:
         ImportError: it is missing; the message says how to install it.
@@ -117,7 +117,7 @@ def require(module: str, extra: str, what: str) -> None:
 
 
 def install_hint(extra: str) -> str:
-    """The command that installs an extra; it names a clone, because PyPI has no such package."""
+    """How to install an extra: from a clone, because the package is not on PyPI."""
     return f'pip install ".[{extra}]" in a clone of pitome-vlm'
 
 
