@@ -1,11 +1,9 @@
-"""keep="auto": as few tokens per picture as its own redundancy allows.
+"""keep="auto": as few tokens per image as its own redundancy allows.
 
-Knows: that merging further loses something which can be measured on the tokens themselves, and a
-bound on what may be lost. Does not know: models, or how an algorithm decides.
-
-The measure is the share of the tokens' variance that lies between groups: merge tokens that are
-alike and nothing is lost, merge different ones and all that told them apart is. Every picture is
-taken down the same ladder of counts, all pictures at once, and leaves it at its own step.
+What merging loses is measured on the tokens themselves: it is the share of their variance that no
+longer lies between groups. Merging tokens that are alike loses nothing, merging different ones
+loses what told them apart. All images go down the same ladder of counts together, and each stops at
+its own step.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from .algorithm import Algorithm, MergeContext, make_plan
 
 @dataclass(frozen=True)
 class Adapted:
-    """One picture at the count that suits it.
+    """One image at the count that suits it.
 
     Attributes:
         features: [n, C].
@@ -45,19 +43,19 @@ def adapt(
     ctx: MergeContext,
     weighted: bool = True,
 ) -> list[Adapted]:
-    """Merge every picture as far as `quality` of its variance is left.
+    """Merge every image as far as `quality` of its variance is left.
 
     Args:
         features: [B, n_leading + N, C].
         sizes: [B, n_leading + N] float32, None for all one.
         counts: mergeable tokens to try, falling; the first is N itself.
         quality: share of the variance that has to be left, in (0, 1].
-        algorithm: who decides.
+        algorithm: makes the plans.
         ctx: what it may look at.
         weighted: size-weighted means.
 
     Returns:
-        One result per picture. A picture's count does not depend on the others of the batch.
+        One result per image. An image's count does not depend on the others of the batch.
     """
     batch, total = features.shape[:2]
     index = torch.arange(total, device=features.device).expand(batch, total)
@@ -69,7 +67,7 @@ def adapt(
         merged, grown = plan.apply(rung.features, rung.sizes, weighted=weighted)
         assign = plan.assign.gather(1, rung.assign)
         centres = merged.gather(1, assign[..., None].expand(-1, -1, features.shape[-1]))
-        # A picture without variance loses none.
+        # An image without variance loses none.
         lost = _spread(features, centres, sizes) / whole.clamp(min=1e-12)
         left = (1 - lost).clamp(0, 1).tolist()
         for image in range(batch):
@@ -83,7 +81,7 @@ def adapt(
 
 @dataclass(frozen=True)
 class _Rung:
-    """All pictures of a batch at one count of the ladder; axes as in `adapt`."""
+    """All images of a batch at one count of the ladder; axes as in `adapt`."""
 
     features: Tensor
     sizes: Tensor | None

@@ -1,8 +1,7 @@
 """The contract between an algorithm and whoever applies its plan, and what both compute with.
 
-Knows: what an algorithm may look at, how it is asked as often as needed, similarities, log sizes,
-positions of groups. Does not know: how any algorithm decides, how a plan is applied
-(`plan.py`), and nothing about models.
+Handles what an algorithm may look at and how it is called as often as needed. How a plan is applied
+is up to `plan.py`.
 
 Axes: B images, N tokens before, M tokens after a merge, C channels.
 """
@@ -66,12 +65,12 @@ class MergeContext:
     Attributes:
         config: the options.
         layer: 0-based layer (or step) index; with the seed it names a random draw.
-        depth: l / L, the layer's relative depth in [0, 1]; 1 only behind the last layer.
-        n_leading: protected tokens (CLS) in front. They are removed before an algorithm is
+        depth: l / L, the layer's relative depth in [0, 1]; 1 only after the last layer.
+        n_leading: protected tokens (CLS) at the start. They are removed before an algorithm is
             called; ToMe needs their number for its parity.
-        at_projector: the step is on the features that the projector reads, behind the tower.
+        at_projector: the step is on the features that the projector reads, after the tower.
         grid: (rows, columns) while the tokens are still the whole patch grid, else None.
-        sizes: [B, N] float32 patches behind every token the algorithm is shown, None for all one.
+        sizes: [B, N] float32 patches that each token stands for, None for all one.
         cls_attention: [B, N] float32, how much of the class token's attention (mean over heads)
             goes to each of them; None unless the algorithm asks for it.
         pairs: how many pairs of tokens may be held at once; None for what is usual.
@@ -140,14 +139,14 @@ def gone_with_kept(n_in: int, n_out: int, ctx: MergeContext) -> int:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A registered way to decide, and where it belongs when the user does not say.
+    """A way to decide which tokens are merged, with its defaults.
 
     Attributes:
         name: registry name.
         plan: the decision.
         source: paper and section it follows.
         pairwise: one call can at most halve the tokens; larger reductions are chained.
-        default_stage: where its authors put it.
+        default_stage: where it merges when the user does not say: its authors' place.
         tower_share: with stage "both", share of the (logarithmic) reduction done in the tower
             when the user does not say.
         one_step: reduces once, at the last merging layer.
@@ -203,11 +202,11 @@ def make_plan(
 ) -> MergePlan:
     """Ask an algorithm for a plan over the mergeable tokens, in as many calls as it needs.
 
-    The leading (protected) tokens are cut off before the algorithm sees anything and put back in
-    front of its plan. No gradient flows through the decision.
+    The leading (protected) tokens are cut off before the algorithm sees anything and put back
+    before those of its plan. No gradient flows through the decision.
 
     Args:
-        algorithm: who decides.
+        algorithm: makes the plans.
         keys: [B, n_leading + N, D], what tokens are compared by.
         n_out: mergeable tokens to leave, 1 <= n_out <= N.
         ctx: what the algorithm may look at.

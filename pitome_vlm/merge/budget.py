@@ -92,8 +92,8 @@ def schedule_for(
         )
     if algorithm.needs_grid and shape.packed and stage != "projector":
         raise ValueError(
-            f"algorithm {algorithm.name!r} needs whole grids; where a picture is several tiles "
-            f"these are only known behind the projector, so stage must be 'projector', got "
+            f"algorithm {algorithm.name!r} needs whole grids; where an image is several tiles "
+            f"these are only known after the projector, so stage must be 'projector', got "
             f"{stage!r}"
         )
     gridless = shape.grid is None and not shape.packed

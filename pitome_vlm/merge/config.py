@@ -18,6 +18,7 @@ from ..common import check_choice, check_flag, check_range, suggest, whole_numbe
 from . import registry
 from .config_file import CONFIG_NAME, FORMAT_VERSION, options_in, plain, read, write
 from .options import defaults, owners, parse, values_of
+from .presets import PRESETS
 from .schedule import Budget
 
 __all__ = [
@@ -44,29 +45,6 @@ Metric = Literal["keys", "hidden"]
 Placement = Literal["after_attention", "after_layer"]
 Positions = Literal["compact", "mean", "original"]
 Own = TypeVar("Own")
-
-# Preset name -> the options it fixes. "released" is the code that the authors published, which is
-# not the algorithm of their paper; whoever reports a number has to be able to say which it was.
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "algorithm": "pitome",
-        "metric": "keys",
-        "size_bias": False,
-        "positions": "compact",
-    },
-    "released": {
-        "algorithm": "pitome",
-        "size_bias": False,
-        "positions": "compact",
-        "energy": "elu",
-        "metric": "hidden",
-        "placement": "after_layer",
-        "early_matching": 0.5,
-        "weighted": False,
-        "proportional_attention": False,
-        "restore_order": False,
-    },
-}
 
 
 @dataclass(frozen=True, init=False, repr=False)

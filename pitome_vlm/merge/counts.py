@@ -1,8 +1,7 @@
-"""How many tokens a picture of a given size has, before and after merging.
+"""How many tokens an image of a given size has, before and after merging.
 
-Knows: what a packed picture is made of in numbers, and how a budget that is stated for one tile (or
-as a fraction) becomes an exact count for it. Does not know: torch, models, or how a model lays its
-pictures out; adapters say that (`Adapter.footprint`).
+A budget is stated for one tile, or as a fraction; here it becomes an exact count for an image of
+several tiles. How a model lays an image out is said by its adapter (`Adapter.footprint`).
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from .schedule import Budget, Schedule
 
 @dataclass(frozen=True)
 class Footprint:
-    """One picture (or video) of a prompt in numbers.
+    """One image (or video) of a prompt in numbers.
 
     Attributes:
         full: tokens without merging, the placeholders that the processor writes for it.
-        tiles: pictures the vision tower is run on for it (tiles, frames).
+        tiles: inputs that the vision tower is run on for it (tiles, frames).
         newlines: of `full`, separators that are no patches.
-        frames: of a video; 0 for a picture.
+        frames: of a video; 0 for an image.
     """
 
     full: int
@@ -29,7 +28,7 @@ class Footprint:
     frames: int = 0
 
     def windows(self, frames_together: int = 1) -> list[int]:
-        """Frames of every window of a video; a picture is one window."""
+        """Frames of every window of a video; an image is one window."""
         starts = range(0, self.frames, frames_together)
         return [min(frames_together, self.frames - start) for start in starts] or [1]
 
@@ -46,11 +45,11 @@ class Footprint:
 
 @dataclass(frozen=True)
 class TokenCount:
-    """Tokens of one picture without and with merging.
+    """Tokens of one image without and with merging.
 
     Attributes:
         full: without.
-        out: with; the most, where every picture has a count of its own.
+        out: with; the most, where every image has a count of its own.
         fewest: with; None where `out` is exact.
     """
 
@@ -65,7 +64,7 @@ class TokenCount:
 
     @property
     def shown(self) -> str:
-        """The merged count for people: "36", or "9 to 72" where every picture has its own."""
+        """The merged count for people: "36", or "9 to 72" where every image has its own."""
         return str(self.out) if self.fewest is None else f"{self.fewest} to {self.out}"
 
 
@@ -81,16 +80,16 @@ def count_tokens(
     fewest: Budget | None = None,
     frames_together: int = 1,
 ) -> TokenCount:
-    """Tokens of one picture under a budget, exact and known before anything runs.
+    """Tokens of one image under a budget, exact and known before anything runs.
 
-    `keep` is a fraction of the picture's own count. `tokens` and `ratio` are about one tile: the
-    fraction they leave of a tile is left of the whole picture.
+    `keep` is a fraction of the image's own count. `tokens` and `ratio` are about one tile: the
+    fraction they leave of a tile is left of the whole image.
 
     Args:
         schedule: of one tile.
-        budget: what the schedule was laid out for; the largest where every picture has its own.
-        footprint: the picture.
-        fewest: the smallest budget where every picture has its own.
+        budget: what the schedule was laid out for; the largest where every image has its own.
+        footprint: the image.
+        fewest: the smallest budget where every image has its own.
         frames_together: frames of a video that are merged with each other.
     """
     if footprint == Footprint(schedule.tokens_in):
@@ -113,13 +112,13 @@ def _left(schedule: Schedule, budget: Budget, footprint: Footprint) -> int:
 
 
 def newline_share(footprint: Footprint, total: int) -> int:
-    """How many of `total` tokens are separators: their share of the unmerged picture.
+    """How many of `total` tokens are separators: their share of the unmerged image.
 
-    At least one where the picture has any, and never so many that patches get none or more than
+    At least one where the image has any, and never so many that patches get none or more than
     there are.
 
     Args:
-        footprint: the picture.
+        footprint: the image.
         total: `footprint.smallest()` .. `footprint.full`.
     """
     if footprint.newlines == 0:
@@ -138,14 +137,14 @@ def shared_out(total: int, lengths: list[int]) -> list[int]:
     """
     if total < len(lengths):
         raise ValueError(
-            f"the budget leaves {total} tokens for {len(lengths)} parts (grids of a picture, "
+            f"the budget leaves {total} tokens for {len(lengths)} parts (grids of an image, "
             "windows of a video) that are merged on their own and need one each; give a larger "
             "budget"
         )
     left, whole, shares = total, sum(lengths), []
     for index, length in enumerate(lengths):
-        behind = lengths[index + 1 :]
+        later = lengths[index + 1 :]
         share = scaled(left, length, whole)
-        shares.append(min(length, left - len(behind), max(1, share, left - sum(behind))))
+        shares.append(min(length, left - len(later), max(1, share, left - sum(later))))
         left, whole = left - shares[-1], whole - length
     return shares

@@ -1,7 +1,7 @@
-"""Groups of cells of one picture, brought to an exact number.
+"""Groups of cells of one image, brought to an exact number.
 
-Knows: which cell belongs to which group, how groups are merged further, divided again, and how
-separators are thinned out. Does not know: tiles, models, or how an algorithm decides.
+Handles which cell belongs to which group, how groups are merged further or divided, and how
+separators are thinned out. Tiles are handled in `tiles.py`.
 
 Axes: P cells that hold patches, n groups of them, C channels.
 """
@@ -24,11 +24,11 @@ from .schedule import falling_counts, geometric_counts
 
 @dataclass(frozen=True)
 class Groups:
-    """The tokens of one picture, in raster order of the cells they are named after.
+    """The tokens of one image, in raster order of the cells they are named after.
 
     Attributes:
         features: [n, C].
-        sizes: [n] float32 cells behind every token.
+        sizes: [n] float32 cells that each token stands for.
         assign: [P] int64, the token of every cell.
         kept: [n] int64, the cell every token is named after.
     """
@@ -114,11 +114,11 @@ def divided(assign: Tensor, wanted: int) -> Tensor:
 
 
 def merge_further(groups: list[Groups], wanted: list[int], merge_pass: MergePass) -> list[Groups]:
-    """Every picture's groups merged to its count by the algorithm; pictures alike go together.
+    """The groups of each image merged to its count; images of the same counts go together.
 
     Args:
-        groups: of every picture.
-        wanted: tokens of every picture, at most as many as it has.
+        groups: of every image.
+        wanted: tokens of every image, at most as many as it has.
         merge_pass: the settings.
     """
     found = list(groups)
@@ -142,10 +142,10 @@ def merge_further(groups: list[Groups], wanted: list[int], merge_pass: MergePass
 def _merged(
     groups: list[Groups], target: int, step: int, algorithm: Algorithm, merge_pass: MergePass
 ) -> list[Groups]:
-    """One step of pictures that have the same number of groups."""
+    """One step of images that have the same number of groups."""
     features = torch.stack([one.features for one in groups])
     sizes = torch.stack([one.sizes for one in groups])
-    context = merge_pass.context_behind(step)
+    context = merge_pass.projector_context(step)
     plan = make_plan(algorithm, features, target, ctx=context, sizes=sizes)
     merged, grown = plan.apply(features, sizes, weighted=merge_pass.config.weighted)
     return [
@@ -161,7 +161,7 @@ def merge_on_grids(
     Args:
         groups: one per cell.
         wanted: tokens in all; every grid gets its share.
-        grids: (rows, columns) of the picture's grids, in the order of their cells.
+        grids: (rows, columns) of the image's grids, in the order of their cells.
         merge_pass: the settings.
 
     Raises:
@@ -170,7 +170,7 @@ def merge_on_grids(
     lengths = [rows * columns for rows, columns in grids]
     assign, kept, start, n = [], [], 0, 0
     for grid, length, count in zip(grids, lengths, shared_out(wanted, lengths), strict=True):
-        context = merge_pass.context_behind(0, grid=grid)
+        context = merge_pass.projector_context(0, grid=grid)
         part = groups.features[None, :length]
         plan = make_plan(merge_pass.algorithm, part, count, ctx=context)
         assign.append(plan.assign + n)
@@ -182,7 +182,7 @@ def merge_on_grids(
 
 
 def adapted(groups: Groups, fewest: int, merge_pass: MergePass) -> Groups:
-    """keep="auto": the groups of one picture merged as far as its own redundancy allows.
+    """keep="auto": the groups of one image merged as far as its own redundancy allows.
 
     Args:
         groups: at the largest count.
@@ -196,7 +196,7 @@ def adapted(groups: Groups, fewest: int, merge_pass: MergePass) -> Groups:
         falling_counts(groups.n, min(fewest, groups.n)),
         merge_pass.config.quality,
         algorithm=merge_pass.finisher or merge_pass.algorithm,
-        ctx=merge_pass.context_behind(steps),
+        ctx=merge_pass.projector_context(steps),
         weighted=merge_pass.config.weighted,
     )[0]
     assign = found.assign[groups.assign]

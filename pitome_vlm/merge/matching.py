@@ -1,7 +1,6 @@
 """Steps that algorithms share: bipartite soft matching, and dropping all but the survivors.
 
-Knows: sets of tokens and their similarities. Does not know: how the sets were chosen, or how the
-similarities are computed (`similarity.py`).
+An algorithm chooses the sets of tokens; `similarity.py` computes how alike they are.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def complement(chosen: Tensor, n_tokens: int) -> Tensor:
 
 
 def keep_only(similarity: Similarity, survivors: Tensor, others: Tensor) -> MergePlan:
-    """Keep the survivors as they are and drop the others, each booked on its most similar one.
+    """Keep the survivors as they are; the others only count in the size of the most similar one.
 
     Args:
         similarity: of N tokens.

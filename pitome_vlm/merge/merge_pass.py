@@ -1,10 +1,8 @@
-"""The state of one encoding of images: which plans were made, how large tokens have become.
+"""The state of one encoding of images: the plans that were made, and the sizes of the tokens.
 
-Knows: the schedule, plans by layer, sizes by layer. Does not know: how the algorithm it is handed
-decides, nor which model runs. One object lives for one forward pass and travels with
-it; everything is indexed by layer and a second run of a layer finds the plan of the first,
-because activation checkpointing runs a layer twice and two forward passes may precede one
-backward pass.
+One object belongs to one forward pass. Everything is indexed by layer, and a second run of a layer
+finds the plan of the first: activation checkpointing runs a layer twice, and two forward passes may
+precede one backward pass.
 """
 
 from __future__ import annotations
@@ -33,16 +31,16 @@ class MergePass:
     Attributes:
         config: the merge options.
         schedule: token counts, known beforehand.
-        algorithm: who decides.
+        algorithm: makes the plans.
         grid: (rows, columns) of the patches, None where the tokens are no whole grid.
         plans: plan made in each tower layer.
         sizes: [B, N] float32 after each tower layer that has seen a merge.
         projector_plans: plans of the steps on the features.
-        finisher: who brings a packed image to its exact count where the algorithm itself can only
-            work inside the tower; None for the algorithm.
-        adapted: what came of every image where each has a count of its own.
-        counted: the schedule that budgets are counted by, where it is another one.
-        watch: given "merge in tower", returns a context manager to merge in; None for nobody.
+        finisher: brings a packed image to its exact count where the algorithm itself can only work
+            inside the tower; None for the algorithm itself.
+        adapted: the merged images where each has a count of its own.
+        counted: the schedule that budgets are counted by; None for `schedule`.
+        watch: given "merge in tower", returns a context manager to merge in; None for none.
     """
 
     config: MergeConfig
@@ -62,13 +60,13 @@ class MergePass:
         self._after = dict(self.schedule.tower)
 
     def fresh(self) -> MergePass:
-        """A pass with the same settings that has seen nothing yet."""
+        """A pass with the same settings and no plans yet."""
         return MergePass(
             self.config, self.schedule, self.algorithm, self.grid, self.finisher, watch=self.watch
         )
 
     def count(self, footprint: Footprint) -> TokenCount:
-        """Tokens of a picture without and with merging."""
+        """Tokens of an image without and with merging."""
         fewest = Budget(keep=self.config.keep_range[0]) if self.config.is_adaptive else None
         return count_tokens(
             self.counted or self.schedule,
@@ -88,7 +86,7 @@ class MergePass:
         return self.sizes.get(layer - 1)
 
     def attention_sizes(self, layer: int) -> Tensor | None:
-        """The sizes a layer's attention has to respect, None where it has not to."""
+        """Sizes whose log a layer's attention adds, None where it adds nothing."""
         return self.sizes_before(layer) if self.proportional else None
 
     @property
@@ -122,7 +120,7 @@ class MergePass:
     def merge_in_layer(
         self, layer: int, hidden: Tensor, metric: Tensor, cls_attention: Tensor | None = None
     ) -> Tensor:
-        """Merge the tokens of one tower layer as scheduled and book the sizes.
+        """Merge the tokens of one tower layer as scheduled and keep their sizes.
 
         Args:
             layer: 0-based tower layer.
@@ -161,7 +159,7 @@ class MergePass:
         return merged
 
     def carry(self, state: Tensor, from_layer: int) -> Tensor:
-        """Bring a shallower hidden state to the final count with the merges made behind it.
+        """Bring a shallower hidden state to the final count with the merges made after it.
 
         Args:
             state: [B, N_l, C], the output of layer `from_layer - 1`.
@@ -187,7 +185,7 @@ class MergePass:
         sizes = self._feature_sizes()
         for step, count in enumerate(self.schedule.projector):
             whole = not self.plans and step == 0
-            context = self.context_behind(step, n_leading=leading, whole_grid=whole)
+            context = self.projector_context(step, n_leading=leading, whole_grid=whole)
             plan = make_plan(self.algorithm, features, count, ctx=context, sizes=sizes)
             features, sizes = plan.apply(features, sizes, weighted=self.config.weighted)
             self.projector_plans.append(plan)
@@ -200,7 +198,7 @@ class MergePass:
             self.schedule.ladder,
             self.config.quality,
             algorithm=self.algorithm,
-            ctx=self.context_behind(step, n_leading=leading),
+            ctx=self.projector_context(step, n_leading=leading),
             weighted=self.config.weighted,
         )
         return [one.features for one in self.adapted]
@@ -250,7 +248,7 @@ class MergePass:
             return list(anchors)
         return [own[one.kept] for one, own in zip(self.adapted, anchors, strict=True)]
 
-    def context_behind(
+    def projector_context(
         self,
         step: int,
         *,
@@ -258,11 +256,11 @@ class MergePass:
         whole_grid: bool = False,
         grid: tuple[int, int] | None = None,
     ) -> MergeContext:
-        """What an algorithm may look at in a step behind the tower.
+        """What an algorithm may look at in a step after the tower.
 
         Args:
             step: number of the step, from 0.
-            n_leading: protected tokens in front.
+            n_leading: protected tokens at the start.
             whole_grid: the tokens are still the tower's whole patch grid.
             grid: (rows, columns) of another whole grid that they are.
         """

@@ -1,9 +1,8 @@
 """From a budget to exact token counts.
 
-Knows: how many visual tokens enter, how many merging steps there are, and the three budget words
-`keep`, `tokens`, `ratio`. Does not know: torch, models, algorithms. Everything here is integer
-arithmetic that is done before anything runs, so that a count can be printed, tested and used to
-size a prompt without touching a model.
+Everything here is integer arithmetic on the three budget words `keep`, `tokens` and `ratio`. It is
+done before anything runs, so that a count can be printed, tested and used to size a prompt without
+a model.
 """
 
 from __future__ import annotations
@@ -151,7 +150,7 @@ class Schedule:
         n_tokens: mergeable visual tokens per image before merging (no CLS).
         n_leading: leading tokens that are never merged (CLS), part of every layer's sequence.
         n_layers: layers in the tower.
-        used_layers: layers that are run; those behind the feature layer are not.
+        used_layers: layers that are run; those after the feature layer are not.
         tower: (layer index, mergeable tokens after it) for every merging layer, in order.
         projector: mergeable tokens after each step on the features the projector reads.
         leading_kept: leading tokens that reach the language model (0 or `n_leading`).
@@ -159,8 +158,8 @@ class Schedule:
             `tokens_out` is then the most. None where all have the same.
         packed: all counts are about one tile of several that are packed into one image
             afterwards; what comes out then depends on the image (`counts.count_tokens`).
-        whole_tower: the tower takes a picture as it is and is run in full; the counts are those
-            of a typical picture.
+        whole_tower: the tower takes an image as it is and is run in full; the counts are those
+            of a typical image.
     """
 
     n_tokens: int
@@ -187,7 +186,7 @@ class Schedule:
 
     @property
     def tower_out(self) -> int:
-        """Visual tokens per image that the tower hands on."""
+        """Visual tokens per image that leave the tower."""
         counts = [count for _, count in self.tower]
         return (counts[-1] if counts else self.n_tokens) + self.leading_kept
 
@@ -209,7 +208,7 @@ class Schedule:
         return self.tokens_out == self.tokens_in and len(self.ladder) == 1
 
     def depth(self, layer: int) -> float:
-        """Relative depth l / L of a layer, or of a step behind the tower, in [0, 1]."""
+        """Relative depth l / L of a layer, or of a step after the tower, in [0, 1]."""
         return min(layer, self.used_layers) / max(1, self.n_layers)
 
     def layer_lengths(self) -> tuple[int, ...]:
@@ -241,7 +240,7 @@ def merging_layers(used_layers: int, layers: Sequence[int] | None) -> tuple[int,
     bad = [layer for layer in layers if not 0 <= layer < used_layers]
     if bad:
         raise ValueError(
-            f"layers must be in 0..{used_layers - 1} (layers behind the one whose features are "
+            f"layers must be in 0..{used_layers - 1} (layers after the one whose features are "
             f"read are not run), got {bad[0]}"
         )
     return tuple(sorted(set(layers)))
@@ -258,8 +257,8 @@ class TowerShape:
         n_layers: layers of the tower.
         used_layers: layers up to the deepest one whose features are read.
         grid: (rows, columns), None where the mergeable tokens are no whole grid.
-        packed: an image is several tiles, which are packed into one sequence behind the projector.
-        projector_only: tokens can be merged behind the tower only.
+        packed: an image is several tiles, which are packed into one sequence after the projector.
+        projector_only: tokens can be merged after the tower only.
     """
 
     n_tokens: int

@@ -1,7 +1,5 @@
 """All pairs of tokens compared, without ever holding all pairs where there are very many.
 
-Knows: cosines, and in how many pieces to compute them. Does not know: which algorithm asks.
-
 Up to `PairLimits.whole_up_to` tokens the matrix [B, N, N] is made once, where all pairs are asked
 for; partners in one set are found from the products with that set alone. Beyond (video, many tiles)
 its rows are made piece by piece and image by image in one buffer, used and forgotten: 16384 tokens

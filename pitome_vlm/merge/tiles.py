@@ -1,21 +1,19 @@
-"""Pictures of several tiles: from groups per tile to an exact number of tokens per picture.
+"""Images of several tiles: from groups per tile to an exact number of tokens per image.
 
-A model that cuts a picture into tiles packs the tokens of all tiles into one sequence: it drops
+A model that cuts an image into tiles packs the tokens of all tiles into one sequence: it drops
 those that lie in padding, may resample the rest and puts newline tokens between rows. Merging is
 done per tile, before that. So the groups of a tile are spread back over its grid, the model's own
-function packs them, and what belongs to one group is joined again. Which token of the packed
-sequence came from where is learnt by sending coordinates through the same function.
+function (which the adapter hands in) packs them, and what belongs to one group is joined again.
+Which token of the packed sequence came from where is learnt by sending coordinates through the same
+function.
 
-Then every picture is brought to its exact count: groups that are too many are merged further by
+Then every image is brought to its exact count: groups that are too many are merged further by
 the algorithm, and where too few are left (some lived in padding alone) the largest are divided
-again, into tokens of the same value that share the size, which with size bias weigh the same.
+again, into tokens of the same value that share the size (with size bias they weigh the same).
 A video is brought to its count window by window, each of one or several whole frames: what comes
 out of a window depends on its own frames alone.
 
-Knows: tiles, cells of a packed sequence, counts. Does not know: any model's way of packing
-(adapters hand it in), nor how an algorithm decides.
-
-Axes: t tiles of a picture, N tokens of a tile before merging, M after, L cells of the packed
+Axes: t tiles of an image, N tokens of a tile before merging, M after, L cells of the packed
 sequence, C channels.
 """
 
@@ -32,20 +30,20 @@ from .groups import Groups, adapted, group_cells, joined, merge_further, merge_o
 from .merge_pass import MergePass
 from .tokens import VisualTokens
 
-# Tiles [t, N, C] of every picture and a newline [C] to the packed sequence [L, C] of every picture.
+# Tiles [t, N, C] of every image and a newline [C] to the packed sequence [L, C] of every image.
 Pack = Callable[[list[Tensor], Tensor], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
 class PackedItem:
-    """One picture that is packed from tiles.
+    """One image that is packed from tiles.
 
     Attributes:
         footprint: its counts.
         canvases: one [H, W] int64 tensor for every plane the tiles are laid out on (the overview
             tile, the tiles side by side, or the frames of a video): the cell that stands there,
             tile x N + token. Tokens are never resampled across two planes.
-        frame_of: the frame every canvas belongs to, rising; None for a picture.
+        frame_of: the frame every canvas belongs to, rising; None for an image.
     """
 
     footprint: Footprint
@@ -68,7 +66,7 @@ class PackedItem:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the packed sequence of a picture came from.
+    """Where the packed sequence of an image came from.
 
     Attributes:
         cells: [L] int64, the cell nearest to each place, -1 for a newline.
@@ -102,13 +100,13 @@ class Layout:
 def learn_layouts(
     items: Sequence[PackedItem], pack: Pack, tokens: int, device: torch.device
 ) -> list[Layout]:
-    """The layout of every picture, by sending coordinates through the model's own function.
+    """The layout of every image, by sending coordinates through the model's own function.
 
     Linear functions survive bilinear resampling, so (plane, row, column) come out as the
     coordinates of each place of the packed sequence.
 
     Args:
-        items: the pictures.
+        items: the images.
         pack: the model's function.
         tokens: N.
         device: of the result.
@@ -144,11 +142,11 @@ def merge_packed(
     newline: Tensor,
     merge_pass: MergePass,
 ) -> VisualTokens:
-    """The visual tokens of pictures whose tiles went through tower and projector.
+    """The visual tokens of images whose tiles went through tower and projector.
 
     Args:
-        tiles: [sum of t, M, C], the tiles of all pictures in order.
-        items: the pictures.
+        tiles: [sum of t, M, C], the tiles of all images in order.
+        items: the images.
         pack: the model's function.
         newline: [C], the model's separator.
         merge_pass: what the tower merged and what is asked for.
@@ -190,11 +188,11 @@ def merge_packed(
 def merge_grids(
     features: Sequence[Tensor], items: Sequence[PackedItem], merge_pass: MergePass
 ) -> VisualTokens:
-    """The visual tokens of pictures (or videos) that need no packing: a cell is a token.
+    """The visual tokens of images (or videos) that need no packing: a cell is a token.
 
     Args:
-        features: of every picture [L, C].
-        items: the pictures; their canvases hold the tokens in order, without separators.
+        features: of every image [L, C].
+        items: the images; their canvases hold the tokens in order, without separators.
         merge_pass: what is asked for; the tower merged nothing.
     """
     layouts, windows, separators = [], [], []
@@ -225,8 +223,8 @@ class _Window:
 
     Attributes:
         groups: at least `wanted` of them.
-        wanted: tokens; the most, where every picture has a count of its own.
-        fewest: tokens, where every picture has a count of its own.
+        wanted: tokens; the most, where every image has a count of its own.
+        fewest: tokens, where every image has a count of its own.
         layout: of the cells of the groups.
     """
 
@@ -238,7 +236,7 @@ class _Window:
 
 @dataclass(frozen=True)
 class _Cells:
-    """The cells of a packed picture that hold patches.
+    """The cells of a packed image that hold patches.
 
     Attributes:
         values: [P, C].
@@ -255,7 +253,7 @@ class _Cells:
     def windows(
         self, item: PackedItem, count: TokenCount, n_newlines: int, merge_pass: MergePass
     ) -> list[_Window]:
-        """The groups of every window, each with its share of the picture's tokens."""
+        """The groups of every window, each with its share of the image's tokens."""
         masks = item.windows(self.layout.planes, merge_pass.config.frames_together)
         lengths = [int(mask.sum()) for mask in masks]
         wanted = shared_out(count.out - n_newlines, lengths)
@@ -302,7 +300,7 @@ def _tokens(
     patches: list[Groups],
     separators: list[Groups],
 ) -> VisualTokens:
-    """Patches and separators of every picture in the order of the packed sequence."""
+    """Patches and separators of every image in the order of the packed sequence."""
     features, source_maps, anchors = [], [], []
     for layout, own, lines in zip(layouts, patches, separators, strict=True):
         real = layout.cells >= 0

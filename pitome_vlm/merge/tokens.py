@@ -1,6 +1,6 @@
 """Visual tokens on their way from the projector to the prompt: features, and what they stand for.
 
-Knows: source maps, from which sizes and positions follow. Does not know: who merged what and why,
+Sizes and positions follow from source maps. Nothing here depends on who merged what and why,
 nor which model the tokens are for.
 """
 
@@ -60,12 +60,12 @@ class VisualTokens:
         return [feature.shape[0] for feature in self.features]
 
     def sizes(self) -> list[Tensor]:
-        """One [n_i] float32 per image: patches behind every token."""
+        """One [n_i] float32 per image: patches that each token stands for."""
         pairs = zip(self.source_maps, self.counts, strict=True)
         return [torch.bincount(source, minlength=count).float() for source, count in pairs]
 
     def positions(self) -> list[Tensor]:
-        """One [n_i] float32 per image: mean raster position of the patches behind every token."""
+        """One [n_i] float32 per image: mean raster position of each token's patches."""
         pairs = zip(self.source_maps, self.counts, strict=True)
         return [group_positions(source[None], count)[0] for source, count in pairs]
 
@@ -77,7 +77,7 @@ class Encoded:
     Attributes:
         kind: "image" or "video", as in the names of the model's outputs.
         token_id: the placeholder in the prompt that stands for one of them.
-        visual: the tokens; pictures in the order of their placeholders.
+        visual: the tokens; images in the order of their placeholders.
     """
 
     kind: str

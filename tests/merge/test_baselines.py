@@ -163,7 +163,7 @@ def test_divprune_takes_one_of_every_kind_before_a_second():
 @pytest.mark.parametrize(
     ("name", "kept"),
     [
-        # Nobody is preferred, so the first ones stay; VisionZip's context starts behind them.
+        # Nobody is preferred, so the first ones stay; VisionZip's context starts after them.
         ("diffrate", [0, 1, 2]),
         ("visionzip", [0, 1, 2]),
         ("divprune", [0, 1, 2]),

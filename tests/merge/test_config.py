@@ -83,7 +83,7 @@ def test_json_round_trip(config):
     assert MergeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_save_and_load_beside_a_checkpoint(tmp_path):
+def test_save_and_load_next_to_a_checkpoint(tmp_path):
     config = MergeConfig.preset("released", tokens=54)
     path = config.save_pretrained(tmp_path / "model")
     assert path.name == CONFIG_NAME

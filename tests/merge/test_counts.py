@@ -1,4 +1,4 @@
-"""Exact counts of packed pictures, and groups brought to them, as rules over all inputs."""
+"""Exact counts of packed images, and groups brought to them, as rules over all inputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ footprints = st.builds(
 
 
 @given(footprints, st.floats(1e-6, 1.0))
-def test_keep_is_the_fraction_of_the_pictures_own_count(footprint, keep):
+def test_keep_is_the_fraction_of_the_images_own_count(footprint, keep):
     count = count_tokens(schedule_of(Budget(keep=max(keep, 0.01))), Budget(keep=keep), footprint)
     wanted = max(1, math.floor(keep * footprint.full + 0.5))
     assert count.full == footprint.full
@@ -151,7 +151,7 @@ def test_separators_are_thinned_evenly(rows, data):
 
 @settings(max_examples=20)
 @given(st.lists(st.integers(4, 40), min_size=1, max_size=4), st.integers(0, 99))
-def test_pictures_merged_together_come_out_as_alone(lengths, seed):
+def test_images_merged_together_come_out_as_alone(lengths, seed):
     config = MergeConfig(keep=0.5, algorithm="tome")
     schedule = schedule_of(config.budget)
     merge_pass = MergePass(config, schedule, algorithms.get("tome"))

@@ -137,7 +137,7 @@ def slow_coverage(keys, n_out):
     return {frozenset(group) for group in groups.values()}
 
 
-def test_behind_the_tower_it_covers():
+def test_after_the_tower_it_covers():
     for seed in range(60):
         generator = torch.Generator().manual_seed(seed)
         n = int(torch.randint(3, 40, (1,), generator=generator))
@@ -157,10 +157,10 @@ def test_behind_the_tower_it_covers():
 def test_more_than_half_at_once_is_coverage_too():
     keys = torch.randn(1, 12, 4)
     inside = make_plan(PLUS, keys, 3, ctx=context())
-    behind = make_plan(
+    after = make_plan(
         PLUS, keys, 3, ctx=MergeContext(config=MergeConfig(keep=0.5), at_projector=True)
     )
-    assert torch.equal(inside.assign, behind.assign)
+    assert torch.equal(inside.assign, after.assign)
 
 
 def test_two_thirds_of_the_reduction_happen_in_the_tower():

@@ -1,17 +1,17 @@
 """DiffRate (ICCV 2023, arXiv 2305.17997): rank by class attention, prune the last, merge the next.
 
-Knows: how much attention every token gets (`MergeContext.cls_attention`). Does not know: the rates
-DiffRate learns by gradient for every layer; without training there are none. Of the tokens that
-have to go the lower-ranked half is pruned and the rest is merged, in every layer.
+DiffRate learns by gradient how many tokens each layer prunes and merges; without training there are
+no such rates. Here half of the tokens that have to go are pruned, those ranked lowest, and the rest
+is merged, in every layer.
 
 Followed: importance is the class token's attention, mean over heads; the least important tokens
 are dropped, the next ones averaged into the kept token they are most similar to (cosines of the
 hidden states, hence `metric="hidden"`); log(size) enters the attention.
-Different: a pruned token is booked on its most similar survivor, so that sizes count every patch
-(the original forgets it); means are size-weighted unless `weighted=False`; sizes are counts (the
-original scales what is added by the similarity). SigLIP has no class token: there it is the
-attention received from all tokens. The PiToMe authors' comparison leaves every second layer at one
-fixed count; here every merging layer follows the schedule.
+Different: a pruned token counts in the size of its most similar survivor (the original forgets it);
+means are size-weighted unless `weighted=False`; sizes are counts (the original scales what is added
+by the similarity). SigLIP has no class token: there it is the attention received from all tokens.
+The PiToMe authors' comparison leaves every second layer at one fixed count; here every merging
+layer follows the schedule.
 """
 
 from __future__ import annotations

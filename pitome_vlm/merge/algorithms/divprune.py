@@ -1,14 +1,13 @@
 """DivPrune (CVPR 2025, arXiv 2503.02175): the subset whose closest two tokens are farthest apart.
 
-Knows: distances between tokens. Does not know: which of them matter to anyone. Written from the
-paper; its code (CC BY-NC) was not used.
+Written from the paper; its code (CC BY-NC) was not used.
 
 Followed: pruning as the max-min diversity problem over cosine distances, solved greedily: first the
 token farthest from its own nearest neighbour, then again and again the one farthest from all that
 are chosen. No attention is needed.
-Different: what the projector reads is compared, not what it gives, because merging here sits in
-front of the projector (which works on every token alone); dropped tokens are booked on their
-nearest survivor, so that sizes count every patch.
+Different: what the projector reads is compared, not what it gives, because merging takes
+place before the projector (which works on every token alone); dropped tokens are counted in the
+size of their nearest survivor, so that sizes add up to all patches.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ ALGORITHM = Algorithm(
     default_stage="projector",
     # Features are what the paper compares, also where a user puts it into the tower.
     metric="hidden",
-    # Nothing behind it in the tower by default. Telling the language model the sizes gains 6 points
+    # No tower layer follows by default. Telling the language model the sizes gains 6 points
     # of relative accuracy at 64 tokens (RESTORE, arXiv 2606.01711), hence calibrated.
     proportional_attention=False,
 )

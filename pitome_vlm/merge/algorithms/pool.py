@@ -1,7 +1,4 @@
-"""Average pooling over the patch grid: the other baseline every designed method has to beat.
-
-Knows: the grid. Does not know: what is in the picture.
-"""
+"""Average pooling over the patch grid, whatever is in the image: a baseline for the others."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Random selection: the baseline every designed method has to beat.
 
-Knows: a seed. Does not know: anything about the tokens it keeps. It drops, it does not average
-(`MergePlan.prune`): a dropped token is only booked on its most similar survivor, so that source
-maps and sizes still account for every patch.
+It drops tokens and does not average them (`MergePlan.prune`): a dropped token only counts in the
+size of its most similar survivor, so that source maps and sizes still account for every patch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """ToFu (Token Fusion, WACV 2024, arXiv 2312.01026): prune similar tokens early, merge them late.
 
-Knows: ToMe's matching, and a layer's depth. Does not know: how nearly linear a layer really is.
-
 Followed: pairs come from ToMe's bipartite matching over keys. Where a layer answers far from
 linearly to mixtures of its inputs (the early ones), the token that gives up its place is dropped;
 later ones merge by MLERP, the direction of the mean with the largest norm in the group

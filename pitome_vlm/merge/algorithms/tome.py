@@ -1,7 +1,7 @@
 """ToMe (ICLR 2023, arXiv 2210.09461): merge the most similar pairs, whoever they are.
 
-Written from the paper's description of bipartite soft matching. Knows: keys. Does not know: which
-tokens carry information; that is the difference to PiToMe.
+Written from the paper's description of bipartite soft matching. Unlike PiToMe it does not ask which
+tokens carry information.
 """
 
 from __future__ import annotations

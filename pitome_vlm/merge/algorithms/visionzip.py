@@ -1,7 +1,5 @@
 """VisionZip (CVPR 2025, arXiv 2412.04467): keep what is attended to, merge the rest to context.
 
-Knows: how much attention every token gets in the last layer that is read. Does not know: text.
-
 Followed: the tokens that get most attention (from the class token; from all tokens on SigLIP,
 which has none) are kept as they are ("dominant"). Of the others every so-many-th in raster order
 is a target, and each of the rest is averaged into the target with the most similar key
@@ -42,7 +40,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
 
     Args:
         keys: [B, N, D].
-        n_out: 1..N. A single token is the dominant one; the rest is booked on it and dropped.
+        n_out: 1..N. A single token is the dominant one; the rest counts in its size and is dropped.
         ctx: must carry the attention.
 
     Raises:
@@ -71,7 +69,7 @@ ALGORITHM = Algorithm(
     one_step=True,
     needs_attention=True,
     pairs_compared=pairs_compared,
-    # One step behind the last attention that is run. Telling the language model the sizes gains
+    # One step after the last attention that is run. Telling the language model the sizes gains
     # 4.9 points of relative accuracy at 64 tokens (RESTORE, arXiv 2606.01711), hence calibrated.
     proportional_attention=False,
 )
