@@ -117,6 +117,7 @@ def test_an_interrupt_in_any_command_is_one_line_and_130(checkpoint, image, monk
     assert result.stdout == ""
 
 
+@pytest.mark.slow
 def test_a_real_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
     words = ["--algorithms", "tome", "--seeds", "50000", "--no-features", "--verbose"]
     process = subprocess.Popen(
@@ -139,6 +140,7 @@ def test_a_real_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_crash(checkpoint):
     command = f"{sys.executable} -m pitome_vlm info --model '{checkpoint}' --keep 0.5 | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
