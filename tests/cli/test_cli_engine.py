@@ -1,4 +1,4 @@
-"""The conversation engine behind `ask` and `chat`, without a terminal."""
+"""The conversation engine of `ask` and `chat`, without a terminal."""
 
 from __future__ import annotations
 
