@@ -369,6 +369,7 @@ class TestTrainer:
             max_steps=8,
             gradient_accumulation_steps=2,
             per_device_train_batch_size=1,
+            per_device_eval_batch_size=12,
             seed=3,
         )
         seen = []
@@ -387,18 +388,18 @@ class TestTrainer:
         assert set(seen) == {16}
         assert merge_config(trainer.model).tokens == 16
 
-    def test_images_of_different_counts(self, checkpoint, data, tmp_path):
-        for smoothing in (0.0, 0.1):
-            options = {"label_smoothing_factor": smoothing, "max_steps": 3, "learning_rate": 5e-3}
-            options["per_device_eval_batch_size"] = 12
-            model, processor = loaded(checkpoint, tokens=None, keep="auto")
-            trainer = trainer_of(model, processor, data, tmp_path, **options)
-            before = trainer.evaluate()
-            assert before["eval_answers"] == 12
-            trainer.train()
-            result = trainer.predict(trainer.eval_dataset)
-            assert result.predictions.shape == result.label_ids.shape
-            assert result.metrics["test_loss"] < before["eval_loss"]
+    @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+    def test_images_of_different_counts(self, checkpoint, data, tmp_path, smoothing):
+        options = {"label_smoothing_factor": smoothing, "max_steps": 3, "learning_rate": 5e-3}
+        options["per_device_eval_batch_size"] = 12
+        model, processor = loaded(checkpoint, tokens=None, keep="auto")
+        trainer = trainer_of(model, processor, data, tmp_path, **options)
+        before = trainer.evaluate()
+        assert before["eval_answers"] == 12
+        trainer.train()
+        result = trainer.predict(trainer.eval_dataset)
+        assert result.predictions.shape == result.label_ids.shape
+        assert result.metrics["test_loss"] < before["eval_loss"]
 
     def test_the_card_is_the_adapter_s(self, checkpoint, data, tmp_path):
         trainer = trainer_of(*loaded(checkpoint), data, tmp_path)
