@@ -73,15 +73,13 @@ _KEEPS_NAMED_STATES = importlib.util.find_spec(_CAPTURING) is not None and hasat
 def with_cache_name(call: dict[str, Any]) -> dict[str, Any]:
     """Arguments with the cache under this release's own name, whichever one the caller used.
 
-    Raises:
-        ValueError: both names are given.
+    Where both names are given the own one wins, as in transformers.
     """
-    found = [name for name in _CACHE_NAMES if call.get(name) is not None]
-    if len(found) > 1:
-        raise ValueError(f"both {' and '.join(found)} are given; pass {CACHE_NAME} alone")
+    found = [call[name] for name in _CACHE_NAMES if call.get(name) is not None]
     named = {name: value for name, value in call.items() if name not in _CACHE_NAMES}
+    own = call.get(CACHE_NAME)
     if found:
-        named[CACHE_NAME] = call[found[0]]
+        named[CACHE_NAME] = found[0] if own is None else own
     return named
 
 

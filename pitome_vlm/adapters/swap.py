@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-_BASE = "_pitome_base"
+# The attribute of a swapped class that holds the class of the module as it was.
+BASE = "_pitome_base"
 
 
 @functools.cache
@@ -24,7 +25,7 @@ def swapped_class(base: Any, mixin: Any) -> type[nn.Module]:
     The names matter: transformers keys its output recording by `str(class)`, writes the class
     name into `config.architectures`, and device maps name classes that must not be split.
     """
-    body = {"__module__": base.__module__, "__qualname__": base.__qualname__, _BASE: base}
+    body = {"__module__": base.__module__, "__qualname__": base.__qualname__, BASE: base}
     body["__doc__"] = base.__doc__ or ""
     body["__reduce_ex__"] = _reduce_swapped
     for method in getattr(mixin, "_pitome_mirrored", ()):
@@ -65,7 +66,7 @@ def _reduce_swapped(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """Pickle (and deepcopy) through the two classes that can be imported by name."""
     del protocol
     cls = type(self)
-    return _restore, (getattr(cls, _BASE), cls.__bases__[0]), self.__dict__.copy()
+    return _restore, (getattr(cls, BASE), cls.__bases__[0]), self.__dict__.copy()
 
 
 def _restore(base: Any, mixin: Any) -> nn.Module:
@@ -76,12 +77,12 @@ def _restore(base: Any, mixin: Any) -> nn.Module:
 
 def is_swapped(module: nn.Module) -> bool:
     """Whether this instance carries a swapped class."""
-    return _BASE in type(module).__dict__
+    return BASE in type(module).__dict__
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module as it was before any swap."""
-    base: type[nn.Module] = type(module).__dict__.get(_BASE, type(module))
+    base: type[nn.Module] = type(module).__dict__.get(BASE, type(module))
     return base
 
 
@@ -94,35 +95,50 @@ def swap_in(module: nn.Module, mixin: Any) -> None:
     """
     if not is_swapped(module):
         base: Any = type(module)
-        _exchange(module, swapped_class(base, mixin))
+        new = swapped_class(base, mixin)
+        _refuse_foreign(module, new)
+        _exchange(module, new)
 
 
 def swap_out(module: nn.Module) -> None:
-    """Undo `swap_in`; a no-op on a module that is not swapped."""
+    """Undo `swap_in`; a no-op on a module that is not swapped.
+
+    A `forward` that something else has put on the instance meanwhile stays: methods of the mixin
+    that it may hold pass calls on to the class of the module.
+    """
     if is_swapped(module):
         _exchange(module, base_class(module))
 
 
 def _exchange(module: nn.Module, new: type[nn.Module]) -> None:
     own, old = module.__dict__, type(module)
-    if new.forward is old.forward:
-        pass  # whoever replaced forward on the instance is not in the way
-    elif "_old_forward" in own:
-        # accelerate's hooks keep the real forward here and call it.
-        if getattr(own["_old_forward"], "__func__", None) is not old.forward:
-            raise RuntimeError(_foreign(module))
-        own["_old_forward"] = types.MethodType(new.forward, module)
-    elif "forward" in own:
-        # transformers 4.57 leaves the class's own bound forward on instances after recording
-        # hidden states; it only hides the class, so it is removed.
-        if getattr(own["forward"], "__func__", None) is not old.forward:
-            raise RuntimeError(_foreign(module))
-        del own["forward"]
+    name = _own_forward(module)
+    if new.forward is not old.forward and name and _is_method(own[name], old.forward):
+        if name == "_old_forward":
+            # accelerate's hooks keep the real forward here and call it.
+            own[name] = types.MethodType(new.forward, module)
+        else:
+            # transformers 4.57 leaves the class's own bound forward on instances after recording
+            # hidden states; it only hides the class, so it is removed.
+            del own[name]
     module.__class__ = new
 
 
-def _foreign(module: nn.Module) -> str:
-    return (
-        f"{type(module).__name__}.forward was replaced on this instance by another library, so "
-        "merging cannot be installed; remove that patch, wrap, then apply it again"
-    )
+def _own_forward(module: nn.Module) -> str | None:
+    """The attribute of the instance by which its forward was replaced, None without one."""
+    return next((name for name in ("_old_forward", "forward") if name in module.__dict__), None)
+
+
+def _is_method(value: Any, function: Any) -> bool:
+    return getattr(value, "__func__", None) is function
+
+
+def _refuse_foreign(module: nn.Module, new: type[nn.Module]) -> None:
+    name, old = _own_forward(module), type(module)
+    if name and new.forward is not old.forward:
+        if _is_method(module.__dict__[name], old.forward):
+            return
+        raise RuntimeError(
+            f"{old.__name__}.forward was replaced on this instance by another library, so merging "
+            "cannot be installed; remove that patch, wrap, then apply it again"
+        )

@@ -21,7 +21,7 @@ from ..merge.merge_pass import MergePass
 from ..releases import ADDS_ROW_MASK, layers_return_tuples
 from .merged_layer import Heads, LayerKernels, merged_layer
 from .proportional import WIDEST, channel_width, with_size_channels
-from .swap import base_class, swap_in, swap_out
+from .swap import BASE, base_class, swap_in, swap_out
 
 logger = logging.get_logger(__name__)
 
@@ -138,6 +138,10 @@ class MergingLayer:
             pitome_pass: the encoding this call belongs to.
             **kwargs: what the tower passes to its layers.
         """
+        if BASE not in type(self).__dict__:
+            # Unwrapped while another library held on to this method.
+            own: Any = type(self).forward
+            return own(self, hidden_states, *args, **kwargs)
         layer = self._pitome_layer
         if pitome_pass is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from ..adapters.swap import BASE
 from ..releases import (
     CACHE_NAME,
     EMBEDS_NEED_EMPTY_CACHE,
@@ -21,7 +22,13 @@ from ..releases import (
 )
 from .arguments import named_arguments
 from .columns import compaction
-from .generation import shorter_limits, with_full_prompt, with_prompt
+from .generation import (
+    inferred_mask,
+    shorter_limits,
+    warn_of_right_padding,
+    with_full_prompt,
+    with_prompt,
+)
 from .image_cache import IMAGE_CACHE
 from .kv_cache import (
     CACHED_IMAGES,
@@ -61,6 +68,8 @@ class WrappedLlava:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward on the shortened prompt; logits and loss are of that length."""
+        if BASE not in type(self).__dict__:
+            return _handed_on(self, "forward", args, kwargs)
         if kwargs.pop(PREPARED, False):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         original = super().forward  # type: ignore[misc]
@@ -96,15 +105,19 @@ class WrappedLlava:
             images.mask_config,
             prompt.packed_positions,
         )
-        output = original(**call)
+        # The cache has to be found in the output.
+        as_tuple = call.get("return_dict") is False
+        output = original(**call | ({"return_dict": True} if as_tuple else {}))
         for one in prompt.encoded:
             fill_image_states(output, one.visual.features, one.kind)
         mark_cache(cache_of(output), images)
-        return output
+        return output.to_tuple() if as_tuple else output
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate; `sequences` begin with the caller's prompt as it was."""
+        if BASE not in type(self).__dict__:
+            return _handed_on(self, "generate", args, kwargs)
         original = super().generate  # type: ignore[misc]
         call = named_arguments(original, args, kwargs)
         ids, image_cache = call.pop("inputs", None), call.pop(IMAGE_CACHE, None)
@@ -117,10 +130,14 @@ class WrappedLlava:
             with plan.unmerged():
                 return original(**call)
         self._refuse_unsupported(call)
+        if ids is not None and call.get("attention_mask") is None:
+            call["attention_mask"] = inferred_mask(self, call, ids)
         placeholders = None if ids is None else all_placeholders(plan.adapter, self, ids)
         check_cache(plan, cache, placeholders)
         if not has_pixels:
             return self._continue_chat(original, plan, ids, call)
+        if ids is not None:
+            warn_of_right_padding(call)
         prompt = prepare(plan, call, image_cache=image_cache, left=_pad_left(call))
         if EMBEDS_NEED_EMPTY_CACHE and cached_length(cache):
             self._refuse_new_image(prompt, cached_length(cache))
@@ -131,7 +148,7 @@ class WrappedLlava:
             "input_ids": prompt.input_ids,
             # With several numbers per token they are only put in step by step (below).
             "position_ids": None if plan.adapter.own_positions else prompt.position_ids,
-            "prompt_images": CachedImages.of(plan, prompt),
+            "prompt_images": CachedImages.of(plan, prompt, ids),
         }
         return self._run(original, call, short, ids, prompt.inputs_embeds.shape[1])
 
@@ -148,6 +165,13 @@ class WrappedLlava:
             prompt_images: the images of the prompt and what is told about them.
             **kwargs: as of the model's own method.
         """
+        if BASE not in type(self).__dict__:
+            return _handed_on(self, "prepare_inputs_for_generation", args, kwargs)
+        if prompt_images is not None and kwargs.get("inputs_embeds") is not None:
+            cache = kwargs.get(CACHE_NAME)
+            first = kwargs.get("is_first_iteration", cache is None or not cache.get_seq_length())
+            if first:
+                self._embed_candidates(args, kwargs)
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         cache = inputs.get(CACHE_NAME)
         images = getattr(cache, CACHED_IMAGES, None)
@@ -166,6 +190,8 @@ class WrappedLlava:
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save the untouched checkpoint with `pitome_config.json` next to it."""
+        if BASE not in type(self).__dict__:
+            return _handed_on(self, "save_pretrained", args, kwargs)
         original = super().save_pretrained  # type: ignore[misc]
         call = named_arguments(original, args, kwargs)
         if call.get("is_main_process", True):
@@ -184,6 +210,28 @@ class WrappedLlava:
             # The model's config was changed after wrap; printing a model must not fail for it.
             note += f", not applicable: {error}"
         return ", ".join(part for part in (super().extra_repr(), note) if part)  # type: ignore[misc]
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does, with the caller's prompt for processors that look at it."""
+        images = (kwargs.get("model_kwargs") or {}).get("prompt_images")
+        if images is not None and images.ids is not None and "encoder_input_ids" in kwargs:
+            kwargs["encoder_input_ids"] = images.ids
+        return super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
+
+    def _embed_candidates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Append the candidates of the first step to the embedded prompt.
+
+        Where the next tokens are guessed (prompt lookup), the first pass already checks guesses,
+        which transformers hands over as ids after those of the prompt.
+        """
+        ids, embeds = args[0] if args else kwargs.get("input_ids"), kwargs["inputs_embeds"]
+        if not isinstance(ids, Tensor) or ids.shape[1] <= embeds.shape[1]:
+            return
+        table = self.get_input_embeddings()  # type: ignore[attr-defined]
+        guessed = ids[:, embeds.shape[1] :]
+        # A placeholder may lie outside of the vocabulary; a wrong guess only costs time.
+        guessed = guessed.masked_fill(guessed >= table.weight.shape[0], 0)
+        kwargs["inputs_embeds"] = torch.cat([embeds, table(guessed).to(embeds)], 1)
 
     def _pitome_without_pixels(self, call: dict[str, Any], sizes: Tensor | None) -> dict[str, Any]:
         """Arguments of a pass over text alone, or over what `compact_inputs` made."""
@@ -245,6 +293,19 @@ class WrappedLlava:
                 f"prefill_chunk_size={chunk} cannot be combined with merged images: the prompt "
                 "is passed as embeddings, which generate does not cut into chunks"
             )
+        # PEFT puts its own method on the instance while it generates.
+        peft = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
+        method = getattr(peft, "active_peft_config", None)
+        if getattr(method, "is_prompt_learning", False):
+            raise ValueError(
+                f"{type(method).__name__} cannot be combined with merged images in generate(): "
+                "PEFT takes the prompt as ids there, not as embeddings; use LoRA, or keep=1.0"
+            )
+        if call.get("assistant_model") is not None:
+            raise ValueError(
+                "assistant_model cannot be combined with merged images: the assistant would see "
+                "another prompt; use prompt_lookup_num_tokens, or keep=1.0"
+            )
 
     def _refuse_new_image(self, prompt: CompactPrompt, cached: int) -> None:
         slots = prompt.compaction.take(prompt.placeholders, False)
@@ -299,6 +360,14 @@ class WrappedLlava:
         short |= with_full_prompt(call, ids, length)
         given = {name: value for name, value in short.items() if value is not None}
         return with_prompt(original(**given), ids, length)
+
+
+def _handed_on(model: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the class's own method: the model was unwrapped while another library held on to ours.
+
+    accelerate's autocast and `torch.compile` keep the method they find when they are put on.
+    """
+    return getattr(type(model), name)(model, *args, **kwargs)
 
 
 def _pad_left(call: dict[str, Any]) -> bool | None:

@@ -6,13 +6,18 @@ is told how long a prompt was and how long it became.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
 
 from ..releases import LEGACY_DEFAULT_LENGTH
+
+_generate_logger = logging.get_logger("transformers.generation.utils")
 
 
 def _restored(sequences: Tensor, prompt: Tensor, compact_length: int) -> Tensor:
@@ -48,10 +53,63 @@ class FullPromptProcessor(LogitsProcessor):
         return result
 
 
+class FullPromptStreamer(BaseStreamer):
+    """A caller's streamer that gets its own prompt first, not the shortened one."""
+
+    def __init__(self, streamer: Any, prompt: Tensor) -> None:
+        self.streamer, self.prompt = streamer, prompt
+        self.begun = False
+
+    def put(self, value: Tensor) -> None:
+        """Hand on what was generated; the first value is the prompt."""
+        self.streamer.put(value if self.begun else self.prompt.cpu())
+        self.begun = True
+
+    def end(self) -> None:
+        """Hand on the end."""
+        self.streamer.end()
+
+
+def inferred_mask(model: Any, call: Mapping[str, Any], ids: Tensor) -> Tensor | None:
+    """The mask that `generate` infers from padding where the caller gave none.
+
+    Args:
+        model: with a generation config of its own.
+        call: arguments of generate.
+        ids: [B, T].
+
+    Returns:
+        [B, T] int64, None where all tokens count: no padding, no pad token, or one that ends
+        answers as well.
+    """
+    configs = (call.get("generation_config"), getattr(model, "generation_config", None))
+
+    def lookup(name: str) -> Any:
+        given = [call.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in given if value is not None), None)
+
+    pad, ends = lookup("pad_token_id"), lookup("eos_token_id")
+    ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+    if pad is None or int(pad) in ends or not bool((ids == pad).any()):
+        return None
+    return ids.ne(int(pad)).long()
+
+
+def warn_of_right_padding(call: Mapping[str, Any]) -> None:
+    """The warning of `generate`, which does not look at prompts that are embedded already."""
+    mask = call.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) > 1 and (mask[:, -1] == 0).any():
+        _generate_logger.warning(
+            "A decoder-only architecture is being used, but right-padding was detected! For "
+            "correct generation results, please set `padding_side='left'` when initializing the "
+            "tokenizer."
+        )
+
+
 def with_full_prompt(
     kwargs: dict[str, Any], prompt: Tensor | None, compact_length: int
 ) -> dict[str, Any]:
-    """The caller's criteria and processors, wrapped; nothing where none were given."""
+    """The caller's criteria, processors and streamer, wrapped; nothing where none were given."""
     found: dict[str, Any] = {}
     if prompt is None:
         return found
@@ -62,6 +120,8 @@ def with_full_prompt(
         given = kwargs.get(name)
         if given is not None and len(given):
             found[name] = type(given)(wrapper(one, prompt, compact_length) for one in given)
+    if kwargs.get("streamer") is not None:
+        found["streamer"] = FullPromptStreamer(kwargs["streamer"], prompt)
     return found
 
 

@@ -44,6 +44,7 @@ class CachedImages:
         sizes: [B, S] float32, patches that every column of the prompt stands for.
         positions: [B, S] (or [B, S, D]) float32 of the prompt's columns; None for the model's own.
         mask_config: see `positions.mask_config`.
+        ids: [B, T] int64, the caller's prompt; None where there was none.
         prompt: what this was copied from for beams and samples; None where it was not.
     """
 
@@ -54,10 +55,11 @@ class CachedImages:
     sizes: Tensor
     positions: Tensor | None
     mask_config: Any
+    ids: Tensor | None = None
     prompt: CachedImages | None = None
 
     @classmethod
-    def of(cls, plan: CallPlan, prompt: CompactPrompt) -> CachedImages:
+    def of(cls, plan: CallPlan, prompt: CompactPrompt, ids: Tensor | None = None) -> CachedImages:
         """What a cache that holds one prompt remembers."""
         return cls(
             config=plan.config,
@@ -67,6 +69,7 @@ class CachedImages:
             sizes=prompt.sizes,
             positions=prompt.position_ids,
             mask_config=plan.mask_config(),
+            ids=ids,
         )
 
     def copied(self, rows: int) -> CachedImages:

@@ -98,6 +98,12 @@ def prepare(
         raise ValueError("pixel_values need input_ids or inputs_embeds with image placeholders")
     width = (ids if given is None else given).shape[1]  # type: ignore[union-attr]
     past, mask = _split_mask(inputs.get("attention_mask"), width, cached)
+    labels = inputs.get("labels")
+    if labels is not None and labels.shape[1] != width:
+        raise ValueError(
+            f"labels have {labels.shape[1]} columns, but the prompt has {width}; make them from "
+            "the input_ids that the processor returned, in which images are placeholders already"
+        )
     encoded = plan.encode(image_cache)
     found = [find_placeholders(plan.model, one.token_id, ids, given) for one in encoded]
     placeholders, drop = _joined_placeholders(found, encoded)
@@ -107,15 +113,15 @@ def prepare(
     slots = moves.take(placeholders, False)
     features = torch.cat(visual.features).to(embeds.device, embeds.dtype)
     positions, packed = _positions(plan, inputs, visual, placeholders, drop, moves, mask, start)
-    labels = inputs.get("labels")
+    shown, sizes = _visible(mask, placeholders, visual)
     ones = torch.ones(slots.shape, dtype=torch.float32, device=slots.device)
     return CompactPrompt(
         inputs_embeds=embeds.masked_scatter(slots[..., None].to(embeds.device), features),
         input_ids=None if ids is None else moves.take(ids, pad_id(plan.model)),
-        attention_mask=compact_attention_mask(moves, mask, past),
+        attention_mask=compact_attention_mask(moves, shown, past),
         labels=None if labels is None else moves.take(labels, IGNORED_LABEL),
         position_ids=positions,
-        sizes=ones.masked_scatter(slots, torch.cat(visual.sizes()).to(slots.device)),
+        sizes=ones.masked_scatter(slots, sizes.to(slots.device)),
         packed_positions=packed,
         visual=visual,
         encoded=encoded,
@@ -135,6 +141,36 @@ def _embedded(
     text = cast(Tensor, ids).masked_fill(placeholders, 0)
     embeds: Tensor = model.get_input_embeddings()(moves.take(text, 0))
     return embeds
+
+
+def _visible(
+    mask: Tensor | None, placeholders: Tensor, visual: VisualTokens
+) -> tuple[Tensor | None, Tensor]:
+    """A mask over part of an image, carried over to its merged tokens.
+
+    A merged token can be attended to where at least one of its patches can, and stands for as
+    many patches as are visible.
+
+    Returns:
+        The mask [B, T], meaningful at columns that stay, and the sizes of all tokens, [sum of
+        counts] float32, 1 where a token is hidden.
+    """
+    sizes = torch.cat(visual.sizes())
+    whole = int(placeholders.sum()) == sum(visual.full_counts)
+    if mask is None or not whole or visual.counts == visual.full_counts:
+        return mask, sizes
+    own = mask.to(placeholders.device)[placeholders] != 0
+    if bool(own.all()):
+        return mask, sizes
+    found, places = [], []
+    parts = torch.split(own, visual.full_counts)
+    for source, count, part in zip(visual.source_maps, visual.counts, parts, strict=True):
+        seen = torch.bincount(source, weights=part.to(source.device).double(), minlength=count)
+        found.append(seen.float())
+        # The first placeholders of an image stay (`columns.surplus_placeholders`).
+        places.append(torch.nn.functional.pad((seen > 0).to(mask), (0, len(part) - count)))
+    shown = mask.masked_scatter(placeholders.to(mask.device), torch.cat(places).to(mask.device))
+    return shown, torch.cat(found).clamp(min=1)
 
 
 def _positions(
