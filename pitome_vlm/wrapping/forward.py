@@ -10,18 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from ..adapters.swap import BASE
 from ..releases import (
     CACHE_NAME,
     EMBEDS_NEED_EMPTY_CACHE,
-    TRANSFORMERS,
     cache_of,
     fill_image_states,
 )
 from .arguments import named_arguments
-from .columns import compaction
 from .generation import (
     inferred_mask,
     shorter_limits,
@@ -43,10 +40,12 @@ from .kv_cache import (
     query_of,
     with_prompt_images,
 )
-from .merging import CallPlan, Merging
-from .placeholders import all_placeholders, drop_stale_placeholders
+from .later_turns import with_new_images, without_new_images
+from .merging import Merging
+from .placeholders import all_placeholders
 from .positions import as_model_positions
-from .prompt import SEQUENCE_INPUTS, CompactPrompt, compact_attention_mask, prepare
+from .prompt import other_arguments, prepare
+from .refusals import refuse_new_image, refuse_stale_inputs, refuse_unsupported
 
 # In the inputs of a pass: `prepare_inputs_for_generation` has seen to everything.
 PREPARED = "pitome_prepared"
@@ -91,7 +90,7 @@ class WrappedLlava:
         cached = cached_length(cache)
         start = first_position(cache, call.get("attention_mask"), self.device)  # type: ignore[attr-defined]
         prompt = prepare(plan, call, image_cache=image_cache, cached=cached, start=start)
-        call = self._without_images(call, prompt) | {
+        call = other_arguments(plan, call, prompt.compaction.keep.shape, prompt.compaction.take) | {
             name: getattr(prompt, name) for name in ("attention_mask", "labels", "position_ids")
         }
         call["inputs_embeds"] = prompt.inputs_embeds
@@ -129,20 +128,27 @@ class WrappedLlava:
             # From release 5.24 on generate itself asks for the features, before `forward`.
             with plan.unmerged():
                 return original(**call)
-        self._refuse_unsupported(call)
+        refuse_unsupported(self, call)
         if ids is not None and call.get("attention_mask") is None:
             call["attention_mask"] = inferred_mask(self, call, ids)
         placeholders = None if ids is None else all_placeholders(plan.adapter, self, ids)
         check_cache(plan, cache, placeholders)
+        left = _pad_left(call)
         if not has_pixels:
-            return self._continue_chat(original, plan, ids, call)
+            turn = without_new_images(plan, ids, call, left=left)
+            return original(**call) if turn is None else self._run(original, call, call | turn, ids)
         if ids is not None:
             warn_of_right_padding(call)
-        prompt = prepare(plan, call, image_cache=image_cache, left=_pad_left(call))
+            turn = with_new_images(plan, ids, call, left=left, image_cache=image_cache)
+            if turn is not None and not EMBEDS_NEED_EMPTY_CACHE:
+                return self._run(original, call, turn, ids)
+        prompt = prepare(plan, call, image_cache=image_cache, left=left)
         if EMBEDS_NEED_EMPTY_CACHE and cached_length(cache):
-            self._refuse_new_image(prompt, cached_length(cache))
+            refuse_new_image(prompt, cached_length(cache))
         mask = prompt.attention_mask
-        short = self._without_images(call, prompt) | {
+        short = other_arguments(
+            plan, call, prompt.compaction.keep.shape, prompt.compaction.take
+        ) | {
             "inputs_embeds": prompt.inputs_embeds,
             "attention_mask": prompt.compaction.valid.long() if mask is None else mask,
             "input_ids": prompt.input_ids,
@@ -150,7 +156,7 @@ class WrappedLlava:
             "position_ids": None if plan.adapter.own_positions else prompt.position_ids,
             "prompt_images": CachedImages.of(plan, prompt, ids),
         }
-        return self._run(original, call, short, ids, prompt.inputs_embeds.shape[1])
+        return self._run(original, call, short, ids)
 
     def prepare_inputs_for_generation(
         self, *args: Any, prompt_images: CachedImages | None = None, **kwargs: Any
@@ -235,115 +241,12 @@ class WrappedLlava:
 
     def _pitome_without_pixels(self, call: dict[str, Any], sizes: Tensor | None) -> dict[str, Any]:
         """Arguments of a pass over text alone, or over what `compact_inputs` made."""
-        self._refuse_stale_inputs(call)
+        refuse_stale_inputs(self, self._pitome, call)
         if sizes is not None:
             plan = self._pitome.plan(self)
             return calibrated(self, call, plan.calibration, sizes, plan.mask_config())
         images = cached_images(call.get(CACHE_NAME))
         return call if images is None else continued(self, call, images)
-
-    def _without_images(self, call: dict[str, Any], prompt: CompactPrompt) -> dict[str, Any]:
-        """The other arguments; further per-token ones (token types) are shortened with it."""
-        adapter = self._pitome.adapter
-        consumed = {*adapter.vision_inputs, *adapter.feature_options, *SEQUENCE_INPUTS}
-        consumed.add("cache_position")
-        shape = prompt.compaction.keep.shape
-        return {
-            name: prompt.compaction.take(value, 0)
-            if isinstance(value, Tensor) and value.shape == shape and not value.is_floating_point()
-            else value
-            for name, value in call.items()
-            if name not in consumed
-        }
-
-    def _refuse_stale_inputs(self, call: dict[str, Any]) -> None:
-        """Old placeholders or an old mask with a shortened cache would be silently wrong."""
-        ids, cache, mask = (call.get(name) for name in ("input_ids", CACHE_NAME, "attention_mask"))
-        # Other caches are only filled inside generate, which keeps all lengths consistent, and
-        # asking a static cache for its length costs a device synchronisation per decoded token.
-        cached = cache.get_seq_length() if isinstance(cache, DynamicCache) else 0
-        if ids is None or not cached:
-            return
-        expected = cached + ids.shape[1]
-        covered = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else 0
-        long_mask = covered > expected
-        # One token a step is the decoding loop; looking at it would cost a synchronisation too.
-        old_images = ids.shape[1] > 1 and bool(
-            all_placeholders(self._pitome.adapter, self, ids).any()
-        )
-        if not (long_mask or old_images) or self._pitome.plan(self, call).schedule.is_identity:
-            return
-        if long_mask:
-            raise ValueError(
-                f"attention_mask covers {covered} tokens, but the cache holds {cached} "
-                f"(images merged) and {ids.shape[1]} are new; build the mask for {expected} tokens"
-            )
-        raise ValueError(
-            "input_ids hold image placeholders, but pixel_values are missing and the cache "
-            "already holds merged images; pass only the new tokens, or use generate(), which "
-            "shortens an old conversation itself"
-        )
-
-    def _refuse_unsupported(self, call: dict[str, Any]) -> None:
-        chunk = call.get("prefill_chunk_size")
-        if chunk is None:
-            chunk = getattr(call.get("generation_config"), "prefill_chunk_size", None)
-        if chunk is not None:
-            raise ValueError(
-                f"prefill_chunk_size={chunk} cannot be combined with merged images: the prompt "
-                "is passed as embeddings, which generate does not cut into chunks"
-            )
-        # PEFT puts its own method on the instance while it generates.
-        peft = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
-        method = getattr(peft, "active_peft_config", None)
-        if getattr(method, "is_prompt_learning", False):
-            raise ValueError(
-                f"{type(method).__name__} cannot be combined with merged images in generate(): "
-                "PEFT takes the prompt as ids there, not as embeddings; use LoRA, or keep=1.0"
-            )
-        if call.get("assistant_model") is not None:
-            raise ValueError(
-                "assistant_model cannot be combined with merged images: the assistant would see "
-                "another prompt; use prompt_lookup_num_tokens, or keep=1.0"
-            )
-
-    def _refuse_new_image(self, prompt: CompactPrompt, cached: int) -> None:
-        slots = prompt.compaction.take(prompt.placeholders, False)
-        if bool(slots[:, cached:].any()):
-            raise ValueError(
-                f"transformers {TRANSFORMERS} cannot add an image to a cache that is "
-                "already filled (unwrapped, it reads the placeholders as words); leave out "
-                f"{CACHE_NAME} for this turn, or use transformers 5"
-            )
-
-    def _continue_chat(self, original: Any, plan: CallPlan, ids: Any, call: dict[str, Any]) -> Any:
-        """A later turn on a cache whose images were merged when they were encoded."""
-        images = cached_images(call[CACHE_NAME])
-        known = None if images is None else images.images
-        placeholders, drop = drop_stale_placeholders(plan, ids, known)
-        if not bool(placeholders.any()):
-            return original(**call)
-        mask, positions = call.get("attention_mask"), call.get("position_ids")
-        moves = compaction(placeholders, drop, mask, left=_pad_left(call))
-        compact = moves.take(ids, 0)
-        cached = cached_length(call[CACHE_NAME])
-        if bool(moves.take(placeholders, False)[:, cached:].any()):
-            raise ValueError(
-                "the conversation holds an image that the cache does not; pass the pixel_values "
-                "of all its images"
-            )
-        if positions is not None:
-            raise ValueError(
-                "position_ids cannot be combined with a cache that holds merged images; leave "
-                "them out, they follow from the attention_mask"
-            )
-        compact_mask = compact_attention_mask(moves, mask)
-        short = call | {
-            "input_ids": compact,
-            "attention_mask": moves.valid.long() if compact_mask is None else compact_mask,
-            "prompt_images": images,
-        }
-        return self._run(original, call, short, ids, compact.shape[1])
 
     def _run(
         self,
@@ -351,10 +254,10 @@ class WrappedLlava:
         call: dict[str, Any],
         short: dict[str, Any],
         ids: Tensor | None,
-        length: int,
     ) -> Any:
         """Generate from the shortened call; everything the caller sees has its own prompt."""
         width = (call["inputs_embeds"] if ids is None else ids).shape[1]
+        length = query_of(short).shape[1]
         default = getattr(self, "generation_config", None)
         short = short | shorter_limits(call, default, width=width, removed=width - length)
         short |= with_full_prompt(call, ids, length)

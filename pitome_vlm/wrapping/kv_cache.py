@@ -44,6 +44,7 @@ class CachedImages:
         sizes: [B, S] float32, patches that every column of the prompt stands for.
         positions: [B, S] (or [B, S, D]) float32 of the prompt's columns; None for the model's own.
         mask_config: see `positions.mask_config`.
+        removed: columns by which the conversation in the cache got shorter.
         ids: [B, T] int64, the caller's prompt; None where there was none.
         prompt: what this was copied from for beams and samples; None where it was not.
     """
@@ -55,6 +56,7 @@ class CachedImages:
     sizes: Tensor
     positions: Tensor | None
     mask_config: Any
+    removed: int = 0
     ids: Tensor | None = None
     prompt: CachedImages | None = None
 
@@ -69,6 +71,7 @@ class CachedImages:
             sizes=prompt.sizes,
             positions=prompt.position_ids,
             mask_config=plan.mask_config(),
+            removed=prompt.compaction.removed,
             ids=ids,
         )
 
@@ -202,6 +205,7 @@ def with_prompt_images(cache: Any, plan: CallPlan, prompt: CompactPrompt) -> Cac
     if images is not None:
         before = extended(images.sizes, cached, 1.0)
         found = images.images.copied(rows).followed_by(found)
+        new = dataclasses.replace(new, removed=new.removed + images.removed)
     if positions is not None:
         past = torch.arange(cached, device=sizes.device).expand(rows, cached)
         if images is not None and images.positions is not None:

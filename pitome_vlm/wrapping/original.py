@@ -35,6 +35,7 @@ from .merging import CallPlan
 from .original_inputs import prepare_original
 from .positions import Calibration
 from .prompt import CompactPrompt
+from .refusals import refuse_unsupported
 
 logger = logging.get_logger(__name__)
 
@@ -98,7 +99,7 @@ class WrappedOriginalLlava(WrappedLlava):
         if not _sees_images(plan, seen):
             with plan.unmerged():
                 return original(**call)
-        self._refuse_unsupported(call)
+        refuse_unsupported(self, call)
         cache = call.get(CACHE_NAME)
         self._refuse_filled_cache(cache)
         check_cache(plan, cache, None)

@@ -5,6 +5,7 @@ Sizes and positions of the merged tokens stay with the prompt from here on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -257,6 +258,31 @@ def _layout(
     return unreduced_positions(
         slots, attended | slots, visual.full_counts, visual.counts, offsets, start
     )
+
+
+def other_arguments(
+    plan: CallPlan,
+    call: dict[str, Any],
+    shape: tuple[int, ...],
+    take: Callable[[Tensor, int], Tensor],
+) -> dict[str, Any]:
+    """What a call has besides images and `SEQUENCE_INPUTS`.
+
+    Args:
+        plan: of this call.
+        call: its arguments.
+        shape: [B, T]; further integers of that shape (token types) are shortened too.
+        take: [B, T] values and a fill for padding to [B, S].
+    """
+    consumed = {*plan.adapter.vision_inputs, *plan.adapter.feature_options, *SEQUENCE_INPUTS}
+    consumed.add("cache_position")
+    return {
+        name: take(value, 0)
+        if isinstance(value, Tensor) and value.shape == shape and not value.is_floating_point()
+        else value
+        for name, value in call.items()
+        if name not in consumed
+    }
 
 
 def _split_mask(mask: Any, width: int, cached: int) -> tuple[Tensor | None, Tensor | None]:

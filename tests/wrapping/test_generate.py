@@ -302,8 +302,11 @@ def test_a_cache_is_taken_under_either_name(model):
         assert torch.equal(model.generate(input_ids=ids, **{name: again}, **GREEDY), expected)
         step = model(input_ids=torch.tensor([[3]]), **{name: again})
         assert step.logits.shape[1] == 1
-    with pytest.raises(ValueError, match="both cache and past_key_values"):
-        model(input_ids=torch.tensor([[3]]), cache=cache, past_key_values=cache)
+    other = {"cache", "past_key_values"} - {CACHE_NAME}
+    both = {CACHE_NAME: copy.deepcopy(cache), other.pop(): DynamicCache()}
+    # As transformers does, and PEFT's prefix tuning asks for.
+    step = model(input_ids=torch.tensor([[3]]), **both)
+    assert step[CACHE_NAME].get_seq_length() == cache.get_seq_length() + 1
 
 
 def test_output_carries_the_merged_image_states(model):

@@ -1,0 +1,149 @@
+"""Later turns of a conversation: what of it is in a cache already, and what is new.
+
+Callers hand over the whole conversation as the processor wrote it; the cache holds a shortened one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..releases import CACHE_NAME
+from .columns import compaction
+from .image_cache import ImageCache
+from .kv_cache import cached_images, cached_length, first_position, with_prompt_images
+from .merging import CallPlan
+from .placeholders import drop_stale_placeholders
+from .prompt import compact_attention_mask, other_arguments, prepare
+
+
+def without_new_images(
+    plan: CallPlan, ids: Tensor, call: dict[str, Any], *, left: bool | None
+) -> dict[str, Any] | None:
+    """Arguments of a turn that only asks further, shortened as the cache is.
+
+    Args:
+        plan: of this call.
+        ids: [B, T], the whole conversation.
+        call: arguments of `generate`, with a filled cache.
+        left: see `columns.compaction`.
+
+    Returns:
+        What replaces the caller's arguments; None where the conversation shows no image.
+
+    Raises:
+        ValueError: there is an image that the cache does not hold, or `position_ids` are given.
+    """
+    images = cached_images(call[CACHE_NAME])
+    known = None if images is None else images.images
+    placeholders, drop = drop_stale_placeholders(plan, ids, known)
+    if not bool(placeholders.any()):
+        return None
+    mask = call.get("attention_mask")
+    moves = compaction(placeholders, drop, mask, left=left)
+    cached = cached_length(call[CACHE_NAME])
+    if bool(moves.take(placeholders, False)[:, cached:].any()):
+        raise ValueError(
+            "the conversation holds an image that the cache does not; pass the pixel_values of "
+            "that image, or of all images"
+        )
+    _refuse_positions(call)
+    compact_mask = compact_attention_mask(moves, mask)
+    return {
+        "input_ids": moves.take(ids, 0),
+        "attention_mask": moves.valid.long() if compact_mask is None else compact_mask,
+        "prompt_images": images,
+    }
+
+
+def with_new_images(
+    plan: CallPlan,
+    ids: Tensor,
+    call: dict[str, Any],
+    *,
+    left: bool | None,
+    image_cache: ImageCache | None,
+) -> dict[str, Any] | None:
+    """Arguments of a turn that adds images and brings the pixels of these alone.
+
+    Args:
+        plan: of this call.
+        ids: [B, T], the whole conversation.
+        call: arguments of `generate`, with pixels.
+        left: see `columns.compaction`.
+        image_cache: where to look for encoded images first.
+
+    Returns:
+        All arguments; None where the pixels are those of all images.
+
+    Raises:
+        ValueError: an input cannot be shortened, or `position_ids` are given.
+    """
+    cache, mask = call.get(CACHE_NAME), call.get("attention_mask")
+    cached, images = cached_length(cache), cached_images(cache)
+    if images is None or not cached:
+        return None
+    begin = cached + images.removed
+    old, new = ids[:, :begin], ids[:, begin:]
+    if not _brings_only(plan, ids, new):
+        return None
+    _refuse_positions(call)
+    mask = torch.ones_like(ids) if mask is None else mask
+    placeholders, drop = drop_stale_placeholders(plan, old, images.images)
+    moves = compaction(placeholders, drop, mask[:, :begin], left=left)
+    if moves.valid.shape[1] != cached:
+        return None
+    past = moves.take(mask[:, :begin], 0)
+    per_token = {
+        name: value[:, begin:]
+        for name, value in call.items()
+        if isinstance(value, Tensor) and value.shape == ids.shape
+    }
+    turn = (
+        call
+        | per_token
+        | {
+            "input_ids": new,
+            "attention_mask": torch.cat([past, mask[:, begin:].to(past)], 1),
+        }
+    )
+    start = first_position(cache, turn["attention_mask"], ids.device)
+    prompt = prepare(plan, turn, image_cache=image_cache, left=left, cached=cached, start=start)
+    state = dataclasses.replace(with_prompt_images(cache, plan, prompt), ids=ids)
+    # What stands in the cache is not read again; the new columns come after it.
+    before = prompt.inputs_embeds.new_zeros(len(ids), cached, prompt.inputs_embeds.shape[-1])
+
+    def take(values: Tensor, fill: int) -> Tensor:
+        earlier, later = values[:, :begin], values[:, begin:]
+        return torch.cat([moves.take(earlier, fill), prompt.compaction.take(later, fill)], 1)
+
+    return other_arguments(plan, call, ids.shape, take) | {
+        "inputs_embeds": torch.cat([before, prompt.inputs_embeds], 1),
+        "attention_mask": prompt.attention_mask,
+        "input_ids": take(ids, 0),
+        "position_ids": None if plan.adapter.own_positions else state.positions,
+        "prompt_images": state,
+    }
+
+
+def _brings_only(plan: CallPlan, ids: Tensor, new: Tensor) -> bool:
+    """Whether the pixels of a call are those of the placeholders in its new part."""
+    tokens = plan.adapter.placeholder_ids(plan.model)
+    fits = False
+    for kind, counts in plan.counts().items():
+        given = sum(one.full for one in counts)
+        if int((new == tokens[kind]).sum()) != given:
+            return False
+        fits = fits or int((ids == tokens[kind]).sum()) != given
+    return fits
+
+
+def _refuse_positions(call: dict[str, Any]) -> None:
+    if call.get("position_ids") is not None:
+        raise ValueError(
+            "position_ids cannot be combined with a cache that holds merged images; leave them "
+            "out, they follow from the attention_mask"
+        )

@@ -1,0 +1,101 @@
+"""What `forward` and `generate` refuse where images are merged: it would be silently wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from ..releases import CACHE_NAME, TRANSFORMERS
+from .merging import Merging
+from .placeholders import all_placeholders
+from .prompt import CompactPrompt
+
+
+def refuse_stale_inputs(model: Any, merging: Merging, call: dict[str, Any]) -> None:
+    """Refuse old placeholders or an old mask with a shortened cache.
+
+    Args:
+        model: the wrapped model itself.
+        merging: what `wrap` put on it.
+        call: arguments of `forward` without images.
+
+    Raises:
+        ValueError: the inputs are those of the unmerged conversation.
+    """
+    ids, cache, mask = (call.get(name) for name in ("input_ids", CACHE_NAME, "attention_mask"))
+    # Other caches are only filled inside generate, which keeps all lengths consistent, and asking
+    # a static cache for its length costs a device synchronisation per decoded token.
+    cached = cache.get_seq_length() if isinstance(cache, DynamicCache) else 0
+    if ids is None or not cached:
+        return
+    expected = cached + ids.shape[1]
+    covered = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else 0
+    long_mask = covered > expected
+    # One token a step is the decoding loop; looking at it would cost a synchronisation too.
+    old_images = ids.shape[1] > 1 and bool(all_placeholders(merging.adapter, model, ids).any())
+    if not (long_mask or old_images) or merging.plan(model, call).schedule.is_identity:
+        return
+    if long_mask:
+        raise ValueError(
+            f"attention_mask covers {covered} tokens, but the cache holds {cached} "
+            f"(images merged) and {ids.shape[1]} are new; build the mask for {expected} tokens"
+        )
+    raise ValueError(
+        "input_ids hold image placeholders, but pixel_values are missing and the cache "
+        "already holds merged images; pass only the new tokens, or use generate(), which "
+        "shortens an old conversation itself"
+    )
+
+
+def refuse_unsupported(model: Any, call: dict[str, Any]) -> None:
+    """Refuse the modes of `generate` that cannot be had on an embedded prompt.
+
+    Args:
+        model: the wrapped model itself.
+        call: arguments of `generate`.
+
+    Raises:
+        ValueError: one of them is asked for.
+    """
+    chunk = call.get("prefill_chunk_size")
+    if chunk is None:
+        chunk = getattr(call.get("generation_config"), "prefill_chunk_size", None)
+    if chunk is not None:
+        raise ValueError(
+            f"prefill_chunk_size={chunk} cannot be combined with merged images: the prompt "
+            "is passed as embeddings, which generate does not cut into chunks"
+        )
+    if call.get("assistant_model") is not None:
+        raise ValueError(
+            "assistant_model cannot be combined with merged images: the assistant would see "
+            "another prompt; use prompt_lookup_num_tokens, or keep=1.0"
+        )
+    # PEFT puts its own method on the instance while it generates.
+    peft = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
+    method = getattr(peft, "active_peft_config", None)
+    if getattr(method, "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(method).__name__} cannot be combined with merged images in generate(): "
+            "PEFT takes the prompt as ids there, not as embeddings; use LoRA, or keep=1.0"
+        )
+
+
+def refuse_new_image(prompt: CompactPrompt, cached: int) -> None:
+    """Refuse an image after what a cache holds, on releases that read embeddings only before it.
+
+    Args:
+        prompt: the whole conversation.
+        cached: tokens in the cache.
+
+    Raises:
+        ValueError: there is one.
+    """
+    slots = prompt.compaction.take(prompt.placeholders, False)
+    if bool(slots[:, cached:].any()):
+        raise ValueError(
+            f"transformers {TRANSFORMERS} cannot add an image to a cache that is already filled "
+            "(unwrapped, it reads the placeholders as words); leave out "
+            f"{CACHE_NAME} for this turn, or use transformers 5"
+        )
