@@ -10,7 +10,7 @@ from tiny import IMAGE, PATCHES, tiny_batch, tiny_model
 from transformers.cache_utils import DynamicCache
 
 import pitome_vlm
-from pitome_vlm.merge import algorithms
+from pitome_vlm.merge import algorithms, registry
 from pitome_vlm.merge.algorithm import Algorithm
 from pitome_vlm.wrapping.wrap import is_wrapped
 
@@ -271,7 +271,7 @@ def test_an_algorithm_may_be_better_without():
         model = pitome_vlm.wrap(tiny_model(), keep=0.25, algorithm=name)
         assert "no size bias" in str(pitome_vlm.describe(model))
     finally:
-        algorithms._REGISTRY.pop(name)
+        registry._known.pop(name)
 
 
 def test_packed_samples_do_not_see_each_other():
