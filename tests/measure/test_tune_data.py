@@ -6,7 +6,7 @@ import dataclasses
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import find, given, settings
 from hypothesis import strategies as st
 from tuning import write_jsonl
 
@@ -98,9 +98,15 @@ def test_answers_are_compared_after_normalisation(given, answers, right):
     assert exact_match(given, answers) == float(right)
 
 
+@pytest.fixture(scope="module")
+def unicode_tables():
+    """Hypothesis makes its tables of characters once, which takes seconds."""
+    find(st.text(), lambda _: True)
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.text(max_size=20))
-def test_normalisation_is_stable_and_never_loses_an_answer(text):
+@given(text=st.text(max_size=20))
+def test_normalisation_is_stable_and_never_loses_an_answer(unicode_tables, text):
     once = normalise(text)
     assert normalise(once) == once
     assert bool(once) == bool(text.split())

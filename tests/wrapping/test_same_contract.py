@@ -136,7 +136,9 @@ def logged(model):
     return model
 
 
-@pytest.mark.parametrize("put_on", [autocast, compiled, logged])
+@pytest.mark.parametrize(
+    "put_on", [autocast, pytest.param(compiled, marks=pytest.mark.slow), logged]
+)
 def test_unwrap_succeeds_after_other_libraries(put_on):
     batch = tiny_batch(images=(1,), texts=(5,))
     plain = tiny_model()
