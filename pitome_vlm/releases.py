@@ -64,6 +64,9 @@ MASK_ARGUMENTS = frozenset(inspect.signature(create_masks_for_generate).paramete
 # Release 5.24 renamed the argument and the output field; the old name is understood until 5.40.
 _CACHE_NAMES = ("cache", "past_key_values")
 CACHE_NAME = next(name for name in _CACHE_NAMES if name in MASK_ARGUMENTS)
+# The same release began to give all copies of a row one number in `prefix_allowed_tokens_fn`;
+# before, the samples of a row (not its beams) had numbers of their own.
+SAMPLES_HAVE_NUMBERS = CACHE_NAME != "cache"
 _CAPTURING = "transformers.utils.output_capturing"
 _KEEPS_NAMED_STATES = importlib.util.find_spec(_CAPTURING) is not None and hasattr(
     importlib.import_module(_CAPTURING), "select_hidden_states"

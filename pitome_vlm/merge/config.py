@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, get_args
 from ..common import check_choice, check_flag, check_range, suggest, whole_number
 from . import registry
 from .config_file import CONFIG_NAME, FORMAT_VERSION, options_in, plain, read, write
-from .options import defaults, owners, parse, values_of
+from .options import defaults, owners, parse, values_of, without_foreign
 from .presets import PRESETS
 from .schedule import Budget
 
@@ -39,6 +39,7 @@ __all__ = [
 BUDGET_WORDS = ("keep", "tokens", "ratio")
 # Budget of commands and descriptions where none is given and the checkpoint brings none.
 DEFAULT_KEEP = 0.25
+DEFAULT_ALGORITHM = "pitome_plus"
 
 Stage = Literal["tower", "projector", "both"]
 Metric = Literal["keys", "hidden"]
@@ -126,7 +127,7 @@ class MergeConfig:
         *,
         quality: float = 0.8,
         keep_range: tuple[float, float] = (0.0625, 0.5),
-        algorithm: str = "pitome_plus",
+        algorithm: str = DEFAULT_ALGORITHM,
         stage: Stage | None = None,
         layers: Iterable[int] | None = None,
         tower_share: float | None = None,
@@ -258,7 +259,7 @@ class MergeConfig:
         """
         if any(changes.get(word) is not None for word in BUDGET_WORDS):
             changes = {**dict.fromkeys(BUDGET_WORDS), **changes}
-        own = {} if self.options is None else values_of(self.options)
+        own = {} if self.options is None or "options" in changes else values_of(self.options)
         algorithm = changes.get("algorithm", self.algorithm)
         if own and algorithm != self.algorithm:
             kept = defaults(algorithm)
@@ -288,6 +289,8 @@ class MergeConfig:
             TypeError: a value of the wrong type.
         """
         known = options_in(values, lambda name: name in SHARED or bool(owners(name)))
+        if "format_version" in values:
+            known = without_foreign(known, known.get("algorithm", DEFAULT_ALGORITHM), SHARED)
         return cls(**known)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:

@@ -7,7 +7,7 @@ plain names and values become an object of that class, or an error that says who
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..common import suggest
@@ -105,3 +105,22 @@ def _check_foreign(name: str, value: Any, algorithm: str, known: list[str]) -> N
 def _same(value: Any, default: Any) -> bool:
     # True == 1 in Python, but nobody writes one for the other.
     return bool(value == default) and isinstance(value, bool) == isinstance(default, bool)
+
+
+def without_foreign(
+    values: Mapping[str, Any], algorithm: str, shared: Iterable[str]
+) -> dict[str, Any]:
+    """The values of a file, without options that only other algorithms have.
+
+    Earlier versions wrote the options of all algorithms into every file.
+
+    Args:
+        values: by name.
+        algorithm: that of the file.
+        shared: names of the options that belong to no algorithm.
+
+    Raises:
+        ValueError: there is no such algorithm.
+    """
+    stay = {*shared, *defaults(algorithm)}
+    return {name: one for name, one in values.items() if name in stay or not owners(name)}

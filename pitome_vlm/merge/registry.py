@@ -26,7 +26,8 @@ def register(algorithm: Any) -> None:
     """Make an algorithm available by name.
 
     Raises:
-        ValueError: the name is taken by another algorithm.
+        ValueError: the name is taken by another algorithm of this process. One that only an
+            entry point names gives way.
     """
     name = algorithm.name
     if (name in _known or name in _built_in()) and find(name) is not algorithm:
@@ -103,7 +104,17 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
 def _entry_points_on(path: tuple[str, ...]) -> dict[str, importlib.metadata.EntryPoint]:
     """The entry points of the installed packages; `path` is where they were looked for."""
     del path
-    return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+    found: dict[str, importlib.metadata.EntryPoint] = {}
+    for point in importlib.metadata.entry_points(group=GROUP):
+        if point.name in _built_in() or found.get(point.name, point).value != point.value:
+            warnings.warn(
+                f"algorithm {point.name!r} of entry point {point.value!r} is ignored: the name is "
+                "taken",
+                stacklevel=2,
+            )
+        else:
+            found[point.name] = point
+    return found
 
 
 def _loaded(point: importlib.metadata.EntryPoint) -> Any:

@@ -5,13 +5,15 @@ This is vLLM's hook for it; what is right or wrong is decided in `options.py`.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ..releases import vllm_config_checks
-from . import logger
 from .options import ARCHITECTURE, plan_serving
+
+logger = logging.getLogger("vllm.pitome_vlm")
 
 
 class PiToMeLlavaConfig(VerifyAndUpdateConfig):

@@ -14,7 +14,6 @@ from torch import Tensor
 from ..adapters.swap import BASE
 from ..releases import (
     CACHE_NAME,
-    EMBEDS_NEED_EMPTY_CACHE,
     cache_of,
     fill_image_states,
 )
@@ -40,7 +39,7 @@ from .kv_cache import (
     query_of,
     with_prompt_images,
 )
-from .later_turns import with_new_images, without_new_images
+from .later_turns import brings_new_images_only, with_new_images, without_new_images
 from .merging import Merging
 from .placeholders import all_placeholders
 from .positions import as_model_positions
@@ -68,7 +67,7 @@ class WrappedLlava:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward on the shortened prompt; logits and loss are of that length."""
         if BASE not in type(self).__dict__:
-            return _handed_on(self, "forward", args, kwargs)
+            return handed_on(self, "forward", args, kwargs)
         if kwargs.pop(PREPARED, False):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         original = super().forward  # type: ignore[misc]
@@ -116,14 +115,18 @@ class WrappedLlava:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate; `sequences` begin with the caller's prompt as it was."""
         if BASE not in type(self).__dict__:
-            return _handed_on(self, "generate", args, kwargs)
+            return handed_on(self, "generate", args, kwargs)
         original = super().generate  # type: ignore[misc]
         call = named_arguments(original, args, kwargs)
         ids, image_cache = call.pop("inputs", None), call.pop(IMAGE_CACHE, None)
+        sizes = call.pop("token_sizes", None)
         if ids is not None:
             call["input_ids"] = ids
         ids, cache = call.get("input_ids"), call.get(CACHE_NAME)
         plan, has_pixels = self._pitome.plan(self, call), self._pitome.has_pixels(call)
+        if sizes is not None and not has_pixels:
+            # What `compact_inputs` made.
+            return original(**call, prompt_images=CachedImages.of_sizes(plan, sizes))
         if plan.is_identity() or (not has_pixels and (ids is None or not cached_length(cache))):
             # From release 5.24 on generate itself asks for the features, before `forward`.
             with plan.unmerged():
@@ -139,12 +142,14 @@ class WrappedLlava:
             return original(**call) if turn is None else self._run(original, call, call | turn, ids)
         if ids is not None:
             warn_of_right_padding(call)
-            turn = with_new_images(plan, ids, call, left=left, image_cache=image_cache)
-            if turn is not None and not EMBEDS_NEED_EMPTY_CACHE:
+            if brings_new_images_only(plan, ids, call):
+                refuse_new_image()
+                turn = with_new_images(plan, ids, call, left=left, image_cache=image_cache)
                 return self._run(original, call, turn, ids)
         prompt = prepare(plan, call, image_cache=image_cache, left=left)
-        if EMBEDS_NEED_EMPTY_CACHE and cached_length(cache):
-            refuse_new_image(prompt, cached_length(cache))
+        shown = prompt.compaction.take(prompt.placeholders, False)
+        if cached_length(cache) and bool(shown[:, cached_length(cache) :].any()):
+            refuse_new_image()
         mask = prompt.attention_mask
         short = other_arguments(
             plan, call, prompt.compaction.keep.shape, prompt.compaction.take
@@ -172,7 +177,7 @@ class WrappedLlava:
             **kwargs: as of the model's own method.
         """
         if BASE not in type(self).__dict__:
-            return _handed_on(self, "prepare_inputs_for_generation", args, kwargs)
+            return handed_on(self, "prepare_inputs_for_generation", args, kwargs)
         if prompt_images is not None and kwargs.get("inputs_embeds") is not None:
             cache = kwargs.get(CACHE_NAME)
             first = kwargs.get("is_first_iteration", cache is None or not cache.get_seq_length())
@@ -197,7 +202,7 @@ class WrappedLlava:
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save the untouched checkpoint with `pitome_config.json` next to it."""
         if BASE not in type(self).__dict__:
-            return _handed_on(self, "save_pretrained", args, kwargs)
+            return handed_on(self, "save_pretrained", args, kwargs)
         original = super().save_pretrained  # type: ignore[misc]
         call = named_arguments(original, args, kwargs)
         if call.get("is_main_process", True):
@@ -260,12 +265,12 @@ class WrappedLlava:
         length = query_of(short).shape[1]
         default = getattr(self, "generation_config", None)
         short = short | shorter_limits(call, default, width=width, removed=width - length)
-        short |= with_full_prompt(call, ids, length)
+        short |= with_full_prompt(call, default, ids, length)
         given = {name: value for name, value in short.items() if value is not None}
         return with_prompt(original(**given), ids, length)
 
 
-def _handed_on(model: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def handed_on(model: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call the class's own method: the model was unwrapped while another library held on to ours.
 
     accelerate's autocast and `torch.compile` keep the method they find when they are put on.

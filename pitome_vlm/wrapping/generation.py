@@ -6,7 +6,7 @@ is told how long a prompt was and how long it became.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from ..releases import LEGACY_DEFAULT_LENGTH
+from ..releases import LEGACY_DEFAULT_LENGTH, SAMPLES_HAVE_NUMBERS
 
 _generate_logger = logging.get_logger("transformers.generation.utils")
 
@@ -82,12 +82,7 @@ def inferred_mask(model: Any, call: Mapping[str, Any], ids: Tensor) -> Tensor | 
         [B, T] int64, None where all tokens count: no padding, no pad token, or one that ends
         answers as well.
     """
-    configs = (call.get("generation_config"), getattr(model, "generation_config", None))
-
-    def lookup(name: str) -> Any:
-        given = [call.get(name), *(getattr(config, name, None) for config in configs)]
-        return next((value for value in given if value is not None), None)
-
+    lookup = _options_of(call, getattr(model, "generation_config", None))
     pad, ends = lookup("pad_token_id"), lookup("eos_token_id")
     ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
     if pad is None or int(pad) in ends or not bool((ids == pad).any()):
@@ -107,9 +102,18 @@ def warn_of_right_padding(call: Mapping[str, Any]) -> None:
 
 
 def with_full_prompt(
-    kwargs: dict[str, Any], prompt: Tensor | None, compact_length: int
+    kwargs: dict[str, Any], default: Any, prompt: Tensor | None, compact_length: int
 ) -> dict[str, Any]:
-    """The caller's criteria, processors and streamer, wrapped; nothing where none were given."""
+    """What of a caller's arguments looks at the prompt, wrapped so that it sees the caller's.
+
+    Criteria, processors, constraints and the streamer; nothing where none were given.
+
+    Args:
+        kwargs: arguments of generate.
+        default: the model's own generation config.
+        prompt: [B, T] the caller's prompt.
+        compact_length: tokens of the shortened one.
+    """
     found: dict[str, Any] = {}
     if prompt is None:
         return found
@@ -122,7 +126,29 @@ def with_full_prompt(
             found[name] = type(given)(wrapper(one, prompt, compact_length) for one in given)
     if kwargs.get("streamer") is not None:
         found["streamer"] = FullPromptStreamer(kwargs["streamer"], prompt)
+    allowed = kwargs.get("prefix_allowed_tokens_fn")
+    if allowed is not None:
+        lookup = _options_of(kwargs, default)
+        beams, copies = int(lookup("num_beams") or 1), int(lookup("num_return_sequences") or 1)
+
+        def full(row: int, ids: Tensor) -> Any:
+            of = row * beams // max(beams, copies) if SAMPLES_HAVE_NUMBERS else row
+            own = prompt[of].to(ids.device)
+            return allowed(row, torch.cat([own, ids[compact_length:]]))
+
+        found["prefix_allowed_tokens_fn"] = full
     return found
+
+
+def _options_of(kwargs: Mapping[str, Any], default: Any) -> Callable[[str], Any]:
+    """Looks an option of generate up: in the call, its generation config, the model's own."""
+    configs = (kwargs.get("generation_config"), default)
+
+    def lookup(name: str) -> Any:
+        given = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in given if value is not None), None)
+
+    return lookup
 
 
 def with_prompt(output: Any, prompt: Tensor | None, compact_length: int) -> Any:
@@ -149,12 +175,7 @@ def shorter_limits(
     Raises:
         ValueError: the prompt alone is longer than max_length, in the caller's numbers.
     """
-    sources = [kwargs.get("generation_config"), default]
-
-    def lookup(name: str) -> Any:
-        given = [kwargs.get(name)] + [getattr(source, name, None) for source in sources]
-        return next((value for value in given if value is not None), None)
-
+    lookup = _options_of(kwargs, default)
     limits = {}
     for end in ("max", "min"):
         value, explicit = lookup(f"{end}_length"), kwargs.get(f"{end}_length") is not None

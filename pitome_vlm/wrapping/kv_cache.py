@@ -75,6 +75,24 @@ class CachedImages:
             ids=ids,
         )
 
+    @classmethod
+    def of_sizes(cls, plan: CallPlan, sizes: Tensor) -> CachedImages:
+        """What a cache remembers of a prompt that `compact_inputs` made.
+
+        Args:
+            plan: of this call.
+            sizes: [B, S] float32.
+        """
+        return cls(
+            config=plan.config,
+            tokens_out=plan.schedule.tokens_out,
+            images=PromptImages([], len(sizes)),
+            calibration=plan.calibration,
+            sizes=sizes,
+            positions=None,
+            mask_config=plan.mask_config(),
+        )
+
     def copied(self, rows: int) -> CachedImages:
         """The same after `generate` copied every row, so that there are `rows` of them."""
         copies = rows // len(self.sizes)

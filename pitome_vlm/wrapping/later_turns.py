@@ -23,7 +23,7 @@ from .prompt import compact_attention_mask, other_arguments, prepare
 def without_new_images(
     plan: CallPlan, ids: Tensor, call: dict[str, Any], *, left: bool | None
 ) -> dict[str, Any] | None:
-    """Arguments of a turn that only asks further, shortened as the cache is.
+    """Arguments of a follow-up question without new images, shortened as the cache is.
 
     Args:
         plan: of this call.
@@ -59,6 +59,29 @@ def without_new_images(
     }
 
 
+def brings_new_images_only(plan: CallPlan, ids: Tensor, call: dict[str, Any]) -> bool:
+    """Whether the pixels of a call are those of images that its cache does not hold yet.
+
+    Otherwise they are those of the whole conversation.
+
+    Args:
+        plan: of this call.
+        ids: [B, T], the whole conversation.
+        call: arguments of `generate`, with pixels.
+    """
+    cached, images = cached_length(call.get(CACHE_NAME)), cached_images(call.get(CACHE_NAME))
+    if images is None or not cached:
+        return False
+    new, tokens = ids[:, cached + images.removed :], plan.adapter.placeholder_ids(plan.model)
+    only = False
+    for kind, counts in plan.counts().items():
+        given = sum(one.full for one in counts)
+        if int((new == tokens[kind]).sum()) != given:
+            return False
+        only = only or int((ids == tokens[kind]).sum()) != given
+    return only
+
+
 def with_new_images(
     plan: CallPlan,
     ids: Tensor,
@@ -66,7 +89,7 @@ def with_new_images(
     *,
     left: bool | None,
     image_cache: ImageCache | None,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Arguments of a turn that adds images and brings the pixels of these alone.
 
     Args:
@@ -77,25 +100,27 @@ def with_new_images(
         image_cache: where to look for encoded images first.
 
     Returns:
-        All arguments; None where the pixels are those of all images.
+        All arguments, shortened.
 
     Raises:
-        ValueError: an input cannot be shortened, or `position_ids` are given.
+        ValueError: an input cannot be shortened, `position_ids` are given, or the beginning of
+            the conversation is not what the cache holds.
     """
-    cache, mask = call.get(CACHE_NAME), call.get("attention_mask")
+    cache, mask = call[CACHE_NAME], call.get("attention_mask")
     cached, images = cached_length(cache), cached_images(cache)
-    if images is None or not cached:
-        return None
+    assert images is not None  # see `brings_new_images_only`
     begin = cached + images.removed
     old, new = ids[:, :begin], ids[:, begin:]
-    if not _brings_only(plan, ids, new):
-        return None
     _refuse_positions(call)
     mask = torch.ones_like(ids) if mask is None else mask
     placeholders, drop = drop_stale_placeholders(plan, old, images.images)
     moves = compaction(placeholders, drop, mask[:, :begin], left=left)
     if moves.valid.shape[1] != cached:
-        return None
+        raise ValueError(
+            f"{CACHE_NAME} holds {cached} tokens, but the conversation up to its new images has "
+            f"{moves.valid.shape[1]} once its images are merged; pass the conversation as it was "
+            "when the cache was filled, or leave the cache out"
+        )
     past = moves.take(mask[:, :begin], 0)
     per_token = {
         name: value[:, begin:]
@@ -127,18 +152,6 @@ def with_new_images(
         "position_ids": None if plan.adapter.own_positions else state.positions,
         "prompt_images": state,
     }
-
-
-def _brings_only(plan: CallPlan, ids: Tensor, new: Tensor) -> bool:
-    """Whether the pixels of a call are those of the placeholders in its new part."""
-    tokens = plan.adapter.placeholder_ids(plan.model)
-    fits = False
-    for kind, counts in plan.counts().items():
-        given = sum(one.full for one in counts)
-        if int((new == tokens[kind]).sum()) != given:
-            return False
-        fits = fits or int((ids == tokens[kind]).sum()) != given
-    return fits
 
 
 def _refuse_positions(call: dict[str, Any]) -> None:

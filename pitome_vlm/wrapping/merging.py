@@ -39,7 +39,8 @@ class Merging:
     Attributes:
         config: the options.
         adapter: the model family.
-        watch: measures the parts of an encoding ("encode", "merge in tower"); None for nobody.
+        watch: measures the parts of an encoding ("encode", "merge in tower"), None to measure
+            nothing.
     """
 
     config: MergeConfig
@@ -195,8 +196,11 @@ class CallPlan:
         """
         with contextlib.ExitStack() as stack:
             if self.config.skip_unused_layers and self.merging.has_pixels(self.inputs):
-                everything = Merging(MergeConfig(keep=1.0), self.adapter)
-                merge_pass = everything.plan(self.model, self.inputs).new_pass()
+                everything = self
+                if not self.schedule.is_identity:
+                    nothing = Merging(MergeConfig(keep=1.0), self.adapter)
+                    everything = nothing.plan(self.model, self.inputs)
+                merge_pass = everything.new_pass()
                 for tower in self.adapter.parts(self.model).towers:
                     stack.enter_context(encoding(tower, merge_pass))
             yield

@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..adapters.original_code import PREPARE
+from ..adapters.swap import BASE
 from ..releases import CACHE_NAME, EMBEDS_NEED_EMPTY_CACHE, TRANSFORMERS, cache_of
 from .arguments import by_name, named_arguments, parameters_of
-from .forward import PREPARED, WrappedLlava
+from .forward import PREPARED, WrappedLlava, handed_on
 from .generation import shorter_limits
 from .image_cache import IMAGE_CACHE
 from .kv_cache import (
@@ -67,6 +68,8 @@ class WrappedOriginalLlava(WrappedLlava):
             token_sizes: [B, S] float32 patches that every column stands for, see `compact_inputs`.
             **kwargs: as of the model's own method.
         """
+        if BASE not in type(self).__dict__:
+            return handed_on(self, "forward", args, kwargs)
         original = super(WrappedLlava, self).forward  # type: ignore[misc]
         call = named_arguments(original, args, kwargs)
         if call.pop(PREPARED, False):
@@ -84,13 +87,18 @@ class WrappedOriginalLlava(WrappedLlava):
         short = _without_images(call) | _language_inputs(prompt, past)
         images = with_prompt_images(cache, plan, prompt)
         short = calibrated(self, short, plan.calibration, images.sizes, images.mask_config)
+        # The cache has to be found in the output.
+        as_tuple = short.get("return_dict") is False
+        short |= {"return_dict": True} if as_tuple else {}
         output = original(**_as_named_by(original, short))
         mark_cache(cache_of(output), images)
-        return output
+        return output.to_tuple() if as_tuple else output
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate, which returns the new tokens only."""
+        if BASE not in type(self).__dict__:
+            return handed_on(self, "generate", args, kwargs)
         original = super(WrappedLlava, self).generate  # type: ignore[misc]
         call = named_arguments(original, args, kwargs)
         image_cache = call.pop(IMAGE_CACHE, None)
@@ -114,7 +122,7 @@ class WrappedOriginalLlava(WrappedLlava):
         )
         given = {
             "inputs": call["inputs"],
-            # The package hands this to its own preparation, which is ours below.
+            # The package passes this to `prepare_inputs_labels_for_multimodal`, see below.
             "images": PreparedPrompt(prompt),
             "prompt_images": CachedImages.of(plan, prompt),
         }
@@ -122,6 +130,8 @@ class WrappedOriginalLlava(WrappedLlava):
 
     def prepare_inputs_labels_for_multimodal(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own preparation with merged tokens; its six values cannot carry sizes."""
+        if BASE not in type(self).__dict__:
+            return handed_on(self, PREPARE, args, kwargs)
         original = getattr(super(), PREPARE)
         call = by_name(original, args, kwargs)
         images = call.get("images")

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
-from ..adapters.swap import is_swapped
+from ..adapters.swap import BASE, is_swapped
 from .arguments import by_name
 from .merging import STATE, Merging
 from .peft_card import CARD_NAME, card_section, update_card
@@ -31,6 +31,9 @@ class WrappedPeft:
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save the adapter with `pitome_config.json` and `pitome_adapter.json` next to it."""
+        if BASE not in type(self).__dict__:
+            # Unwrapped while another library held on to this method.
+            return type(self).save_pretrained(self, *args, **kwargs)
         original = super().save_pretrained  # type: ignore[misc]
         call = by_name(original, args, kwargs)
         merging = _merging(self)

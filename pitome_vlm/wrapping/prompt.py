@@ -166,8 +166,8 @@ def _visible(
     found, places = [], []
     parts = torch.split(own, visual.full_counts)
     for source, count, part in zip(visual.source_maps, visual.counts, parts, strict=True):
-        seen = torch.bincount(source, weights=part.to(source.device).double(), minlength=count)
-        found.append(seen.float())
+        seen = torch.bincount(source, weights=part.to(source.device).float(), minlength=count)
+        found.append(seen)
         # The first placeholders of an image stay (`columns.surplus_placeholders`).
         places.append(torch.nn.functional.pad((seen > 0).to(mask), (0, len(part) - count)))
     shown = mask.masked_scatter(placeholders.to(mask.device), torch.cat(places).to(mask.device))

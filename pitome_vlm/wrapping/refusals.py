@@ -7,10 +7,9 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from ..releases import CACHE_NAME, TRANSFORMERS
+from ..releases import CACHE_NAME, EMBEDS_NEED_EMPTY_CACHE, TRANSFORMERS
 from .merging import Merging
 from .placeholders import all_placeholders
-from .prompt import CompactPrompt
 
 
 def refuse_stale_inputs(model: Any, merging: Merging, call: dict[str, Any]) -> None:
@@ -50,7 +49,7 @@ def refuse_stale_inputs(model: Any, merging: Merging, call: dict[str, Any]) -> N
 
 
 def refuse_unsupported(model: Any, call: dict[str, Any]) -> None:
-    """Refuse the modes of `generate` that cannot be had on an embedded prompt.
+    """Refuse the modes of `generate` that do not work with a prompt passed as embeddings.
 
     Args:
         model: the wrapped model itself.
@@ -60,8 +59,8 @@ def refuse_unsupported(model: Any, call: dict[str, Any]) -> None:
         ValueError: one of them is asked for.
     """
     chunk = call.get("prefill_chunk_size")
-    if chunk is None:
-        chunk = getattr(call.get("generation_config"), "prefill_chunk_size", None)
+    for config in (call.get("generation_config"), getattr(model, "generation_config", None)):
+        chunk = getattr(config, "prefill_chunk_size", None) if chunk is None else chunk
     if chunk is not None:
         raise ValueError(
             f"prefill_chunk_size={chunk} cannot be combined with merged images: the prompt "
@@ -82,18 +81,13 @@ def refuse_unsupported(model: Any, call: dict[str, Any]) -> None:
         )
 
 
-def refuse_new_image(prompt: CompactPrompt, cached: int) -> None:
-    """Refuse an image after what a cache holds, on releases that read embeddings only before it.
-
-    Args:
-        prompt: the whole conversation.
-        cached: tokens in the cache.
+def refuse_new_image() -> None:
+    """Refuse an image after what a cache holds, on releases that do not read embeddings there.
 
     Raises:
-        ValueError: there is one.
+        ValueError: this is such a release.
     """
-    slots = prompt.compaction.take(prompt.placeholders, False)
-    if bool(slots[:, cached:].any()):
+    if EMBEDS_NEED_EMPTY_CACHE:
         raise ValueError(
             f"transformers {TRANSFORMERS} cannot add an image to a cache that is already filled "
             "(unwrapped, it reads the placeholders as words); leave out "

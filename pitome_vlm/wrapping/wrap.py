@@ -71,14 +71,15 @@ def wrap(
     try:
         merging.adapter.install(base, inside_tower=stage_of(config, algorithm) != "projector")
         swap_in(base, MIXINS[merging.adapter.calls])
+        if can_remember(model):
+            # From now on what is saved of a PeftModel says how it was merged.
+            swap_in(model, WrappedPeft)
     except BaseException:
         if fresh:
+            swap_out(base)
             merging.adapter.uninstall(base)
         raise
     base.__dict__[STATE] = merging
-    if can_remember(model):
-        # From now on what is saved of a PeftModel says how it was merged.
-        swap_in(model, WrappedPeft)
     return model
 
 
@@ -195,7 +196,8 @@ def observed(model: nn.Module, watch: Watch) -> Iterator[None]:
     try:
         yield
     finally:
-        base.__dict__[STATE] = merging
+        if is_wrapped(base):
+            base.__dict__[STATE] = merging
 
 
 def merge_config(model: nn.Module) -> MergeConfig:

@@ -169,3 +169,18 @@ def test_changes_to_a_config():
 
 def test_summary_shows_what_differs_from_the_default():
     assert MergeConfig(tokens=64, algorithm="tome", seed=3).summary() == "tome tokens=64 seed=3"
+
+
+def test_files_of_earlier_versions_load_with_options_of_other_algorithms():
+    old = {"format_version": 1, "keep": 0.25, "algorithm": "tome", "energy": "elu"}
+    assert MergeConfig.from_dict(old) == MergeConfig(keep=0.25, algorithm="tome")
+    del old["format_version"]
+    with pytest.raises(ValueError, match="'tome' has no option 'energy'"):
+        MergeConfig.from_dict(old)
+
+
+def test_replacing_the_options_object_replaces_all_of_it():
+    config = MergeConfig(keep=0.25, algorithm="pitome", energy="elu", alpha=0.5)
+    assert config.replace(options=None) == MergeConfig(keep=0.25, algorithm="pitome")
+    own = PitomeOptions(energy="gaussian")
+    assert config.replace(options=own) == MergeConfig(keep=0.25, algorithm="pitome", options=own)

@@ -81,3 +81,13 @@ def test_text_alone_costs_few_calls_per_token():
     calls_of_generate(model, batch, 2)
     short, long = (len(calls_of_generate(model, batch, n).made) for n in (3, 8))
     assert long - short <= 5 * MOST_CALLS_PER_TOKEN
+
+
+def test_leaving_out_unused_layers_asks_once():
+    model, batch = llava()
+    pitome_vlm.wrap(model, keep=1.0, skip_unused_layers=True)
+    calls = calls_of_generate(model, batch, 2)
+    with package_calls() as forward:
+        model(**batch)
+    assert calls.count("build_schedule") <= 2  # generate, and its one pass over images
+    assert forward.count("build_schedule") == 1

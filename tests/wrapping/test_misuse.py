@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from tiny import tiny_batch, tiny_model
@@ -9,7 +11,7 @@ from torch import nn
 from transformers import Pipeline
 
 import pitome_vlm
-from pitome_vlm.wrapping.wrap import is_wrapped
+from pitome_vlm.wrapping.wrap import is_wrapped, observed
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +63,9 @@ def test_integer_pixels_are_refused_and_gradients_follow_the_caller(model):
     assert repr(visual) == (
         "VisualTokens(36 of 144, 36 of 144, 36 of 144 tokens, 32 channels, torch.float32)"
     )
+
+
+def test_what_watches_an_encoding_is_gone_after_an_unwrap_inside(model):
+    with observed(pitome_vlm.wrap(model, keep=0.5), contextlib.nullcontext):
+        pitome_vlm.unwrap(model)
+    assert not any(name.startswith("_pitome") for name in vars(model))

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 import pitome_vlm
-from pitome_vlm.releases import CACHE_NAME, EMBEDS_NEED_EMPTY_CACHE
+from pitome_vlm.releases import CACHE_NAME, EMBEDS_NEED_EMPTY_CACHE, SAMPLES_HAVE_NUMBERS
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 PADDED = ("input_ids", "attention_mask", "mm_token_type_ids")
@@ -229,3 +229,53 @@ def test_right_padding_is_warned_of_as_on_the_bare_model():
     found = [message for message in seen if "right-padding was detected" in message]
     assert len(found) == 2
     assert found[0] == found[1]
+
+
+def test_what_compact_inputs_made_can_be_generated_from(family):
+    model, batch = family()
+    pitome_vlm.wrap(model, keep=0.25)
+    width = batch["input_ids"].shape[1]
+    expected = model.generate(**batch, **GREEDY)[:, width:]
+    compact = pitome_vlm.compact_inputs(model, **batch)
+    if compact["position_ids"].dim() == 2:
+        assert torch.equal(model.generate(**compact, **GREEDY), expected)
+    logits = model(**compact).logits[:, -1]
+    torch.testing.assert_close(logits, model(**batch).logits[:, -1])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_return_sequences": 2}])
+def test_a_constraint_sees_the_caller_s_prompt(options):
+    model, batch = llava()
+    pitome_vlm.wrap(model, keep=0.25)
+    seen = []
+
+    def allowed(row, ids):
+        seen.append((row, ids))
+        return list(range(128))
+
+    sampled = {"do_sample": True} if "num_return_sequences" in options else {}
+    call = GREEDY | {"max_new_tokens": 2} | sampled | options
+    model.generate(**batch, **call, prefix_allowed_tokens_fn=allowed)
+    copies = options.get("num_return_sequences", 1) if SAMPLES_HAVE_NUMBERS else 1
+    assert {row for row, _ in seen} == set(range(2 * copies))
+    width = batch["input_ids"].shape[1]
+    for row, ids in seen:
+        assert torch.equal(ids[:width], batch["input_ids"][row // copies])
+
+
+def test_chunks_of_the_model_s_own_config_are_refused_too():
+    model, batch = llava()
+    pitome_vlm.wrap(model, keep=0.25)
+    model.generation_config.prefill_chunk_size = 8
+    with pytest.raises(ValueError, match="prefill_chunk_size=8"):
+        model.generate(**batch, **GREEDY)
+
+
+def test_image_features_are_the_bare_model_s():
+    model, batch = llava()
+    with torch.no_grad():
+        bare = model.get_image_features(pixel_values=batch["pixel_values"])
+        pitome_vlm.wrap(model, keep=0.25)
+        own = model.get_image_features(pixel_values=batch["pixel_values"])
+    features = [getattr(one, "pooler_output", one) for one in (bare, own)]
+    assert all(torch.equal(*pair) for pair in zip(*features, strict=True))

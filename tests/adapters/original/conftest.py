@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config, items):
         return
     kept, left_out, seen = [], [], set()
     for item in items:
-        name = getattr(item, "originalname", None)
+        name = _name(item)
         if HERE not in item.path.parents or name in ALL:
             kept.append(item)
         elif name in PACKAGE_ONLY or name in seen or not item.name.endswith(_ending(name)):
@@ -48,8 +48,15 @@ def pytest_collection_modifyitems(config, items):
         else:
             seen.add(name)
             kept.append(item)
+    lost = {name for name in map(_name, left_out) if name not in seen | PACKAGE_ONLY}
+    if lost and not config.option.keyword and "::" not in "".join(config.args):
+        raise ValueError(f"no set of parameters is chosen of {', '.join(sorted(lost))}: see CHOSEN")
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
+
+
+def _name(item):
+    return getattr(item, "originalname", None)
 
 
 def _ending(name):
