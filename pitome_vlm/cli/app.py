@@ -19,14 +19,13 @@ from .eval import evaluate
 from .info import info
 from .serve import serve
 from .serve_args import serve_args
-from .terminal import one_line, say
+from .terminal import EXIT_INTERRUPTED, one_line, say
 from .train import train
 from .tune import tune
 from .verify import verify
 from .visualize import visualize
 
 EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130
 DEBUG = "--debug"
 # Errors whose message says everything; others are shown with the name of their class.
 KNOWN_ERRORS = (ValueError, TypeError, OSError, ImportError, MemoryError)

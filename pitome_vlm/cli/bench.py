@@ -13,12 +13,11 @@ import typer
 from ..common import require, whole_number, write_text
 from ..merge.config import MergeConfig
 from . import options as o
-from .terminal import quiet, say, show_table, write, write_json
+from .terminal import EXIT_INTERRUPTED, quiet, say, show_table, write, write_json
 
 if TYPE_CHECKING:
     from ..measure.bench import Budget, Case, Report
 
-EXIT_INTERRUPTED = 130
 RESULTS, REPORT, PLOT = "results.json", "report.md", "bench.png"
 _WHAT = "What is timed"
 _HOW = "How it is timed"
@@ -162,8 +161,8 @@ def bench(
     """Time tower, merging, prefill and decoding with and without merging, in turns.
 
     Every budget is timed once per round, the unmerged model included; tables show medians in
-    milliseconds. `pays to` is the longest answer in tokens that is at least 1.1 times faster
-    ("from 80": answers of 80 tokens and more are).
+    milliseconds. `pays to`: longest answer, in tokens, that is still at least 1.1 times faster;
+    `from 80` means answers of 80 tokens or more.
 
     Examples: `pitome-vlm bench --config llava-1.5-7b --layers 4 --batch 1,4`,
     `pitome-vlm bench --model PATH --tokens 144,64 --algorithms pitome_plus,tome -o bench`
@@ -209,7 +208,9 @@ def bench(
             else:
                 show(report)
             if output is not None:
-                _write_files(report, output, plot=plot)
+                tell = say if as_json else write
+                for path in _write_files(report, output, plot=plot):
+                    tell(str(path))
     if interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
 
@@ -287,7 +288,6 @@ def _check_output(folder: Path, *, overwrite: bool, plot: bool) -> None:
     if plot:
         require("matplotlib", "viz", "the plot of bench (--no-plot leaves it out)")
     check_files(folder, (RESULTS, REPORT, PLOT), overwrite=overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def show(report: Report) -> None:
@@ -306,7 +306,8 @@ def show(report: Report) -> None:
         write(f"- {sentence}")
 
 
-def _write_files(report: Report, folder: Path, *, plot: bool) -> None:
+def _write_files(report: Report, folder: Path, *, plot: bool) -> list[Path]:
+    """Write results, report and plot, and return their paths."""
     from ..measure.bench import page
     from ..measure.bench import plot as draw
 
@@ -318,5 +319,4 @@ def _write_files(report: Report, folder: Path, *, plot: bool) -> None:
     else:
         # A plot of an earlier run would contradict the new numbers.
         (folder / PLOT).unlink(missing_ok=True)
-    for path in files:
-        say(f"wrote {path}")
+    return files

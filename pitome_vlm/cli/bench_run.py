@@ -55,7 +55,7 @@ class Loaded:
 
 
 def check_shape(name: str, layers: int | None) -> None:
-    """Refuse a shape that there is not.
+    """Check that the shape exists.
 
     Raises:
         ValueError: its name or the number of layers.

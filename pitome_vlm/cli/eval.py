@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..common import require
+from ..common import require, whole_number
 from . import options as o
 from .eval_run import Sweep, report
 from .session import is_first_process, model_path
@@ -165,7 +165,9 @@ def evaluate(
     sweep = Sweep(
         model=model_path(chosen),
         model_args={**dict(base.model_args), **given},
-        batch_size=base.batch_size if batch_size is None else suites.check_batch_size(batch_size),
+        batch_size=whole_number(
+            "batch_size", base.batch_size if batch_size is None else batch_size, 1
+        ),
         gen_kwargs=gen_kwargs or base.gen_kwargs,
         tasks=base.tasks,
         cells=suites.cells(base.tasks, _settings(base, algorithms, tokens)),

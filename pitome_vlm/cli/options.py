@@ -12,10 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from ..common import suggest
-from ..merge.config import PRESETS, SHARED, MergeConfig, option_names
+from ..merge.config import BUDGET_WORDS, PRESETS, SHARED, MergeConfig, option_names
 from .terminal import loading_libraries
 
-BUDGET_WORDS = ("keep", "tokens", "ratio")
 DTYPES = ("float32", "float16", "bfloat16")
 _SHORT_DTYPES = {
     "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16",
@@ -247,7 +246,7 @@ def merge_options(
 
 
 def check_run_flags(resume: bool, overwrite: bool) -> None:
-    """Refuse to continue and to replace a run at once.
+    """`--resume` and `--overwrite` exclude each other.
 
     Raises:
         ValueError: both are wanted.

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..merge.config import DEFAULT_KEEP, MergeConfig
-from .options import BUDGET_WORDS
+from ..merge.config import BUDGET_WORDS, DEFAULT_KEEP, MergeConfig
 from .terminal import loading, quiet, say
 
 if TYPE_CHECKING:

@@ -23,6 +23,9 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+# What a shell reports for Ctrl-C.
+EXIT_INTERRUPTED = 130
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 

@@ -251,7 +251,7 @@ def train(
         "learning_rate": learning_rate,
         "gradient_checkpointing": gradient_checkpointing or None,
         "seed": seed,
-        "report_to": report_to.split(","),
+        "report_to": o.words("report_to", report_to),
     } | o.pairs("training_args", training_args)
     opening = {"image_folder": image_folder, "split": split, "text_only": text_only}
     with quiet(verbose):

@@ -17,13 +17,12 @@ import typer
 from ..common import require
 from . import options as o
 from .session import DEMO
-from .terminal import one_line, progress_bars, quiet, say, write
+from .terminal import EXIT_INTERRUPTED, one_line, progress_bars, quiet, say, write
 
 if TYPE_CHECKING:
     from ..measure.tune import Event, Recipe, Row, TuneResult
 
 DEMO_SPLIT = "val"
-EXIT_INTERRUPTED = 130
 _WHAT = "What is tuned"
 _HOW = "How it is tuned"
 
@@ -258,15 +257,15 @@ def _progress() -> Iterator[Callable[[Event], None]]:
 
 
 def _line(event: Event) -> str:
-    from ..measure.tune.verdict import percent
+    from ..measure.tables import percent, percent_text
 
     cell = event.cell
     assert cell is not None
     loss = cell.loss
     took = "kept from an earlier run" if event.kept else f"{cell.seconds:.0f} s"
     return (
-        f"{cell.part}: {cell.recipe.name}, {cell.tokens} tokens: loss {percent(loss.value)} "
-        f"({100 * loss.low:.1f} to {percent(loss.high)}), {took}"
+        f"{cell.part}: {cell.recipe.name}, {cell.tokens} tokens: loss {percent_text(loss.value)} "
+        f"({percent(loss.low)} to {percent_text(loss.high)}), {took}"
     )
 
 

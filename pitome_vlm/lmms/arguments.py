@@ -11,13 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..common import suggest
+from ..common import suggest, whole_number
 from ..demo import DEMO, resolve
 from ..loading.checkpoints import torch_dtype
 from ..merge import algorithms
-from ..merge.config import PRESETS, MergeConfig, option_names
-
-BUDGET = ("keep", "tokens", "ratio")
+from ..merge.config import BUDGET_WORDS, PRESETS, MergeConfig, option_names
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,8 @@ class ModelArguments:
                 raise ValueError(f"{name} must be True or False, got {value!r}")
         for name in ("batch_size", "max_pixels"):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and (not whole or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            if value is not None:
+                whole_number(name, value, 1)
         if self.device is not None and self.device_map is not None:
             raise ValueError(
                 f"only one of device and device_map can be given, got device={self.device} and "
@@ -116,7 +113,7 @@ def _merging(values: dict[str, Any]) -> dict[str, Any]:
     if "algorithm" in values:
         algorithms.get(values["algorithm"])
     preset = values.pop("preset", None)
-    budget = [name for name in BUDGET if name in values]
+    budget = [name for name in BUDGET_WORDS if name in values]
     if not budget and values.get("algorithm") == "none":
         values["keep"] = 1.0
     if preset is not None:

@@ -16,18 +16,15 @@ from transformers import AutoModelForImageTextToText
 from ..adapters import find_adapter
 from ..loading.checkpoints import check_model_type, read_config
 from ..loading.original import original_shapes
-from ..merge.config import MergeConfig
+from ..merge.config import DEFAULT_KEEP, MergeConfig
 from ..merge.counts import Footprint, TokenCount
 from ..merge.schedule import Schedule
 from ..wrapping.encode import planned, planned_count, planned_schedule
 from ..wrapping.positions import Calibration
 from ..wrapping.wrap import base_model, is_wrapped, merge_config
 from .accounting import Costs, costs
-from .tables import Table
+from .tables import Table, bytes_text, flops_text
 from .weights import Weights, weights_of
-
-# Described where a model is not wrapped and no config is given.
-EXAMPLE_KEEP = 0.25
 
 
 @dataclass(frozen=True)
@@ -217,12 +214,12 @@ class Description:
     def _weights(self) -> list[str]:
         parts, kind = self.weights, self.weights.quantisation
         sizes = [
-            f"language model {_bytes(parts.language_model)}" + (f" in {kind}" if kind else ""),
-            f"vision tower {_bytes(parts.vision_tower)}",
-            f"projector {_bytes(parts.projector)}",
-            f"other {_bytes(parts.other)}",
+            f"language model {bytes_text(parts.language_model)}" + (f" in {kind}" if kind else ""),
+            f"vision tower {bytes_text(parts.vision_tower)}",
+            f"projector {bytes_text(parts.projector)}",
+            f"other {bytes_text(parts.other)}",
         ]
-        return _folded(f"weights {_bytes(parts.total)}", sizes)
+        return _folded(f"weights {bytes_text(parts.total)}", sizes)
 
     def _footnote(self) -> list[str]:
         most = "" if self.schedule.fewest is None else " that keeps the most tokens"
@@ -263,7 +260,7 @@ def describe(
     """
     in_force = is_wrapped(model) and (config is None or config == merge_config(model))
     if config is None:
-        config = merge_config(model) if in_force else MergeConfig(keep=EXAMPLE_KEEP)
+        config = merge_config(model) if in_force else MergeConfig(keep=DEFAULT_KEEP)
     schedule = planned_schedule(model, config)
     nothing = MergeConfig(keep=1.0)
     untouched = planned_schedule(model, nothing)
@@ -334,29 +331,13 @@ def _folded(title: str, steps: list[str]) -> list[str]:
     return [line.replace("\0", " ") for line in folded]
 
 
-def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
-    for unit in units[:-1]:
-        if value < base:
-            return f"{value:.4g} {unit}"
-        value /= base
-    return f"{value:.4g} {units[-1]}"
-
-
-def _flops(value: float) -> str:
-    return _scaled(value, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"))
-
-
-def _bytes(value: float) -> str:
-    return _scaled(value, 1024, ("B", "KiB", "MiB", "GiB"))
-
-
 _ROWS = (
     ("visual_tokens", "visual tokens per image", str),
     ("prompt_tokens", "prompt tokens", str),
-    ("tower_flops", "vision tower", _flops),
-    ("projector_flops", "projector", _flops),
-    ("prefill_flops", "language model prefill", _flops),
-    ("total_flops", "all before the first token", _flops),
-    ("kv_bytes_per_image", "KV cache per image", _bytes),
-    ("kv_bytes", "KV cache of the prompt", _bytes),
+    ("tower_flops", "vision tower", flops_text),
+    ("projector_flops", "projector", flops_text),
+    ("prefill_flops", "language model prefill", flops_text),
+    ("total_flops", "all before the first token", flops_text),
+    ("kv_bytes_per_image", "KV cache per image", bytes_text),
+    ("kv_bytes", "KV cache of the prompt", bytes_text),
 )

@@ -36,7 +36,7 @@ def linear_flops(module: nn.Module) -> int:
     total = 0
     for part in module.modules():
         rows, columns = getattr(part, "in_features", None), getattr(part, "out_features", None)
-        # A LoRA layer has the two numbers as well, but it only holds the layers that compute.
+        # A LoRA wrapper also has in_features and out_features, but its child layers do the work.
         leaf = next(part.children(), None) is None
         if leaf and isinstance(rows, int) and isinstance(columns, int):
             total += rows * columns

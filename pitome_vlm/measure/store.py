@@ -239,8 +239,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, hint: str = "delete it to measure it again") -> dict[str, Any]:
     """A JSON object from a file.
+
+    Args:
+        path: the file.
+        hint: what to do about a damaged one, for the message.
 
     Raises:
         ValueError: the file is damaged or holds something else.
@@ -248,7 +252,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to measure it again") from error
+        raise ValueError(f"{path} is damaged ({error}); {hint}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value

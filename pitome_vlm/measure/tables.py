@@ -127,7 +127,15 @@ def html_report(
 
 def percent(value: float, *, signed: bool = False) -> str:
     """A share of one as percent with one decimal, without the sign for percent."""
-    return f"{100 * value:{'+' if signed else ''}.1f}"
+    if signed:
+        return f"{100 * value:+.1f}"
+    # What rounds to zero would print a minus sign.
+    return f"{0.0 if abs(100 * value) < 0.05 else 100 * value:.1f}"
+
+
+def percent_text(value: float) -> str:
+    """A share of one in percent, "12.3 %"."""
+    return f"{percent(value)} %"
 
 
 def percent_interval(low: float, high: float, *, signed: bool = False) -> str:

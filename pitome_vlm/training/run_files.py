@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common import write_text
+from ..measure.store import differences, read_json
 
 RUN_NAME = "training_run.json"
 RESULT_NAME = "adapter_model.safetensors"
@@ -73,17 +74,7 @@ class RunFolder:
         path = self.root / RUN_NAME
         if not path.is_file():
             return
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-        # Through JSON, which turns tuples into lists.
-        now, before = _flat(json.loads(json.dumps(run))), _flat(stored)
-        differing = [
-            f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-            for name in sorted(now.keys() | before.keys())
-            if now.get(name) != before.get(name)
-        ]
+        differing = differences(read_json(path, hint="give another folder"), run)
         if differing:
             raise ValueError(
                 f"{self.root} holds another run: {'; '.join(differing)}. Give the same options to "
@@ -109,17 +100,7 @@ class RunFolder:
 
 def _readable(path: Path) -> bool:
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        read_json(path)
     except (OSError, ValueError):
         return False
     return True
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -59,8 +59,9 @@ def test_command_shows_tables_and_writes_files(tmp_path):
     assert written["max_batch"]["none"]["measured"] is False
     assert sorted(file.name for file in folder.iterdir()) == FILES
     assert all(file.stat().st_size > 1000 for file in folder.iterdir())
-    last = result.stdout.rstrip().splitlines()[-1]
+    *_, last, first, second, third = result.stdout.rstrip().splitlines()
     assert last.startswith("- tome keep=0.25, batch 2")
+    assert sorted([first, second, third]) == [str(folder / name) for name in FILES]
 
 
 def test_results_are_not_overwritten_unasked(tmp_path):

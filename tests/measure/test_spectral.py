@@ -388,7 +388,7 @@ def test_cosines_of_the_assumptions_are_those_of_the_tokens():
 
 
 def test_steps_are_checked_and_every_deciding_algorithm_can_be_asked():
-    with pytest.raises(ValueError, match="steps must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         merge_clusters(Clusters((4, 4)), "pitome", steps=0)
     with pytest.raises(ValueError, match="Did you mean 'tome'"):
         can_merge("toem")

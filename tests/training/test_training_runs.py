@@ -133,10 +133,10 @@ def test_two_processes_follow_one_with_the_same_global_batch(place, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"learning_rate": 1e-3}, "arguments.learning_rate was 0.005 and is 0.001"),
+        ({"learning_rate": 1e-3}, "arguments.learning_rate was 0.005, is 0.001"),
         ({"lora": LoraOptions(rank=8)}, "lora was 'rank 4"),
         ({"budgets": [8]}, "budgets"),
-        ({"per_device_train_batch_size": 2}, "arguments.batch was 4 and is 2"),
+        ({"per_device_train_batch_size": 2}, "arguments.batch was 4, is 2"),
         ({"val_fraction": 0.25}, "data.train"),
     ],
     ids=str,

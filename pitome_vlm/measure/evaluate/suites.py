@@ -13,15 +13,14 @@ from typing import Any
 
 import yaml
 
-from ...common import suggest
-from ...merge.config import PRESETS, MergeConfig, option_names
+from ...common import suggest, whole_number
+from ...merge.config import BUDGET_WORDS, PRESETS, MergeConfig, option_names
 from ..store import file_name
 
 MODEL_ID = "pitome_llava"
 BASELINE = "none"
 SUITES = Path(__file__).resolve().parent / "suites"
 _PRESET = "preset"
-_BUDGETS = ("keep", "tokens", "ratio")
 # The keys of an lmms-eval config that a sweep uses; those it replaces are simply not read.
 _SHARED = ("model", "tasks", "batch_size", "gen_kwargs")
 
@@ -114,7 +113,7 @@ def method_setting(method: str, tokens: int) -> Setting:
 
     name, *options = method.split(":")
     values: dict[str, Any] = {}
-    fixed = (*_BUDGETS, "algorithm")
+    fixed = (*BUDGET_WORDS, "algorithm")
     for option in options:
         field, sign, value = option.partition("=")
         known = [f for f in option_names(_algorithm_of(name)) if f not in fixed]
@@ -267,20 +266,9 @@ def _suite(name: str, runs: list[dict[str, Any]]) -> Suite:
         (baseline(), *reduced),
         pretrained,
         tuple(plain[0].items()),
-        check_batch_size(first.get("batch_size", 1)),
+        whole_number("batch_size", first.get("batch_size", 1), 1),
         first.get("gen_kwargs"),
     )
-
-
-def check_batch_size(value: Any) -> int:
-    """Questions at a time, from a suite or an option.
-
-    Raises:
-        ValueError: not a whole number of at least one.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"batch_size must be a whole number >= 1, got {value!r}")
-    return value
 
 
 def _run_setting(arguments: dict[str, str]) -> Setting:
@@ -291,7 +279,7 @@ def _run_setting(arguments: dict[str, str]) -> Setting:
     if not values or values.get("algorithm") == BASELINE or values == {"keep": 1}:
         return baseline()
     config = MergeConfig.from_dict(values)
-    shown = (f"{k}={v}" for k, v in values.items() if k not in (*_BUDGETS, "algorithm"))
+    shown = (f"{k}={v}" for k, v in values.items() if k not in (*BUDGET_WORDS, "algorithm"))
     return Setting(":".join([config.algorithm, *shown]), config)
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...common import whole_number
 from ...merge import algorithms
 from ...merge.algorithm import MergeContext, cosine_similarity, make_plan
 from ...merge.algorithms.pitome import EnergyOptions
@@ -188,11 +189,10 @@ def merge_clusters(
     """
     if not can_merge(algorithm):
         raise ValueError(
-            f"algorithm {algorithm!r} reads the class token's attention, which drawn clusters have "
-            "not; look at real features instead"
+            f"algorithm {algorithm!r} reads the class token's attention, which synthetic clusters "
+            "do not have; look at real features instead"
         )
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
+    whole_number("steps", steps, 1)
     options = MergeConfig(ratio=ratio) if config is None else config
     options = options.replace(ratio=ratio, algorithm=algorithm, seed=seed)
     tokens, labels = clusters.draw(seed)

@@ -13,12 +13,12 @@ from ...common import write_bytes, write_text
 from ...merge.config import CONFIG_NAME, MergeConfig
 from ..provenance import in_words
 from ..stats import RESAMPLES, Loss
-from ..tables import markdown_table
+from ..tables import markdown_table, percent_text
 from .cells import Cell
 from .plots import draw
 from .recipes import BASELINES
 from .search import within
-from .verdict import Verdict, level, named, percent
+from .verdict import Verdict, level, named
 
 PLOT = "loss_tokens.png"
 # Written at the end of a run.
@@ -188,7 +188,8 @@ def _check(result: TuneResult) -> str:
     loss = result.checks[0].loss
     lead = (
         f"{loss.questions} questions about {loss.images} images that the search never saw; the "
-        f"unreduced model's score on them is {percent(loss.base)}. These numbers are the quality."
+        f"unreduced model's score on them is {percent_text(loss.base)}. These numbers are the "
+        "quality."
     )
     return f"## Check\n\n{lead}\n\n{markdown_table(columns, lines, range(1, len(columns)))}"
 
@@ -204,8 +205,9 @@ def _search(result: TuneResult) -> str:
         return "## Search\n\nNo setting could be measured."
     loss = result.cells[0].loss
     lead = (
-        f"{loss.questions} questions about {loss.images} images; unreduced {percent(loss.base)}. "
-        "These numbers chose the setting and flatter it: they are not its quality."
+        f"{loss.questions} questions about {loss.images} images; unreduced "
+        f"{percent_text(loss.base)}. These numbers chose the setting and flatter it: they are not "
+        "its quality."
     )
     lines, columns = [_measured(cell) for cell in result.cells], _columns(result)
     return f"## Search\n\n{lead}\n\n{markdown_table(columns, lines, range(1, len(columns)))}"
@@ -221,9 +223,9 @@ def _measured(cell: Cell) -> list[str]:
     return [
         cell.recipe.name,
         str(cell.tokens),
-        percent(loss.reduced),
-        percent(loss.value),
-        f"{percent(loss.low)} to {percent(loss.high)}",
+        percent_text(loss.reduced),
+        percent_text(loss.value),
+        f"{percent_text(loss.low)} to {percent_text(loss.high)}",
         f"{cell.divergence:.3g}",
     ]
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ..stats import Loss
+from ..tables import percent, percent_text
 from .cells import Cell
 from .search import within
 
@@ -28,15 +29,15 @@ def judge(
         max_loss: the target, as a share.
         answered: losses are of accuracy; otherwise of agreement with the unreduced model.
     """
-    target = f"the target of at most {percent(max_loss)}"
+    target = f"the target of at most {percent_text(max_loss)}"
     if not checks:
         if not cells:
             return "unreduced", "No setting could be measured: the config keeps all tokens."
         least = min(cells, key=lambda cell: cell.loss.value)
         return "unreduced", (
             f"No setting is within {target} on the {least.loss.questions} questions that were "
-            f"searched; the least is {percent(least.loss.value)} with {named(least)}. The config "
-            "keeps all tokens."
+            f"searched; the least is {percent_text(least.loss.value)} with {named(least)}. The "
+            "config keeps all tokens."
         )
     last = checks[-1]
     loss = last.loss
@@ -54,7 +55,7 @@ def judge(
         sentence += f" (missed by the {before} checked before)"
     if within(loss.high, max_loss):
         return "met", f"{sentence} is met."
-    sentence += f" is not shown to be met: the interval reaches {percent(loss.high)}."
+    sentence += f" is not shown to be met: the interval reaches {percent_text(loss.high)}."
     return "not_shown", sentence + _wanted(loss, max_loss)
 
 
@@ -63,24 +64,14 @@ def named(cell: Cell) -> str:
     return f"{cell.recipe.name} at {cell.tokens} tokens"
 
 
-def percent(value: float) -> str:
-    """A share in percent with one decimal, "-0.0" as "0.0"."""
-    return f"{_plain_zero(100 * value):.1f} %"
-
-
 def level(value: float) -> str:
     """The coverage of an interval in percent, with up to three digits."""
     return f"{100 * value:.3g} %"
 
 
 def _with_interval(loss: Loss) -> str:
-    low = f"{_plain_zero(100 * loss.low):.1f}"
-    return f"{percent(loss.value)} ({level(loss.level)} interval {low} to {percent(loss.high)})"
-
-
-def _plain_zero(value: float) -> float:
-    """0 for what rounds to zero, which would print a minus sign."""
-    return 0.0 if abs(value) < 0.05 else value
+    ends = f"{percent(loss.low)} to {percent_text(loss.high)}"
+    return f"{percent_text(loss.value)} ({level(loss.level)} interval {ends})"
 
 
 def _wanted(loss: Loss, max_loss: float) -> str:

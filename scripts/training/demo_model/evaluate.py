@@ -1,8 +1,8 @@
 """Accuracy of an exported checkpoint, the way a user runs it.
 
 Knows how to ask a checkpoint the questions of a split through processor and `generate` in
-float32, how sure the figures are, and what can be guessed without looking. Does not know
-training.
+float32, how sure the figures are, and what can be guessed without looking. Leaves
+training to `tower.py` and `language.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pitome_vlm.demo.dataset import Sample, load_split, scene_image
 from pitome_vlm.demo.processor import vocabulary
 from pitome_vlm.demo.questions import QUESTION_TYPES
 from pitome_vlm.demo.scenes import KINDS
+from pitome_vlm.measure.stats import mean_interval
 
 from .data import Arrays
 
@@ -71,17 +72,13 @@ def figures(samples: Sequence[Sample], answers: Sequence[str]) -> list[Figure]:
     groups = [("all", np.ones(len(samples), bool))]
     groups += [(t, np.array([s.question_type == t for s in samples])) for t in QUESTION_TYPES]
     groups += [(k, np.array([s.kind == k for s in samples])) for k in KINDS]
-    generator = np.random.default_rng(0)
     found: list[Figure] = []
     for name, chosen in groups:
         if not chosen.any():
             continue
-        _, cluster = np.unique(scene[chosen], return_inverse=True)
-        hits, seen = np.bincount(cluster, right[chosen]), np.bincount(cluster)
-        drawn = generator.integers(0, len(hits), (2000, len(hits)))
-        rates = 100 * hits[drawn].sum(1) / seen[drawn].sum(1)
-        low, high = np.quantile(rates, (0.025, 0.975))
-        found.append(Figure(name, 100 * right[chosen].mean(), low, high, int(chosen.sum())))
+        percent = 100 * right[chosen]
+        low, high = mean_interval(percent, scene[chosen], extremes=(0, 100))
+        found.append(Figure(name, float(percent.mean()), low, high, int(chosen.sum())))
     return found
 
 
