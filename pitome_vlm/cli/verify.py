@@ -119,10 +119,10 @@ def verify(
     device: o.Device = None,
     verbose: o.Verbose = False,
 ) -> None:
-    """Measure how merging changes the spectrum of the token graph, as PiToMe's theorem does.
+    """Measure how merging changes the spectrum of the token graph.
 
-    On synthetic clusters with known labels, where the theorem's assumptions can be checked, and on
-    the features that a model's vision tower merges. Exit code 1 if a proven bound does not hold.
+    It is the quantity in PiToMe's theorem. Uses synthetic clusters with known labels and the
+    features of a model's vision tower. Exit code 1 if a proven bound does not hold.
 
     Example: `pitome-vlm verify --algorithms pitome,tome --tokens 36 --count 4`
     """

@@ -15,7 +15,7 @@ from ..common import write_bytes, write_text
 from ..demo import scene_image
 from ..demo.dataset import SPLIT_SCENES
 from ..measure.plots import check_matplotlib
-from ..measure.provenance import machine, versions
+from ..measure.provenance import machine, provenance, versions
 from ..measure.spectral import plots, report
 from ..measure.spectral.features import TowerChange, merge_changes
 from ..measure.spectral.study import (
@@ -191,10 +191,9 @@ def feature_results(
     if not images:
         source = f"{len(scenes)} (scenes {scenes[0]}..{scenes[-1]} of the demo's {SPLIT} split)"
     return feature_rows(changes), {
+        **provenance(model),
         "model": model_name,
         "compared": ", ".join(f"{metric} ({name})" for name, metric in compared.items()),
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
         "images": source,
     }
 
@@ -238,7 +237,7 @@ def store(outcome: Outcome, folder: Path, *, plot: bool) -> None:
     else:
         write_bytes(folder / PLOT, drawn)
     for name in (REPORT, RESULTS, *([PLOT] if plot else [])):
-        write(f"wrote {folder / name}")
+        write(str(folder / name))
 
 
 def _dump(values: dict[str, Any]) -> str:
