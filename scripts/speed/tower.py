@@ -9,8 +9,8 @@ Two limits are checked for the algorithms named in --gate: merging takes at most
 the tower it runs in, and the tower takes at most its share of FLOPs (those of merging left out)
 plus 3 points of the unmerged one's time. The exit code is 1 where one is missed.
 
-The column "for free" is the same tower with as many tokens in every layer that are cut off and
-nothing else: no decision, no means, no sizes. Where that already takes more than its share of the
+The column "truncation only" is the same tower with as many tokens in every layer, the rest cut off:
+no decision, no means, no sizes. Where that already takes more than its share of the
 FLOPs, no way of merging can meet the second limit: layers of few tokens are slower than of many.
 The order of the rows is drawn anew in every round.
 """
@@ -48,7 +48,7 @@ KEEPS = (0.5, 0.25, 0.11)
 MERGE_LIMIT, TIME_LIMIT = 0.03, 0.03
 # Of the 24 layers of CLIP-L; LLaVA-1.5 reads the last but one.
 LAYERS_READ = 23
-FREE = "for free: "
+FREE = "truncation only: "
 
 
 @dataclasses.dataclass
@@ -280,8 +280,8 @@ def markdown(found: list[dict[str, Any]], about: dict[str, Any]) -> str:
         f"{about['repeats']} rounds in turns, torch {about['torch']}, "
         f"transformers {about['transformers']}",
         "",
-        "| | tower ms | time ratio (quartiles) | for free | FLOPs ratio | plan + apply ms | "
-        "mask, mean keys ms | merging / tower |",
+        "| | tower ms | time / unmerged time (quartiles) | truncation only | FLOPs ratio | "
+        "plan + apply ms | mask, mean keys ms | merging / tower |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for one in found:

@@ -1,7 +1,7 @@
 """The demo model's architecture and initial weights.
 
-Knows the sizes of the tower and the language model and how their weights start. Does not know
-data or training.
+Knows the sizes of the tower and the language model and how their weights start. Leaves
+data to `data.py`, training to `tower.py` and `language.py`.
 """
 
 from __future__ import annotations

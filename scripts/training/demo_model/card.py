@@ -1,7 +1,7 @@
 """The model card, written from what was run and measured.
 
 Knows the text of the card and the order of the last stage: export, then evaluate the exported
-files, then write the card. Does not know training.
+files, then write the card. Leaves training to `tower.py` and `language.py`.
 """
 
 from __future__ import annotations

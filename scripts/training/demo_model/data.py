@@ -1,6 +1,6 @@
 """Training arrays: what the processor makes of each image, patch labels, encoded questions.
 
-Knows how scenes and questions become numpy arrays on disk. Does not know models.
+Knows how scenes and questions become numpy arrays on disk. Leaves models to `build.py`.
 """
 
 from __future__ import annotations

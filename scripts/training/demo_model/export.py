@@ -1,7 +1,7 @@
 """Writing the checkpoint folder that ships with the package.
 
 Knows the file format (bf16 safetensors, tokenizer, processor) and how to replace the shipped
-folder in one move. Does not know training.
+folder in one move. Leaves training to `tower.py` and `language.py`.
 """
 
 from __future__ import annotations

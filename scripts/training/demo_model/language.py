@@ -1,7 +1,7 @@
 """Stages "language" and "joint": the projector and the language model, then everything.
 
 Knows the losses on answers, on object phrases (which row and column is meant, how many) and on
-projected patches. Does not know how scenes or sequences are made.
+projected patches. Leaves scenes to `data.py` and sequences to `packing.py`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Token layout, block mask and positions. An image is encoded once; each
 conversation (one question, sometimes two turns) sees the image and itself, never another
-conversation, exactly as if it had been asked alone. Does not know losses or models.
+conversation, exactly as if it had been asked alone. Leaves losses and models to
+`language.py`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Stage "tower": dense supervision of the patches, captions for CLS.
 
 Knows what each patch of the feature layer should tell and how CLS is matched with captions, as
-CLIP does, so that attention from CLS is not trained to mark objects. Does not know the language
-model.
+CLIP does, so that attention from CLS is not trained to mark objects. Leaves the language
+model to `language.py`.
 """
 
 from __future__ import annotations
