@@ -36,7 +36,7 @@ $(VENV)/.dev: $(VENV)/.base eval/requirements-slim.txt
 	touch $@
 
 demo: $(VENV)/.base ## install into .venv and run the demo
-	$(BIN)/pitome-vlm demo
+	$(BIN)/pitome-vlm demo --overwrite
 
 test: lint types layers unit ## install the dev extra, then lint, types, layers and the fast tests
 
@@ -74,7 +74,7 @@ test-matrix: ## adapter tests on the oldest supported transformers, in an enviro
 	test -x $(MATRIX_VENV)/bin/python || $(PYTHON) -m venv $(MATRIX_VENV)
 	$(MATRIX_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt torch
 	$(MATRIX_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt \
-		-e . "transformers>=4.57,<4.58" peft hypothesis pytest pytest-timeout pytest-xdist
+		-e ".[quant]" "transformers>=4.57,<4.58" peft hypothesis pytest pytest-timeout pytest-xdist
 	TEST_BUDGET=0 OMP_NUM_THREADS=1 $(MATRIX_VENV)/bin/python -m pytest -n $(WORKERS) tests/adapters tests/wrapping
 
 # llava-torch pins releases of 2023, hence --no-deps; `llava` on PyPI is another, empty package.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .demo_run import Demo, Score
 
 IMAGE_SIZE = 480
+FILES = ("scene.png", "overlay.png", "report.html")
 # The table of one scene has seven columns; on 80 characters its questions are folded to this width.
 NARROW_QUESTION = 14
 
@@ -31,7 +32,7 @@ def demo(
             "--output",
             "-o",
             metavar="DIR",
-            help="Folder for images and report.html; an earlier demo there is replaced.",
+            help="Folder for scene.png, overlay.png and report.html.",
         ),
     ] = Path("pitome-demo"),
     questions: Annotated[
@@ -43,15 +44,18 @@ def demo(
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Whether to write images and report.html.")
     ] = True,
+    overwrite: o.Overwrite = False,
     verbose: o.Verbose = False,
 ) -> None:
     """Compare PiToMe with ToMe, random selection and pooling on the bundled tiny LLaVA.
 
-    Needs no network and takes about a minute.
+    Needs no network and is done in about a minute.
     """
     started = time.perf_counter()
-    if report and output.exists() and not output.is_dir():
-        raise ValueError(f"--output must be a folder, but {output} is a file")
+    if report:
+        from ..measure.store import check_files
+
+        check_files(output, FILES, overwrite=overwrite)
     with quiet(verbose):
         from .demo_run import balanced, choose_scene, held_out, load_demo
         from .session import one_thread
@@ -66,7 +70,7 @@ def demo(
             _show_scores(run, scores)
             if report:
                 for path in _write_files(output, run, scene, answers, scores, seed):
-                    write(f"wrote {path}")
+                    write(str(path))
     write(f"{time.perf_counter() - started:.0f} s in total")
 
 
@@ -135,17 +139,17 @@ def _write_files(
     seed: int,
 ) -> list[Path]:
     """Write scene.png, overlay.png and report.html, and return their paths."""
-    from ..common import write_text
+    from ..common import write_bytes, write_text
+    from ..measure.tables import png
     from ..measure.visualize import html_report, strip
     from .demo_run import SHOWN_KEEP
 
-    folder.mkdir(parents=True, exist_ok=True)
     figures = _figures(run, scene[0].scene_id)
     # The strip shows the compared methods at one budget; the page has the others as well.
     shown = [f for f in figures if f.note in ("", _kept(SHOWN_KEEP))]
-    paths = [folder / name for name in ("scene.png", "overlay.png", "report.html")]
-    figures[0].image.save(paths[0])
-    strip([(figure.caption, figure.image) for figure in shown]).save(paths[1])
+    paths = [folder / name for name in FILES]
+    write_bytes(paths[0], png(figures[0].image))
+    write_bytes(paths[1], png(strip([(figure.caption, figure.image) for figure in shown])))
     page = html_report(
         "Fewer visual tokens, same questions",
         lead=(

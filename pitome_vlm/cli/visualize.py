@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..common import write_bytes
 from ..merge.config import MergeConfig
 from . import options as o
 from .terminal import quiet, write
@@ -23,16 +24,14 @@ Output = Annotated[
         "--output",
         "-o",
         metavar="DIR",
-        help="Folder to write to; every image becomes NAME-merged.png there, or NAME-compared.png. "
-        "Files of these names are replaced.",
+        help="Folder to write to; every image becomes NAME-merged.png there, or NAME-compared.png.",
     ),
 ]
 Compare = Annotated[
     bool,
     typer.Option(
         "--compare",
-        help=f"Draw several algorithms side by side: those of --algorithms, or "
-        f"{', '.join(COMPARED)}.",
+        help="Compare the usual five algorithms; `--algorithms` names others.",
     ),
 ]
 Size = Annotated[
@@ -55,6 +54,7 @@ def visualize(
     algorithms: o.Algorithms = None,
     compare: Compare = False,
     size: Size = 480,
+    overwrite: o.Overwrite = False,
     load_4bit: o.Load4Bit = False,
     load_8bit: o.Load8Bit = False,
     dtype: o.Dtype = None,
@@ -70,7 +70,8 @@ def visualize(
     """
     merging = o.merge_options(keep, tokens, ratio, algorithm, preset, quality, option)
     names = o.words("algorithms", algorithms) if algorithms else list(COMPARED) if compare else []
-    targets = _targets(output, image, "compared" if names else "merged")
+    targets = _targets(output, image, "compared" if names else "merged", overwrite)
+    from ..measure.tables import png
     from .session import check_algorithm, load_images, load_merging
 
     images = load_images(image)
@@ -93,23 +94,24 @@ def visualize(
                 if names
                 else _alone(vlm, processor, pixels, size)
             )
-        output.mkdir(parents=True, exist_ok=True)
-        drawn.save(target)
+        write_bytes(target, png(drawn))
         write(str(target))
 
 
-def _targets(folder: Path, images: list[str], kind: str) -> list[Path]:
+def _targets(folder: Path, images: list[str], kind: str, overwrite: bool) -> list[Path]:
     """The file of every image; refused before anything is loaded if they cannot be written.
 
     Raises:
         ValueError: the folder is a file, or two images have one name.
+        FileExistsError: one of the files is there.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output must be a folder, but {folder} is a file")
+    from ..measure.store import check_files
+
     targets = [folder / f"{Path(name).stem}-{kind}.png" for name in images]
     for target in targets:
         if targets.count(target) > 1:
             raise ValueError(f"two images would both be written to {target}; draw them separately")
+    check_files(folder, [target.name for target in targets], overwrite=overwrite)
     return targets
 
 

@@ -153,6 +153,13 @@ def bytes_text(value: float) -> str:
     return _scaled(value, 1024, ("B", "KiB", "MiB", "GiB"))
 
 
+def png(image: Image.Image) -> bytes:
+    """An image as the content of a PNG file."""
+    data = io.BytesIO()
+    image.convert("RGB").save(data, "PNG", optimize=True)
+    return data.getvalue()
+
+
 def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
     for unit in units[:-1]:
         if value < base:
@@ -168,9 +175,7 @@ def _markdown_row(cells: Sequence[str | Cell]) -> str:
 
 
 def _base64_png(image: Image.Image) -> str:
-    data = io.BytesIO()
-    image.convert("RGB").save(data, "PNG", optimize=True)
-    return base64.b64encode(data.getvalue()).decode("ascii")
+    return base64.b64encode(png(image)).decode("ascii")
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 
 import pytest
-from cli_runner import run
+from cli_runner import fails_in_one_line, run
 from PIL import Image
 
 from pitome_vlm.cli import demo_run
@@ -27,11 +27,19 @@ def test_demo_compares_all_methods_and_writes_a_page(tmp_path, monkeypatch):
     assert "KV (float32)" in result.stdout
     assert "eval/results/demo" in result.stdout
     for name in ("scene.png", "overlay.png", "report.html"):
-        assert f"wrote {tmp_path / 'out' / name}\n" in result.stdout
+        assert f"{tmp_path / 'out' / name}\n" in result.stdout
     assert Image.open(tmp_path / "out" / "overlay.png").width > 5 * 300
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count("<img") == 6
     assert page.count("<tr") == 2 + 13 + page.count("?</td>")
+
+
+def test_an_earlier_demo_is_not_replaced_unasked(tmp_path):
+    (tmp_path / "overlay.png").write_text("old")
+    result = run("demo", "--output", tmp_path)
+    fails_in_one_line(result, f"{tmp_path} already holds overlay.png")
+    assert "--overwrite" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["overlay.png"]
 
 
 def test_the_sample_is_balanced_and_depends_on_the_seed_only():

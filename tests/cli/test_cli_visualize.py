@@ -24,7 +24,8 @@ def test_visualize_compares_at_equal_tokens(checkpoint, image, tmp_path):
     assert result.exit_code == 0, result.stderr
     target = tmp_path / "scene one-compared.png"
     assert Image.open(target).width > 5 * 120
-    assert run(*words, "--algorithms", "tome").exit_code == 0
+    fails_in_one_line(run(*words, "--compare"), "already holds scene one-compared.png")
+    assert run(*words, "--algorithms", "tome", "--overwrite").exit_code == 0
     assert 2 * 120 < Image.open(target).width < 4 * 120
 
 
@@ -32,7 +33,7 @@ def test_visualize_compares_at_equal_tokens(checkpoint, image, tmp_path):
     ("words", "message"),
     [
         (["--image", "TEXT"], "not an image"),
-        (["--image", "IMAGE", "--output", "IMAGE"], "--output must be a folder, but"),
+        (["--image", "IMAGE", "--output", "IMAGE"], "output must be a folder, but"),
         (["--image", "IMAGE", "--image", "IMAGE"], "two images would both be written to"),
         (["--image", "IMAGE", "--algorithms", "tome,,pool"], "separated by single commas"),
         (["--image", "IMAGE", "--algorithms", "tom"], "Did you mean 'tome'?"),
