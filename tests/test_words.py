@@ -4,8 +4,11 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACES = ("pitome_vlm", "scripts", "docs", "eval/README.md", "Makefile", "pyproject.toml", "*.md")
-KINDS = {".py", ".md", ".yaml", ".toml", ".sh", ""}
+PLACES = (
+    *("pitome_vlm", "scripts", "tests", "docs", ".github"),
+    *("eval/README.md", "Makefile", "pyproject.toml", "*.md", ".*.yaml"),
+)
+KINDS = {".py", ".md", ".yaml", ".yml", ".toml", ".sh", ""}
 
 INSTEAD = {
     r"behind": "after (later in a sequence)",
@@ -24,22 +27,29 @@ ALLOWED = (
     # Names that are gone.
     ("CHANGELOG.md", "`demo.picture`"),
     ("CHANGELOG.md", "`--picture`"),
+    # Still to be replaced by what the issue says.
+    ("tests/wrapping/test_calibration.py", "(issue 4)"),
 )
 
 
-def files():
-    for place in PLACES:
-        for found in ROOT.glob(place):
-            inside = [found] if found.is_file() else found.rglob("*")
-            yield from (file for file in inside if file.is_file())
+def files(place):
+    """What is read in a place; this file names the words itself."""
+    for found in ROOT.glob(place):
+        inside = [found] if found.is_file() else found.rglob("*")
+        for file in inside:
+            if file.suffix in KINDS and "__pycache__" not in file.parts and file.is_file():
+                yield file
+
+
+def test_every_place_has_files():
+    assert [place for place in PLACES if not any(files(place))] == []
+    assert any(file.suffix == ".yml" for file in files(".github"))
 
 
 def test_words_have_plain_alternatives():
     wrong = []
-    for file in files():
+    for file in {file for place in PLACES for file in files(place)} - {Path(__file__).resolve()}:
         name = file.relative_to(ROOT).as_posix()
-        if file.suffix not in KINDS or "__pycache__" in name:
-            continue
         text = file.read_text(encoding="utf-8")
         for allowed in (words for place, words in ALLOWED if place == name):
             text = text.replace(allowed, "")

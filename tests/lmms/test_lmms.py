@@ -200,7 +200,7 @@ def test_throughput_is_reported_once_per_evaluation(lm):
 def test_likelihoods_equal_those_from_logits(simple_lm, docs, config):
     lm = simple_lm
     lm.reconfigure(config)
-    said = [(n, word) for n in range(4) for word in ("red", "one", "top-left of the picture")]
+    said = [(n, word) for n in range(4) for word in ("red", "one", "top-left of the image")]
     found = lm.loglikelihood([continuation(n, f" {word}", docs) for n, word in said])
     for (number, words), (loss, greedy), result in zip(said, found, found, strict=True):
         prompt = question_prompt(lm.processor, docs[number]["question"])

@@ -216,7 +216,7 @@ def alive() -> dict[int, int]:
     found = {}
     for thing in gc.get_objects():
         # isinstance would wake up the lazy proxies of other libraries; fake tensors, which
-        # torch.compile leaves behind in this process, have no storage.
+        # torch.compile leaves in this process, have no storage.
         kind = type(thing)
         if issubclass(kind, torch.Tensor) and not issubclass(kind, FakeTensor):
             storage = thing.untyped_storage()
