@@ -27,6 +27,7 @@ ALLOWED = (
     # Names that are gone.
     ("CHANGELOG.md", "`demo.picture`"),
     ("CHANGELOG.md", "`--picture`"),
+    ("CHANGELOG.md", "`vllm.pictures`"),
     # Still to be replaced by what the issue says.
     ("tests/wrapping/test_calibration.py", "(issue 4)"),
 )
