@@ -125,8 +125,10 @@ class WrappedLlava:
         ids, cache = call.get("input_ids"), call.get(CACHE_NAME)
         plan, has_pixels = self._pitome.plan(self, call), self._pitome.has_pixels(call)
         if sizes is not None and not has_pixels:
-            # What `compact_inputs` made.
-            return original(**call, prompt_images=CachedImages.of_sizes(plan, sizes))
+            # What `compact_inputs` made. Positions are put in step by step, as they do not simply
+            # count on from the prompt's.
+            images = CachedImages.of_sizes(plan, sizes, call.pop("position_ids", None))
+            return original(**call, prompt_images=images)
         if plan.is_identity() or (not has_pixels and (ids is None or not cached_length(cache))):
             # From release 5.24 on generate itself asks for the features, before `forward`.
             with plan.unmerged():

@@ -76,20 +76,23 @@ class CachedImages:
         )
 
     @classmethod
-    def of_sizes(cls, plan: CallPlan, sizes: Tensor) -> CachedImages:
+    def of_sizes(cls, plan: CallPlan, sizes: Tensor, position_ids: Tensor | None) -> CachedImages:
         """What a cache remembers of a prompt that `compact_inputs` made.
 
         Args:
             plan: of this call.
             sizes: [B, S] float32.
+            position_ids: [B, S] or [D, B, S], as a model takes them.
         """
+        if position_ids is not None and position_ids.dim() == 3:
+            position_ids = position_ids.permute(1, 2, 0)
         return cls(
             config=plan.config,
             tokens_out=plan.schedule.tokens_out,
             images=PromptImages([], len(sizes)),
             calibration=plan.calibration,
             sizes=sizes,
-            positions=None,
+            positions=position_ids,
             mask_config=plan.mask_config(),
         )
 

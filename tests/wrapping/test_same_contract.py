@@ -64,9 +64,10 @@ def test_prompt_lookup_answers_as_greedy_decoding(family):
     longer = {n: torch.cat([alone[n], alone[n][:, -4:]], 1) for n in PADDED if n in alone}
     alone |= longer | {"input_ids": torch.cat([alone["input_ids"], words], 1)}
     pitome_vlm.wrap(model, keep=0.25)
-    expected = model.generate(**alone, **GREEDY)
+    greedy = GREEDY | {"eos_token_id": 2}  # transformers 4.57 cannot guess without one
+    expected = model.generate(**alone, **greedy)
     for guesses in (1, 3):
-        found = model.generate(**alone, **GREEDY, prompt_lookup_num_tokens=guesses)
+        found = model.generate(**alone, **greedy, prompt_lookup_num_tokens=guesses)
         assert torch.equal(found, expected)
 
 
@@ -237,8 +238,7 @@ def test_what_compact_inputs_made_can_be_generated_from(family):
     width = batch["input_ids"].shape[1]
     expected = model.generate(**batch, **GREEDY)[:, width:]
     compact = pitome_vlm.compact_inputs(model, **batch)
-    if compact["position_ids"].dim() == 2:
-        assert torch.equal(model.generate(**compact, **GREEDY), expected)
+    assert torch.equal(model.generate(**compact, **GREEDY), expected)
     logits = model(**compact).logits[:, -1]
     torch.testing.assert_close(logits, model(**batch).logits[:, -1])
 
