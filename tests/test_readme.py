@@ -10,11 +10,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from tiny import tiny_model
+from tiny import tiny_batch, tiny_model
 
 import pitome_vlm
 from pitome_vlm.demo import checkpoint_path, load_split, scene_image
 from pitome_vlm.measure.asking import question_prompt
+from pitome_vlm.merge import registry
 from scripts.demo import report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,3 +127,18 @@ def test_scripts_and_targets_that_pages_name_exist(page):
         assert (ROOT / name).is_file(), name
     for name in set(re.findall(r"`make ([a-z-]+)", text)):
         assert re.search(rf"^{name}:", makefile, flags=re.MULTILINE), name
+
+
+def test_the_algorithm_of_the_contributing_guide_works():
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    try:
+        # Without this file's future annotations.
+        exec(compile(code, "guide", "exec", dont_inherit=True), {"__name__": "evenly"})
+        model = pitome_vlm.wrap(tiny_model(), keep=0.25, algorithm="evenly", shift=2)
+        visual = pitome_vlm.encode_images(model, tiny_batch()["pixel_values"])
+        assert visual.counts == [36] * 3
+        with pytest.raises(ValueError, match="shift must be at least 0"):
+            pitome_vlm.MergeConfig(keep=0.25, algorithm="evenly", shift=-1)
+    finally:
+        registry._known.pop("evenly", None)

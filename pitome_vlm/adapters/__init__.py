@@ -76,6 +76,11 @@ def find_adapter(model: Any) -> Adapter:
                 return adapter
     kind = type(model).__name__
     model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in model_types():
+        raise TypeError(
+            f"cannot wrap {kind} alone: it lacks parts that merging needs; pass the whole model "
+            f"of type {model_type!r}, for instance a ...ForConditionalGeneration"
+        )
     shown = f"{kind} (model_type {model_type!r})" if model_type else kind
     raise TypeError(
         f"cannot wrap {shown}: looked for a model of type {', '.join(model_types())} "

@@ -215,6 +215,7 @@ def make_plan(
 
     Raises:
         ValueError: `n_out` is out of range, or the algorithm returned another count.
+        TypeError: it returned something else than a plan.
     """
     body = keys[:, ctx.n_leading :].detach()
     weights = ctx.sizes if sizes is None else sizes[:, ctx.n_leading :]
@@ -232,6 +233,11 @@ def make_plan(
             means, grown = (body, weights) if plan is None else plan.apply(body, weights)
             asked = ctx if grown is ctx.sizes else dataclasses.replace(ctx, sizes=grown)
             step = algorithm.plan(means, n_in, ctx=asked)
+            if not isinstance(step, MergePlan):
+                raise TypeError(
+                    f"the plan of algorithm {algorithm.name!r} must be a MergePlan, got "
+                    f"{type(step).__name__}"
+                )
             if step.n_out != n_in:
                 raise ValueError(
                     f"algorithm {algorithm.name!r} left {step.n_out} tokens, not {n_in}"

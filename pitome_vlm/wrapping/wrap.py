@@ -61,10 +61,10 @@ def wrap(
         ValueError: an option out of range, or a budget that does not fit the model. The model is
             unchanged after any error.
     """
+    _refuse_container(base_model(model))
     _refuse_unnamed(unnamed)
     config = make_config(config, keep=keep, tokens=tokens, ratio=ratio, **options)
     base = base_model(model)
-    _refuse_container(base)
     merging = Merging(config, find_adapter(base))
     algorithm = merging.plan(base).algorithm
     fresh = not is_wrapped(base)
@@ -115,6 +115,8 @@ def wrapped(
 
 
 def _refuse_unnamed(unnamed: tuple[Any, ...]) -> None:
+    if unnamed and isinstance(unnamed[0], MergeConfig):
+        raise TypeError("give the config by name: wrap(model, config=...)")
     if unnamed:
         word = "tokens" if isinstance(unnamed[0], int) and unnamed[0] > 1 else "keep"
         raise TypeError(f"give the budget by name: wrap(model, {word}={unnamed[0]!r})")

@@ -18,8 +18,11 @@ def register(algorithm: Algorithm) -> Algorithm:
     """Make an algorithm available by name, in this process.
 
     Raises:
+        TypeError: not an `Algorithm`.
         ValueError: the name is taken by another algorithm.
     """
+    if not isinstance(algorithm, Algorithm):
+        raise TypeError(f"register an Algorithm(...), got {algorithm!r}")
     registry.register(algorithm)
     return algorithm
 
