@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -211,8 +212,10 @@ class Store:
 def check_files(folder: Path, names: Iterable[str], *, overwrite: bool) -> None:
     """Refuse, before anything is measured, to replace files that an earlier run left.
 
+    The folder itself is not made: an error before the first result leaves nothing.
+
     Raises:
-        ValueError: the folder is a file.
+        ValueError: the folder is a file, or could not be written to.
         FileExistsError: one of the files is there.
     """
     if folder.exists() and not folder.is_dir():
@@ -223,6 +226,12 @@ def check_files(folder: Path, names: Iterable[str], *, overwrite: bool) -> None:
             f"{folder} already holds {', '.join(there)}; choose another output folder, or give "
             "--overwrite (overwrite=True)"
         )
+    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryDirectory(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(f"output {folder} cannot be written to: {error.strerror}") from error
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
