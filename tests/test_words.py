@@ -28,8 +28,6 @@ ALLOWED = (
     ("CHANGELOG.md", "`demo.picture`"),
     ("CHANGELOG.md", "`--picture`"),
     ("CHANGELOG.md", "`vllm.pictures`"),
-    # Still to be replaced by what the issue says.
-    ("tests/wrapping/test_calibration.py", "(issue 4)"),
 )
 
 

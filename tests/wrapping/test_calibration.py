@@ -218,7 +218,7 @@ def test_text_keeps_the_place_it_would_have_without_merging():
 
 
 def test_gradients_are_those_of_eager_attention():
-    """torch's CPU kernel has wrong gradients for queries that see nothing (issue 4)."""
+    """torch's CPU kernel has wrong gradients for queries that see nothing."""
     gradients = []
     for implementation in ("eager", "sdpa"):
         model = tiny_model()
