@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..releases import CACHE_NAME
-from .columns import compaction
+from .columns import Compaction, compaction
 from .image_cache import ImageCache
 from .kv_cache import cached_images, cached_length, first_position, with_prompt_images
 from .merging import CallPlan
@@ -107,34 +107,17 @@ def with_new_images(
             the conversation is not what the cache holds.
     """
     cache, mask = call[CACHE_NAME], call.get("attention_mask")
-    cached, images = cached_length(cache), cached_images(cache)
-    assert images is not None  # see `brings_new_images_only`
-    begin = cached + images.removed
-    old, new = ids[:, :begin], ids[:, begin:]
     _refuse_positions(call)
     mask = torch.ones_like(ids) if mask is None else mask
-    placeholders, drop = drop_stale_placeholders(plan, old, images.images)
-    moves = compaction(placeholders, drop, mask[:, :begin], left=left)
-    if moves.valid.shape[1] != cached:
-        raise ValueError(
-            f"{CACHE_NAME} holds {cached} tokens, but the conversation up to its new images has "
-            f"{moves.valid.shape[1]} once its images are merged; pass the conversation as it was "
-            "when the cache was filled, or leave the cache out"
-        )
-    past = moves.take(mask[:, :begin], 0)
-    per_token = {
+    begin, moves = _begun(plan, ids, mask, cache, left)
+    cached, past = cached_length(cache), moves.take(mask[:, :begin], 0)
+    turn = call | {
         name: value[:, begin:]
         for name, value in call.items()
         if isinstance(value, Tensor) and value.shape == ids.shape
     }
-    turn = (
-        call
-        | per_token
-        | {
-            "input_ids": new,
-            "attention_mask": torch.cat([past, mask[:, begin:].to(past)], 1),
-        }
-    )
+    turn["input_ids"] = ids[:, begin:]
+    turn["attention_mask"] = torch.cat([past, mask[:, begin:].to(past)], 1)
     start = first_position(cache, turn["attention_mask"], ids.device)
     prompt = prepare(plan, turn, image_cache=image_cache, left=left, cached=cached, start=start)
     state = dataclasses.replace(with_prompt_images(cache, plan, prompt), ids=ids)
@@ -152,6 +135,28 @@ def with_new_images(
         "position_ids": None if plan.adapter.own_positions else state.positions,
         "prompt_images": state,
     }
+
+
+def _begun(
+    plan: CallPlan, ids: Tensor, mask: Tensor, cache: Any, left: bool | None
+) -> tuple[int, Compaction]:
+    """The columns of a conversation that a cache holds, and how they got shorter.
+
+    Raises:
+        ValueError: the cache holds something else.
+    """
+    cached, images = cached_length(cache), cached_images(cache)
+    assert images is not None  # see `brings_new_images_only`
+    begin = cached + images.removed
+    placeholders, drop = drop_stale_placeholders(plan, ids[:, :begin], images.images)
+    moves = compaction(placeholders, drop, mask[:, :begin], left=left)
+    if moves.valid.shape[1] != cached:
+        raise ValueError(
+            f"{CACHE_NAME} holds {cached} tokens, but the conversation up to its new images has "
+            f"{moves.valid.shape[1]} once its images are merged; pass the conversation as it was "
+            "when the cache was filled, or leave the cache out"
+        )
+    return begin, moves
 
 
 def _refuse_positions(call: dict[str, Any]) -> None:
