@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import sys
 import traceback
 from typing import Annotated, Any
@@ -10,7 +12,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..common import __version__
+from ..common import __version__, suggest
+from ..merge.config import SHARED, option_names
 from .ask import ask
 from .bench import bench
 from .chat import chat
@@ -60,6 +63,9 @@ class OneLineErrors(TyperGroup):
         **extra: Any,
     ) -> Any:
         """Run a command line; always ends in SystemExit unless `standalone_mode` is False."""
+        # A result that the terminal's encoding cannot show must not be lost.
+        with contextlib.suppress(AttributeError):
+            sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
         words = list(sys.argv[1:] if args is None else args)
         # Read here once, so that it works before and after the name of every command.
         ours = words[: words.index("--")] if "--" in words else words
@@ -69,6 +75,11 @@ class OneLineErrors(TyperGroup):
             code = super().main(words, prog_name, complete_var, False, windows_expand_args, **extra)
         except (Exception, KeyboardInterrupt) as error:
             code = _report(error, debug=debug)
+        except SystemExit as leaving:
+            # click turns a closed pipe into exit code 1.
+            if not isinstance(leaving.__context__, BrokenPipeError):
+                raise
+            code = _report(leaving.__context__, debug=debug)
         if standalone_mode:
             sys.exit(code if isinstance(code, int) else 0)
         return code
@@ -88,7 +99,7 @@ def _report(error: BaseException, *, debug: bool) -> int:
     if isinstance(error, BrokenPipeError):
         # The reader has closed the pipe; keep the interpreter quiet when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_ERROR
+        return 0
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         say("interrupted")
         return EXIT_INTERRUPTED
@@ -99,8 +110,22 @@ def _report(error: BaseException, *, debug: bool) -> int:
     if not (describe or isinstance(error, KNOWN_ERRORS)):
         message = f"{type(error).__name__}: {message}"
         message += "" if debug else " (run again with --debug for the traceback)"
-    say(f"error: {message}")
+    # The same errors name arguments for callers from Python.
+    message = re.sub(r" \(\w+=True\)", "", message)
+    say(f"error: {message}{_hint(error)}")
     return EXIT_ERROR
+
+
+def _hint(error: BaseException) -> str:
+    """How a merge option is given, where one was given as if it were an option of the command."""
+    name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
+    options = getattr(getattr(getattr(error, "ctx", None), "command", None), "params", ())
+    flags = [word for option in options for word in option.opts]
+    if not name or "--option" not in flags:
+        return ""
+    # Only an algorithm knows its options, and it is written in torch: too slow for a misspelling.
+    known = name in SHARED or (not suggest(f"--{name}", flags) and name in option_names())
+    return f". Merge options are given with --option {name}=VALUE" if known else ""
 
 
 app = typer.Typer(

@@ -203,14 +203,13 @@ def bench(
         if report.pairs() and not (interrupted and loaded.model.device.type != "cpu"):
             run.find_fits(loaded, report, memory=memory, try_out=max_batch)
         if report.pairs():
+            files = [] if output is None else _write_files(report, output, plot=plot)
             if as_json:
                 write_json(report.to_dict())
             else:
                 show(report)
-            if output is not None:
-                tell = say if as_json else write
-                for path in _write_files(report, output, plot=plot):
-                    tell(str(path))
+            for path in files:
+                (say if as_json else write)(str(path))
     if interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
 

@@ -107,19 +107,27 @@ class Chat:
         }
 
     def run(self) -> None:
-        """Read lines until /exit, the end of the input, or Ctrl-C at the prompt."""
+        """Read lines until /exit, the end of the input, or Ctrl-C twice at the prompt."""
         interactive = sys.stdin.isatty()
         if interactive:
             # Line editing and history for input(); missing on some platforms.
             with contextlib.suppress(ImportError):
                 importlib.import_module("readline")
+        interrupted = False
         while True:
             try:
                 line = input("> " if interactive else "").strip()
-            except (EOFError, KeyboardInterrupt):
+            except EOFError:
                 if interactive:
                     say("")
                 return
+            except KeyboardInterrupt:
+                if interrupted or not interactive:
+                    return
+                interrupted = True
+                say("\nCtrl-D or /exit leaves, and so does a second Ctrl-C")
+                continue
+            interrupted = False
             if line in ("/exit", "/quit"):
                 return
             if line:

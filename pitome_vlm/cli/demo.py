@@ -83,7 +83,7 @@ def _show_scene(run: Demo, scene: Sequence[Sample], outcomes: Sequence[Outcome])
         f"({SPLIT} split) was not part of its training."
     )
     write("")
-    columns = ["question", "right"]
+    columns = ["question", "answer"]
     for outcome in outcomes:
         kept = "" if outcome.setting == UNMERGED else f"\n{SHOWN_KEEP:.0%}"
         columns.append(outcome.setting.name.replace(" ", "\n") + kept)

@@ -144,7 +144,7 @@ def evaluate(
 
     Example: `pitome-vlm eval --suite demo --algorithms pitome,tome --tokens 72,36 --limit 200`
     """
-    o.check_run_flags(resume, overwrite)
+    o.check_run_flags(resume, overwrite, output)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     if include_path is not None and not include_path.is_dir():

@@ -81,11 +81,14 @@ def info(
     with quiet(verbose):
         description, origin = _described(model, merging, text_tokens, size, frames)
     if origin:
-        say(f"Merging with {description.config.summary()} ({origin})")
+        from .session import summary
+
+        say(f"Merging with {summary(description.config, origin)}")
     if as_json:
         write_json(description.to_dict())
     else:
-        write(str(description))
+        # On the command line nothing is ever in force.
+        write(str(description).replace(" (nothing is merged before wrap() is called)", "", 1))
 
 
 def _described(
@@ -98,8 +101,8 @@ def _described(
     from ..measure.description import from_config
     from .session import planned_config
 
-    source = _source(model)
     config, origin = planned_config(model, given)
+    source = _source(model)
     description = from_config(
         source, config, text_tokens=text_tokens, image_size=image_size, frames=frames
     )

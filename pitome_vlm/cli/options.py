@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import ast
 import contextlib
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..common import suggest
 from ..merge.config import BUDGET_WORDS, PRESETS, SHARED, MergeConfig, option_names
-from .terminal import loading_libraries
+from .session import is_first_process
+from .terminal import loading_libraries, say
 
 DTYPES = ("float32", "float16", "bfloat16")
 _SHORT_DTYPES = {
@@ -234,6 +236,8 @@ def merge_options(
         raise ValueError("--quality is used with --keep auto only; add that or leave it out")
     if preset is not None and preset not in PRESETS:
         MergeConfig.preset(preset)
+    if preset is not None and "algorithm" in given:
+        raise ValueError(f"--preset {preset} fixes the algorithm; leave out it or --algorithm")
     # The budget may come from the checkpoint; any will do to check the rest.
     budget: dict[str, Any] = {} if given.keys() & set(BUDGET_WORDS) else {"keep": 1.0}
     checked = {**PRESETS.get(preset or "", {}), **budget, **given}
@@ -245,14 +249,17 @@ def merge_options(
     return given if preset is None else {"preset": preset, **given}
 
 
-def check_run_flags(resume: bool, overwrite: bool) -> None:
-    """`--resume` and `--overwrite` exclude each other.
+def check_run_flags(resume: bool, overwrite: bool, folder: Path) -> None:
+    """`--resume` and `--overwrite` exclude each other; says so if there is nothing to resume.
 
     Raises:
         ValueError: both are wanted.
     """
     if resume and overwrite:
         raise ValueError("--resume continues a run and --overwrite replaces it; give one of them")
+    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if resume and empty and is_first_process():
+        say(f"nothing to resume in {folder}, starting")
 
 
 def words(field: str, text: str) -> list[str]:

@@ -70,11 +70,11 @@ def planned(model: str, merging: dict[str, Any]) -> PlannedServing:
         ValueError: see `plan_serving`.
     """
     from ..vllm.options import plan_serving
-    from .session import model_path, planned_config
+    from .session import model_path, planned_config, summary
 
     config, origin = planned_config(model, merging)
     if origin:
-        say(f"Merging with {config.summary()} ({origin})")
+        say(f"Merging with {summary(config, origin)}")
     return plan_serving(_config_of(model_path(model)), config)
 
 

@@ -46,13 +46,16 @@ def planned_config(
     Raises:
         ValueError: an unknown algorithm, or a damaged pitome_config.json.
     """
+    from ..loading.checkpoints import only_local
     from ..wrapping.wrap import make_config
 
     check_algorithm(given)
+    path = model_path(model)
+    local = only_local(path)
     options, origin = dict(given), ""
     preset = options.pop("preset", None)
     # A preset stands for all options; nothing of what was saved goes into it.
-    saved = None if preset else _saved_config(model_path(model), base)
+    saved = None if preset else _saved_config(path, base, local)
     if not options.keys() & set(BUDGET_WORDS):
         if options.get("algorithm") == "none":
             options["keep"] = 1.0
@@ -65,7 +68,7 @@ def planned_config(
     return make_config(saved, **options), origin
 
 
-def _saved_config(path: str, base: str | None) -> MergeConfig | None:
+def _saved_config(path: str, base: str | None, local: bool) -> MergeConfig | None:
     """The merge config of a checkpoint; that of an adapter's base where the adapter has none."""
     from ..loading.checkpoints import existing
     from ..loading.models import saved_merge_config
@@ -73,10 +76,11 @@ def _saved_config(path: str, base: str | None) -> MergeConfig | None:
 
     if Path(path).is_file():  # a config.json alone
         return None
-    adapter = find_adapter_at(path)
-    saved = saved_merge_config(existing(path) if adapter is None else adapter.path)
+    adapter = find_adapter_at(path, local_files_only=local)
+    name = existing(path) if adapter is None else adapter.path
+    saved = saved_merge_config(name, local_files_only=local)
     if saved is None and adapter is not None:
-        return saved_merge_config(adapter.base(base))
+        return saved_merge_config(adapter.base(base), local_files_only=local)
     return saved
 
 
@@ -106,6 +110,7 @@ def load_model(
     Raises:
         ValueError: no such device, or see `loading.load`.
     """
+    check_bits(load_4bit, load_8bit)
     with quiet(verbose):
         from ..loading.models import load
 
@@ -160,6 +165,16 @@ def check_algorithm(given: dict[str, Any]) -> None:
         algorithms.get(given["algorithm"])
 
 
+def check_bits(load_4bit: bool, load_8bit: bool) -> None:
+    """`--load-4bit` and `--load-8bit` exclude each other.
+
+    Raises:
+        ValueError: both are wanted.
+    """
+    if load_4bit and load_8bit:
+        raise ValueError("only one of --load-4bit and --load-8bit can be given")
+
+
 def checked_device(name: str | None) -> str | None:
     """The name of a device that is there.
 
@@ -176,7 +191,9 @@ def checked_device(name: str | None) -> str | None:
         raise ValueError(
             f"--device must be cpu, cuda, cuda:1, mps or the like, got {name!r}"
         ) from None
-    if device.type in ("cpu", "meta"):
+    if device.type == "meta":
+        raise ValueError("--device meta holds no weights; give cpu, cuda, mps or the like")
+    if device.type == "cpu":
         return name
     there = torch.accelerator.current_accelerator(check_available=True)
     if there is None or there.type != device.type:
@@ -218,7 +235,17 @@ def merging_line(model: Any, origin: str = "") -> str:
     config = merge_config(model)
     if schedule.is_identity:
         return f"No merging: {tokens}"
-    return f"Merging with {config.summary()}{f' ({origin})' if origin else ''}: {tokens}"
+    return f"Merging with {summary(config, origin)}: {tokens}"
+
+
+def summary(config: MergeConfig, origin: str = "") -> str:
+    """A config in one line; `origin`, where there is one, is said of its budget alone."""
+    text = config.summary()
+    if not origin:
+        return text
+    ((name, value),) = ((k, v) for k, v in config.changed().items() if k in BUDGET_WORDS)
+    rest = text.replace(f" {name}={value}", "", 1)
+    return f"{name}={value} ({origin}), {rest}"
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import sys
 import textwrap
 import warnings
@@ -206,12 +207,14 @@ def quiet(verbose: bool = False) -> Iterator[None]:
         are_progress_bars_disabled,
         enable_progress_bars,
     )
-    from transformers.utils import logging
+    from transformers.utils import logging as messages
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    # bitsandbytes recommends a package for CPUs, which nobody needs.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
     downloads = not are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
     if downloads and err.is_terminal:
         # transformers silences the hub as well, but a download of minutes has to show.
         enable_progress_bars()
@@ -220,9 +223,9 @@ def quiet(verbose: bool = False) -> Iterator[None]:
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             yield
     finally:
-        logging.set_verbosity(level)
+        messages.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            messages.enable_progress_bar()
         elif downloads:
             enable_progress_bars()
 

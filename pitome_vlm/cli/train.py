@@ -231,7 +231,7 @@ def train(
     --load-4bit -o adapter`
     """
     require("peft", "train", "train")
-    o.check_run_flags(resume, overwrite)
+    o.check_run_flags(resume, overwrite, output)
     merging = o.merge_options(keep, tokens, ratio, algorithm, preset, option=option)
     more = [*(["projector"] * projector), *(["vision_tower"] * vision_tower)]
     lora = {

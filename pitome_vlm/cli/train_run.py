@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .session import (
     check_algorithm,
+    check_bits,
     checked_device,
     is_first_process,
     merging_line,
@@ -121,6 +122,7 @@ def load_trainable(
     from ..loading.quantization import compute_dtype
 
     check_algorithm(given)
+    check_bits(load_4bit, load_8bit)
     place, path = checked_device(device) or _device(), model_path(name)
     config, origin = planned_config(name, given, base=base)
     if dtype is None and find_adapter_at(path) is None:

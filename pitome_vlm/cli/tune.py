@@ -144,7 +144,9 @@ def tune(
 
     Example: `pitome-vlm tune --model demo --data demo --limit 240 --output tuned`
     """
-    o.check_run_flags(resume, overwrite)
+    o.check_run_flags(resume, overwrite, output)
+    if not (data == DEMO or Path(data).is_file()):
+        raise FileNotFoundError(f"data must be a JSONL file, but there is no file {data}")
     budgets = None if tokens is None else o.counts("tokens", tokens)
     if plot:
         require("matplotlib", "viz", "the plot of tune (--no-plot leaves it out)")
@@ -208,7 +210,7 @@ def _recipes(text: str) -> list[Recipe]:
 def _rows(data: str, limit: int | None, ignore_answers: bool) -> list[Row]:
     from ..measure.tune import read_rows
 
-    demo = data == "demo" and not Path(data).is_file()
+    demo = data == DEMO and not Path(data).is_file()
     rows = _demo_rows(limit) if demo else read_rows(data, limit=limit)
     return [dataclasses.replace(row, answers=()) for row in rows] if ignore_answers else rows
 

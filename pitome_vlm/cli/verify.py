@@ -170,8 +170,10 @@ def verify(
             results, drawn = run.synthetic_results(names, clusters, noise, seeds, progress)
     seconds = {"seconds": round(time.perf_counter() - started, 1)}
     outcome = run.outcome_of(names, results, rows, drawn | about | seconds)
+    files = run.store(outcome, output, plot=plot)
     show(outcome)
-    run.store(outcome, output, plot=plot)
+    for path in files:
+        write(str(path))
     if not outcome.checks.passed:
         raise typer.Exit(EXIT_FAILED_CHECK)
 

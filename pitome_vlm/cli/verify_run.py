@@ -36,7 +36,7 @@ from ..merge import algorithms as registry
 from ..merge.config import MergeConfig
 from .options import fractions, words
 from .session import DEMO, load_model
-from .terminal import say, write
+from .terminal import say
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -211,8 +211,8 @@ def outcome_of(
     return Outcome(results, rows, check(results, rows), under_assumptions(results), facts)
 
 
-def store(outcome: Outcome, folder: Path, *, plot: bool) -> None:
-    """Write report, results and plot; each is there whole or not at all."""
+def store(outcome: Outcome, folder: Path, *, plot: bool) -> list[Path]:
+    """Write report, results and plot, each whole or not at all; their paths."""
     drawn = plots.draw(outcome.results, outcome.rows) if plot else None
     text = report.markdown(
         outcome.results,
@@ -236,8 +236,7 @@ def store(outcome: Outcome, folder: Path, *, plot: bool) -> None:
         (folder / PLOT).unlink(missing_ok=True)
     else:
         write_bytes(folder / PLOT, drawn)
-    for name in (REPORT, RESULTS, *([PLOT] if plot else [])):
-        write(str(folder / name))
+    return [folder / name for name in (REPORT, RESULTS, *([PLOT] if plot else []))]
 
 
 def _dump(values: dict[str, Any]) -> str:

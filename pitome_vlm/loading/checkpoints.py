@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import file_exists, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
 from ..adapters import model_types
-from ..demo import resolve
+from ..common import suggest
+from ..demo import DEMO, resolve
 from ..releases import RENAMES_TOWER_WEIGHTS
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -131,7 +134,47 @@ def existing(path: str | os.PathLike[str]) -> str:
             f"no such folder: {text!r}; give the folder of a checkpoint, or a hub name such as "
             "llava-hf/llava-1.5-7b-hf"
         )
+    elif "/" not in text:
+        raise FileNotFoundError(
+            f"no such folder: {text!r}, and a hub name has the form ORGANISATION/NAME."
+            + suggest(text, [DEMO])
+        )
     return text
+
+
+def only_local(
+    path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
+) -> bool:
+    """Whether only local files of a checkpoint or adapter can be read; asks the hub at most once.
+
+    Where the hub cannot be reached, every file that is read would be asked for many times.
+
+    Args:
+        path: see `existing`.
+        revision: branch, tag or commit on the hub.
+        local_files_only: do not use the network.
+
+    Raises:
+        FileNotFoundError: no such folder, and no name on the hub.
+        OSError: the hub cannot be reached, and nothing of it was downloaded before.
+    """
+    text = os.path.expanduser(os.fspath(resolve(path)))
+    if local_files_only or os.path.exists(text):
+        return local_files_only
+    name = existing(path)
+    try:
+        file_exists(name, "config.json", revision=revision)
+    except (HfHubHTTPError, ValueError):
+        return False  # the hub has answered, or it is no name; reading config.json will say so
+    except OfflineModeIsEnabled:
+        return True
+    except Exception as error:
+        # Releases of huggingface_hub differ in what they raise where there is no network.
+        files = ("config.json", "adapter_config.json")
+        if any(isinstance(try_to_load_from_cache(name, f, revision=revision), str) for f in files):
+            return True
+        raise _one_line(name, error) from error
+    return False
 
 
 def _looks_local(text: str) -> bool:

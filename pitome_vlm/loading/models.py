@@ -18,7 +18,7 @@ from ..adapters.tower_tokens import has_class_token
 from ..demo import resolve
 from ..merge.config import CONFIG_NAME, MergeConfig
 from ..wrapping.wrap import make_config, wrap
-from .checkpoints import existing, load_weights, read_config, squeezed, torch_dtype
+from .checkpoints import existing, load_weights, only_local, read_config, squeezed, torch_dtype
 from .peft import SavedAdapter, find_adapter_at
 from .quantization import (
     check_quantised,
@@ -103,6 +103,8 @@ def load(
         RuntimeError: the wrong layers were quantised.
     """
     path = resolve(path)
+    if isinstance(path, (str, os.PathLike)):
+        local_files_only = only_local(path, revision=revision, local_files_only=local_files_only)
     source: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     adapter = find_adapter_at(path, allow_pickle=allow_pickle, **source)
     if base is not None and adapter is None:

@@ -149,8 +149,8 @@ class Store:
         changed = [] if wanted is None else differences(stored["identity"], wanted)
         if changed:
             raise ValueError(
-                f"cell {key} in {self.root} is of another run: {changed[0]}. Choose another "
-                f"output folder, or delete {self.path(key)}"
+                f"{self.root} holds a run with other settings ({changed[0]}); --overwrite "
+                "(overwrite=True) replaces it, or choose another output folder"
             )
         return {name: value for name, value in stored.items() if name not in _HEAD}
 

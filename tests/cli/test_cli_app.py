@@ -74,6 +74,7 @@ def test_version():
         (["--wat"], "No such option: --wat"),
         (["info"], "Missing option '--model'"),
         (["info", "--model", "./nowhere"], "no such folder"),
+        (["info", "--model", "Demo"], "ORGANISATION/NAME. Did you mean 'demo'?"),
         (["info", "--model", str(TESTS)], "no config.json"),
         (["info", "--model", __file__], "not a valid JSON file"),
         (["demo", "--questions", "2"], "questions must be in 9.."),

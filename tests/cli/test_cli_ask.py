@@ -11,7 +11,7 @@ from expected_answer import expected_answer
 
 from pitome_vlm.merge.config import MergeConfig
 
-DEFAULT = "Merging with pitome_plus keep=0.25 (default): 144 -> 36 visual tokens per image"
+DEFAULT = "Merging with keep=0.25 (default), pitome_plus: 144 -> 36 visual tokens per image"
 
 
 @pytest.mark.parametrize("budget", [{"keep": 1}, {"tokens": 36}], ids=str)
@@ -53,7 +53,7 @@ def test_the_checkpoint_s_own_budget_comes_before_the_default(checkpoint, image,
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     MergeConfig(tokens=20, algorithm="tome").save_pretrained(folder)
     words = ["ask", "-m", folder, "-i", image, "--max-new-tokens", 2, "what?"]
-    own = "Merging with tome tokens=20 (from the checkpoint's pitome_config.json): 144 -> 20"
+    own = "Merging with tokens=20 (from the checkpoint's pitome_config.json), tome: 144 -> 20"
     assert run(*words).stderr.startswith(own)
     words += ["-v"]
     assert "Merging with tome keep=0.5: 144 -> 72" in run(*words, "--keep", 0.5).stderr
@@ -99,6 +99,9 @@ BAD = [
     (["--image", "TEXT", "q"], "not an image"),
     (["--image", "CUT", "q"], "damaged or cut off"),
     (["--image", "HUGE", "q"], "pixels; allowed"),
+    (["--image", "IMAGE", "--device", "meta", "q"], "--device meta holds no weights"),
+    (["--image", "IMAGE", "--preset", "paper", "--algorithm", "tome", "q"], "fixes the algorithm"),
+    (["--image", "IMAGE", "--stage", "tower", "q"], "given with --option stage=VALUE"),
     (["q"], "Missing option '--image'"),
     (["--image", "IMAGE", "q", "--kep", "0.5"], "No such option: --kep"),
 ]

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cli_runner import fails_in_one_line, run
@@ -83,7 +84,7 @@ def test_chat_may_start_without_an_image_and_a_budget(checkpoint, image):
     text = f"hello\n/image {image}\nwhat is it?\n/keep 1\n"
     result = run("chat", "--model", checkpoint, *CHAT, text=text)
     assert result.exit_code == 0
-    assert "Merging with pitome_plus keep=0.25 (default): 144 -> 36" in result.stderr
+    assert "Merging with keep=0.25 (default), pitome_plus: 144 -> 36" in result.stderr
     assert "No image yet" in result.stderr
     answers = result.stdout.splitlines()
     assert len(answers) == 2
@@ -154,6 +155,25 @@ def test_ctrl_c_and_ctrl_d_at_the_prompt_leave(checkpoint, image, monkeypatch, e
     assert result.exit_code == 0
     assert len(result.stdout.splitlines()) == 1
     assert "Traceback" not in result.stderr
+
+
+def test_one_ctrl_c_at_a_prompt_says_how_to_leave(monkeypatch):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    typed = iter([KeyboardInterrupt, "/reset", KeyboardInterrupt, KeyboardInterrupt])
+
+    def answer(prompt):
+        line = next(typed)
+        if line is KeyboardInterrupt:
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", answer)
+    said = []
+    monkeypatch.setattr(chat, "say", said.append)
+    talk = SimpleNamespace(reset=lambda: None)
+    chat.Chat(talk).run()
+    leave = "\nCtrl-D or /exit leaves, and so does a second Ctrl-C"
+    assert said == [leave, "Conversation forgotten", leave]
 
 
 def test_chat_in_a_terminal_shows_a_prompt_and_the_answer(checkpoint, image):

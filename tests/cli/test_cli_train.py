@@ -78,7 +78,7 @@ class TestCommand:
             (["--tokens", 16, "--alpha", "-1"], "alpha"),
             (["--tokens", 16, "--base", "x"], "base"),
             (["--tokens", 16, "--image-folder", "nowhere"], "nowhere"),
-            (["--tokens", 16, "--load-4bit", "--load-8bit"], "only one of load_in_4bit"),
+            (["--tokens", 16, "--load-4bit", "--load-8bit"], "only one of --load-4bit"),
             (["--tokens", 16, "--algorithm", "tme"], "tome"),
             (["--resume", "--overwrite"], "give one of them"),
         ],
@@ -99,7 +99,7 @@ class TestCommand:
             str(checkpoint), {}, False, False, dtype=None, device="cpu", base=None
         )
         assert merge_config(model) == MergeConfig(keep=0.25)
-        assert "keep=0.25 (default): 144 -> 36" in capsys.readouterr().err
+        assert "keep=0.25 (default), pitome_plus: 144 -> 36" in capsys.readouterr().err
 
     def test_a_bad_line_is_named_before_the_model_is_loaded(self, data, tmp_path):
         rows = records(data.parent, 2)

@@ -138,6 +138,17 @@ class TestPath:
         # The hub is out of reach here (HF_HUB_OFFLINE), which is an error of the hub as well.
         fails(OSError, name, "hub", "folder", path=name, local_files_only=True)
 
+    def test_a_hub_out_of_reach_is_asked_once(self, monkeypatch):
+        asked = []
+
+        def no_network(*args, **source):
+            asked.append(args)
+            raise RuntimeError("no route to host")
+
+        monkeypatch.setattr("pitome_vlm.loading.checkpoints.file_exists", no_network)
+        fails(OSError, "some-org/no-such-model", "no route to host", path="some-org/no-such-model")
+        assert asked == [("some-org/no-such-model", "config.json")]
+
     def test_file(self, good):
         fails(NotADirectoryError, "is a file", path=good / "config.json")
 

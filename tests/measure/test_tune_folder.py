@@ -63,9 +63,9 @@ def test_folders_with_results_are_refused_by_name(tmp_path):
     rows, digests = stub_rows()
     other = StubAsker(rows, by_tokens())
     other.version = "2"
-    with pytest.raises(ValueError, match="is of another run: version was '1', is '2'"):
+    with pytest.raises(ValueError, match=r"with other settings \(version was '1', is '2'"):
         run(other, rows, digests, Plan(), folder=tmp_path, resume=True)
-    with pytest.raises(ValueError, match="is of another run: seed was 0, is 1"):
+    with pytest.raises(ValueError, match=r"with other settings \(seed was 0, is 1"):
         tuned(by_tokens(), folder=tmp_path, resume=True, plan=Plan(recipes=RECIPES, seed=1))
     weights = tmp_path / "checkpoint"
     MergeConfig(keep=0.5).save_pretrained(weights)
