@@ -148,6 +148,7 @@ def write(folder, lines, name="my.jsonl"):
 ONE = ("--algorithms", "tome", "--tokens", "72", "--max-new-tokens", "2")
 
 
+@pytest.mark.slow
 def test_own_data_without_answers_and_without_a_plot(data, tmp_path):
     folder, lines = data
     bare = [{key: line[key] for key in ("image", "question")} for line in lines]
