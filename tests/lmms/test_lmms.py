@@ -146,6 +146,7 @@ def test_token_counts_are_of_the_merged_sequence(lm):
         assert a.token_counts.input_tokens - b.token_counts.input_tokens == 144 - 10
 
 
+@pytest.mark.slow
 def test_evaluations_in_a_row_share_the_model(lm):
     expected = {}
     for config in (QUARTER, MergeConfig(tokens=20, algorithm="tome"), None):

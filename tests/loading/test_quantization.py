@@ -279,6 +279,7 @@ class TestBytes:
 # --- everywhere alike
 
 
+@pytest.mark.slow
 def test_command_line_and_model_arguments(checkpoint, tmp_path):
     file = tmp_path / "a.png"
     Image.new("RGB", (120, 120), "red").save(file)
