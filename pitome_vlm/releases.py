@@ -58,6 +58,12 @@ ADDS_MASK = ("eager", "sdpa", "flex_attention")
 ADDS_ROW_MASK = ("eager", "sdpa")
 # The length GenerationConfig() came with before release 5; it means "not set".
 LEGACY_DEFAULT_LENGTH = 20
+# Arguments of a training run, and their names in release 5.
+RENAMED_TRAINING_ARGUMENTS = {
+    "warmup_ratio": "warmup_steps",
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 # Arguments of this release's mask functions.
 MASK_ARGUMENTS = frozenset(inspect.signature(create_masks_for_generate).parameters)
 

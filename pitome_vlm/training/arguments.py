@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from ..common import suggest
 from ..loading.quantization import compute_dtype
+from ..releases import RENAMED_TRAINING_ARGUMENTS
 
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 2e-4,
@@ -29,12 +30,6 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": "none",
     "seed": 0,
-}
-# Names in release 5.
-RENAMED = {
-    "warmup_ratio": "warmup_steps",
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
 # The result depends on these; a run is only resumed with the same values.
 IDENTITY = (
@@ -120,7 +115,7 @@ def global_batch(arguments: TrainingArguments) -> int:
 
 
 def _name(name: str, known: set[str]) -> str:
-    new = RENAMED.get(name)
+    new = RENAMED_TRAINING_ARGUMENTS.get(name)
     if name == "warmup_ratio":
         return name if name in known else "warmup_steps"
     return new if new in known else name
