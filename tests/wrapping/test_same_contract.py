@@ -100,7 +100,6 @@ def test_a_mask_over_part_of_an_image_reaches_its_merged_tokens(family):
     torch.testing.assert_close(other.logits[:, -1], blind)
 
 
-@pytest.mark.skipif(EMBEDS_NEED_EMPTY_CACHE, reason="unwrapped, this release cannot do it either")
 def test_a_new_image_in_a_later_turn_needs_its_own_pixels_only(family):
     model, batch = family()
     first, second = one_row(batch, 0), one_row(batch, 1)
@@ -113,6 +112,12 @@ def test_a_new_image_in_a_later_turn_needs_its_own_pixels_only(family):
         conversation["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
     new = {name: value for name, value in second.items() if name not in PADDED}
     every = {name: batch[name] for name in new}
+    if EMBEDS_NEED_EMPTY_CACHE:
+        # Unwrapped, this release cannot do it either.
+        for pixels in (new, every):
+            with pytest.raises(ValueError, match="cannot add an image to a cache"):
+                model.generate(**conversation, **pixels, **GREEDY, **{CACHE_NAME: cache})
+        return
     answers = [
         model.generate(**conversation, **pixels, **GREEDY, **{CACHE_NAME: copy.deepcopy(cache)})
         for pixels in (new, every)
