@@ -18,9 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from ..merge.merge_pass import MergePass
+from ..merge.size_channels import WIDEST, channel_width, with_size_channels
 from ..releases import ADDS_ROW_MASK, layers_return_tuples
 from .merged_layer import Heads, LayerKernels, merged_layer
-from .proportional import WIDEST, channel_width, with_size_channels
 from .swap import BASE, base_class, swap_in, swap_out
 
 logger = logging.get_logger(__name__)

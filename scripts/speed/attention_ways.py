@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from pitome_vlm.adapters.proportional import with_size_channels
 from pitome_vlm.measure.bench.clock import Clock
+from pitome_vlm.merge.size_channels import with_size_channels
 
 # The first calls choose kernels and compile.
 WARM_UP = 3

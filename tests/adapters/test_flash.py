@@ -21,9 +21,9 @@ from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
 import pitome_vlm
-from pitome_vlm.adapters.proportional import with_size_channels
 from pitome_vlm.adapters.tower import KERNELS
 from pitome_vlm.merge.algorithm import log_size_bias
+from pitome_vlm.merge.size_channels import with_size_channels
 from scripts.speed.attention_ways import WAYS, by_channel, by_mask
 
 FLASH = ["flash_attention_2", "flash_attention_3", "kernels-community/vllm-flash-attn3"]
