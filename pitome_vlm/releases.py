@@ -56,6 +56,8 @@ RENAMES_TOWER_WEIGHTS = int(TRANSFORMERS.split(".")[0]) >= 5
 # kernels read a mask as padding only.
 ADDS_MASK = ("eager", "sdpa", "flex_attention")
 ADDS_ROW_MASK = ("eager", "sdpa")
+# How `generate` names its first step to a model; before release 5 only an empty cache tells.
+FIRST_STEP = "is_first_iteration"
 # The length GenerationConfig() came with before release 5; it means "not set".
 LEGACY_DEFAULT_LENGTH = 20
 # Arguments of a training run, and their names in release 5.
@@ -101,6 +103,11 @@ def states_to_keep(layers: int | list[int]) -> bool | list[int]:
     if not _KEEPS_NAMED_STATES:
         return True
     return [layers] if isinstance(layers, int) else list(layers)
+
+
+def continues_from_embeds(forward: Callable[..., Any]) -> bool:
+    """Whether `generate` can pass this `forward` embeddings and a cache that holds something."""
+    return not EMBEDS_NEED_EMPTY_CACHE and CACHE_NAME in inspect.signature(forward).parameters
 
 
 def cache_of(output: Any) -> Any:

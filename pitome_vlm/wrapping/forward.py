@@ -12,11 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.swap import BASE
-from ..releases import (
-    CACHE_NAME,
-    cache_of,
-    fill_image_states,
-)
+from ..releases import CACHE_NAME, FIRST_STEP, cache_of, fill_image_states
 from .arguments import named_arguments
 from .generation import (
     inferred_mask,
@@ -182,8 +178,8 @@ class WrappedLlava:
             return handed_on(self, "prepare_inputs_for_generation", args, kwargs)
         if prompt_images is not None and kwargs.get("inputs_embeds") is not None:
             cache = kwargs.get(CACHE_NAME)
-            first = kwargs.get("is_first_iteration", cache is None or not cache.get_seq_length())
-            if first:
+            # Not a function of its own: this runs for every token.
+            if kwargs.get(FIRST_STEP, cache is None or not cache.get_seq_length()):
                 self._embed_candidates(args, kwargs)
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         cache = inputs.get(CACHE_NAME)

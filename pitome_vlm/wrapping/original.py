@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..adapters.original_code import PREPARE
 from ..adapters.swap import BASE
-from ..releases import CACHE_NAME, EMBEDS_NEED_EMPTY_CACHE, TRANSFORMERS, cache_of
+from ..releases import CACHE_NAME, TRANSFORMERS, cache_of, continues_from_embeds
 from .arguments import by_name, named_arguments, parameters_of
 from .forward import PREPARED, WrappedLlava, handed_on
 from .generation import shorter_limits
@@ -162,9 +162,7 @@ class WrappedOriginalLlava(WrappedLlava):
         )
 
     def _refuse_filled_cache(self, cache: Any) -> None:
-        """Releases before 5 read no embeddings then; later ones must know the cache by its name."""
-        known = CACHE_NAME in inspect.signature(self.forward).parameters
-        if cached_length(cache) and (EMBEDS_NEED_EMPTY_CACHE or not known):
+        if cached_length(cache) and not continues_from_embeds(self.forward):
             raise ValueError(
                 f"the original llava package cannot continue a filled {CACHE_NAME} in generate() "
                 f"on transformers {TRANSFORMERS}, wrapped or not; leave it out"
