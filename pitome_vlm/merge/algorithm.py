@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .config import SHARED, MergeConfig, Metric, Own, Stage
-from .options import NoOptions
+from .config import SHARED, MergeConfig, Metric, Stage
+from .options import NoOptions, Own
 from .plan import MergePlan
 
 __all__ = [

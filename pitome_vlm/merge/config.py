@@ -12,12 +12,12 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from ..common import check_choice, check_flag, check_range, suggest, whole_number
 from . import registry
 from .config_file import CONFIG_NAME, FORMAT_VERSION, options_in, plain, read, write
-from .options import defaults, owners, parse, values_of, without_foreign
+from .options import Own, as_kind, defaults, owners, parse, values_of, without_foreign
 from .presets import PRESETS
 from .schedule import Budget
 
@@ -45,7 +45,6 @@ Stage = Literal["tower", "projector", "both"]
 Metric = Literal["keys", "hidden"]
 Placement = Literal["after_attention", "after_layer"]
 Positions = Literal["compact", "mean", "original"]
-Own = TypeVar("Own")
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -84,8 +83,7 @@ class MergeConfig:
         positions: tell it where a token sits: at the "mean" raster position of its patches or the
             "original" one of the patch it is named after, with text at its unreduced position;
             "compact" counts the tokens that are left. None follows `size_bias`.
-        temporal: merge the tokens of neighbouring frames of a video with each other, not only
-            those of one frame.
+        temporal: merge tokens of neighbouring frames of a video too, not only those of one frame.
         temporal_window: frames whose tokens are merged together, >= 2; windows do not overlap.
         skip_unused_layers: with keep=1.0 too, leave out the tower layers after the one whose
             features are read (1 of 24 in LLaVA-1.5); nothing that is read changes, to the last
@@ -166,11 +164,9 @@ class MergeConfig:
         if isinstance(given, str) or not isinstance(given, Iterable):
             raise TypeError(f"keep_range must be two fractions, got {given!r}")
         fractions = tuple(given)
-        if len(fractions) != 2:
-            raise ValueError(f"keep_range must be two fractions, got {len(fractions)}")
         for fraction in fractions:
             check_range("keep_range", fraction, 0, 1)
-        if not 0 < fractions[0] <= fractions[1]:
+        if len(fractions) != 2 or not 0 < fractions[0] <= fractions[1]:
             raise ValueError(
                 f"keep_range must be (smallest, largest) with 0 < smallest <= largest <= 1, got "
                 f"{fractions}"
@@ -188,10 +184,9 @@ class MergeConfig:
         for name, kind in (("stage", Stage), ("metric", Metric), ("positions", Positions)):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), get_args(kind))
-        for name in ("weighted", "restore_order", "temporal", "skip_unused_layers"):
-            check_flag(name, getattr(self, name))
-        for name in ("proportional_attention", "size_bias"):
-            if getattr(self, name) is not None:
+        maybe = ("proportional_attention", "size_bias")
+        for name in ("weighted", "restore_order", "temporal", "skip_unused_layers", *maybe):
+            if name not in maybe or getattr(self, name) is not None:
                 check_flag(name, getattr(self, name))
 
     def _check_numbers(self) -> None:
@@ -231,7 +226,7 @@ class MergeConfig:
             kind: their class. Where the config is for another algorithm, all are at their
                 defaults.
         """
-        return self.options if isinstance(self.options, kind) else kind()
+        return as_kind(self.options, kind)
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> MergeConfig:
@@ -280,9 +275,7 @@ class MergeConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> MergeConfig:
         """The inverse of `to_dict`.
 
-        A file written by a newer version may hold keys this version does not know: they are
-        dropped with a warning that says to upgrade (as PEFT does). In a file of this or an
-        older format an unknown key is a misspelling, hence an error.
+        An unknown key is an error; in a file of a newer format it is dropped with a warning.
 
         Raises:
             ValueError: unknown key or algorithm, or a value out of range.

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from ..common import suggest
 from . import registry
+
+Own = TypeVar("Own")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,16 @@ def defaults(algorithm: str) -> dict[str, Any]:
 def values_of(options: Any) -> dict[str, Any]:
     """The fields of an options object by name."""
     return {item.name: getattr(options, item.name) for item in dataclasses.fields(options)}
+
+
+def as_kind(options: object, kind: type[Own]) -> Own:
+    """Options as an object of their algorithm's class; those of another one count as none."""
+    if isinstance(options, kind):
+        return options
+    found = type(options)
+    # A cell of a notebook that runs again defines the class anew.
+    again = (found.__module__, found.__qualname__) == (kind.__module__, kind.__qualname__)
+    return kind(**values_of(options)) if again else kind()
 
 
 def owners(option: str) -> dict[str, Any]:

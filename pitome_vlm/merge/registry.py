@@ -25,14 +25,27 @@ _known: dict[str, Any] = {}
 def register(algorithm: Any) -> None:
     """Make an algorithm available by name.
 
+    One whose plan function has the same module and name replaces the earlier one, so that the cell
+    of a notebook can run again.
+
     Raises:
         ValueError: the name is taken by another algorithm of this process. One that only an
             entry point names gives way.
     """
     name = algorithm.name
-    if (name in _known or name in _built_in()) and find(name) is not algorithm:
-        raise ValueError(f"algorithm {name!r} is already registered")
+    if name in _known or name in _built_in():
+        earlier = find(name)
+        if earlier is not algorithm and _origin(earlier) != _origin(algorithm):
+            raise ValueError(
+                f"algorithm {name!r} is already registered, with the plan function "
+                f"{'.'.join(_origin(earlier))}; give this one another name"
+            )
     _known[name] = algorithm
+
+
+def _origin(algorithm: Any) -> tuple[str, str]:
+    plan = algorithm.plan
+    return plan.__module__, getattr(plan, "__qualname__", repr(plan))
 
 
 def find(name: str) -> Any:

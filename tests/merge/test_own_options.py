@@ -11,6 +11,7 @@ import sys
 import types
 
 import pytest
+import torch
 from tiny import tiny_batch, tiny_model
 
 import pitome_vlm
@@ -20,6 +21,7 @@ from pitome_vlm.lmms.arguments import ModelArguments
 from pitome_vlm.loading.models import saved_merge_config
 from pitome_vlm.measure.evaluate.suites import method_setting
 from pitome_vlm.merge import Algorithm, registry
+from pitome_vlm.merge.algorithm import MergeContext, make_plan
 from pitome_vlm.merge.algorithms.pitome import EnergyOptions, PitomeOptions
 from pitome_vlm.merge.algorithms.tofu import TofuOptions
 from pitome_vlm.merge.config import CONFIG_NAME, SHARED, option_names
@@ -80,6 +82,50 @@ def outside(tmp_path, monkeypatch):
     for name in set(sys.modules) - modules:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
             del sys.modules[name]
+
+
+NOTEBOOK_CELL = """
+from dataclasses import dataclass
+import torch
+from pitome_vlm.algorithms import Algorithm, MergePlan, register
+
+@dataclass(frozen=True)
+class Options:
+    {option}: int = 0
+
+def plan(keys, n_out, *, ctx):
+    called.append(("{option}", ctx.own(Options).{option}))
+    return MergePlan.from_assignment((torch.arange(20) % n_out)[None], n_out)
+
+register(Algorithm(name="from_a_cell", plan=plan, source="here", pairwise=False, options=Options))
+"""
+
+
+def test_the_cell_of_a_notebook_that_registers_can_run_again(outside):
+    called: list = []
+    space = {"__name__": "notebook", "called": called}
+
+    def run_cell(option):
+        # Without this module's own `from __future__`.
+        exec(compile(NOTEBOOK_CELL.format(option=option), "cell", "exec", dont_inherit=True), space)
+
+    run_cell("shift")
+    config = MergeConfig(tokens=4, algorithm="from_a_cell", shift=2)
+
+    def planned(config):
+        keys = torch.randn(1, 20, 4)
+        make_plan(algorithms.get("from_a_cell"), keys, 4, ctx=MergeContext(config))
+        return called.pop()
+
+    assert planned(config) == ("shift", 2)
+    run_cell("shift")
+    # What was made before the cell ran again keeps its options.
+    assert planned(config) == planned(config.replace(seed=1)) == ("shift", 2)
+    run_cell("offset")
+    assert planned(MergeConfig(tokens=4, algorithm="from_a_cell", offset=3)) == ("offset", 3)
+    space["__name__"] = "another"
+    with pytest.raises(ValueError, match=r"already registered, with the .* notebook\.plan; give"):
+        run_cell("shift")
 
 
 @pytest.fixture(params=["register", "entry point", "entry point of a module"])
