@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from ..common import __version__, write_text
+from ..common import __version__, markdown_table, write_text
 from ..merge.config import CONFIG_NAME, MergeConfig
 from ..merge.schedule import Schedule
 from .peft_record import PeftRecord
@@ -67,9 +67,7 @@ def card_section(
         "",
         f"restores base model, quantisation, adapter and merging (`{CONFIG_NAME}`).",
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in _facts(record, config, schedule, training)),
+        markdown_table(("", ""), _facts(record, config, schedule, training)),
     ]
     return "\n".join([*lines, *_accuracy(training), *_notes(training)])
 
@@ -110,7 +108,7 @@ def _accuracy(training: dict[str, Any]) -> list[str]:
         ("loss", "loss", 1.0),
     ]
     table = [
-        f"| {title} | {scale * before[name]:.4g} | {scale * after[name]:.4g} |"
+        (title, f"{scale * before[name]:.4g}", f"{scale * after[name]:.4g}")
         for title, name, scale in rows
         if name in before and name in after
     ]
@@ -120,9 +118,7 @@ def _accuracy(training: dict[str, Any]) -> list[str]:
         f"({training.get('validation') or 'unnamed'}) at this budget, before (merged, untrained) "
         "and after:",
         "",
-        "| | before | after |",
-        "|---|---|---|",
-        *table,
+        markdown_table(("", "before", "after"), table),
         "",
         "An answer is right when the most likely token at each of its places, its end included, "
         "is the reference's (greedy decoding would write exactly the reference).",

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pitome_vlm import MergeConfig, algorithms
-from pitome_vlm.common import write_text
+from pitome_vlm.common import markdown_table, write_text
 from pitome_vlm.demo import checkpoint_path, load_split
 from pitome_vlm.demo.dataset import SPLIT_SCENES
 from pitome_vlm.measure.demo_benchmark import Setting, concatenate, difference_interval
@@ -87,21 +87,24 @@ def keep_lowest_energy(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergeP
     return keep_only(similarity, order[:, :n_out], order[:, n_out:])
 
 
-# Each process imports this module again and so registers it for itself.
-algorithms.register(
-    Algorithm(
-        name="energy_select",
-        plan=keep_lowest_energy,
-        source="PiToMe's energy (arXiv 2405.16148, eq. 3-4) as a selection score, ours",
-        pairwise=False,
-        one_step=True,
-        # No attention follows the one step in the last layer.
-        proportional_attention=False,
-        # On the bundled model (400 validation questions) it depends on the budget: 89.0 with
-        # against 64.5 without at 36 of 144 tokens, 43.8 against 49.8 at 18.
-        calibrated=False,
-    )
+ENERGY_SELECT = Algorithm(
+    name="energy_select",
+    plan=keep_lowest_energy,
+    source="PiToMe's energy (arXiv 2405.16148, eq. 3-4) as a selection score, ours",
+    pairwise=False,
+    one_step=True,
+    # No attention follows the one step in the last layer.
+    proportional_attention=False,
+    # On the bundled model (400 validation questions) it depends on the budget: 89.0 with
+    # against 64.5 without at 36 of 144 tokens, 43.8 against 49.8 at 18.
+    calibrated=False,
 )
+
+
+def prepare(path: Path) -> tuple[Any, Any]:
+    """The model of this process, which then knows all algorithms of the table."""
+    algorithms.register(ENERGY_SELECT)
+    return load_model(path)
 
 
 def settings() -> Iterator[tuple[str, Setting]]:
@@ -142,7 +145,7 @@ def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
     todo = [cell for cell in settings() if cell[0] not in results["cells"]]
     parts = [samples[i : i + size] for i in range(0, len(samples), size)]
     context = multiprocessing.get_context("spawn")
-    with context.Pool(wanted.jobs, initializer=load_model, initargs=(path,)) as pool:
+    with context.Pool(wanted.jobs, initializer=prepare, initargs=(path,)) as pool:
         for begin in tqdm(range(0, len(todo), wanted.rows), unit="save"):
             cells, start = todo[begin : begin + wanted.rows], time.time()
             worker = functools.partial(
@@ -158,7 +161,7 @@ def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
                 }
             results["minutes"] += (time.time() - start) / 60
             facts = provenance(
-                load_model(path)[0],
+                prepare(path)[0],
                 split=split,
                 questions=len(samples),
                 scenes=SPLIT_SCENES[split],
@@ -169,33 +172,30 @@ def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
     return results
 
 
-def table(results: dict[str, Any]) -> list[str]:
-    """The cells as markdown: accuracy of the default, then differences to it."""
+def table(results: dict[str, Any]) -> str:
+    """The cells in Markdown: accuracy of the default, then differences to it."""
     samples = load_split(results["provenance"]["split"], results["provenance"]["questions"])
     right = {
         key: np.array([int(bit) for bit in cell["correct"]], dtype=float)
         for key, cell in results["cells"].items()
     }
-    heads = [f"{tokens} tokens" for tokens in BUDGETS]
-    lines = [f"| varied | value | {' | '.join(heads)} |", "|---|---|" + "---|" * len(BUDGETS)]
     whole = f"{100 * right['unreduced'].mean():.1f}"
-    lines.append(f"| no reduction | all 144 tokens | {' | '.join([whole] * len(BUDGETS))} |")
+    lines = [["no reduction", "all 144 tokens", *[whole] * len(BUDGETS)]]
     for group, value, options in ROWS:
         if f"{group}/{value}/{BUDGETS[0]}" not in right:
             continue  # the run is older than the row
-        cells = []
+        cells = [group, value]
         for tokens in BUDGETS:
-            own, default = (
-                right[f"{group}/{value}/{tokens}"],
-                right[f"default/{ROWS[0][1]}/{tokens}"],
-            )
+            own = right[f"{group}/{value}/{tokens}"]
+            default = right[f"default/{ROWS[0][1]}/{tokens}"]
             if not options:
                 cells.append(f"**{100 * own.mean():.1f}**")
                 continue
             low, high = difference_interval(samples, own, default)
             cells.append(f"{100 * (own - default).mean():+.1f} ({low:+.1f} to {high:+.1f})")
-        lines.append(f"| {group} | {value} | {' | '.join(cells)} |")
-    return lines
+        lines.append(cells)
+    columns = ["varied", "value", *(f"{tokens} tokens" for tokens in BUDGETS)]
+    return markdown_table(columns, lines)
 
 
 def report(results: dict[str, Any]) -> str:
@@ -210,7 +210,7 @@ def report(results: dict[str, Any]) -> str:
         "difference to the default in points, with the 95 % interval of the paired difference "
         "(bootstrap over images). An interval that holds 0 shows no difference.",
         "",
-        *table(results),
+        table(results),
         "",
         f"{shown}; {results['minutes']:.0f} minutes.",
         "",
@@ -220,12 +220,13 @@ def report(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure what is missing and write the table."""
+    algorithms.register(ENERGY_SELECT)
     wanted = arguments()
     wanted.output.mkdir(parents=True, exist_ok=True)
     stored = wanted.output / f"ablation_{wanted.split}.json"
     results = json.loads(stored.read_text()) if wanted.rewrite else measure(wanted, stored)
     write_text(stored.with_suffix(".md"), report(results))
-    print("\n".join(table(results)))
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def main() -> None:
     plot(samples, rows, wanted.output / "accuracy.png")
     if wanted.readme:
         update_readme(wanted.readme, readme_table(samples, rows, costs, facts))
-    print("\n".join(table(samples, rows)))
+    print(table(samples, rows))
 
 
 if __name__ == "__main__":

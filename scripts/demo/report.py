@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pitome_vlm import MergeConfig, algorithms
+from pitome_vlm.common import markdown_table
 from pitome_vlm.demo import Sample
 from pitome_vlm.measure.demo_benchmark import (
     Outcome,
@@ -69,13 +70,11 @@ def budgets_of(rows: list[Row]) -> list[int]:
     return sorted({row.tokens for row in rows if row.name == RECOMMENDED}, reverse=True)
 
 
-def table(samples: list[Any], rows: list[Row]) -> list[str]:
-    """Markdown lines: accuracy and the paired difference to no merging."""
+def table(samples: list[Any], rows: list[Row]) -> str:
+    """Accuracy and the paired difference to no merging, in Markdown."""
     base = next(row for row in rows if row.name == BASELINE)
-    lines = [
-        "| visual tokens | method | accuracy % | 95 % interval | minus none | 95 % interval |",
-        "|---|---|---|---|---|---|",
-    ]
+    columns = ["visual tokens", "method", "accuracy %", "95 % interval", "minus none"]
+    lines = []
     for row in rows:
         low, high = accuracy_interval(samples, row.correct)
         cells = [f"{row.tokens}", row.name, f"{100 * row.correct.mean():.1f}"]
@@ -87,21 +86,16 @@ def table(samples: list[Any], rows: list[Row]) -> list[str]:
             low, high = difference_interval(samples, row.correct, base.correct)
             cells.append(f"{100 * paired.mean():+.1f}")
             cells.append(f"{low:+.1f} to {high:+.1f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        lines.append(cells)
+    return markdown_table([*columns, "95 % interval"], lines)
 
 
 def against_recommended(samples: list[Any], rows: list[Row]) -> list[str]:
-    """Markdown lines: the default minus every other method, paired, at every budget."""
+    """The default minus every other method, paired, at every budget."""
     found = {(row.name, row.tokens): row.correct for row in rows}
     names = [name for name in dict.fromkeys(row.name for row in rows) if name != BASELINE]
     budgets = budgets_of(rows)
-    lines = [
-        f"## {RECOMMENDED} minus the others",
-        "",
-        "| method | " + " | ".join(f"{tokens} tokens" for tokens in budgets) + " |",
-        "|---" * (1 + len(budgets)) + "|",
-    ]
+    lines = []
     for name in names:
         if name == RECOMMENDED:
             continue
@@ -112,66 +106,64 @@ def against_recommended(samples: list[Any], rows: list[Row]) -> list[str]:
             low, high = difference_interval(samples, own, other)
             sign = "" if low > 0 else " (not shown)" if high >= 0 else " (worse)"
             cells.append(f"{paired.mean():+.1f} [{low:+.1f}, {high:+.1f}]{sign}")
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
     note = (
         'Points, with the 95 % interval of the paired difference. "not shown": the interval '
         "reaches 0."
     )
-    return [*lines, "", note, ""]
+    shown = markdown_table(["method", *(f"{tokens} tokens" for tokens in budgets)], lines)
+    return [f"## {RECOMMENDED} minus the others", "", shown, "", note, ""]
 
 
 def kept_share(samples: list[Any], rows: list[Row]) -> list[str]:
-    """Markdown lines: how much of the unreduced accuracy the default keeps."""
+    """How much of the unreduced accuracy the default keeps."""
     base = next(row for row in rows if row.name == BASELINE).correct
-    lines = ["| visual tokens | share of the unreduced accuracy | 95 % interval |", "|---|---|---|"]
+    columns = ["visual tokens", "share of the unreduced accuracy", "95 % interval"]
+    lines = []
     for row in rows:
         if row.name == RECOMMENDED:
             low, high = difference_interval(samples, row.correct, base)
             share = [100 + part / base.mean() for part in (low, high)]
             whole = 100 * row.correct.mean() / base.mean()
-            lines.append(f"| {row.tokens} | {whole:.1f} % | {share[0]:.1f} to {share[1]:.1f} % |")
-    return ["## What the default keeps", "", *lines, ""]
+            interval = f"{share[0]:.1f} to {share[1]:.1f} %"
+            lines.append([str(row.tokens), f"{whole:.1f} %", interval])
+    return ["## What the default keeps", "", markdown_table(columns, lines), ""]
 
 
 def breakdown(samples: list[Any], rows: list[Row], attribute: str, title: str) -> list[str]:
-    """Markdown lines: accuracy by question type or kind of scene."""
+    """Accuracy by question type or kind of scene."""
     names = sorted({getattr(sample, attribute) for sample in samples})
-    lines = [
-        f"## By {title}",
-        "",
-        "| visual tokens | method | " + " | ".join(names) + " |",
-        "|---" * (2 + len(names)) + "|",
-    ]
+    lines = []
     for row in rows:
         parts = accuracy_by(samples, row.correct, attribute)
-        cells = [str(row.tokens), row.name, *(f"{parts[name]:.1f}" for name in names)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
+        lines.append([str(row.tokens), row.name, *(f"{parts[name]:.1f}" for name in names)])
+    shown = markdown_table(["visual tokens", "method", *names], lines)
+    return [f"## By {title}", "", shown, ""]
 
 
 def cost_table(costs: list[dict[str, Any]], dtype: str) -> list[str]:
-    """Markdown lines of `cost_rows`."""
+    """What `cost_rows` found."""
     base = costs[0]
-    lines = [
-        "## Costs (default)",
-        "",
-        f"| visual tokens | FLOPs to the first token | KV cache per image ({dtype}) | "
-        "first token in ms (times faster) |",
-        "|---|---|---|---|",
-    ]
+    columns = ["visual tokens", "FLOPs to the first token", f"KV cache per image ({dtype})"]
+    columns.append("first token in ms (times faster)")
+    lines = []
     for row in costs:
         flops = row["prefill_flops"] / base["prefill_flops"]
         faster = base["first_token_ms"] / row["first_token_ms"]
+        ms, iqr = row["first_token_ms"], row["first_token_iqr_ms"]
         lines.append(
-            f"| {row['tokens']} | {row['prefill_flops'] / 1e6:.0f} M ({100 * flops:.0f} %) | "
-            f"{row['kv_bytes_per_image'] / 1024:.0f} KiB | {row['first_token_ms']:.0f} ms, IQR "
-            f"{row['first_token_iqr_ms']:.0f} ({faster:.2f}x) |"
+            [
+                str(row["tokens"]),
+                f"{row['prefill_flops'] / 1e6:.0f} M ({100 * flops:.0f} %)",
+                f"{row['kv_bytes_per_image'] / 1024:.0f} KiB",
+                f"{ms:.0f} ms, IQR {iqr:.0f} ({faster:.2f}x)",
+            ]
         )
     note = (
         f"Time: batch {TIMED_BATCH}, median of {TIMED_ROUNDS} interleaved rounds after a warm-up, "
         "tower, projector and prefill included."
     )
-    return [*lines, "", note, ""]
+    return ["## Costs (default)", "", markdown_table(columns, lines), "", note, ""]
 
 
 def report(
@@ -202,7 +194,7 @@ def report(
     parts += breakdown(samples, rows, "kind", "kind of scene")
     command = facts.get("command", "Regenerate with `make bench-demo`.")
     return "\n".join(
-        [*head, *table(samples, rows), "", *parts, f"Measured on: {shown}.", "", command, ""]
+        [*head, table(samples, rows), "", *parts, f"Measured on: {shown}.", "", command, ""]
     )
 
 
@@ -214,24 +206,18 @@ def readme_table(
     low, high = accuracy_interval(samples, base.correct)
     shown = {(row.name, row.tokens): f"{100 * row.correct.mean():.1f}" for row in rows}
     names = [name for name in dict.fromkeys(row.name for row in rows) if name != BASELINE]
+    first = [costs[0]["first_token_ms"] / row["first_token_ms"] for row in costs[1:]]
+    kv = [row["kv_bytes_per_image"] / costs[0]["kv_bytes_per_image"] for row in costs[1:]]
+    cells = [[name, *(shown[name, tokens] for tokens in budgets_of(rows))] for name in names]
+    cells.append(["*default: first token, times faster*", *(f"{r:.1f}x" for r in first)])
+    cells.append(["*KV cache per image*", *(f"{100 * r:.0f} %" for r in kv)])
     lines = [
         f"Accuracy in % of the bundled model on {facts['questions']} held-out questions; "
         f"{100 * base.correct.mean():.1f} % ({low:.1f} to {high:.1f}) with all "
         f"{base.tokens} visual tokens. All but the rows (paper) and (released code) have the same "
         "calibration:",
         "",
-        "| visual tokens | " + " | ".join(map(str, budgets_of(rows))) + " |",
-        "|---" * (1 + len(budgets_of(rows))) + "|",
-    ]
-    for name in names:
-        lines.append(f"| {name} | " + " | ".join(shown[name, t] for t in budgets_of(rows)) + " |")
-    first = [costs[0]["first_token_ms"] / row["first_token_ms"] for row in costs[1:]]
-    lines.append(
-        "| *default: first token, times faster* | " + " | ".join(f"{r:.1f}x" for r in first) + " |"
-    )
-    kv = [row["kv_bytes_per_image"] / costs[0]["kv_bytes_per_image"] for row in costs[1:]]
-    lines.append("| *KV cache per image* | " + " | ".join(f"{100 * r:.0f} %" for r in kv) + " |")
-    lines += [
+        markdown_table(["visual tokens", *map(str, budgets_of(rows))], cells),
         "",
         f"{facts['hardware']}, {facts['threads']} thread, {facts['dtype']}, torch "
         f"{facts['torch']}, transformers {facts['transformers']}; accuracy at batch "

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 import pitome_vlm
+from pitome_vlm.common import markdown_table
 from pitome_vlm.measure.bench import median
 from pitome_vlm.measure.bench.clock import Clock
 from pitome_vlm.measure.stats import iqr
-from pitome_vlm.measure.tables import markdown_table
 
 from .attention_ways import first_line, time_ways
 from .gpu_run import Run, vision_inputs

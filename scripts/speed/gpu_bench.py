@@ -18,13 +18,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import pitome_vlm
+from pitome_vlm.common import markdown_table
 from pitome_vlm.measure.bench import Bench, Budget, Case, Phases, Report, build, installed
 from pitome_vlm.measure.bench.clock import Clock, watched
 from pitome_vlm.measure.bench.fits import tried_fit
 from pitome_vlm.measure.bench.memory import out_of_memory
 from pitome_vlm.measure.provenance import in_words, machine, provenance, versions
 from pitome_vlm.measure.stats import iqr
-from pitome_vlm.measure.tables import markdown_table
 from pitome_vlm.merge.config import MergeConfig
 
 from .attention_ways import first_line

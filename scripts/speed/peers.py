@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from pitome_vlm.common import write_text
+from pitome_vlm.common import markdown_table, write_text
 from pitome_vlm.measure.bench import (
     Bench,
     Budget,
@@ -36,7 +36,6 @@ from pitome_vlm.measure.bench import (
 from pitome_vlm.measure.bench.report import shown
 from pitome_vlm.measure.provenance import in_words, provenance
 from pitome_vlm.measure.stats import iqr
-from pitome_vlm.measure.tables import markdown_table
 from pitome_vlm.merge.config import MergeConfig
 
 PEERS = ("tome", "visionzip", "divprune", "pool", "pitome", "pitome_plus")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pitome_vlm import MergeConfig
-from pitome_vlm.common import write_text
+from pitome_vlm.common import markdown_table, write_text
 from pitome_vlm.demo import Sample
 from pitome_vlm.measure.demo_benchmark import accuracy_interval, difference_interval
 
@@ -53,7 +53,7 @@ def report(samples: Sequence[Sample], results: list[dict[str, Any]], recipe: dic
             "what merging had cost (untrained without merging minus untrained with it), left out "
             "where that cost is not shown (its interval reaches 0): there is nothing to win back.",
             "",
-            *_table(rows),
+            _table(rows),
             "",
             f"Adapters: rank {recipe['rank']}, all linear layers of the language model. Data: "
             f"{recipe['scenes']} freshly drawn scenes that are in no split, {recipe['per_scene']} "
@@ -63,7 +63,7 @@ def report(samples: Sequence[Sample], results: list[dict[str, Any]], recipe: dic
             "chosen on the validation split from 1e-3, 2e-3 and 4e-3 in short runs "
             "(docs/training.md); nothing else was tried.",
             "",
-            *_costs(results),
+            _costs(results),
             "",
             f"Measured on: {shown}.",
             "",
@@ -89,11 +89,9 @@ def _rows(samples: Sequence[Sample], results: list[dict[str, Any]]) -> Any:
             }
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "| visual tokens | merging | model | accuracy % | 95 % | won back | 95 % | of the loss |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def _table(rows: list[dict[str, Any]]) -> str:
+    columns = ["visual tokens", "merging", "model", "accuracy %", "95 %", "won back", "95 %"]
+    lines = []
     for row in rows:
         samples, right = row["samples"], row["right"]
         low, high = accuracy_interval(samples, right)
@@ -113,8 +111,8 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             cells.append(_share_of_loss(samples, gained, whole, before))
         else:
             cells += ["", "", ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        lines.append(cells)
+    return markdown_table([*columns, "of the loss"], lines)
 
 
 def _share_of_loss(samples: Any, gained: Any, whole: Any, before: Any) -> str:
@@ -134,14 +132,13 @@ def _untrained(rows: list[dict[str, Any]], row: dict[str, Any], method: str) -> 
     return found[0] if found else None
 
 
-def _costs(results: list[dict[str, Any]]) -> list[str]:
-    lines = ["| run | training, one core | adapter | weights |", "|---|---|---|---|"]
+def _costs(results: list[dict[str, Any]]) -> str:
+    lines = []
     for trial in results:
         parts = trial["weights"]
         total = sum(value for value in parts.values() if isinstance(value, int))
         size = trial["adapter_bytes"]
-        lines.append(
-            f"| {trial['trial']} | {trial['seconds']} s | "
-            f"{'' if not size else f'{size / 1024:.0f} KiB'} | {total / 1024:.0f} KiB |"
-        )
-    return lines
+        adapter = "" if not size else f"{size / 1024:.0f} KiB"
+        weights = f"{total / 1024:.0f} KiB"
+        lines.append([trial["trial"], f"{trial['seconds']} s", adapter, weights])
+    return markdown_table(["run", "training, one core", "adapter", "weights"], lines)

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..tables import markdown_table
+from ...common import markdown_table
 from .study import TOLERANCE, Case, CaseResult, Checks, FeatureRow, Under
 from .synthetic import RATIO
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from pitome_vlm.common import markdown_table
 from pitome_vlm.demo.dataset import SEED, load_split
 
 from .build import build_model
@@ -84,23 +85,23 @@ Apache-2.0, weights and data generator alike. Nothing but generated images was u
 
 
 def _table(rows: list[Figure], guess: dict[str, float]) -> str:
-    lines = ["| | accuracy | 95 % interval | questions | text only |", "|---|---|---|---|---|"]
+    lines = []
     for f in rows:
         known = f"{guess[f.name]:.1f}" if f.name in guess else ""
         interval = f"{f.low:.1f} to {f.high:.1f}"
-        lines.append(f"| {f.name} | {f.accuracy:.1f} | {interval} | {f.questions} | {known} |")
-    return "\n".join(lines)
+        lines.append([f.name, f"{f.accuracy:.1f}", interval, str(f.questions), known])
+    return markdown_table(["", "accuracy", "95 % interval", "questions", "text only"], lines)
 
 
 def _recipe(folder: Path, stage: str, notes: str) -> str:
-    lines = ["\n## Training\n", "| stage | images | steps | minutes |", "|---|---|---|---|"]
+    rows = []
     for name in STAGES[: STAGES.index(stage) + 1]:
         path = folder / f"{name}.pt"
         if path.exists():
             state = torch.load(path)
-            lines.append(
-                f"| {name} | {state['seen']:,} | {state['step']:,} | {state['spent'] / 60:.0f} |"
-            )
+            minutes = f"{state['spent'] / 60:.0f}"
+            rows.append([name, f"{state['seen']:,}", f"{state['step']:,}", minutes])
+    lines = ["\n## Training\n", markdown_table(["stage", "images", "steps", "minutes"], rows)]
     report = ast.literal_eval((folder / "data" / "report.txt").read_text().splitlines()[0])
     lines.append(
         f"""
