@@ -1,4 +1,4 @@
-"""What all parts of the package share: version, lazy names, checks, files written atomically.
+"""What all parts of the package share: version, lazy names, checks, words, atomic files.
 
 Nothing here imports torch or another part of the package.
 """
@@ -11,7 +11,7 @@ import importlib.util
 import numbers
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,11 @@ def suggest(name: str, known: list[str]) -> str:
     by_folded = {option.casefold(): option for option in known}
     close = difflib.get_close_matches(name.casefold(), by_folded, n=1)
     return f" Did you mean {by_folded[close[0]]!r}?" if close else ""
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and what is counted: "1 image", "2 images"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def check_range(
@@ -119,6 +124,28 @@ def require(module: str, extra: str, what: str) -> None:
 def install_hint(extra: str) -> str:
     """How to install an extra: from a clone, because the package is not on PyPI."""
     return f'pip install ".[{extra}]" in a clone of pitome-vlm'
+
+
+def markdown_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    numbers: Collection[int] = (),
+) -> str:
+    """A Markdown table; bars and line breaks in cells are made harmless.
+
+    Args:
+        columns: column titles.
+        rows: what is shown as text, one per column.
+        numbers: indices of the columns that are aligned to the right.
+    """
+    ruler = ["---:" if index in numbers else "---" for index in range(len(columns))]
+    return "\n".join(_markdown_row(row) for row in (columns, ruler, *rows))
+
+
+def _markdown_row(cells: Sequence[object]) -> str:
+    # A bar or a line break in an error message would end the cell.
+    texts = (str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells)
+    return f"| {' | '.join(texts)} |"
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ from .chat import chat
 from .demo import demo
 from .eval import evaluate
 from .info import info
+from .options import grouped
 from .serve import serve
 from .serve_args import serve_args
 from .terminal import EXIT_INTERRUPTED, one_line, say
@@ -106,26 +108,28 @@ def _report(error: BaseException, *, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     describe = getattr(error, "format_message", None)
+    if hasattr(error, "possibilities") and hasattr(error, "option_name"):
+        describe = functools.partial(_unknown_option, error)
     message = one_line(describe() if describe else str(error)) or type(error).__name__
     if not (describe or isinstance(error, KNOWN_ERRORS)):
         message = f"{type(error).__name__}: {message}"
         message += "" if debug else " (run again with --debug for the traceback)"
     # The same errors name arguments for callers from Python.
     message = re.sub(r" \(\w+=True\)", "", message)
-    say(f"error: {message}{_hint(error)}")
+    say(f"error: {message}")
     return EXIT_ERROR
 
 
-def _hint(error: BaseException) -> str:
-    """How a merge option is given, where one was given as if it were an option of the command."""
-    name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
-    options = getattr(getattr(getattr(error, "ctx", None), "command", None), "params", ())
-    flags = [word for option in options for word in option.opts]
-    if not name or "--option" not in flags:
-        return ""
+def _unknown_option(error: Any) -> str:
+    """What is said of an option that a command does not have, such as an option of merging."""
+    options = getattr(getattr(error.ctx, "command", None), "params", ())
+    flags = [word for option in options for word in (*option.opts, *option.secondary_opts)]
+    name = error.option_name.lstrip("-").replace("-", "_")
+    hint = suggest(error.option_name, flags)
     # Only an algorithm knows its options, and it is written in torch: too slow for a misspelling.
-    known = name in SHARED or (not suggest(f"--{name}", flags) and name in option_names())
-    return f". Merge options are given with --option {name}=VALUE" if known else ""
+    if "--option" in flags and (name in SHARED or (not hint and name in option_names())):
+        hint = f" Merge options are given with --option {name}=VALUE"
+    return f"No such option: {error.option_name}.{hint}"
 
 
 app = typer.Typer(
@@ -166,7 +170,7 @@ def root(
 
 
 for _command in (demo, ask, chat, info, bench, visualize, tune, verify, train):
-    app.command()(_command)
+    app.command()(grouped(_command))
 app.command("eval")(evaluate)
 app.command("serve-args")(serve_args)
 # What is not an option of ours is one of vLLM's. None of ours has one letter here: -tp or -dph

@@ -15,17 +15,8 @@ def ask(
     question: Annotated[str, typer.Argument(help="Question about the image.")],
     model: o.Model,
     image: o.Images,
-    keep: o.Keep = None,
-    tokens: o.Tokens = None,
-    ratio: o.Ratio = None,
-    algorithm: o.Algorithm = None,
-    preset: o.Preset = None,
-    quality: o.Quality = None,
-    option: o.MergeOption = None,
-    load_4bit: o.Load4Bit = False,
-    load_8bit: o.Load8Bit = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
+    merging: o.Merging = o.Merging(),
+    loading: o.Loading = o.Loading(),
     max_new_tokens: o.MaxNewTokens = 128,
     temperature: o.Temperature = 0.0,
     verbose: o.Verbose = False,
@@ -37,21 +28,13 @@ def ask(
 
     Example: `pitome-vlm ask --model demo --image scene.png --keep 0.25 "how many stars are there?"`
     """
-    merging = o.merge_options(keep, tokens, ratio, algorithm, preset, quality, option)
+    given = merging.given()
     if not question.strip():
         raise ValueError("the question is empty")
     from .session import load_images, load_merging
 
     images = load_images(image)
-    vlm, processor = load_merging(
-        model,
-        merging,
-        load_4bit=load_4bit,
-        load_8bit=load_8bit,
-        dtype=dtype,
-        device=device,
-        verbose=verbose,
-    )
+    vlm, processor = load_merging(model, given, verbose=verbose, **vars(loading))
     from .engine import Conversation
 
     conversation = Conversation(vlm, processor, max_new_tokens, temperature, images)

@@ -10,124 +10,71 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..common import require, whole_number, write_text
+from ..common import check_choice, whole_number, write_text
 from ..merge.config import MergeConfig
 from . import options as o
+from .session import check_output
 from .terminal import EXIT_INTERRUPTED, quiet, say, show_table, write, write_json
 
 if TYPE_CHECKING:
     from ..measure.bench import Budget, Case, Report
 
+# Names of `measure.bench.SHAPES`, whose import is too slow for --help.
+SHAPES = (
+    *("llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "onevision-7b"),
+    *("tiny", "tiny-next", "tiny-onevision"),
+)
 RESULTS, REPORT, PLOT = "results.json", "report.md", "bench.png"
-_WHAT = "What is timed"
-_HOW = "How it is timed"
+_what, _how = o.panel("What is timed"), o.panel("How it is timed")
 
 
 ModelName = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="PATH",
-        help="Folder or Hub name of a LLaVA checkpoint, or `demo`.",
-        rich_help_panel=_WHAT,
-    ),
+    str | None, o.model_option("Folder or Hub name of a LLaVA checkpoint, or `demo`.", _what)
 ]
 Shape = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
-        help="In place of --model, random weights of a published shape: llava-1.5-7b, "
-        "llava-1.5-13b, llava-next-7b, onevision-7b, or the small tiny, tiny-next, "
-        "tiny-onevision.",
-        rich_help_panel=_WHAT,
+    _what(
+        f"In place of --model, random weights of a published shape: {', '.join(SHAPES)}; the tiny "
+        "ones are for trying things out.",
+        "NAME",
     ),
 ]
 Layers = Annotated[
     int | None,
-    typer.Option(
-        metavar="N",
-        help="With --config: build only N layers of the language model and scale their time "
+    _what(
+        "With --config: build only N layers of the language model and scale their time "
         "up to the full depth.",
-        rich_help_panel=_WHAT,
+        "N",
     ),
 ]
-Fractions = Annotated[
-    str,
-    typer.Option(
-        metavar="F,F",
-        help="Fractions of the visual tokens to compare.",
-        rich_help_panel=_WHAT,
-    ),
-]
+Fractions = Annotated[str, _what("Fractions of the visual tokens to compare.", "F,F")]
 TokenCounts = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N,N",
-        help="Visual tokens per image to compare, in place of --keep.",
-        rich_help_panel=_WHAT,
-    ),
+    str | None, _what("Visual tokens per image to compare, in place of --keep.", "N,N")
 ]
 Algorithms = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME,NAME",
-        help="Merging algorithms to compare; default: pitome_plus.",
-        rich_help_panel=_WHAT,
-    ),
+    str | None, _what("Merging algorithms to compare; default: pitome_plus.", "NAME,NAME")
 ]
-BatchSizes = Annotated[
-    str,
-    typer.Option(metavar="N,N", help="Batch sizes in prompts to compare.", rich_help_panel=_WHAT),
-]
-TextTokens = Annotated[
-    int, typer.Option(metavar="N", help="Text tokens per prompt.", rich_help_panel=_WHAT)
-]
-AnswerTokens = Annotated[
-    int, typer.Option(metavar="N", help="Tokens per answer.", rich_help_panel=_WHAT)
-]
-ImageCount = Annotated[
-    int, typer.Option(metavar="N", help="Images per prompt.", rich_help_panel=_WHAT)
-]
-Repeats = Annotated[int, typer.Option(metavar="N", help="Timed rounds.", rich_help_panel=_HOW)]
-Warmup = Annotated[
-    int, typer.Option(metavar="N", help="Untimed warm-up rounds.", rich_help_panel=_HOW)
-]
+BatchSizes = Annotated[str, _what("Batch sizes in prompts to compare.", "N,N")]
+TextTokens = Annotated[int, _what("Text tokens per prompt.", "N")]
+AnswerTokens = Annotated[int, _what("Tokens per answer.", "N")]
+ImageCount = Annotated[int, _what("Images per prompt.", "N")]
+Repeats = Annotated[int, _how("Timed rounds.", "N")]
+Warmup = Annotated[int, _how("Untimed warm-up rounds.", "N")]
 Memory = Annotated[
     float | None,
-    typer.Option(
-        metavar="GIB",
-        help="Compute the largest batch for this much memory; default: that of the device.",
-        rich_help_panel=_HOW,
-    ),
+    _how("Compute the largest batch for this much memory; default: that of the device.", "GIB"),
 ]
 MaxBatch = Annotated[
     bool,
-    typer.Option(
-        "--max-batch",
-        help="On a GPU: find the largest batch by trying it out, and time it.",
-        rich_help_panel=_HOW,
-    ),
+    _how("On a GPU: find the largest batch by trying it out, and time it.", None, "--max-batch"),
 ]
 CheckFlops = Annotated[
-    bool,
-    typer.Option(
-        "--check-flops",
-        help="Compare the computed FLOPs with those that PyTorch counts.",
-        rich_help_panel=_HOW,
-    ),
+    bool, _how("Compare the computed FLOPs with those that PyTorch counts.", None, "--check-flops")
 ]
-Threads = Annotated[
-    int | None, typer.Option(metavar="N", help="CPU threads.", rich_help_panel=_HOW)
-]
+Threads = Annotated[int | None, _how("CPU threads.", "N")]
 Output = Annotated[
     Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="DIR",
-        help="Folder for report.md, results.json and bench.png; default: write no files.",
-    ),
+    o.output_option("Folder for report.md, results.json and bench.png; default: write no files."),
 ]
 
 
@@ -149,9 +96,7 @@ def bench(
     max_batch: MaxBatch = False,
     check_flops: CheckFlops = False,
     threads: Threads = None,
-    load_4bit: o.Load4Bit = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
+    loading: o.Loading = o.Loading(),
     output: Output = None,
     overwrite: o.Overwrite = False,
     plot: o.Plot = True,
@@ -167,7 +112,8 @@ def bench(
     Examples: `pitome-vlm bench --config llava-1.5-7b --layers 4 --batch 1,4`,
     `pitome-vlm bench --model PATH --tokens 144,64 --algorithms pitome_plus,tome -o bench`
     """
-    _check(model, config, layers, load_4bit, max_batch, memory)
+    quantised = loading.load_4bit or loading.load_8bit
+    _check(model, config, layers, quantised, max_batch, memory)
     size = o.image_size_of(image_size)
     whole_number("repeats", repeats, 1)
     whole_number("warmup", warmup, 0)
@@ -175,20 +121,22 @@ def bench(
         raise ValueError(f"memory must be above 0 GiB, got {memory}")
     if threads is not None:
         whole_number("threads", threads, 1)
+    if output is not None:
+        plotted = "bench" if plot else ""
+        check_output(output, (RESULTS, REPORT, PLOT), overwrite=overwrite, plot=plotted)
     with quiet(verbose):
+        from ..measure.bench import configuration
         from . import bench_run as run
 
         if config is not None:
-            run.check_shape(config, layers)
+            configuration(config, layers=layers)
         budgets = _budgets(keep, tokens, algorithms)
         sizes = o.counts("batch", batch)
         cases = [_case(number, text_tokens, answer_tokens, images, size) for number in sizes]
-        if output is not None:
-            _check_output(output, overwrite=overwrite, plot=plot)
         if config is None:
-            loaded = run.load_checkpoint(model or "", load_4bit, dtype, device, threads)
+            loaded = run.load_checkpoint(model or "", threads, loading)
         else:
-            loaded = run.build_shape(config, layers, dtype, device, threads)
+            loaded = run.build_shape(config, layers, loading.dtype, loading.device, threads)
         run.check_budgets(loaded.model, budgets, size)
         report, interrupted = run.timed(
             config or model or "",
@@ -218,7 +166,7 @@ def _check(
     model: str | None,
     config: str | None,
     layers: int | None,
-    load_4bit: bool,
+    quantised: bool,
     max_batch: bool,
     memory: float | None,
 ) -> None:
@@ -231,8 +179,12 @@ def _check(
         raise ValueError("give either --model PATH or --config NAME")
     if layers is not None and config is None:
         raise ValueError("--layers needs --config; a checkpoint is always timed at full depth")
-    if config is not None and load_4bit:
-        raise ValueError("--load-4bit quantises a checkpoint; give --model, not --config")
+    if config is not None:
+        check_choice("config", config, SHAPES)
+    if config is not None and quantised:
+        raise ValueError(
+            "--load-4bit and --load-8bit quantise a checkpoint; give --model, not --config"
+        )
     if max_batch and layers is not None:
         raise ValueError(
             "--max-batch tries batches out, which says nothing about the full depth when --layers "
@@ -278,15 +230,6 @@ def _case(
     from ..measure.bench import Case
 
     return Case(batch, text_tokens, answer_tokens, images, size)
-
-
-def _check_output(folder: Path, *, overwrite: bool, plot: bool) -> None:
-    """Refuse before measuring what could not be written afterwards."""
-    from ..measure.store import check_files
-
-    if plot:
-        require("matplotlib", "viz", "the plot of bench (--no-plot leaves it out)")
-    check_files(folder, (RESULTS, REPORT, PLOT), overwrite=overwrite)
 
 
 def show(report: Report) -> None:

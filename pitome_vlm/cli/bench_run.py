@@ -30,6 +30,7 @@ from ..measure.bench.report import Fit
 from ..measure.provenance import provenance
 from ..wrapping.encode import planned_count, planned_schedule
 from ..wrapping.wrap import unwrap
+from .options import Loading
 from .session import accelerator, checked_device, load_model
 from .terminal import say
 
@@ -54,21 +55,10 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
 
 
-def check_shape(name: str, layers: int | None) -> None:
-    """Check that the shape exists.
-
-    Raises:
-        ValueError: its name or the number of layers.
-    """
-    configuration(name, layers=layers)
-
-
-def load_checkpoint(
-    name: str, load_4bit: bool, dtype: str | None, device: str | None, threads: int | None
-) -> Loaded:
-    """A checkpoint, unwrapped."""
+def load_checkpoint(name: str, threads: int | None, loading: Loading) -> Loaded:
+    """An unwrapped model from a checkpoint."""
     _use_threads(threads)
-    vlm, _ = load_model(name, load_4bit=load_4bit, dtype=dtype, device=device)
+    vlm, _ = load_model(name, **vars(loading))
     vlm = unwrap(vlm).eval()
     return Loaded(vlm, vlm)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..common import suggest
+from ..common import counted, suggest
 from . import options as o
 from .terminal import one_line, quiet, say, write
 
@@ -40,17 +40,8 @@ def chat(
     context: typer.Context,
     model: o.Model,
     image: o.MaybeImages = None,
-    keep: o.Keep = None,
-    tokens: o.Tokens = None,
-    ratio: o.Ratio = None,
-    algorithm: o.Algorithm = None,
-    preset: o.Preset = None,
-    quality: o.Quality = None,
-    option: o.MergeOption = None,
-    load_4bit: o.Load4Bit = False,
-    load_8bit: o.Load8Bit = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
+    merging: o.Merging = o.Merging(),
+    loading: o.Loading = o.Loading(),
     max_new_tokens: o.MaxNewTokens = 512,
     temperature: o.Temperature = 0.0,
     verbose: o.Verbose = False,
@@ -65,20 +56,11 @@ def chat(
 
     Example: `pitome-vlm chat --model demo --image scene.png --keep 0.25`
     """
-    merging = o.merge_options(keep, tokens, ratio, algorithm, preset, quality, option)
+    given = merging.given()
     from .session import load_images, load_merging
 
     images = load_images(image or [])
-    vlm, processor = load_merging(
-        model,
-        merging,
-        load_4bit=load_4bit,
-        load_8bit=load_8bit,
-        dtype=dtype,
-        device=device,
-        announce=True,
-        verbose=verbose,
-    )
+    vlm, processor = load_merging(model, given, announce=True, verbose=verbose, **vars(loading))
     from .engine import Conversation
 
     conversation = Conversation(vlm, processor, max_new_tokens, temperature, images)
@@ -195,7 +177,8 @@ class Chat:
         from .session import merging_line
 
         talk = self.conversation
-        say(f"{merging_line(talk.model)}; {len(talk.images)} image(s), {len(talk.turns)} turn(s)")
+        images, turns = counted(len(talk.images), "image"), counted(len(talk.turns), "turn")
+        say(f"{merging_line(talk.model)}; {images}, {turns}")
 
     def _help(self, rest: str) -> None:
         del rest

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.text import Text
 
 from . import options as o
+from .session import check_output
 from .terminal import progress_bars, quiet, show_table, write
 
 if TYPE_CHECKING:
@@ -28,21 +28,14 @@ NARROW_QUESTION = 14
 def demo(
     output: Annotated[
         Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="Folder for scene.png, overlay.png and report.html.",
-        ),
+        o.output_option("Folder for scene.png, overlay.png and report.html."),
     ] = Path("pitome-demo"),
     questions: Annotated[
-        int, typer.Option(metavar="N", help="Number of held-out questions to measure accuracy on.")
+        int, o.plain("Number of held-out questions to measure accuracy on.", "N")
     ] = 135,
-    seed: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Random seed for choosing scene and questions.")
-    ] = 0,
+    seed: Annotated[int, o.plain("Random seed for choosing scene and questions.", "N", min=0)] = 0,
     report: Annotated[
-        bool, typer.Option("--report/--no-report", help="Whether to write images and report.html.")
+        bool, o.plain("Whether to write images and report.html.", None, "--report/--no-report")
     ] = True,
     overwrite: o.Overwrite = False,
     verbose: o.Verbose = False,
@@ -53,9 +46,7 @@ def demo(
     """
     started = time.perf_counter()
     if report:
-        from ..measure.store import check_files
-
-        check_files(output, FILES, overwrite=overwrite)
+        check_output(output, FILES, overwrite=overwrite)
     with quiet(verbose):
         from .demo_run import balanced, choose_scene, held_out, load_demo
         from .session import one_thread

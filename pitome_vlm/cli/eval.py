@@ -20,99 +20,52 @@ if TYPE_CHECKING:
     from ..measure.evaluate.suites import Suite
 
 EXIT_FAILED_CELL = 1
-_WHAT = "What is measured"
-_HOW = "How it is measured"
+_what, _how = o.panel("What is measured"), o.panel("How it is measured")
 
 
 SuiteName = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Suite of tasks: demo, quick, llava15-paper, llava15-peers, or an lmms-eval config "
-        "file.",
-        rich_help_panel=_WHAT,
+    _what(
+        "Suite of tasks: demo, quick, llava15-paper, llava15-peers, or an lmms-eval config file.",
+        "NAME",
     ),
 ]
-Tasks = Annotated[
-    str | None,
-    typer.Option(
-        metavar="A,B", help="lmms-eval tasks, in place of a suite.", rich_help_panel=_WHAT
-    ),
-]
+Tasks = Annotated[str | None, _what("lmms-eval tasks, in place of a suite.", "A,B")]
 ModelName = Annotated[
     str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="PATH",
-        help="Folder or Hub name of a LLaVA checkpoint, or `demo`; default: the suite's model.",
-        rich_help_panel=_WHAT,
+    o.model_option(
+        "Folder or Hub name of a LLaVA checkpoint, or `demo`; default: the suite's model.", _what
     ),
 ]
 Algorithms = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME,NAME",
-        help="Methods to compare: names of algorithms, `paper`, `released`, or "
+    _what(
+        "Methods to compare: names of algorithms, `paper`, `released`, or "
         "NAME:option=value; default: the suite's. The unreduced model is always measured.",
-        rich_help_panel=_WHAT,
+        "NAME,NAME",
     ),
 ]
 Tokens = Annotated[
     str | None,
-    typer.Option(
-        metavar="N,N",
-        help="Visual tokens per image to compare, for instance 192,128,64; default: the suite's.",
-        rich_help_panel=_WHAT,
+    _what(
+        "Visual tokens per image to compare, for instance 192,128,64; default: the suite's.", "N,N"
     ),
 ]
-Limit = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", help="Use only the first N questions of every task.", rich_help_panel=_WHAT
-    ),
-]
-Output = Annotated[
-    Path,
-    typer.Option("--output", "-o", metavar="DIR", help="Folder for results, report and plots."),
-]
-BatchSize = Annotated[
-    int | None, typer.Option(metavar="N", help="Questions per batch.", rich_help_panel=_HOW)
-]
+Limit = Annotated[int | None, _what("Use only the first N questions of every task.", "N")]
+Output = Annotated[Path, o.output_option("Folder for results, report and plots.")]
+BatchSize = Annotated[int | None, _how("Questions per batch.", "N")]
 ModelArgs = Annotated[
-    str,
-    typer.Option(
-        metavar="K=V,K=V",
-        help="Arguments of the model, for instance dtype=float16,peft=PATH.",
-        rich_help_panel=_HOW,
-    ),
+    str, _how("Arguments of the model, for instance dtype=float16,peft=PATH.", "K=V,K=V")
 ]
-GenKwargs = Annotated[
-    str | None,
-    typer.Option(
-        metavar="K=V,K=V",
-        help="Generation options in place of the tasks' own.",
-        rich_help_panel=_HOW,
-    ),
-]
-IncludePath = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR", help="Folder with tasks in addition to lmms-eval's.", rich_help_panel=_HOW
-    ),
-]
+GenKwargs = Annotated[str | None, _how("Generation options in place of the tasks' own.", "K=V,K=V")]
+IncludePath = Annotated[Path | None, _how("Folder with tasks in addition to lmms-eval's.", "DIR")]
 Timing = Annotated[
-    bool,
-    typer.Option(
-        "--timing/--no-timing",
-        help="Whether to measure the time to the first token.",
-        rich_help_panel=_HOW,
-    ),
+    bool, _how("Whether to measure the time to the first token.", None, "--timing/--no-timing")
 ]
 ShowPublished = Annotated[
     bool,
-    typer.Option(
-        "--published/--no-published", help="Whether to include published numbers in the report."
+    o.plain(
+        "Whether to include published numbers in the report.", None, "--published/--no-published"
     ),
 ]
 

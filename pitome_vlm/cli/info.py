@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,24 +28,18 @@ def _list_algorithms(wanted: bool) -> None:
 
 
 ModelName = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="PATH",
-        help="Folder, config.json or Hub name of a LLaVA checkpoint, or `demo`.",
-    ),
+    str, o.model_option("Folder, config.json or Hub name of a LLaVA checkpoint, or `demo`.")
 ]
-TextTokens = Annotated[int, typer.Option(min=0, metavar="N", help="Text tokens in the prompt.")]
+TextTokens = Annotated[int, o.plain("Text tokens in the prompt.", "N", min=0)]
 Frames = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", help="Describe a video of N frames instead of an image."),
+    int | None, o.plain("Describe a video of N frames instead of an image.", "N", min=1)
 ]
 ListAlgorithms = Annotated[
     bool,
-    typer.Option(
+    o.plain(
+        "List all merging algorithms and exit.",
+        None,
         "--list-algorithms",
-        help="List all merging algorithms and exit.",
         callback=_list_algorithms,
         is_eager=True,
     ),
@@ -53,13 +48,7 @@ ListAlgorithms = Annotated[
 
 def info(
     model: ModelName,
-    keep: o.Keep = None,
-    tokens: o.Tokens = None,
-    ratio: o.Ratio = None,
-    algorithm: o.Algorithm = None,
-    preset: o.Preset = None,
-    quality: o.Quality = None,
-    option: o.MergeOption = None,
+    merging: o.Merging = o.Merging(),
     text_tokens: TextTokens = 64,
     image_size: o.ImageSize = None,
     frames: Frames = None,
@@ -76,10 +65,10 @@ def info(
     `pitome-vlm info --model llava-hf/llava-v1.6-mistral-7b-hf --keep 0.25 --image-size 1024x768`
     """
     del list_algorithms  # handled by its callback, before anything else
-    merging = o.merge_options(keep, tokens, ratio, algorithm, preset, quality, option)
+    given = merging.given()
     size = o.image_size_of(image_size)
     with quiet(verbose):
-        description, origin = _described(model, merging, text_tokens, size, frames)
+        description, origin = _described(model, given, text_tokens, size, frames)
     if origin:
         from .session import summary
 
@@ -87,8 +76,8 @@ def info(
     if as_json:
         write_json(description.to_dict())
     else:
-        # On the command line nothing is ever in force.
-        write(str(description).replace(" (nothing is merged before wrap() is called)", "", 1))
+        # On the command line nothing is ever in force, which goes without saying.
+        write(str(dataclasses.replace(description, wrapped=True)))
 
 
 def _described(

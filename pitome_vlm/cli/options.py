@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,20 +27,18 @@ _SHORT_DTYPES = {
     "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16",
 }  # fmt: skip
 
-_BUDGET = "Visual tokens (give one of keep, tokens, ratio)"
-_LOADING = "Loading"
-_ANSWER = "Answer"
-MESSAGES = "Messages"
 
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="PATH",
-        help="Folder or Hub name of a LLaVA checkpoint or adapter, or `demo` for the bundled one.",
-    ),
-]
+def panel(title: str | None) -> Callable[..., Any]:
+    """How options of one panel of `--help` are made; None for the panel without a title.
+
+    Returns:
+        A function of the help text, the metavar, and the names where they are not the parameter's.
+    """
+
+    def option(text: str, metavar: str | None = None, *names: str, **more: Any) -> Any:
+        return typer.Option(*names, metavar=metavar, help=text, rich_help_panel=title, **more)
+
+    return option
 
 
 def _fraction_or_auto(text: str) -> float | str:
@@ -55,153 +58,178 @@ def _known_dtype(name: str | None) -> str | None:
     raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}.{hint}")
 
 
+plain = panel(None)
+_budget = panel("Visual tokens (give one of keep, tokens, ratio)")
+_loading = panel("Loading")
+_answer = panel("Answer")
+message = panel("Messages")
+
+
+def model_option(text: str, option: Callable[..., Any] = plain) -> Any:
+    """`--model` with a help text of its own."""
+    return option(text, "PATH", "--model", "-m")
+
+
+def image_option(text: str, option: Callable[..., Any] = plain) -> Any:
+    """`--image` with a help text of its own."""
+    return option(text, "FILE", "--image", "-i")
+
+
+def output_option(text: str) -> Any:
+    """`--output` with a help text of its own."""
+    return plain(text, "DIR", "--output", "-o")
+
+
+Model = Annotated[
+    str,
+    model_option(
+        "Folder or Hub name of a LLaVA checkpoint or adapter, or `demo` for the bundled one."
+    ),
+]
 Keep = Annotated[
     Any,
-    typer.Option(
-        metavar="F",
-        parser=_fraction_or_auto,
-        help="Fraction of the visual tokens to keep, above 0 and up to 1 (1 merges nothing); "
+    _budget(
+        "Fraction of the visual tokens to keep, above 0 and up to 1 (1 merges nothing); "
         "`auto` keeps as few as each image allows.",
-        rich_help_panel=_BUDGET,
+        "F",
+        parser=_fraction_or_auto,
     ),
 ]
 Quality = Annotated[
     float | None,
-    typer.Option(
-        metavar="F",
-        help="With --keep auto: fraction of each image's variance to preserve, 0 to 1.",
-        rich_help_panel=_BUDGET,
-    ),
+    _budget("With --keep auto: fraction of each image's variance to preserve, 0 to 1.", "F"),
 ]
-Tokens = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Visual tokens to keep per image.", rich_help_panel=_BUDGET),
-]
+Tokens = Annotated[int | None, _budget("Visual tokens to keep per image.", "N")]
 Ratio = Annotated[
-    float | None,
-    typer.Option(
-        metavar="R",
-        help="The paper's r: fraction of the tokens kept at every merging layer.",
-        rich_help_panel=_BUDGET,
-    ),
+    float | None, _budget("The paper's r: fraction of the tokens kept at every merging layer.", "R")
 ]
 Algorithm = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Merging algorithm, for instance pitome_plus (default), pitome or tome; `pitome-vlm "
+    _budget(
+        "Merging algorithm, for instance pitome_plus (default), pitome or tome; `pitome-vlm "
         "info --list-algorithms` shows all.",
-        rich_help_panel=_BUDGET,
+        "NAME",
     ),
 ]
 Preset = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
-        help="`paper` for the algorithm as published, `released` for the authors' code.",
-        rich_help_panel=_BUDGET,
-    ),
+    _budget("`paper` for the algorithm as published, `released` for the authors' code.", "NAME"),
 ]
 MergeOption = Annotated[
     list[str] | None,
-    typer.Option(
+    _budget(
+        "Another merge option, such as stage=tower or an option of the algorithm; can be repeated.",
+        "NAME=VALUE",
         "--option",
-        metavar="NAME=VALUE",
-        help="Another merge option, such as stage=tower or an option of the algorithm; can be "
-        "repeated.",
-        rich_help_panel=_BUDGET,
     ),
 ]
 Algorithms = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME,NAME",
-        help="Merging algorithms to compare, for instance pitome_plus,tome; `pitome-vlm info "
+    plain(
+        "Merging algorithms to compare, for instance pitome_plus,tome; `pitome-vlm info "
         "--list-algorithms` shows all.",
+        "NAME,NAME",
     ),
 ]
 Load4Bit = Annotated[
     bool,
-    typer.Option(
-        "--load-4bit",
-        help="Quantise the language model to 4 bits (needs bitsandbytes).",
-        rich_help_panel=_LOADING,
-    ),
+    _loading("Quantise the language model to 4 bits (needs bitsandbytes).", None, "--load-4bit"),
 ]
 Load8Bit = Annotated[
     bool,
-    typer.Option(
-        "--load-8bit",
-        help="Quantise the language model to 8 bits (needs bitsandbytes).",
-        rich_help_panel=_LOADING,
-    ),
+    _loading("Quantise the language model to 8 bits (needs bitsandbytes).", None, "--load-8bit"),
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
+    _loading(
+        "Number format of the weights: float32, float16 or bfloat16; default: the checkpoint's.",
+        "NAME",
         callback=_known_dtype,
-        help="Number format of the weights: float32, float16 or bfloat16; default: the "
-        "checkpoint's.",
-        rich_help_panel=_LOADING,
     ),
 ]
 Device = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Device to run on, for instance cpu or cuda:1; default: the accelerator if there is "
-        "one.",
-        rich_help_panel=_LOADING,
+    _loading(
+        "Device to run on, for instance cpu or cuda:1; default: the accelerator if there is one.",
+        "NAME",
     ),
 ]
-MaxNewTokens = Annotated[
-    int,
-    typer.Option(min=1, metavar="N", help="Longest answer in tokens.", rich_help_panel=_ANSWER),
-]
+MaxNewTokens = Annotated[int, _answer("Longest answer in tokens.", "N", min=1)]
 Temperature = Annotated[
-    float,
-    typer.Option(
-        min=0.0,
-        metavar="T",
-        help="Sampling temperature; 0 always takes the most likely token.",
-        rich_help_panel=_ANSWER,
-    ),
+    float, _answer("Sampling temperature; 0 always takes the most likely token.", "T", min=0.0)
 ]
-Verbose = Annotated[
-    bool,
-    typer.Option("--verbose", "-v", help="Print details to stderr.", rich_help_panel=MESSAGES),
-]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print JSON to stdout instead of text for people.")
-]
+Verbose = Annotated[bool, message("Print details to stderr.", None, "--verbose", "-v")]
+AsJson = Annotated[bool, plain("Print JSON to stdout instead of text for people.", None, "--json")]
 # Text and not paths: a path would lose one slash of an address, which is then no address any more.
-Images = Annotated[
-    list[str],
-    typer.Option("--image", "-i", metavar="FILE", help="Image file; can be repeated."),
-]
-MaybeImages = Annotated[
-    list[str] | None,
-    typer.Option("--image", "-i", metavar="FILE", help="Image file; can be repeated."),
-]
+Images = Annotated[list[str], image_option("Image file; can be repeated.")]
+MaybeImages = Annotated[list[str] | None, image_option("Image file; can be repeated.")]
 ImageSize = Annotated[
     str | None,
-    typer.Option(
-        metavar="WIDTHxHEIGHT",
-        help="Image size in pixels, for models whose token count depends on it; default: 1024x768.",
+    plain(
+        "Image size in pixels, for models whose token count depends on it; default: 1024x768.",
+        "WIDTHxHEIGHT",
     ),
 ]
 Resume = Annotated[
-    bool,
-    typer.Option("--resume", help="Continue the run in the output folder; finished parts stay."),
+    bool, plain("Continue the run in the output folder; finished parts stay.", None, "--resume")
 ]
 Overwrite = Annotated[
-    bool,
-    typer.Option("--overwrite", help="Replace the results of an earlier run in the output folder."),
+    bool, plain("Replace the results of an earlier run in the output folder.", None, "--overwrite")
 ]
 Plot = Annotated[
-    bool, typer.Option("--plot/--no-plot", help="Whether to draw a plot (needs matplotlib).")
+    bool, plain("Whether to draw a plot (needs matplotlib).", None, "--plot/--no-plot")
 ]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a checkpoint is loaded; the names are arguments of `session.load_model`."""
+
+    load_4bit: Load4Bit = False
+    load_8bit: Load8Bit = False
+    dtype: Dtype = None
+    device: Device = None
+
+
+@dataclass(frozen=True)
+class Merging:
+    """What is merged."""
+
+    keep: Keep = None
+    tokens: Tokens = None
+    ratio: Ratio = None
+    algorithm: Algorithm = None
+    preset: Preset = None
+    quality: Quality = None
+    option: MergeOption = None
+
+    def given(self) -> dict[str, Any]:
+        """See `merge_options`."""
+        return merge_options(**vars(self))
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command for typer, in which every field of `Loading` and `Merging` is an option."""
+    options: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        group = parameter.annotation
+        if group not in (Loading, Merging):
+            options.append(parameter)
+            continue
+        groups[name] = group
+        options += inspect.signature(group, eval_str=True).parameters.values()
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            fields = [field.name for field in dataclasses.fields(group)]
+            values[name] = group(**{field: values.pop(field) for field in fields})
+        command(**values)
+
+    run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    return run
 
 
 def merge_options(

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..common import require
 from ..merge.config import BUDGET_WORDS, DEFAULT_KEEP, MergeConfig
 from .terminal import loading, quiet, say
 
@@ -163,6 +164,27 @@ def check_algorithm(given: dict[str, Any]) -> None:
 
     if "algorithm" in given:
         algorithms.get(given["algorithm"])
+
+
+def check_output(folder: Path, files: Sequence[str], *, overwrite: bool, plot: str = "") -> None:
+    """Refuse, before anything is loaded, what could not be written afterwards.
+
+    Args:
+        folder: where to write.
+        files: names of all files.
+        overwrite: they may be there.
+        plot: the command whose plot is drawn.
+
+    Raises:
+        ValueError: the folder is a file, or cannot be written to.
+        FileExistsError: one of the files is there.
+        ImportError: a plot is drawn and matplotlib is not installed.
+    """
+    from ..measure.store import check_files
+
+    if plot:
+        require("matplotlib", "viz", f"the plot of {plot} (--no-plot leaves it out)")
+    check_files(folder, files, overwrite=overwrite)
 
 
 def check_bits(load_4bit: bool, load_8bit: bool) -> None:

@@ -23,92 +23,58 @@ if TYPE_CHECKING:
     from ..measure.tune import Event, Recipe, Row, TuneResult
 
 DEMO_SPLIT = "val"
-_WHAT = "What is tuned"
-_HOW = "How it is tuned"
+_what, _how = o.panel("What is tuned"), o.panel("How it is tuned")
 
 Data = Annotated[
     str,
-    typer.Option(
-        "--data",
-        metavar="FILE",
-        help='JSONL file with {"image": PATH, "question": TEXT, "answer": TEXT} on every line '
+    _what(
+        'JSONL file with {"image": PATH, "question": TEXT, "answer": TEXT} on every line '
         "(either all lines have an answer or none), or `demo` for the bundled questions.",
-        rich_help_panel=_WHAT,
+        "FILE",
+        "--data",
     ),
 ]
 MaxLoss = Annotated[
     float,
-    typer.Option(
-        metavar="SHARE",
-        help="Largest acceptable loss of accuracy, relative to the unreduced model; 0.01 is 1 %.",
-        rich_help_panel=_WHAT,
+    _what(
+        "Largest acceptable loss of accuracy, relative to the unreduced model; 0.01 is 1 %.",
+        "SHARE",
     ),
 ]
 IgnoreAnswers = Annotated[
     bool,
-    typer.Option(
+    _what(
+        "Compare with the unreduced model's answers instead of the answers in the data.",
+        None,
         "--ignore-answers",
-        help="Compare with the unreduced model's answers instead of the answers in the data.",
-        rich_help_panel=_WHAT,
     ),
 ]
-Limit = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", help="Use only the first N questions of the data.", rich_help_panel=_WHAT
-    ),
-]
+Limit = Annotated[int | None, _what("Use only the first N questions of the data.", "N")]
 Algorithms = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME,NAME",
-        help="Algorithms to try, for instance pitome,tome or NAME:option=value; default: all but "
+    _what(
+        "Algorithms to try, for instance pitome,tome or NAME:option=value; default: all but "
         "the baselines.",
-        rich_help_panel=_WHAT,
+        "NAME,NAME",
     ),
 ]
 Budgets = Annotated[
     str | None,
-    typer.Option(
-        "--tokens",
-        metavar="N,N",
-        help="Visual tokens per image to try; default: eight from 3/4 to 1/16.",
-        rich_help_panel=_WHAT,
-    ),
+    _what("Visual tokens per image to try; default: eight from 3/4 to 1/16.", "N,N", "--tokens"),
 ]
-Output = Annotated[
-    Path,
-    typer.Option(
-        "--output", "-o", metavar="DIR", help="Folder for pitome_config.json, report and results."
-    ),
-]
+Output = Annotated[Path, o.output_option("Folder for pitome_config.json, report and results.")]
 Seed = Annotated[
-    int,
-    typer.Option(
-        min=0,
-        metavar="N",
-        help="Random seed for splitting images into search and check halves.",
-        rich_help_panel=_HOW,
-    ),
+    int, _how("Random seed for splitting images into search and check halves.", "N", min=0)
 ]
-Confidence = Annotated[
-    float,
-    typer.Option(metavar="SHARE", help="Confidence level of the intervals.", rich_help_panel=_HOW),
-]
-BatchSize = Annotated[
-    int, typer.Option(metavar="N", help="Questions per batch.", rich_help_panel=_HOW)
-]
-MaxNewTokens = Annotated[
-    int,
-    typer.Option(min=1, metavar="N", help="Longest answer in tokens.", rich_help_panel=_HOW),
-]
+Confidence = Annotated[float, _how("Confidence level of the intervals.", "SHARE")]
+BatchSize = Annotated[int, _how("Questions per batch.", "N")]
+MaxNewTokens = Annotated[int, _how("Longest answer in tokens.", "N", min=1)]
 Suffix = Annotated[
     str,
-    typer.Option(
-        metavar="TEXT",
-        help="Text to add after every question, for instance 'Answer the question using a single "
+    _how(
+        "Text to add after every question, for instance 'Answer the question using a single "
         "word or phrase.'",
-        rich_help_panel=_HOW,
+        "TEXT",
     ),
 ]
 
@@ -130,10 +96,7 @@ def tune(
     max_new_tokens: MaxNewTokens = 16,
     suffix: Suffix = "",
     plot: o.Plot = True,
-    load_4bit: o.Load4Bit = False,
-    load_8bit: o.Load8Bit = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
+    loading: o.Loading = o.Loading(),
     verbose: o.Verbose = False,
 ) -> None:
     """Find the smallest budget, and options, within a loss of quality on your own questions.
@@ -150,24 +113,20 @@ def tune(
     budgets = None if tokens is None else o.counts("tokens", tokens)
     if plot:
         require("matplotlib", "viz", "the plot of tune (--no-plot leaves it out)")
+    from ..measure.store import TUNE_FILES, Store
+
+    Store(output).check(resume=resume, overwrite=overwrite, results=TUNE_FILES)
     with quiet(verbose):
         from ..measure import tune as tuning
-        from ..measure.tune.tuner import check_folder
         from .session import load_model
 
         recipes = None if algorithms is None else _recipes(algorithms)
     tuning.Plan(max_loss, recipes, budgets, seed, confidence=confidence)
-    check_folder(output, resume=resume, overwrite=overwrite)
     rows = _rows(data, limit, ignore_answers)
-    vlm, processor = load_model(
-        model,
-        load_4bit=load_4bit,
-        load_8bit=load_8bit,
+    if model == DEMO and loading.dtype is None:
         # The bundled weights are stored in half precision, which CPUs are slow with.
-        dtype="float32" if model == DEMO and dtype is None else dtype,
-        device=device,
-        verbose=verbose,
-    )
+        loading = dataclasses.replace(loading, dtype="float32")
+    vlm, processor = load_model(model, verbose=verbose, **vars(loading))
     with quiet(verbose), _progress() as tell:
         try:
             result = tuning.tune(

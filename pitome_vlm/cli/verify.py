@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..common import counted
 from ..merge.config import DEFAULT_KEEP
 from . import options as o
+from .session import check_output
 from .terminal import progress_bars, quiet, say, show_table, write
 
 if TYPE_CHECKING:
@@ -21,80 +23,46 @@ if TYPE_CHECKING:
     from .verify_run import Outcome
 
 EXIT_FAILED_CHECK = 1
-_SYNTHETIC = "Synthetic clusters"
-_REAL = "Real features"
+_synthetic, _real = o.panel("Synthetic clusters"), o.panel("Real features")
 
 ModelName = Annotated[
     str,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="PATH",
-        help="Folder or Hub name of a LLaVA checkpoint, or `demo` for the bundled one.",
-        rich_help_panel=_REAL,
+    o.model_option(
+        "Folder or Hub name of a LLaVA checkpoint, or `demo` for the bundled one.", _real
     ),
 ]
 Images = Annotated[
     list[str] | None,
-    typer.Option(
-        "--image",
-        "-i",
-        metavar="FILE",
-        help="Image file; can be repeated. Default: validation scenes of the demo.",
-        rich_help_panel=_REAL,
-    ),
+    o.image_option("Image file; can be repeated. Default: validation scenes of the demo.", _real),
 ]
-Count = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", help="Number of validation scenes; default: 8.", rich_help_panel=_REAL
-    ),
-]
+Count = Annotated[int | None, _real("Number of validation scenes; default: 8.", "N")]
 Features = Annotated[
     bool,
-    typer.Option(
+    _real(
+        "Whether to measure the features of a model's vision tower.",
+        None,
         "--features/--no-features",
-        help="Whether to measure the features of a model's vision tower.",
-        rich_help_panel=_REAL,
     ),
 ]
 Synthetic = Annotated[
     bool,
-    typer.Option(
+    _synthetic(
+        "Whether to measure synthetic clusters with known labels.",
+        None,
         "--synthetic/--no-synthetic",
-        help="Whether to measure synthetic clusters with known labels.",
-        rich_help_panel=_SYNTHETIC,
     ),
 ]
-Seeds = Annotated[
-    int,
-    typer.Option(metavar="N", help="Random draws per case.", rich_help_panel=_SYNTHETIC),
-]
+Seeds = Annotated[int, _synthetic("Random draws per case.", "N")]
 Sigma = Annotated[
-    str,
-    typer.Option(
-        metavar="X,X",
-        help="Noise standard deviations (cluster centres have unit norm).",
-        rich_help_panel=_SYNTHETIC,
-    ),
+    str, _synthetic("Noise standard deviations (cluster centres have unit norm).", "X,X")
 ]
 Sizes = Annotated[
     str | None,
-    typer.Option(
-        metavar="N/N,N/N",
-        help="Number of tokens in each cluster; default: 32/16/8/5/3,50/8/4/2,20/16/12/9/7.",
-        rich_help_panel=_SYNTHETIC,
+    _synthetic(
+        "Number of tokens in each cluster; default: 32/16/8/5/3,50/8/4/2,20/16/12/9/7.", "N/N,N/N"
     ),
 ]
-Output = Annotated[
-    Path,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="DIR",
-        help="Folder for report.md, results.json and spectral.png.",
-    ),
-]
+Output = Annotated[Path, o.output_option("Folder for report.md, results.json and spectral.png.")]
 
 
 def verify(
@@ -113,10 +81,7 @@ def verify(
     output: Output = Path("pitome-verify"),
     overwrite: o.Overwrite = False,
     plot: o.Plot = True,
-    load_4bit: o.Load4Bit = False,
-    load_8bit: o.Load8Bit = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
+    loading: o.Loading = o.Loading(),
     verbose: o.Verbose = False,
 ) -> None:
     """Measure how merging changes the spectrum of the token graph.
@@ -135,12 +100,14 @@ def verify(
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     names = list(dict.fromkeys(o.words("algorithms", algorithms or "")))
     o.fractions("sigma", sigma)
+    from ..measure.store import VERIFY_FILES
+
+    check_output(output, VERIFY_FILES, overwrite=overwrite, plot="verify" if plot else "")
     started = time.perf_counter()
     with quiet(verbose):
         from . import verify_run as run
         from .session import check_algorithm, load_images, one_thread
 
-    run.check_output(output, overwrite=overwrite, plot=plot)
     noise, clusters = run.noise_levels(sigma), run.cluster_sizes(sizes)
     for name in names:
         check_algorithm({"algorithm": name})
@@ -154,17 +121,8 @@ def verify(
     drawn: dict[str, Any] = {}
     with quiet(verbose), one_thread(), progress_bars() as progress:
         if features:  # first, because it has more ways to fail, and sooner
-            loading = {"load_4bit": load_4bit, "load_8bit": load_8bit}
             rows, about = run.feature_results(
-                model,
-                names,
-                budget,
-                images,
-                scenes,
-                progress,
-                dtype=dtype,
-                device=device,
-                **loading,
+                model, names, budget, images, scenes, progress, **vars(loading)
             )
         if synthetic:
             results, drawn = run.synthetic_results(names, clusters, noise, seeds, progress)
@@ -234,7 +192,7 @@ def _show_features(rows: Sequence[FeatureRow]) -> None:
     columns, lines = report.feature_lines(rows)
     whole: Iterable[int] = (i for i, line in enumerate(lines) if line[0] == report.WHOLE)
     show_table(
-        f"Real features: SD / N ≤ Weyl bound, mean of {len(rows[0].distance)} image(s)",
+        f"Real features: SD / N ≤ Weyl bound, mean of {counted(len(rows[0].distance), 'image')}",
         columns,
         lines,
         starts=set(whole),

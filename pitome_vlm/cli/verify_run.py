@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from ..common import write_bytes, write_text
 from ..demo import scene_image
 from ..demo.dataset import SPLIT_SCENES
-from ..measure.plots import check_matplotlib
 from ..measure.provenance import machine, provenance, versions
 from ..measure.spectral import plots, report
 from ..measure.spectral.features import TowerChange, merge_changes
@@ -31,7 +30,7 @@ from ..measure.spectral.study import (
     under_assumptions,
 )
 from ..measure.spectral.synthetic import RATIO, Clusters, can_merge
-from ..measure.store import check_files
+from ..measure.store import VERIFY_FILES
 from ..merge import algorithms as registry
 from ..merge.config import MergeConfig
 from .options import fractions, words
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 # Looked at during development and never reported as accuracy; the test split stays unseen.
 SPLIT = "val"
 DEFAULT_COUNT = 8
-REPORT, RESULTS, PLOT = "report.md", "results.json", "spectral.png"
 
 
 @dataclass(frozen=True)
@@ -87,19 +85,6 @@ def cluster_sizes(text: str | None) -> list[tuple[int, ...]]:
         Clusters(sizes)
         found.append(sizes)
     return list(dict.fromkeys(found))
-
-
-def check_output(folder: Path, *, overwrite: bool, plot: bool) -> None:
-    """Refuse before measuring what could not be written afterwards.
-
-    Raises:
-        ValueError: the folder is a file.
-        FileExistsError: results of an earlier run are there.
-        ImportError: matplotlib is needed and not installed.
-    """
-    check_files(folder, (REPORT, RESULTS, PLOT), overwrite=overwrite)
-    if plot:
-        check_matplotlib("the plot (--no-plot leaves it out)")
 
 
 def synthetic_results(
@@ -213,6 +198,7 @@ def outcome_of(
 
 def store(outcome: Outcome, folder: Path, *, plot: bool) -> list[Path]:
     """Write report, results and plot, each whole or not at all; their paths."""
+    report_file, results, drawing = (folder / name for name in VERIFY_FILES)
     drawn = plots.draw(outcome.results, outcome.rows) if plot else None
     text = report.markdown(
         outcome.results,
@@ -220,7 +206,7 @@ def store(outcome: Outcome, folder: Path, *, plot: bool) -> list[Path]:
         checks=outcome.checks,
         summary=outcome.summary,
         facts=outcome.facts,
-        plot=PLOT if plot else None,
+        plot=drawing.name if plot else None,
     )
     values = {
         "provenance": outcome.facts,
@@ -229,14 +215,12 @@ def store(outcome: Outcome, folder: Path, *, plot: bool) -> list[Path]:
         "synthetic": [result.to_dict() for result in outcome.results],
         "features": [row.to_dict() for row in outcome.rows],
     }
-    write_text(folder / RESULTS, _dump(values))
-    write_text(folder / REPORT, text)
-    if drawn is None:
-        # A plot of an earlier run would contradict the new numbers.
-        (folder / PLOT).unlink(missing_ok=True)
-    else:
-        write_bytes(folder / PLOT, drawn)
-    return [folder / name for name in (REPORT, RESULTS, *([PLOT] if plot else []))]
+    files = [write_text(report_file, text), write_text(results, _dump(values))]
+    if drawn is not None:
+        return [*files, write_bytes(drawing, drawn)]
+    # A plot of an earlier run would contradict the new numbers.
+    drawing.unlink(missing_ok=True)
+    return files
 
 
 def _dump(values: dict[str, Any]) -> str:

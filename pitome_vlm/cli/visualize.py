@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from ..common import write_bytes
 from ..merge.config import MergeConfig
 from . import options as o
+from .session import check_output
 from .terminal import quiet, write
 
 if TYPE_CHECKING:
@@ -20,45 +19,27 @@ COMPARED = ("pitome_plus", "pitome", "tome", "random", "pool")
 
 Output = Annotated[
     Path,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="DIR",
-        help="Folder to write to; every image becomes NAME-merged.png there, or NAME-compared.png.",
+    o.output_option(
+        "Folder to write to; every image becomes NAME-merged.png there, or NAME-compared.png."
     ),
 ]
 Compare = Annotated[
     bool,
-    typer.Option(
-        "--compare",
-        help="Compare the usual five algorithms; `--algorithms` names others.",
-    ),
+    o.plain("Compare the usual five algorithms; `--algorithms` names others.", None, "--compare"),
 ]
-Size = Annotated[
-    int,
-    typer.Option(min=32, max=4096, metavar="N", help="Longer side of the drawn image in pixels."),
-]
+Size = Annotated[int, o.plain("Longer side of the drawn image in pixels.", "N", min=32, max=4096)]
 
 
 def visualize(
     model: o.Model,
     image: o.Images,
     output: Output = Path("pitome-visualize"),
-    keep: o.Keep = None,
-    tokens: o.Tokens = None,
-    ratio: o.Ratio = None,
-    algorithm: o.Algorithm = None,
-    preset: o.Preset = None,
-    quality: o.Quality = None,
-    option: o.MergeOption = None,
+    merging: o.Merging = o.Merging(),
     algorithms: o.Algorithms = None,
     compare: Compare = False,
     size: Size = 480,
     overwrite: o.Overwrite = False,
-    load_4bit: o.Load4Bit = False,
-    load_8bit: o.Load8Bit = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
+    loading: o.Loading = o.Loading(),
     verbose: o.Verbose = False,
 ) -> None:
     """Draw which patches of an image became one token: same colour and outline, same token.
@@ -68,7 +49,7 @@ def visualize(
 
     Example: `pitome-vlm visualize --model demo --image scene.png --tokens 36 --compare`
     """
-    merging = o.merge_options(keep, tokens, ratio, algorithm, preset, quality, option)
+    given = merging.given()
     names = o.words("algorithms", algorithms) if algorithms else list(COMPARED) if compare else []
     targets = _targets(output, image, "compared" if names else "merged", overwrite)
     from ..measure.tables import png
@@ -78,15 +59,7 @@ def visualize(
     with quiet(verbose):
         for name in names:
             check_algorithm({"algorithm": name})
-    vlm, processor = load_merging(
-        model,
-        merging,
-        load_4bit=load_4bit,
-        load_8bit=load_8bit,
-        dtype=dtype,
-        device=device,
-        verbose=verbose,
-    )
+    vlm, processor = load_merging(model, given, verbose=verbose, **vars(loading))
     for target, pixels in zip(targets, images, strict=True):
         with quiet(verbose):
             drawn = (
@@ -105,13 +78,11 @@ def _targets(folder: Path, images: list[str], kind: str, overwrite: bool) -> lis
         ValueError: the folder is a file, or two images have one name.
         FileExistsError: one of the files is there.
     """
-    from ..measure.store import check_files
-
     targets = [folder / f"{Path(name).stem}-{kind}.png" for name in images]
     for target in targets:
         if targets.count(target) > 1:
             raise ValueError(f"two images would both be written to {target}; draw them separately")
-    check_files(folder, [target.name for target in targets], overwrite=overwrite)
+    check_output(folder, [target.name for target in targets], overwrite=overwrite)
     return targets
 
 

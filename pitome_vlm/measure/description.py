@@ -232,7 +232,7 @@ class Description:
 
 _WIDTH = 79
 _COLUMNS = ("without", "with", "saved")
-_NOT_IN_FORCE = "plan (nothing is merged before wrap() is called):"
+_NOT_IN_FORCE = "not switched on; with pitome_vlm.wrap(model, ...) and these options:"
 
 
 def describe(

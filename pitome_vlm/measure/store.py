@@ -22,8 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from ..common import write_bytes, write_text
+from ..common import counted, write_bytes, write_text
+from ..merge.config import CONFIG_NAME
 
+# What `verify` and `tune` write at the end, to look for before torch is loaded.
+VERIFY_FILES = ("report.md", "results.json", "spectral.png")
+TUNE_PLOT = "loss_tokens.png"
+TUNE_FILES = (CONFIG_NAME, "report.md", "result.json", TUNE_PLOT)
 FORMAT = 1
 _ORDER = "order"
 _HEAD = ("format", "identity", _ORDER)
@@ -71,9 +76,9 @@ class Store:
         count = len(self)
         if count and not resume:
             raise FileExistsError(
-                f"{self.root} already holds {count} finished cells; --resume (resume=True) "
-                "continues with them, --overwrite (overwrite=True) deletes them, or choose another "
-                "output folder"
+                f"{self.root} already holds {counted(count, 'finished cell')}; --resume "
+                "(resume=True) continues with them, --overwrite (overwrite=True) deletes them, or "
+                "choose another output folder"
             )
         if not count:
             check_files(self.root, results, overwrite=False)

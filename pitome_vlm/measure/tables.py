@@ -1,4 +1,4 @@
-"""Tables and pages: Markdown, and one self-contained HTML page of figures and tables.
+"""Tables with captions and notes, and one self-contained HTML page of figures and tables.
 
 The page (`page.html.jinja`) works without a network, on a phone, in light and dark. Tables for a
 terminal are rendered by the command line.
@@ -10,11 +10,13 @@ import base64
 import functools
 import html
 import io
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
+
+from ..common import markdown_table
 
 _PAGE, _FRAGMENT = "page.html.jinja", "fragment.html.jinja"
 
@@ -77,22 +79,6 @@ class Table:
         """Caption, table and note as an HTML fragment, for a notebook."""
         text: str = _template(_FRAGMENT).render(table=self)
         return text
-
-
-def markdown_table(
-    columns: Sequence[str],
-    rows: Iterable[Sequence[str | Cell]],
-    numbers: Collection[int] = (),
-) -> str:
-    """A Markdown table; bars and line breaks in cells are made harmless.
-
-    Args:
-        columns: column titles.
-        rows: one text or `Cell` per column.
-        numbers: indices of the columns that are aligned to the right.
-    """
-    ruler = ["---:" if index in numbers else "---" for index in range(len(columns))]
-    return "\n".join(_markdown_row(row) for row in (columns, ruler, *rows))
 
 
 def html_report(
@@ -161,17 +147,14 @@ def png(image: Image.Image) -> bytes:
 
 
 def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
-    for unit in units[:-1]:
-        if value < base:
-            return f"{value:.4g} {unit}"
+    """Four digits, zeros at the end too, so that the numbers of a column line up."""
+    if value < base:
+        return f"{value:.4g} {units[0]}"
+    for unit in units[1:]:
         value /= base
-    return f"{value:.4g} {units[-1]}"
-
-
-def _markdown_row(cells: Sequence[str | Cell]) -> str:
-    # A bar or a line break in an error message would end the cell.
-    texts = (str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells)
-    return f"| {' | '.join(texts)} |"
+        if value < base or unit == units[-1]:
+            break
+    return f"{value:#.4g}".rstrip(".") + f" {unit}"
 
 
 def _base64_png(image: Image.Image) -> str:

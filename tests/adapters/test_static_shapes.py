@@ -21,6 +21,7 @@ from pitome_vlm.wrapping.wrap import schedule_of
 OPTIONS = {
     **{name: {"algorithm": name} for name in algorithms.available() if name != "none"},
     "pitome, random split": {"algorithm": "pitome", "split": "random"},
+    "pitome, high and low": {"algorithm": "pitome", "split": "high_low"},
     "pitome, nothing protected": {"algorithm": "pitome", "protect": False},
     "pitome, matching early": {"algorithm": "pitome", "early_matching": 0.5},
     "pitome, gaussian, energy order": {
@@ -29,9 +30,13 @@ OPTIONS = {
         "restore_order": False,
     },
     "pitome_plus, energy order": {"algorithm": "pitome_plus", "restore_order": False},
+    "pitome_plus, elu, fixed margin": {"algorithm": "pitome_plus", "energy": "elu", "margin": 0.5},
+    "tofu, merging only": {"algorithm": "tofu", "pruning_depth": 0.0},
+    "tome, hidden states": {"algorithm": "tome", "metric": "hidden", "weighted": False},
 }
 LIMITS = {"whole": PairLimits(), "pieces": PairLimits(whole_up_to=10, piece_bytes=3000)}
 N = 48
+SLOW = [pytest.mark.slow]
 
 
 def merge(keys, attention, sizes, config, algorithm, limits, at_projector):
@@ -103,18 +108,22 @@ def test_reading_a_value_would_be_noticed():
                 read()
 
 
+FAST = {(name, "pieces") for name in OPTIONS if "," not in name and name != "pitome"}
+FAST |= {("pitome_plus", "whole"), ("pitome", "whole")}
+
+
 @pytest.mark.parametrize(
-    ("name", "limits"),
+    ("options", "limits"),
     [
-        *((name, "pieces") for name in algorithms.available() if name not in ("none", "pitome")),
-        *(("pitome_plus", "whole"), ("pitome", "whole")),
-        pytest.param("pitome", "pieces", marks=pytest.mark.slow),
+        pytest.param(options, kind, id=f"{name}-{kind}", marks=[] if (name, kind) in FAST else SLOW)
+        for name, options in OPTIONS.items()
+        for kind in LIMITS
+        if kind == "whole" or "," not in name
     ],
 )
-def test_a_merge_is_one_graph_per_budget(name, limits):
+def test_a_merge_is_one_graph_per_budget(options, limits):
     # Few pieces: Dynamo unrolls the loop over them.
     limits = PairLimits(whole_up_to=10, piece_bytes=10_000) if limits == "pieces" else PairLimits()
-    options = {"algorithm": name}
     graphs = Graphs()
     # Numbers stay numbers: as arguments they would become symbols at the second budget.
     compiled = torch.compile(merge, backend=graphs, fullgraph=True, dynamic=False)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cli_runner import fails_in_one_line, run
+from cli_runner import ABSENT_DEVICE, fails_in_one_line, run
 
 from pitome_vlm.common import __version__
 
@@ -31,6 +31,37 @@ def test_help_is_fast_because_it_imports_neither_torch_nor_numpy():
         "    assert result.stdout.strip()\n"
         "heavy = {'torch', 'transformers', 'numpy', 'matplotlib', 'peft'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_can_be_refused_at_once_is(tmp_path):
+    for name in ("report.md", "pitome_config.json"):
+        (tmp_path / name).touch()
+    here = ["--output", str(tmp_path)]
+    refused = {
+        "Did you mean 'llava-1.5-7b'?": ["bench", "--config", "llava-1.5-7"],
+        "No such option: --algorithm. Did you mean '--algorithms'?": ["bench", "--algorithm", "x"],
+        "No such option: --no-plots. Did you mean '--no-plot'?": ["verify", "--no-plots"],
+        "already holds report.md; choose another": ["bench", "--config", "tiny", *here],
+        "already holds report.md; choose": ["verify", *here],
+        "already holds pitome_config.json, report.md": [
+            "tune",
+            "-m",
+            "demo",
+            "--data",
+            "demo",
+            *here,
+        ],
+    }
+    script = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom pitome_vlm.cli import app\n"
+        f"for message, words in {refused!r}.items():\n"
+        "    result = CliRunner().invoke(app, words)\n"
+        "    assert result.exit_code == 2, result.output\n"
+        "    assert message in result.stderr, result.stderr\n"
+        "assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -81,7 +112,10 @@ def test_version():
         (["demo", "--output", __file__], "output must be a folder"),
         (["bench"], "give either --model PATH or --config NAME"),
         (["bench", "--config", "tiny", "--dtype", "fp16"], "Did you mean 'float16'?"),
-        (["bench", "--config", "tiny", "--device", "cuda"], "--device cuda: PyTorch finds no"),
+        (
+            ["bench", "--config", "tiny", "--device", ABSENT_DEVICE],
+            f"--device {ABSENT_DEVICE}: PyTorch finds",
+        ),
         (["bench", "--config", "tiny", "--device", "gpu"], "--device must be cpu, cuda"),
     ],
     ids=str,

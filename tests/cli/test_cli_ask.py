@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from cli_runner import fails_in_one_line, run
+from cli_runner import ABSENT_DEVICE, fails_in_one_line, run
 from expected_answer import expected_answer
 
 from pitome_vlm.merge.config import MergeConfig
@@ -91,7 +91,10 @@ BAD = [
     (["--image", "IMAGE", "--keep", "1", "see <image>"], "must not contain '<image>'"),
     (["--image", "IMAGE", "--dtype", "int8", "q"], "dtype must be one of"),
     (["--image", "IMAGE", "--dtype", "fp16", "q"], "Did you mean 'float16'?"),
-    (["--image", "IMAGE", "--device", "cuda", "q"], "--device cuda: PyTorch finds no accelerator"),
+    (
+        ["--image", "IMAGE", "--device", ABSENT_DEVICE, "q"],
+        f"--device {ABSENT_DEVICE}: PyTorch finds",
+    ),
     (["--image", "IMAGE", "--max-new-tokens", "0", "q"], "--max-new-tokens"),
     (["--image", "IMAGE", "--load-4bit", "--load-8bit", "q"], "only one of"),
     (["--image", "missing.png", "q"], "missing.png: no such file"),

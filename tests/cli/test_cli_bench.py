@@ -99,7 +99,7 @@ def test_a_checkpoint_is_timed():
         (("--model", "demo", "--layers", 1), "--layers needs --config"),
         (("--config", "tiny", "--layers", 0), "layers must be at least 1, got 0"),
         (("--config", "tiny", "--layers", 9), "layers must be at most 2, got 9"),
-        (("--config", "tiny", "--load-4bit"), "--load-4bit quantises a checkpoint"),
+        (("--config", "tiny", "--load-4bit"), "quantise a checkpoint"),
         (("--config", "tiny", "--batch", "0"), "batch must be whole numbers of at least 1"),
         (("--config", "tiny", "--batch", "-1"), "batch must be whole numbers of at least 1"),
         (("--config", "tiny", "--batch", ","), "batch must be separated by single commas"),

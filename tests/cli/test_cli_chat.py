@@ -70,8 +70,8 @@ def test_chat_answers_and_survives_bad_lines(checkpoint, image, files):
         strict=True,
     ):
         assert message in said
-    states = [line for line in told if "turn(s)" in line]
-    assert [re.findall(r"-> (\d+) .*; (\d+) image\(s\), (\d+) turn", s)[0] for s in states] == [
+    states = [line for line in told if re.search(r"\d turns?$", line)]
+    assert [re.findall(r"-> (\d+) .*; (\d+) images?, (\d+) turns?$", s)[0] for s in states] == [
         ("72", "1", "1"),
         ("72", "2", "0"),
         ("72", "2", "0"),
@@ -106,7 +106,7 @@ def test_chat_continues_after_a_failure_in_the_model(checkpoint, image, monkeypa
     result = run(*words, text="what is it?\n/info\nwhat is it?\n")
     assert result.exit_code == 0
     assert "error: out of memory" in result.stderr
-    assert "0 turn(s)" in result.stderr
+    assert "1 image, 0 turns" in result.stderr
     assert result.stdout.strip() == expected_answer(checkpoint, image, "what is it?", 4, keep=0.25)
 
 
@@ -136,7 +136,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(endless, image, monkeypatch):
     assert result.exit_code == 0
     told = result.stderr.splitlines()
     assert "stopped" in told
-    assert "1 turn(s)" in told[-1]
+    assert "1 image, 1 turn" in told[-1]
     assert 0 < len(result.stdout.split()) < limit
     assert "Traceback" not in result.stderr
 

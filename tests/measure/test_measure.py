@@ -284,7 +284,7 @@ class TestDescribe:
     def test_unwrapped_says_so_and_what_would_be(self, model):
         told = describe(model)
         assert not told.wrapped
-        assert str(told).startswith("plan (nothing is merged before wrap() is called):")
+        assert str(told).startswith("not switched on; with pitome_vlm.wrap(model, ...)")
         assert told.after == costs(wrap(model, keep=0.25))
         assert not describe(unwrap(model), config=MergeConfig(tokens=9)).wrapped
 

@@ -182,7 +182,7 @@ class TestStore:
         cells = Store(tmp_path, RUN)
         cells.check(resume=False)
         cells.put("a", {})
-        with pytest.raises(FileExistsError, match="already holds 1 finished cells; --resume"):
+        with pytest.raises(FileExistsError, match="already holds 1 finished cell; --resume"):
             cells.check(resume=False)
         cells.check(resume=True)
         cells.check(resume=False, overwrite=True)
@@ -272,9 +272,10 @@ class TestTables:
             tables.Table("T", ["a", "b"], [["only one"]])
 
     def test_numbers_have_units(self):
-        assert tables.flops_text(1.5e9) == "1.5 GFLOP"
-        assert tables.bytes_text(900 * 1024) == "900 KiB"
+        assert tables.flops_text(1.5e9) == "1.500 GFLOP"
+        assert tables.bytes_text(900 * 1024) == "900.0 KiB"
         assert tables.bytes_text(5 * 2**40) == "5120 GiB"
+        assert tables.bytes_text(12) == "12 B"
 
     def test_shares_are_shown_as_percent(self):
         assert tables.percent(0.1234) == "12.3"

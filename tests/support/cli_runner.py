@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from typer.testing import CliRunner
 
 from pitome_vlm.cli import app
+
+# A kind of device that no machine has next to the one that this machine may have.
+ABSENT_DEVICE = "xpu" if torch.cuda.is_available() else "cuda"
 
 
 def run(*words: object, text: str | None = None):

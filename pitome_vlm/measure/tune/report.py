@@ -9,24 +9,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...common import write_bytes, write_text
-from ...merge.config import CONFIG_NAME, MergeConfig
+from ...common import counted, markdown_table, write_bytes, write_text
+from ...merge.config import MergeConfig
 from ..provenance import in_words
 from ..stats import RESAMPLES, Loss
-from ..tables import markdown_table, percent_text
+from ..store import TUNE_PLOT
+from ..tables import percent_text
 from .cells import Cell
 from .plots import draw
 from .recipes import BASELINES
 from .search import within
 from .verdict import Verdict, level, named
 
-PLOT = "loss_tokens.png"
-# Written at the end of a run.
-FILES = (CONFIG_NAME, "report.md", "result.json", PLOT)
 _HOW = (
     "The questions were split by image. Every recipe walked down the budgets on the search part "
     "and stopped at a confident violation of the target (whole interval above it) or at two "
-    "violations in a row; later recipes began {spare} budget(s) above the smallest that was known "
+    "violations in a row; later recipes began {spare} above the smallest that was known "
     "to be good. The fewest tokens within the target won, at equal counts the lower loss, then the "
     "lower divergence. That setting was asked the questions of the check part; if it missed the "
     "target there, the next larger admissible budget was, at most {checks} in all."
@@ -111,7 +109,7 @@ class TuneResult:
         }
 
     def save(self, folder: str | os.PathLike[str], *, plot: bool = True) -> list[Path]:
-        """Write pitome_config.json, report.md, result.json and the plot (`FILES`).
+        """Write pitome_config.json, report.md, result.json and the plot (`TUNE_FILES`).
 
         Args:
             folder: the output folder, made where it does not exist.
@@ -127,10 +125,10 @@ class TuneResult:
         drawn = self.plot() if plot else None
         paths = []
         if drawn is not None:
-            paths.append(write_bytes(target / PLOT, drawn))
+            paths.append(write_bytes(target / TUNE_PLOT, drawn))
         else:
             # The plot of an earlier run with other options does not belong to this report.
-            (target / PLOT).unlink(missing_ok=True)
+            (target / TUNE_PLOT).unlink(missing_ok=True)
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
         paths.append(write_text(target / "result.json", text))
         paths.append(write_text(target / "report.md", markdown(self, plot=plot)))
@@ -150,7 +148,7 @@ def markdown(result: TuneResult, *, plot: bool = True) -> str:
         parts.append("\n".join(f"- Note: {note}." for note in result.notes))
     parts.append(_use(result))
     if plot:
-        parts.append(f"![loss against tokens]({PLOT})")
+        parts.append(f"![loss against tokens]({TUNE_PLOT})")
     parts += [_check(result), _search(result)]
     if result.skipped:
         lines = [f"- {name}: {reason}" for name, reason in result.skipped.items()]
@@ -240,7 +238,7 @@ def _method(result: TuneResult) -> str:
         else "Loss: 1 - agreement with the unreduced model's greedy answers, compared by "
         f"`{result.facts.get('scorer', 'exact_match')}`; nobody said whether those are right."
     )
-    how = _HOW.format(spare=checks - 1, checks=checks)
+    how = _HOW.format(spare=counted(checks - 1, "budget"), checks=checks)
     baselines = f"Baselines ({', '.join(BASELINES)}) are tried only where they are named."
     intervals = _INTERVALS.format(alpha=alpha, draws=RESAMPLES)
     return f"## How\n\n{loss}\n\n{how} {baselines}\n\n{intervals}"

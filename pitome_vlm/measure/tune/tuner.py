@@ -9,12 +9,12 @@ from typing import Any
 from ...common import whole_number
 from ...loading.images import ImageError, ImageLimits
 from ..asking import question_prompt
-from ..store import Store
+from ..store import TUNE_FILES, Store
 from .asking import UNREDUCED, Asker, ModelAsker, Prompt
 from .cells import Cell, Event, Listener, Measurer
 from .plan import Plan
 from .recipes import Recipe, default_recipes, token_counts
-from .report import FILES, TuneResult
+from .report import TuneResult
 from .rows import Row, as_rows, has_answers, image_digests
 from .search import admissible, walk_down, within
 from .split import FEW, Parts, split_by_image
@@ -92,7 +92,7 @@ def check_folder(
     folder: str | os.PathLike[str] | None, *, resume: bool, overwrite: bool = False
 ) -> None:
     """Refuse, before anything is loaded, a folder that must not be written to; see `tune`."""
-    Store(folder).check(resume=resume, overwrite=overwrite, results=FILES)
+    Store(folder).check(resume=resume, overwrite=overwrite, results=TUNE_FILES)
 
 
 def run(
