@@ -12,8 +12,10 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import override
+from vllm.model_executor.models.interfaces import SupportsMRoPE
 from vllm.model_executor.models.llava import (
     LlavaDummyInputsBuilder,
     LlavaForConditionalGeneration,
@@ -22,6 +24,8 @@ from vllm.model_executor.models.llava import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from ..merge.tokens import VisualTokens
+from .calibration import Calibration, with_numbers
 from .options import PlannedServing, plan_serving
 from .tower import encode
 
@@ -86,8 +90,12 @@ def _salted_names(names_of: Callable[..., Any], salt: str, *args: Any, **options
     info=PiToMeLlavaProcessingInfo,
     dummy_inputs=LlavaDummyInputsBuilder,
 )
-class PiToMeLlavaForConditionalGeneration(LlavaForConditionalGeneration):
-    """LLaVA whose visual tokens are merged in the tower and before the projector."""
+class PiToMeLlavaForConditionalGeneration(LlavaForConditionalGeneration, SupportsMRoPE):
+    """LLaVA whose visual tokens are merged in the tower and before the projector.
+
+    `SupportsMRoPE` is how a model of vLLM gives its tokens positions; they are asked for where
+    `startup.py` marked the model's config.
+    """
 
     # vLLM would hand the LoRA layers of tower and projector only as many tokens as come out.
     supports_tower_connector_lora = False
@@ -97,13 +105,77 @@ class PiToMeLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         plan = plan_serving(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._plan = plan
+        self.calibration = None
+        if plan.is_calibrated:
+            self.calibration = Calibration(plan, self.language_model, vllm_config)
 
     @override
-    def _image_pixels_to_features(self, vision_tower: Any, pixel_values: Any) -> Any:
-        if self._plan.schedule.is_identity:
-            return super()._image_pixels_to_features(vision_tower, pixel_values)
+    def _process_image_input(self, image_input: Any) -> Any:
+        if self._plan.schedule.is_identity or image_input["type"] == "image_embeds":
+            return super()._process_image_input(image_input)
         strategy = self.config.vision_feature_select_strategy
-        return encode(vision_tower, pixel_values, self._plan, strategy)
+        pixels = image_input["pixel_values"]
+        features, merge_pass = encode(self.vision_tower, pixels, self._plan, strategy)
+        projected = self.multi_modal_projector(features)
+        if self.calibration is None:
+            return projected
+        count, device = len(projected), projected.device
+        visual = VisualTokens(
+            features=list(projected),
+            source_maps=merge_pass.source_maps(count, device),
+            full_counts=[self._plan.schedule.tokens_in] * count,
+            anchors=merge_pass.anchors(count, device),
+        )
+        return with_numbers(projected, visual, self._plan.config.positions)
+
+    @override
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[Any]
+    ) -> tuple[Tensor, int]:
+        """Where every token of a prompt would be without merging; of an image its first place.
+
+        Returns:
+            [3, prompt] int64, three equal rows, and what later tokens are moved by.
+        """
+        positions, moved = torch.arange(len(input_tokens)), 0
+        for image in sorted(mm_features, key=lambda one: one.mm_position.offset):
+            start = image.mm_position.offset
+            end = start + image.mm_position.length
+            positions[start:end] = start + moved
+            moved += self._plan.schedule.tokens_in - image.mm_position.length
+            positions[end:] = torch.arange(end, len(input_tokens)) + moved
+        return positions.expand(3, -1).contiguous(), moved
+
+    @override
+    def embed_input_ids(
+        self,
+        input_ids: Tensor,
+        multimodal_embeddings: Any = None,
+        *,
+        is_multimodal: Tensor | None = None,
+    ) -> Tensor:
+        if self.calibration is not None:
+            count = len(input_ids)
+            multimodal_embeddings = self.calibration.cut(
+                count, multimodal_embeddings, is_multimodal
+            )
+        embedded: Tensor = super().embed_input_ids(
+            input_ids, multimodal_embeddings, is_multimodal=is_multimodal
+        )
+        return embedded
+
+    @override
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if self.calibration is not None:
+            positions = self.calibration.prepare(positions)
+        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
 
     @override
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

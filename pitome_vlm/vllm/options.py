@@ -23,9 +23,10 @@ MEDIA_CONNECTOR = "pitome_vlm"
 # Class tokens before the patches, by the kind of tower that vLLM's LLaVA can have.
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
-_NO_CALIBRATION = (
-    "stock vLLM has no place for a bias on attention logits and counts positions in whole tokens"
-)
+# Rotary embeddings whose angles grow evenly with the position, so that places between two whole
+# ones can be had: names in the config of the language model.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "ntk")
+UNCALIBRATED = "size_bias=false and positions='compact'"
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,29 @@ class PlannedServing:
     """What a vLLM server does with the images of one model.
 
     Attributes:
-        config: the merge options in force, with calibration switched off.
+        config: the merge options in force, with `size_bias` and `positions` decided.
         schedule: token counts of every image.
         grid: (rows, columns) of the patches, None where the tokens are not a whole grid.
-        switched_off: options that the library has on by default and vLLM does not support.
     """
 
     config: MergeConfig
     schedule: Schedule
     grid: tuple[int, int] | None
-    switched_off: tuple[str, ...] = ()
+
+    @property
+    def size_bias(self) -> bool:
+        """Whether attention of the language model adds log sizes."""
+        return bool(self.config.size_bias) and not self.schedule.is_identity
+
+    @property
+    def places(self) -> bool:
+        """Whether tokens keep their unreduced positions."""
+        return self.config.positions != "compact" and not self.schedule.is_identity
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the language model is told anything about merged tokens."""
+        return self.size_bias or self.places
 
     @property
     def salt(self) -> str:
@@ -52,34 +66,30 @@ class PlannedServing:
 
     def __str__(self) -> str:
         counts = f"{self.schedule.tokens_in} -> {self.schedule.tokens_out}"
-        line = f"{self.config.summary()}: {counts} visual tokens per image"
-        if self.switched_off:
-            line += f"; {' and '.join(self.switched_off)} switched off ({_NO_CALIBRATION})"
-        return line
+        return f"{self.config.summary()}: {counts} visual tokens per image"
 
 
 def served_config(config: MergeConfig) -> MergeConfig:
-    """A config as vLLM can carry it out: the same merges, calibration switched off.
+    """A config as vLLM carries it out: the same merges, `size_bias` and `positions` decided.
 
     Raises:
         ValueError: it asks for what vLLM cannot do; the message says what to write instead.
     """
+    # Late, because it imports torch, which a process that only registers the model does not need.
+    from ..merge import algorithms
+
     if config.is_adaptive:
         raise ValueError(
             "keep='auto' cannot be served: vLLM has to know the number of visual tokens before "
             "it sees the image; give a fixed keep or tokens"
         )
-    if config.size_bias:
-        raise ValueError(
-            f"size_bias=True cannot be served: {_NO_CALIBRATION}; leave size_bias out or set it "
-            "to false"
-        )
-    if config.positions not in (None, "compact"):
-        raise ValueError(
-            f"positions={config.positions!r} cannot be served: {_NO_CALIBRATION}; leave positions "
-            "out or set them to 'compact'"
-        )
-    return config.replace(size_bias=False, positions="compact")
+    wanted = algorithms.get(config.algorithm).calibrated
+    bias, positions = config.size_bias, config.positions
+    if bias is None:
+        bias = wanted if positions is None else positions != "compact"
+    if positions is None:
+        positions = "mean" if bias else "compact"
+    return config.replace(size_bias=bias, positions=positions)
 
 
 def hf_overrides(config: MergeConfig) -> dict[str, Any]:
@@ -109,19 +119,55 @@ def plan_serving(hf_config: Any, config: MergeConfig | None = None) -> PlannedSe
         ValueError: options that are missing, out of range, that do not fit the model, or that
             vLLM cannot carry out.
     """
-    # Late, because it imports torch, which a process that only registers the model does not need.
-    from ..merge import algorithms
     from ..merge.budget import schedule_for
 
-    given = _given(hf_config) if config is None else config
-    served = served_config(given)
+    served = served_config(_given(hf_config) if config is None else config)
     shape = _tower_shape(hf_config)
-    schedule = schedule_for(served, shape)
-    # Where nothing is merged there is nothing to calibrate.
-    wanted = algorithms.get(given.algorithm).calibrated and not schedule.is_identity
-    options = ("size_bias", "positions")
-    off = tuple(name for name in options if wanted and getattr(given, name) is None)
-    return PlannedServing(served, schedule, shape.grid, off)
+    plan = PlannedServing(served, schedule_for(served, shape), shape.grid)
+    if plan.is_calibrated:
+        _check_language_model(hf_config.text_config, plan)
+    return plan
+
+
+def _check_language_model(text_config: Any, plan: PlannedServing) -> None:
+    """Refuse language models whose attention or positions vLLM computes in another way.
+
+    Raises:
+        ValueError: this is one.
+    """
+    name, reason = getattr(text_config, "model_type", "unknown"), None
+    if plan.size_bias and getattr(text_config, "attn_logit_softcapping", None):
+        reason = "its attention logits are capped after the bias"
+    rotary = _rope_parameters(text_config)
+    if plan.places and not rotary:
+        reason = "it has no rotary positions, which places of merged tokens need"
+    for parameters in rotary if plan.places else ():
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind not in ROPE_TYPES or "mrope_section" in parameters:
+            reason = (
+                f"its rope_type {kind!r} has no places between two positions (supported: "
+                f"{', '.join(ROPE_TYPES)})"
+            )
+    if plan.places and getattr(text_config, "llama_4_scaling", None):
+        reason = "it scales queries by their positions (llama_4_scaling)"
+    if reason is not None:
+        raise ValueError(
+            f"language model {name!r} cannot be calibrated in vLLM: {reason}; serve it with "
+            f"{UNCALIBRATED}"
+        )
+
+
+def _rope_parameters(text_config: Any) -> list[Mapping[str, Any]]:
+    """Parameters of every rotary embedding of a language model, by whatever release wrote them."""
+    found = getattr(text_config, "rope_parameters", None)
+    if found:
+        parts = list(found.values())
+        # One for each type of layer, or just one.
+        return parts if all(isinstance(part, Mapping) for part in parts) else [found]
+    scaling = getattr(text_config, "rope_scaling", None)
+    if scaling or getattr(text_config, "rope_theta", None) is not None:
+        return [scaling or {}]
+    return []
 
 
 def _given(hf_config: Any) -> MergeConfig:

@@ -1,19 +1,28 @@
 """Options are checked when vLLM starts, before it loads weights or starts processes.
 
-This is vLLM's hook for it; what is right or wrong is decided in `options.py`.
+This is vLLM's hook for it. What is right or wrong is decided in `options.py`; here is what follows
+for vLLM's own config, and which of vLLM's features go together with calibration.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
+from vllm.config import set_current_vllm_config
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.v1.attention.selector import get_attn_backend
 
 from ..releases import vllm_config_checks
-from .options import ARCHITECTURE, plan_serving
+from .options import ARCHITECTURE, UNCALIBRATED, plan_serving
 
 logger = logging.getLogger("vllm.pitome_vlm")
+
+# The widest head of any backend.
+WIDEST = 512
+# Drafts from the text so far; other methods run models of their own on hidden states or embeddings.
+DRAFTS_FROM_TEXT = ("ngram", "ngram_gpu", "suffix")
 
 
 class PiToMeLlavaConfig(VerifyAndUpdateConfig):
@@ -21,13 +30,14 @@ class PiToMeLlavaConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Refuse bad options in one line, or else log what is merged.
+        """Refuse bad options in one line, or else log what is merged and prepare vLLM for it.
 
         Raises:
             TypeError: see `plan_serving`.
-            ValueError: see `plan_serving`.
+            ValueError: see `plan_serving`, or an option of vLLM that does not go with it.
         """
-        plan = plan_serving(vllm_config.model_config.hf_config)
+        model = vllm_config.model_config
+        plan = plan_serving(model.hf_config)
         lora = vllm_config.lora_config
         if lora is not None and getattr(lora, "enable_tower_connector_lora", False):
             raise ValueError(
@@ -35,7 +45,113 @@ class PiToMeLlavaConfig(VerifyAndUpdateConfig):
                 "that tower and projector see as many tokens as come out; leave it out (LoRA on "
                 "the language model is served)"
             )
+        if plan.is_calibrated:
+            refuse(vllm_config)
+        if plan.places:
+            # All that vLLM looks at to ask a model for positions. The language model's own config
+            # stays as it is, and with it the rotary embedding that it builds.
+            half = model.get_head_size() // 2
+            section = {"rope_type": "default", "mrope_section": [half, 0, 0]}
+            model.hf_config.rope_parameters = section
+        if plan.size_bias:
+            widen(vllm_config)
         logger.info("%s", plan)
+
+
+def refuse(vllm_config: Any) -> None:
+    """Refuse what cannot be combined with calibration.
+
+    Raises:
+        ValueError: something of it is asked for.
+    """
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    model, drafts = vllm_config.model_config, vllm_config.speculative_config
+    embeds = getattr(model.multimodal_config, "enable_mm_embeds", False)
+    dtypes = ("auto", str(model.dtype).removeprefix("torch."))
+    found = {
+        "--pipeline-parallel-size": (
+            parallel.pipeline_parallel_size > 1 and parallel.pipeline_parallel_size,
+            "only its first stage sees sizes and places; use --tensor-parallel-size",
+        ),
+        "--prefill-context-parallel-size": (
+            parallel.prefill_context_parallel_size > 1 and parallel.prefill_context_parallel_size,
+            "a step's tokens are divided after their sizes are known; leave it out",
+        ),
+        "--enable-dbo": (
+            parallel.use_ubatching,
+            "two halves of a batch would share one table of sizes and places; leave it out",
+        ),
+        "--kv-cache-dtype": (
+            cache.cache_dtype not in dtypes and cache.cache_dtype,
+            f"it would round sizes; use {' or '.join(dtypes)}",
+        ),
+        "--speculative-config method": (
+            drafts is not None and drafts.method not in DRAFTS_FROM_TEXT and drafts.method,
+            f"a draft model would not know sizes; use {', '.join(DRAFTS_FROM_TEXT)}",
+        ),
+        "--enable-mm-embeds": (
+            embeds,
+            "embeddings from outside have no sizes; send images",
+        ),
+    }
+    for name, (value, reason) in found.items():
+        if value:
+            shown = name if value is True else f"{name}={value}"
+            raise ValueError(
+                f"{shown} cannot be combined with calibration: {reason}, or serve with "
+                f"{UNCALIBRATED} (which costs accuracy)"
+            )
+
+
+def widen(vllm_config: Any) -> None:
+    """Make heads wide enough for the size bias, for layers and builders of metadata alike.
+
+    Raises:
+        ValueError: the attention backend takes no such head.
+    """
+    from ..merge.size_channels import channel_width
+
+    model = vllm_config.model_config
+    head = model.get_head_size()
+    least = channel_width(head)
+    found = smallest_head(vllm_config, least)
+    if found is None:
+        chosen = vllm_config.attention_config.backend
+        other = copy.copy(vllm_config)
+        other.attention_config = copy.copy(vllm_config.attention_config)
+        other.attention_config.backend = None
+        better = smallest_head(other, least)
+        advice = f"--attention-backend {better[1]} takes {better[0]}; use it, or" if better else ""
+        raise ValueError(
+            f"attention backend {getattr(chosen, 'name', 'of this platform')} takes no head of "
+            f"{least} channels or more, which the size bias needs ({head} of the model and its "
+            f"own): {advice} serve with {UNCALIBRATED} (which costs accuracy)"
+        )
+    wide, backend = found
+    model.model_arch_config.head_size = wide
+    logger.info(
+        "size bias: heads of %d channels become %d in the KV cache (%s), which takes %.0f %% more "
+        "memory per token",
+        head,
+        wide,
+        backend,
+        100 * (wide - head) / head,
+    )
+
+
+def smallest_head(vllm_config: Any, least: int) -> tuple[int, str] | None:
+    """The smallest head size from `least` on that a backend takes, and the backend's name."""
+    dtype, cache_dtype = vllm_config.model_config.dtype, vllm_config.cache_config.cache_dtype
+    for size in range(least, WIDEST + 1, 8):
+        with set_current_vllm_config(vllm_config):
+            try:
+                backend = get_attn_backend(size, dtype, cache_dtype)
+            except (ValueError, NotImplementedError):
+                continue
+        # Not every platform asks its backend.
+        if backend.supports_head_size(size):
+            return size, backend.get_name()
+    return None
 
 
 def register_check() -> None:

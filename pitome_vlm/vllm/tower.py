@@ -22,7 +22,9 @@ from ..merge.merge_pass import MergePass
 from .options import PlannedServing
 
 
-def encode(tower: Any, pixel_values: Tensor, plan: PlannedServing, strategy: str) -> Tensor:
+def encode(
+    tower: Any, pixel_values: Tensor, plan: PlannedServing, strategy: str
+) -> tuple[Tensor, MergePass]:
     """Merged features as the projector reads them.
 
     Args:
@@ -32,7 +34,7 @@ def encode(tower: Any, pixel_values: Tensor, plan: PlannedServing, strategy: str
         strategy: "default" cuts off the first token, "full" keeps it.
 
     Returns:
-        [images, tokens_out, C].
+        [images, tokens_out, C], and the pass that merged them.
     """
     merge_pass = MergePass(
         config=plan.config,
@@ -44,7 +46,7 @@ def encode(tower: Any, pixel_values: Tensor, plan: PlannedServing, strategy: str
     features = hidden[:, 1:] if strategy == "default" else hidden
     if plan.schedule.projector and tower.vision_model.encoder.layers[0].self_attn.tp_size > 1:
         features = _mean_over_ranks(features)
-    return torch.stack(merge_pass.merge_features(features))
+    return torch.stack(merge_pass.merge_features(features)), merge_pass
 
 
 def _run(vision: Any, pixel_values: Tensor, merge_pass: MergePass) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import importlib.util
 import json
@@ -19,7 +20,7 @@ from pitome_vlm.cli import app
 from pitome_vlm.demo import checkpoint_path
 from pitome_vlm.vllm import ARCHITECTURE, hf_overrides, plan_serving, served_config
 from pitome_vlm.vllm.command import overrides_argument, server_command, server_environment
-from pitome_vlm.wrapping.encode import planned_schedule
+from pitome_vlm.wrapping.encode import planned, planned_schedule
 
 SERVED = ("clip", "clip_full", "siglip", "siglip_default")
 CONFIGS = (
@@ -54,42 +55,74 @@ def test_options_arrive_and_counts_are_the_library_s(kind, config):
     )
 
 
-def test_calibration_is_switched_off_by_name():
-    plan = plan_serving(tiny_model().config, MergeConfig(keep=0.25))
-    assert (plan.config.size_bias, plan.config.positions) == (False, "compact")
-    assert plan.switched_off == ("size_bias", "positions")
-    assert "size_bias and positions switched off" in str(plan)
-    values = hf_overrides(MergeConfig(keep=0.25))["pitome"]
-    assert values["size_bias"] is False
-    assert values["positions"] == "compact"
+# What the library makes of the two options on a model that can have both.
+DECIDED = [
+    ({}, (True, "mean")),
+    ({"size_bias": True}, (True, "mean")),
+    ({"size_bias": False}, (False, "compact")),
+    ({"positions": "original"}, (True, "original")),
+    ({"positions": "compact"}, (False, "compact")),
+    ({"size_bias": True, "positions": "compact"}, (True, "compact")),
+    ({"size_bias": False, "positions": "mean"}, (False, "mean")),
+    ({"preset": "paper"}, (False, "compact")),
+]
+
+
+@pytest.mark.parametrize(("options", "decided"), DECIDED, ids=str)
+def test_calibration_is_decided_as_the_library_does(options, decided):
+    model, rest = tiny_model(), dict(options)
+    preset = rest.pop("preset", None)
+    config = MergeConfig.preset(preset, keep=0.25) if preset else MergeConfig(keep=0.25, **rest)
+    plan = plan_serving(model.config, config)
+    assert (plan.config.size_bias, plan.config.positions) == decided
+    assert (plan.size_bias, plan.places) == (decided[0], decided[1] != "compact")
+    library = planned(model, config).calibration
+    assert (library.size_bias, library.positions) == decided
+    # Written out, so that a server elsewhere decides nothing for itself.
+    values = hf_overrides(config)["pitome"]
+    assert values["size_bias"] is decided[0]
+    assert values["positions"] == decided[1]
+
+
+def test_nothing_is_calibrated_where_nothing_is_merged():
+    plan = plan_serving(tiny_model().config, MergeConfig(keep=1.0))
+    assert not plan.is_calibrated
+
+
+def test_adaptive_budgets_are_refused():
+    with pytest.raises(ValueError, match=r"keep='auto' cannot be served.*fixed keep"):
+        hf_overrides(MergeConfig(keep="auto"))
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("changes", "message"),
     [
-        MergeConfig(keep=0.25, size_bias=False, positions="compact"),
-        MergeConfig.preset("paper", keep=0.25),
-        MergeConfig(keep=1.0),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'.*yarn"),
+        ({"rope_parameters": {"mrope_section": [8, 4, 4]}}, "rope_type 'default'"),
+        ({"rope_parameters": {"full": {"rope_type": "proportional"}}}, "'proportional'"),
+        ({"rope_parameters": None, "rope_theta": None}, "no rotary positions"),
+        ({"attn_logit_softcapping": 50.0}, "capped"),
+        ({"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling"),
     ],
     ids=str,
 )
-def test_nothing_is_said_where_nothing_is_switched_off(config):
-    assert plan_serving(tiny_model().config, config).switched_off == ()
+def test_language_models_that_cannot_be_told_are_refused(changes, message):
+    config = copy.deepcopy(tiny_model().config)
+    for name, value in changes.items():
+        # vLLM's own process sees these as plain attributes.
+        vars(config.text_config)[name] = value
+    with pytest.raises(ValueError, match=f"cannot be calibrated in vLLM: .*{message}") as error:
+        plan_serving(config, MergeConfig(keep=0.25))
+    assert "size_bias=false and positions='compact'" in str(error.value)
+    off = {"size_bias": False, "positions": "compact"}
+    assert not plan_serving(config, MergeConfig(keep=0.25, **off)).is_calibrated
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"keep": "auto"}, ["keep='auto'", "fixed keep"]),
-        ({"keep": 0.25, "size_bias": True}, ["size_bias=True", "false"]),
-        ({"keep": 0.25, "positions": "mean"}, ["positions='mean'", "'compact'"]),
-        ({"keep": 0.25, "positions": "original"}, ["positions='original'", "'compact'"]),
-    ],
-)
-def test_what_vllm_cannot_do_is_refused_by_name(options, words):
-    with pytest.raises(ValueError, match="cannot be served") as error:
-        hf_overrides(MergeConfig(**options))
-    assert all(word in str(error.value) for word in words)
+@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
+def test_scaled_rotary_positions_can_be_told(kind):
+    config = copy.deepcopy(tiny_model().config)
+    vars(config.text_config)["rope_parameters"] = {"rope_type": kind, "factor": 2.0}
+    assert plan_serving(config, MergeConfig(keep=0.25)).is_calibrated
 
 
 @pytest.mark.parametrize(
@@ -134,10 +167,18 @@ def test_other_towers_are_refused():
         plan_serving(config, MergeConfig(keep=0.25))
 
 
-def test_salt_tells_budgets_apart():
+def test_salt_tells_budgets_and_calibrations_apart():
     config = tiny_model().config
-    plans = [plan_serving(config, MergeConfig(keep=keep)) for keep in (0.25, 0.25, 0.5)]
-    assert plans[0].salt == plans[1].salt != plans[2].salt
+    options = [
+        {},
+        {"keep": 0.5},
+        {"size_bias": False},
+        {"positions": "original"},
+        {"size_bias": False, "positions": "mean"},
+    ]
+    plans = [plan_serving(config, MergeConfig(**{"keep": 0.25, **one})) for one in options]
+    assert len({plan.salt for plan in plans}) == len(options)
+    assert plan_serving(config, MergeConfig(keep=0.25)).salt == plans[0].salt
 
 
 def test_serve_args_can_be_pasted_into_a_shell():
@@ -151,12 +192,11 @@ def test_serve_args_can_be_pasted_into_a_shell():
         "pitome": {
             "algorithm": "pitome_plus",
             "keep": 0.25,
-            "size_bias": False,
-            "positions": "compact",
+            "size_bias": True,
+            "positions": "mean",
         },
     }
     assert "144 -> 36 visual tokens" in result.stderr
-    assert "size_bias and positions switched off" in result.stderr
 
 
 def test_serve_args_as_json_for_python():

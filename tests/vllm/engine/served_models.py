@@ -124,12 +124,12 @@ def spread(name: str) -> float:
 
 
 def reference(path, requests, config: MergeConfig | None):
-    """The library's own greedy answers, calibration off: [(prompt tokens, answer)]."""
+    """The library's own greedy answers: [(prompt tokens, answer)]."""
     model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(path)
     saved = 0
     if config is not None:
-        pitome_vlm.wrap(model, config=config, size_bias=False, positions="compact")
+        pitome_vlm.wrap(model, config=config)
         schedule = schedule_of(model)
         saved = schedule.tokens_in - schedule.tokens_out
     found = []

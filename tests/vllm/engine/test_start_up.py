@@ -32,7 +32,6 @@ def test_bad_options_stop_a_plain_vllm_before_it_loads_anything(demo):
     cases = {
         "unknown algorithm 'tomee'": {"pitome": {"keep": 0.25, "algorithm": "tomee"}},
         "keep must be in (0, 1]": {"pitome": {"keep": 0}},
-        "size_bias=True cannot be served": {"pitome": {"keep": 0.25, "size_bias": True}},
         "keep='auto' cannot be served": {"pitome": {"keep": "auto"}},
         "pitome-vlm serve-args": {},
         "vision_feature_layer=[1, 2] cannot be served": {
