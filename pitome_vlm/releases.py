@@ -53,7 +53,9 @@ EMBEDS_NEED_EMPTY_CACHE = int(TRANSFORMERS.split(".")[0]) < 5
 RENAMES_TOWER_WEIGHTS = int(TRANSFORMERS.split(".")[0]) >= 5
 # Attention implementations that add a float mask to the logits: one of [B, 1, Q, K], and one whose
 # single row serves all queries, [B, 1, 1, K] (flex attention looks masks up by query). Flash
-# kernels read a mask as padding only.
+# kernels read a mask as padding only; they are recognised by this word, as in transformers,
+# whatever their origin ("flash_attention_2", "kernels-community/flash-attn3").
+FLASH = "flash"
 ADDS_MASK = ("eager", "sdpa", "flex_attention")
 ADDS_ROW_MASK = ("eager", "sdpa")
 # How `generate` names its first step to a model; before release 5 only an empty cache tells.
@@ -70,8 +72,8 @@ RENAMED_TRAINING_ARGUMENTS = {
 MASK_ARGUMENTS = frozenset(inspect.signature(create_masks_for_generate).parameters)
 
 # Release 5.24 renamed the argument and the output field; the old name is understood until 5.40.
-_CACHE_NAMES = ("cache", "past_key_values")
-CACHE_NAME = next(name for name in _CACHE_NAMES if name in MASK_ARGUMENTS)
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAME = next(name for name in CACHE_NAMES if name in MASK_ARGUMENTS)
 # The same release began to give all copies of a row one number in `prefix_allowed_tokens_fn`;
 # before, the samples of a row (not its beams) had numbers of their own.
 SAMPLES_HAVE_NUMBERS = CACHE_NAME != "cache"
@@ -86,8 +88,8 @@ def with_cache_name(call: dict[str, Any]) -> dict[str, Any]:
 
     Where both names are given the own one wins, as in transformers.
     """
-    found = [call[name] for name in _CACHE_NAMES if call.get(name) is not None]
-    named = {name: value for name, value in call.items() if name not in _CACHE_NAMES}
+    found = [call[name] for name in CACHE_NAMES if call.get(name) is not None]
+    named = {name: value for name, value in call.items() if name not in CACHE_NAMES}
     own = call.get(CACHE_NAME)
     if found:
         named[CACHE_NAME] = found[0] if own is None else own

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..merge.merge_pass import MergePass
 from ..merge.size_channels import WIDEST, channel_width, with_size_channels
-from ..releases import ADDS_ROW_MASK, layers_return_tuples
+from ..releases import ADDS_ROW_MASK, FLASH, layers_return_tuples
 from .merged_layer import Heads, LayerKernels, merged_layer
 from .swap import BASE, base_class, swap_in, swap_out
 
@@ -209,11 +209,10 @@ def _attend(attention: Any, parts: Heads, bias: Tensor | None) -> Tensor:
 def _takes_channels(name: str, head_dim: int) -> bool:
     """Whether an implementation computes softmax(q k) v for heads of more channels.
 
-    Flash kernels do, whatever their origin ("flash_attention_2", "kernels-community/flash-attn3");
-    transformers recognises them by the same word. About others nothing is known: one that
-    quantises its keys would lose the channel.
+    Flash kernels do. About others nothing is known: one that quantises its keys would lose the
+    channels.
     """
-    return "flash" in name and channel_width(head_dim) <= WIDEST
+    return FLASH in name and channel_width(head_dim) <= WIDEST
 
 
 def _mask(bias: Tensor | None, name: str, dtype: torch.dtype) -> Tensor | None:

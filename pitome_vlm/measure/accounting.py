@@ -13,13 +13,15 @@ import torch
 from torch import nn
 
 from ..adapters import find_adapter
+from ..adapters.wide_attention import head_dim
 from ..common import whole_number
 from ..merge.config import MergeConfig
 from ..merge.counts import count_tokens
 from ..merge.schedule import Schedule
-from ..wrapping.encode import checked_size, planned_schedule
+from ..merge.size_channels import channel_width
+from ..wrapping.encode import checked_size, planned, planned_schedule
 from ..wrapping.wrap import base_model, is_wrapped, merge_config, schedule_of
-from .flops import head_dim, prefill_flops, projector_flops, tower_flops
+from .flops import prefill_flops, projector_flops, tower_flops
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def costs(
     together = config.frames_together
     visual = count_tokens(schedule, config.budget, footprint, frames_together=together).out
     tiles = footprint.tiles
-    per_token = kv_bytes_per_token(base, dtype)
+    per_token = kv_bytes_per_token(base, dtype, None if schedule.is_identity else config)
     prompt = text_tokens + images * visual
     return Costs(
         images=images,
@@ -125,17 +127,24 @@ def costs(
     )
 
 
-def kv_bytes_per_token(base: Any, dtype: torch.dtype | None = None) -> int:
+def kv_bytes_per_token(
+    base: Any, dtype: torch.dtype | None = None, config: MergeConfig | None = None
+) -> int:
     """Bytes of KV cache per token: layers x 2 x kv_heads x head_dim x bytes per element.
 
     Args:
         base: the LLaVA itself, not a `PeftModel` around it.
         dtype: dtype of the cache, see `kv_dtype`.
+        config: options in force; under a flash kernel they may need wider heads for log(size).
     """
     text = base.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = kv_dtype(base, dtype).itemsize
-    return int(text.num_hidden_layers * 2 * heads * head_dim(text) * width)
+    width = head_dim(text)
+    if config is not None:
+        told = planned(base, config).calibration
+        if told.size_bias and told.carrier == "channels":
+            width = channel_width(width)
+    return int(text.num_hidden_layers * 2 * heads * width * kv_dtype(base, dtype).itemsize)
 
 
 def kv_dtype(base: Any, dtype: torch.dtype | None = None) -> torch.dtype:

@@ -20,6 +20,7 @@ from ..adapters import find_adapter
 from ..adapters.features import feature_choice
 from ..adapters.tower import find_encoder_layers
 from ..adapters.tower_tokens import has_class_token, patch_grid
+from ..adapters.wide_attention import head_dim
 from ..merge import algorithms
 from ..merge.algorithm import Algorithm, MergeContext
 from ..merge.budget import FINISHER
@@ -238,11 +239,6 @@ def prefill_flops(base: Any, n_tokens: int) -> int:
         + int(text.num_hidden_layers) * attention
         + (n_tokens if parts.all_logits else 1) * linear_flops(base.get_output_embeddings())
     )
-
-
-def head_dim(text: Any) -> int:
-    """Width of one attention head of a language model."""
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def _embedding_flops(vision: Any) -> int:

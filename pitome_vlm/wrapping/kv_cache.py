@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..adapters.wide_attention import KEY_SIZES, KeySizes
 from ..merge.config import MergeConfig
 from ..releases import CACHE_NAME
 from .merging import CallPlan
@@ -129,7 +130,9 @@ class CachedImages:
         if self.positions is not None:
             places = later_positions(self.positions, mask, total)[:, -queries:]
             inputs["position_ids"] = places if places.dim() < 3 else places.permute(2, 0, 1)
-        if self.calibration.size_bias:
+        if self.calibration.carrier == "channels":
+            inputs[KEY_SIZES] = KeySizes(self.sizes if self.calibration.size_bias else None, total)
+        elif self.calibration.size_bias:
             inputs["attention_mask"] = additive_mask(
                 self.mask_config,
                 self.sizes,
@@ -289,6 +292,9 @@ def calibrated(
     if _is_made(mask) or not calibration.is_active:
         return call
     query = query_of(call)
+    if calibration.carrier == "channels":
+        total = cached_length(cache) + query.shape[1]
+        return call | {KEY_SIZES: KeySizes(sizes if calibration.size_bias else None, total, packed)}
     if not calibration.size_bias and packed is None:
         if mask is None:
             # Without a mask, positions that do not rise by one would read as packed samples.

@@ -41,11 +41,14 @@ class Merging:
         adapter: the model family.
         watch: measures the parts of an encoding ("encode", "merge in tower"), None to measure
             nothing.
+        carrier: what the language model was prepared for, see `Calibration`; None where these are
+            not the settings of a wrapped model.
     """
 
     config: MergeConfig
     adapter: Adapter
     watch: Watch | None = None
+    carrier: str | None = None
 
     def has_pixels(self, call: Mapping[str, Any]) -> bool:
         """Whether a call brings something to look at."""
@@ -87,7 +90,19 @@ class Merging:
 
     def _calibration(self, model: Any, algorithm: Algorithm) -> Calibration:
         text_config = self.adapter.text_config(model)
-        found = resolve(self.config, text_config, wanted=algorithm.calibrated)
+        # The original code base's forward names its arguments and hands no others on.
+        found = resolve(
+            self.config,
+            text_config,
+            wanted=algorithm.calibrated,
+            channels=self.adapter.calls == "transformers",
+        )
+        if self.carrier == "mask" and found.carrier == "channels":
+            raise ValueError(
+                "the language model's attention implementation is "
+                f"{text_config._attn_implementation!r} since wrap() was called; call "
+                "pitome_vlm.wrap(model, ...) again, so that it is told the sizes of merged tokens"
+            )
         if not self.adapter.own_positions or found.positions != "compact":
             return found
         if self.config.positions == "compact":

@@ -3,7 +3,8 @@
 A token of size s counts like s equal tokens when log(s) is added to its attention logit. Size and
 position together recover most of what merging loses, each alone hurts. The bias travels as a float
 attention mask made by transformers' own mask functions, so padding, packing, sliding windows and
-static caches are theirs, and sdpa, eager and flex attention add it in their kernels.
+static caches are theirs, and sdpa, eager and flex attention add it in their kernels. For flash
+kernels, which take no such mask, it travels in channels of the keys (`adapters/wide_attention.py`).
 
 Axes: B rows, Q new columns, S columns of which sizes are known, K columns of keys.
 """
@@ -11,16 +12,19 @@ Axes: B rows, Q new columns, S columns of which sizes are known, K columns of ke
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import logging
 
+from ..adapters.wide_attention import head_dim
 from ..merge.config import MergeConfig, Positions
-from ..releases import ADDS_MASK, CACHE_NAME, MASK_ARGUMENTS
+from ..merge.size_channels import WIDEST, channel_width
+from ..releases import ADDS_MASK, CACHE_NAME, FLASH, MASK_ARGUMENTS
 
 logger = logging.get_logger(__name__)
 
@@ -34,10 +38,13 @@ class Calibration:
         positions: "mean" and "original" leave text where it was without merging and put a merged
             token at the mean raster position of its patches, or at that of the patch it is named
             after; "compact" counts the tokens that are left.
+        carrier: how log(size) reaches the attention kernels: in a float "mask", or in "channels"
+            of wider keys, for kernels that take no such mask.
     """
 
     size_bias: bool
     positions: Positions
+    carrier: Literal["mask", "channels"] = "mask"
 
     @property
     def is_active(self) -> bool:
@@ -46,10 +53,14 @@ class Calibration:
 
     def __str__(self) -> str:
         bias = "log-size bias" if self.size_bias else "no size bias"
+        if self.size_bias and self.carrier == "channels":
+            bias += " (in channels of the keys)"
         return f"{bias}, {self.positions} positions"
 
 
-def resolve(config: MergeConfig, text_config: Any, *, wanted: bool) -> Calibration:
+def resolve(
+    config: MergeConfig, text_config: Any, *, wanted: bool, channels: bool = True
+) -> Calibration:
     """The calibration in force for a config on a language model.
 
     An option that is None follows the other one, because each alone hurts; with both None it is
@@ -59,13 +70,16 @@ def resolve(config: MergeConfig, text_config: Any, *, wanted: bool) -> Calibrati
         config: the merge options.
         text_config: configuration of the language model.
         wanted: whether the algorithm is better with calibration (`Algorithm.calibrated`).
+        channels: whether the model's forward hands further arguments on to its attention layers.
 
     Raises:
-        ValueError: `size_bias=True` on an attention implementation that adds no float mask, or
-            fractional positions on a language model without rotary embeddings.
+        ValueError: `size_bias=True` where neither a float mask nor channels can carry it, or on a
+            language model without rotary embeddings.
     """
     bias, positions = config.size_bias, config.positions
-    obstacle = _obstacle(text_config)
+    adds_mask = _implementation(text_config) in ADDS_MASK
+    obstacle = None if adds_mask else _no_channels(text_config, channels, asked=bias is True)
+    obstacle = obstacle or _no_places(text_config)
     if bias is None:
         bias = wanted if positions is None else positions != "compact"
         if bias and obstacle and positions is None:
@@ -81,29 +95,45 @@ def resolve(config: MergeConfig, text_config: Any, *, wanted: bool) -> Calibrati
             f"size_bias: {obstacle}; load the model with attn_implementation='sdpa', or pass "
             "size_bias=False, positions='compact'"
         )
-    return Calibration(bias, positions)
+    found = Calibration(bias, positions)
+    if adds_mask or not channels or not found.is_active:
+        return found
+    return dataclasses.replace(found, carrier="channels")
 
 
-def _obstacle(text_config: Any) -> str | None:
-    """Why a language model cannot be calibrated, None where it can."""
-    name = getattr(text_config, "_attn_implementation", None) or "sdpa"
-    if name not in ADDS_MASK:
-        return (
-            f"attention implementation {name!r} of the language model adds no float mask "
-            f"({', '.join(ADDS_MASK)} do)"
-        )
-    if not _is_rotary(text_config):
-        return (
-            f"the language model ({getattr(text_config, 'model_type', 'unknown')}) has no rotary "
-            "positions, which mean positions of merged tokens need"
-        )
+def _implementation(text_config: Any) -> str:
+    return getattr(text_config, "_attn_implementation", None) or "sdpa"
+
+
+def _no_channels(text_config: Any, channels: bool, *, asked: bool) -> str | None:
+    """Why channels of the keys cannot carry log(size) to an attention kernel, None where they can.
+
+    Args:
+        text_config: configuration of the language model.
+        channels: see `resolve`.
+        asked: the size bias was asked for by name, so that a kernel of which nothing is known is
+            tried.
+    """
+    name, width = _implementation(text_config), head_dim(text_config)
+    kernel = f"attention implementation {name!r} of the language model"
+    cap = getattr(text_config, "attn_logit_softcapping", None)
+    if not channels or not (FLASH in name or asked):
+        return f"{kernel} adds no float mask ({', '.join(ADDS_MASK)} do)"
+    if cap:
+        return f"{kernel} would cap log(size) with the logits, at {cap:g}"
+    if channel_width(width) > WIDEST:
+        return f"{kernel} takes heads of up to {WIDEST} channels, which {width} of the model's fill"
     return None
 
 
-def _is_rotary(text_config: Any) -> bool:
-    return any(
-        getattr(text_config, name, None) is not None
-        for name in ("rope_parameters", "rope_theta", "rope_scaling")
+def _no_places(text_config: Any) -> str | None:
+    """Why a language model cannot be told where merged tokens sit, None where it can."""
+    names = ("rope_parameters", "rope_theta", "rope_scaling")
+    if any(getattr(text_config, name, None) is not None for name in names):
+        return None
+    return (
+        f"the language model ({getattr(text_config, 'model_type', 'unknown')}) has no rotary "
+        "positions, which mean positions of merged tokens need"
     )
 
 

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..adapters import find_adapter
+from ..adapters import Adapter, find_adapter
 from ..adapters.swap import is_swapped, swap_in, swap_out
+from ..adapters.wide_attention import install_wide, uninstall_wide
 from ..merge.budget import stage_of
 from ..merge.config import CONFIG_NAME, MergeConfig
 from ..merge.schedule import Schedule
@@ -66,10 +67,13 @@ def wrap(
     config = make_config(config, keep=keep, tokens=tokens, ratio=ratio, **options)
     base = base_model(model)
     merging = Merging(config, find_adapter(base))
-    algorithm = merging.plan(base).algorithm
+    plan = merging.plan(base)
+    merging = dataclasses.replace(merging, carrier=plan.calibration.carrier)
     fresh = not is_wrapped(base)
     try:
-        merging.adapter.install(base, inside_tower=stage_of(config, algorithm) != "projector")
+        merging.adapter.install(base, inside_tower=stage_of(config, plan.algorithm) != "projector")
+        if merging.carrier == "channels":
+            install_wide(base, merging.adapter.text_config(base))
         swap_in(base, MIXINS[merging.adapter.calls])
         if can_remember(model):
             # From now on what is saved of a PeftModel says how it was merged.
@@ -77,7 +81,7 @@ def wrap(
     except BaseException:
         if fresh:
             swap_out(base)
-            merging.adapter.uninstall(base)
+            _uninstall(merging.adapter, base)
         raise
     base.__dict__[STATE] = merging
     return model
@@ -88,10 +92,15 @@ def unwrap(model: Model) -> Model:
     base = base_model(model)
     if is_wrapped(base):
         swap_out(base)
-        base.__dict__.pop(STATE).adapter.uninstall(base)
+        _uninstall(base.__dict__.pop(STATE).adapter, base)
     if model is not base:
         swap_out(model)
     return model
+
+
+def _uninstall(adapter: Adapter, base: nn.Module) -> None:
+    adapter.uninstall(base)
+    uninstall_wide(base)
 
 
 @contextlib.contextmanager
