@@ -152,7 +152,7 @@ def _holds_wide(cache: Any, index: int, width: int) -> bool:
     layers = getattr(cache, "layers", [])
     if index >= len(layers):
         return getattr(cache, "layer_class_to_replicate", None) in _EXACT_LAYERS
-    keys = getattr(layers[index], "keys", None)
+    keys: Any = getattr(layers[index], "keys", None)
     empty = keys is None or not keys.numel()
     return type(layers[index]) in _EXACT_LAYERS and (empty or keys.shape[-1] == width)
 
@@ -167,6 +167,9 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Called by a layer's own forward; calls the kernel that the model names."""
     own, told, head_dim = layer.layer, layer.told, query.shape[-1]
+    if attention_mask is None:
+        # A static cache has room after the last column, which only a mask would hide.
+        key, value = key[:, :, : told.total], value[:, :, : told.total]
     if key.shape[-1] != head_dim:
         query = query_channels(query, key.shape[-1])
     elif told.sizes is not None:
@@ -200,7 +203,7 @@ def attention_layers(model: nn.Module, text_config: Any) -> list[nn.Module]:
     ]
 
 
-def _uses_table(kind: type) -> bool:
+def _uses_table(kind: Any) -> bool:
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 

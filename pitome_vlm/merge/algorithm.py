@@ -30,7 +30,6 @@ __all__ = [
     "cosine_similarity",
     "every_pair",
     "gone_with_kept",
-    "group_positions",
     "log_size_bias",
     "make_plan",
     "unit_vectors",
@@ -274,12 +273,3 @@ def log_size_bias(sizes: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return None
     exact = sizes.to(torch.promote_types(dtype, torch.float32))
     return exact.log().to(dtype)[:, None, None, :]
-
-
-def group_positions(source_map: Tensor, n_groups: int) -> Tensor:
-    """Mean raster position of every group's patches: [B, N] map to [B, M] float32."""
-    batch, n_tokens = source_map.shape
-    raster = torch.arange(n_tokens, device=source_map.device, dtype=torch.float32)
-    empty = torch.zeros(batch, n_groups, dtype=torch.float32, device=source_map.device)
-    total = empty.scatter_add(1, source_map, raster.expand(batch, n_tokens))
-    return total / empty.scatter_add(1, source_map, torch.ones_like(raster).expand(batch, n_tokens))

@@ -44,7 +44,7 @@ DEFAULT_ALGORITHM = "pitome_plus"
 Stage = Literal["tower", "projector", "both"]
 Metric = Literal["keys", "hidden"]
 Placement = Literal["after_attention", "after_layer"]
-Positions = Literal["compact", "mean", "original"]
+Positions = Literal["compact", "mean", "median", "original"]
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -80,9 +80,9 @@ class MergeConfig:
         size_bias: tell the language model how much a token stands for: log(size) on the attention
             logits of visual tokens, in all its layers. None follows `positions`; with both None
             both are on for algorithms that gain by it (this is called calibration).
-        positions: tell it where a token sits: at the "mean" raster position of its patches or the
-            "original" one of the patch it is named after, with text at its unreduced position;
-            "compact" counts the tokens that are left. None follows `size_bias`.
+        positions: tell it where a token sits: at the "mean" or "median" raster position of its
+            patches or the "original" one of the patch it is named after, with text at its
+            unreduced position; "compact" counts the tokens that are left. None follows `size_bias`.
         temporal: merge tokens of neighbouring frames of a video too, not only those of one frame.
         temporal_window: frames whose tokens are merged together, >= 2; windows do not overlap.
         skip_unused_layers: with keep=1.0 too, leave out the tower layers after the one whose

@@ -46,7 +46,8 @@ def key_channels(bias: Tensor, scale: float, extra: int, dtype: torch.dtype) -> 
     Returns:
         [..., extra] in `dtype`.
     """
-    return pad(_split(bias / scale), (0, extra - _PARTS)).to(dtype)
+    exact = bias.to(torch.promote_types(bias.dtype, dtype))
+    return pad(_split(exact / scale), (0, extra - _PARTS)).to(dtype)
 
 
 def with_size_channels(

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .algorithm import group_positions
+from .config import Positions
+from .places import group_places
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,10 +65,20 @@ class VisualTokens:
         pairs = zip(self.source_maps, self.counts, strict=True)
         return [torch.bincount(source, minlength=count).float() for source, count in pairs]
 
-    def positions(self) -> list[Tensor]:
-        """One [n_i] float32 per image: mean raster position of each token's patches."""
-        pairs = zip(self.source_maps, self.counts, strict=True)
-        return [group_positions(source[None], count)[0] for source, count in pairs]
+    def positions(self, how: Positions) -> list[Tensor]:
+        """Where the tokens of every image sit, counted from its first patch in raster order.
+
+        Args:
+            how: "mean", "median" or "original", see `group_places`.
+
+        Returns:
+            One [n_i] float32 per image.
+        """
+        found = []
+        for source, anchors in zip(self.source_maps, self.anchors, strict=True):
+            raster = torch.arange(len(source), device=source.device).float()[:, None]
+            found.append(group_places(raster, source, anchors, how)[:, 0])
+        return found
 
 
 @dataclass(frozen=True)

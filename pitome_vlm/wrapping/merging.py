@@ -108,7 +108,7 @@ class Merging:
         if self.config.positions == "compact":
             raise ValueError(
                 "positions='compact' is not available for this model, which places tokens by the "
-                "grid of their image; use 'mean' or 'original'"
+                "grid of their image; use 'mean', 'median' or 'original'"
             )
         return dataclasses.replace(found, positions="mean")
 

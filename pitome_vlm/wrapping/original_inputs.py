@@ -20,7 +20,6 @@ from .image_cache import ImageCache
 from .merging import CallPlan
 from .original_layout import Layout, lay_out
 from .placeholders import PromptImage, PromptImages
-from .positions import image_offsets
 from .prompt import CompactPrompt
 
 
@@ -71,7 +70,7 @@ def prepare_original(
     else:
         place = _places_without_merging(layout.valid, start)
         anchors = torch.cat(visual.anchors)[tokens]
-        offsets = image_offsets(calibration, visual.positions(), visual.anchors)[tokens]
+        offsets = torch.cat(visual.positions(calibration.positions))[tokens]
         place = place.masked_scatter(slots, place[slots] + offsets - anchors)
         positions = _with_padding(moves.take(place, 0.0), moves.valid)
     ones = torch.ones(slots.shape, dtype=torch.float32, device=slots.device)

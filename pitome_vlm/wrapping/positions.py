@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from ..adapters.wide_attention import head_dim
 from ..merge.config import MergeConfig, Positions
+from ..merge.places import group_places
 from ..merge.size_channels import WIDEST, channel_width
 from ..releases import ADDS_MASK, CACHE_NAME, FLASH, MASK_ARGUMENTS
 
@@ -35,9 +36,9 @@ class Calibration:
 
     Attributes:
         size_bias: add log(size) to the attention logits of visual keys, in every layer.
-        positions: "mean" and "original" leave text where it was without merging and put a merged
-            token at the mean raster position of its patches, or at that of the patch it is named
-            after; "compact" counts the tokens that are left.
+        positions: "mean", "median" and "original" leave text where it was without merging and put
+            a merged token at the mean or median raster position of its patches, or at that of the
+            patch it is named after; "compact" counts the tokens that are left.
         carrier: how log(size) reaches the attention kernels: in a float "mask", or in "channels"
             of wider keys, for kernels that take no such mask.
     """
@@ -137,20 +138,6 @@ def _no_places(text_config: Any) -> str | None:
     )
 
 
-def image_offsets(calibration: Calibration, means: list[Tensor], anchors: list[Tensor]) -> Tensor:
-    """Where the tokens of all images sit, counted from their image's first place.
-
-    Args:
-        calibration: positions "mean" or "original".
-        means: per image [n_i] float32, mean raster position of every token.
-        anchors: per image [n_i] int64, raster position of the patch every token is named after.
-
-    Returns:
-        [sum of n_i] float32.
-    """
-    return torch.cat(means if calibration.positions == "mean" else anchors).float()
-
-
 def unreduced_positions(
     slots: Tensor,
     valid: Tensor,
@@ -166,7 +153,7 @@ def unreduced_positions(
         valid: [B, S], 0 where padded. Padding takes no position (as `generate` counts).
         full_counts: tokens every image would have had.
         counts: tokens every image has.
-        offsets: [sum of counts], see `image_offsets`.
+        offsets: [sum of counts], see `VisualTokens.positions`.
         start: [B] position of the first column, None for 0.
 
     Returns:
@@ -203,7 +190,7 @@ def caller_positions(
         placeholders: [B, T] bool, one per patch; images follow in row order.
         full_counts: placeholders of every image.
         counts: tokens every image has; its first `counts[i]` placeholders stay.
-        offsets: [sum of counts], see `image_offsets`.
+        offsets: [sum of counts], see `VisualTokens.positions`.
 
     Returns:
         [B, T] float32, meaningful at columns that stay.
@@ -233,7 +220,7 @@ def spread_places(
         placeholders: [B, T] bool; images follow in row order.
         source_maps: per image [n] int64, the token of every placeholder.
         anchors: per image [m] int64, the placeholder every token is named after.
-        calibration: positions "mean" or "original".
+        calibration: positions other than "compact".
 
     Returns:
         [B, T, D], meaningful at columns that stay.
@@ -251,12 +238,7 @@ def spread_places(
     moved = []
     own_places = torch.split(places[placeholders.to(places.device)], lengths)
     for own, source, anchor in zip(own_places, source_maps, anchors, strict=True):
-        source, anchor = source.to(own.device), anchor.to(own.device)
-        if calibration.positions == "original":
-            found = own[anchor]
-        else:
-            total = own.new_zeros(len(anchor), own.shape[1]).index_add(0, source, own)
-            found = total / torch.bincount(source, minlength=len(anchor))[:, None]
+        found = group_places(own, source, anchor, calibration.positions)
         moved += [found, own[len(found) :]]
     slots = placeholders.to(places.device)[..., None]
     return places.masked_scatter(slots, torch.cat(moved))

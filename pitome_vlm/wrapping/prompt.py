@@ -27,7 +27,6 @@ from .placeholders import PromptImages, find_placeholders, prompt_images
 from .positions import (
     Calibration,
     caller_positions,
-    image_offsets,
     spread_places,
     unreduced_positions,
 )
@@ -237,7 +236,7 @@ def _layout(
     """[B, S] float32, positions that leave the text where it was without merging.
 
     Args:
-        calibration: positions "mean" or "original".
+        calibration: positions other than "compact".
         visual: the visual tokens.
         placeholders: [B, T] bool.
         moves: where the columns went.
@@ -245,7 +244,7 @@ def _layout(
         own: [B, T] the caller's positions, or None.
         start: position of the first new column where the caller gave none.
     """
-    offsets = image_offsets(calibration, visual.positions(), visual.anchors)
+    offsets = torch.cat(visual.positions(calibration.positions))
     whole = int(placeholders.sum()) == sum(visual.full_counts)
     if own is not None and not whole:
         # Written for the shortened prompt: there is no other layout to point back to.

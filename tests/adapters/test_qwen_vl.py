@@ -101,7 +101,7 @@ def check_promise(model, grid):
     assert "tile" not in str(told)
 
 
-@pytest.mark.parametrize("positions", ["mean", "original"])
+@pytest.mark.parametrize("positions", ["mean", "median", "original"])
 def test_places_are_those_of_the_group_and_of_the_unreduced_text(shared, kind, positions):
     model = pitome_vlm.wrap(shared(qwen, kind), keep=0.25, positions=positions)
     base, merging = merging_of(model)
@@ -122,7 +122,13 @@ def test_places_are_those_of_the_group_and_of_the_unreduced_text(shared, kind, p
             part, own = own[: len(source)], own[len(source) :]
             for token in range(len(anchor)):
                 group = part[source == token]
-                expected.append(group.mean(0) if positions == "mean" else part[anchor[token]])
+                expected.append(
+                    {
+                        "mean": group.mean(0),
+                        "median": group.median(0).values,
+                        "original": part[anchor[token]],
+                    }[positions]
+                )
         start += len(ROWS[row])
         got = kept.tolist()
         for place in [*text.tolist(), *(one.tolist() for one in expected)]:

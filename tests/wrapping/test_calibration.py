@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from tiny import IMAGE, PATCHES, tiny_batch, tiny_model
@@ -12,7 +10,6 @@ from transformers.cache_utils import DynamicCache
 import pitome_vlm
 from pitome_vlm.merge import algorithms, registry
 from pitome_vlm.merge.algorithm import Algorithm
-from pitome_vlm.wrapping.wrap import is_wrapped
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 FIRST = 1  # column of the first placeholder in the prompts built here
@@ -38,14 +35,18 @@ def expected_layout(model, batch, mode="mean"):
             source, anchors, count = next(images)
             for token in range(count):
                 patches = [i for i, group in enumerate(source.tolist()) if group == token]
-                middle = sum(patches) / len(patches) if mode == "mean" else int(anchors[token])
+                middle = {
+                    "mean": sum(patches) / len(patches),
+                    "median": patches[(len(patches) - 1) // 2],
+                    "original": int(anchors[token]),
+                }[mode]
                 row.append((place + middle, float(len(patches))))
             place, column = place + len(source), column + len(source)
         rows.append(row)
     return rows
 
 
-@pytest.mark.parametrize("mode", ["mean", "original"])
+@pytest.mark.parametrize("mode", ["mean", "median", "original"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("algorithm", ["pitome", "random", "pool"])
 def test_every_column_has_its_place_and_its_weight(algorithm, side, mode):
@@ -243,18 +244,6 @@ def test_one_option_alone_takes_the_other_along():
     ):
         pitome_vlm.wrap(model, keep=0.25, **options)
         assert expected in str(pitome_vlm.describe(model))
-
-
-def test_attention_that_adds_no_mask_is_named(caplog):
-    model = tiny_model()
-    model.model.language_model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="size_bias: attention implementation 'flash_attention_2'"):
-        pitome_vlm.wrap(model, keep=0.25, size_bias=True)
-    assert not is_wrapped(model)
-    with caplog.at_level(logging.WARNING):
-        logging.getLogger("transformers").propagate = True
-        pitome_vlm.wrap(model, keep=0.25)
-    assert "no size bias, compact positions" in str(pitome_vlm.describe(model))
 
 
 def test_an_algorithm_may_be_better_without():

@@ -135,7 +135,7 @@ def test_predicted_counts_are_observed_counts(algorithm, stage, kind):
         visual = encode_images(model, batch["pixel_values"])
         assert visual.counts == [expected.tokens_out] * 3
         assert visual.full_counts == [tokens_per_image(kind)] * 3
-        for sizes, positions in zip(visual.sizes(), visual.positions(), strict=True):
+        for sizes, positions in zip(visual.sizes(), visual.positions("mean"), strict=True):
             assert sizes.sum() == tokens_per_image(kind)
             assert bool((sizes > 0).all())
             assert bool(((positions >= 0) & (positions < tokens_per_image(kind))).all())
@@ -223,7 +223,7 @@ def test_released_recipe_gives_the_language_model_another_order():
     )
     for a, b in zip(scrambled.features, ordered.features, strict=True):
         torch.testing.assert_close(a.sort(0).values, b.sort(0).values, atol=1e-4, rtol=1e-4)
-    for a, b in zip(scrambled.positions(), ordered.positions(), strict=True):
+    for a, b in zip(scrambled.positions("mean"), ordered.positions("mean"), strict=True):
         assert (a.diff() < 0).sum() > (b.diff() < 0).sum()  # backward jumps across the image
 
 
