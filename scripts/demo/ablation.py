@@ -47,6 +47,7 @@ ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("calibration", "mean positions alone", {"size_bias": False, "positions": "mean"}),
     ("calibration", "original positions alone", {"size_bias": False, "positions": "original"}),
     ("calibration", "size bias, original positions", {"size_bias": True, "positions": "original"}),
+    ("calibration", "size bias, median positions", {"size_bias": True, "positions": "median"}),
     ("metric", "keys", {"metric": "keys"}),
     ("proportional attention", "off", {"proportional_attention": False}),
     ("means", "unweighted", {"weighted": False}),
