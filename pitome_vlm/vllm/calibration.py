@@ -29,7 +29,8 @@ NUMBERS = 2
 
 def with_numbers(features: Tensor, visual: VisualTokens, positions: Positions | None) -> Tensor:
     """[B, n, C] features of images with the numbers of every token in channels after them."""
-    offsets = visual.positions() if positions == "mean" else visual.anchors
+    # Positions that count what is left ask for no places.
+    offsets = visual.positions(positions if positions in ("mean", "median") else "original")
     logs = [sizes.log() for sizes in visual.sizes()]
     numbers = torch.stack([torch.stack(offsets).float(), torch.stack(logs)], -1)
     return torch.cat([features, numbers.contiguous().view(features.dtype)], -1)
