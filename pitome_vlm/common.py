@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import json
 import numbers
 import os
 import tempfile
@@ -146,6 +147,21 @@ def _markdown_row(cells: Sequence[object]) -> str:
     # A bar or a line break in an error message would end the cell.
     texts = (str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells)
     return f"| {' | '.join(texts)} |"
+
+
+def read_json(path: str | os.PathLike[str], *, hint: str = "") -> dict[str, Any]:
+    """A JSON object from a file; `hint` says what to do about a damaged one.
+
+    Raises:
+        ValueError: the file is damaged or holds something else.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}){hint and f'; {hint}'}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

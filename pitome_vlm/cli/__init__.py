@@ -2,7 +2,7 @@
 
 Handles commands, options and how results are shown in a terminal; whatever is computed is left to
 the public functions of the package. Importing this package does not import torch, so that `--help`
-answers at once.
+answers at once. What is wrong with an option is a ValueError, which `app.py` shows as one line.
 """
 
 from .app import app, main

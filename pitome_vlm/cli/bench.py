@@ -170,11 +170,7 @@ def _check(
     max_batch: bool,
     memory: float | None,
 ) -> None:
-    """Refuse options that contradict each other.
-
-    Raises:
-        ValueError: they do.
-    """
+    """Refuse options that contradict each other."""
     if (model is None) == (config is None):
         raise ValueError("give either --model PATH or --config NAME")
     if layers is not None and config is None:
@@ -199,11 +195,7 @@ def _check(
 
 
 def _budgets(keep: str, tokens: str | None, algorithms: str | None) -> list[Budget]:
-    """The unmerged model and every algorithm at every budget.
-
-    Raises:
-        ValueError: no number, a number out of range, or an unknown algorithm.
-    """
+    """The unmerged model and every algorithm at every budget."""
     from ..measure.bench import Budget
     from .session import check_algorithm
 

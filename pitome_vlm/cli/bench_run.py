@@ -93,11 +93,7 @@ def _use_threads(threads: int | None) -> None:
 
 
 def check_budgets(vlm: Any, budgets: list[Budget], image_size: tuple[int, int] | None) -> None:
-    """Refuse a budget that does not fit the model before the first round.
-
-    Raises:
-        ValueError: it asks for more tokens than there are.
-    """
+    """Refuse a budget that does not fit the model before the first round."""
     for budget in budgets:
         if budget.config is not None:
             planned_schedule(vlm, budget.config)
@@ -114,11 +110,7 @@ def timed(
     warmup: int,
     check_flops: bool,
 ) -> tuple[Report, bool]:
-    """Time every budget in every case.
-
-    Returns:
-        The report, and whether Ctrl-C ended it early; it then holds what was measured by then.
-    """
+    """Time every budget in every case; also whether Ctrl-C ended that early."""
     setup = provenance(
         loaded.model,
         language_model_layers=loaded.model.config.get_text_config().num_hidden_layers,
@@ -183,11 +175,8 @@ def _progress(batch: int, started: float) -> Callable[[int, int], None]:
 def find_fits(loaded: Loaded, report: Report, *, memory: float | None, try_out: bool) -> None:
     """Add the largest batch of every budget, and its throughput, to a report.
 
-    Args:
-        loaded: what was timed.
-        report: with timed cases; notes are added.
-        memory: GiB to compute for, None for what this device has.
-        try_out: search by trying batches out where there is an accelerator.
+    `memory` is in GiB, None for what this device has; `try_out` searches by trying batches out
+    where there is an accelerator.
     """
     model = loaded.model
     on_cpu = model.device.type == "cpu"

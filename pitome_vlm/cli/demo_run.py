@@ -85,11 +85,7 @@ def choose_scene(samples: Sequence[Sample], seed: int) -> list[Sample]:
 
 
 def balanced(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
-    """`count` questions with every type equally often (or one more), in a fixed order.
-
-    Raises:
-        ValueError: `count` is out of range.
-    """
+    """`count` questions with every type equally often (or one more), in a fixed order."""
     by_type: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         by_type[sample.question_type].append(sample)
@@ -124,10 +120,8 @@ class Demo:
     ) -> list[Score]:
         """Accuracy, time and memory of every setting.
 
-        Args:
-            samples: what to ask.
-            asked: called after every batch with its number of questions.
-            timed: called with 1 after every round of timing.
+        `asked` is called with the number of questions after every batch, `timed` with 1 after every
+        round of timing.
         """
         chosen = settings(*KEEPS)
         outcomes = run(

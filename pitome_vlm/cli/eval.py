@@ -142,11 +142,7 @@ def evaluate(
 
 
 def _suite(suite: str | None, tasks: str | None) -> Suite:
-    """The suite by name or from tasks; where lmms-eval is missing as well, both are said at once.
-
-    Raises:
-        ValueError: neither or both are given, or there is no such suite.
-    """
+    """The suite by name or from tasks; a missing lmms-eval is said at once."""
     from ..measure.evaluate import suites
 
     try:

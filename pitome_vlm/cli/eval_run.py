@@ -58,12 +58,7 @@ class Sweep:
     overwrite: bool = False
 
     def plan(self, *, resume: bool, overwrite: bool) -> None:
-        """Read the folder, and find out what is left.
-
-        Raises:
-            FileExistsError: it holds cells, and neither `resume` nor `overwrite` is on.
-            ValueError: it holds cells of another run.
-        """
+        """Read the folder, and find out what is left; refuse cells of another run."""
         from ..measure.evaluate.sweep import pending, versions
         from ..measure.provenance import checkpoint_fingerprint
 

@@ -31,8 +31,7 @@ _SHORT_DTYPES = {
 def panel(title: str | None) -> Callable[..., Any]:
     """How options of one panel of `--help` are made; None for the panel without a title.
 
-    Returns:
-        A function of the help text, the metavar, and the names where they are not the parameter's.
+    The result takes the help text, the metavar, and the names where they are not the parameter's.
     """
 
     def option(text: str, metavar: str | None = None, *names: str, **more: Any) -> Any:
@@ -244,9 +243,6 @@ def merge_options(
     """What was given about merging, by the names of `MergeConfig` and `preset`.
 
     Everything that can be checked without a model is checked. Empty where nothing was given.
-
-    Raises:
-        ValueError: a value out of range, two budgets, or an unknown name.
     """
     if algorithm or preset or option:
         # Only an algorithm knows its options, and it is written in torch.
@@ -278,11 +274,7 @@ def merge_options(
 
 
 def check_run_flags(resume: bool, overwrite: bool, folder: Path) -> None:
-    """`--resume` and `--overwrite` exclude each other; says so if there is nothing to resume.
-
-    Raises:
-        ValueError: both are wanted.
-    """
+    """Refuse `--resume` with `--overwrite`; say so if there is nothing to resume."""
     if resume and overwrite:
         raise ValueError("--resume continues a run and --overwrite replaces it; give one of them")
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
@@ -291,11 +283,7 @@ def check_run_flags(resume: bool, overwrite: bool, folder: Path) -> None:
 
 
 def words(field: str, text: str) -> list[str]:
-    """The words of a comma list.
-
-    Raises:
-        ValueError: one of them is empty; the message names the field.
-    """
+    """The words of a comma list."""
     found = [word.strip() for word in text.split(",")]
     if not all(found):
         raise ValueError(f"{field} must be separated by single commas, got {text!r}")
@@ -303,11 +291,7 @@ def words(field: str, text: str) -> list[str]:
 
 
 def fractions(field: str, text: str) -> list[float]:
-    """The numbers of a comma list.
-
-    Raises:
-        ValueError: one of them is no number; the message names the field.
-    """
+    """The numbers of a comma list."""
     try:
         return [float(word) for word in words(field, text)]
     except ValueError:
@@ -315,11 +299,7 @@ def fractions(field: str, text: str) -> list[float]:
 
 
 def counts(field: str, text: str) -> list[int]:
-    """The whole numbers of a comma list, each at least 1.
-
-    Raises:
-        ValueError: one of them is none; the message names the field.
-    """
+    """The whole numbers of a comma list, each at least 1."""
     found = words(field, text)
     for word in found:
         if not (word.isascii() and word.isdigit() and int(word)):
@@ -328,20 +308,12 @@ def counts(field: str, text: str) -> list[int]:
 
 
 def pairs(field: str, text: str) -> dict[str, Any]:
-    """`NAME=VALUE,NAME=VALUE` by name; see `pair`.
-
-    Raises:
-        ValueError: a word without a name or an equals sign.
-    """
+    """`NAME=VALUE,NAME=VALUE` by name; see `pair`."""
     return dict(pair(field, word) for word in text.split(",") if word.strip())
 
 
 def pair(field: str, text: str) -> tuple[str, Any]:
-    """`NAME=VALUE` with a Python value where it is one; true and false in any case.
-
-    Raises:
-        ValueError: there is no name or no equals sign.
-    """
+    """`NAME=VALUE` with a Python value where it is one; true and false in any case."""
     name, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not name:
         raise ValueError(f"{field} must be NAME=VALUE, got {text.strip()!r}")
@@ -353,11 +325,7 @@ def pair(field: str, text: str) -> tuple[str, Any]:
 
 
 def image_size_of(text: str | None) -> tuple[int, int] | None:
-    """(height, width) of a size that people write as "1024x768".
-
-    Raises:
-        ValueError: it is none.
-    """
+    """(height, width) of a size that people write as "1024x768"."""
     if text is None:
         return None
     parts = [part.strip() for part in text.lower().split("x")]

@@ -32,20 +32,10 @@ def model_path(name: str) -> str:
 def planned_config(
     model: str, given: dict[str, Any], *, base: str | None = None
 ) -> tuple[MergeConfig, str]:
-    """What is merged, and where its budget comes from.
+    """What is merged, and where its budget comes from ("" for the command line).
 
     The command line wins over the checkpoint's own pitome_config.json, and that over the default.
-
-    Args:
-        model: path, hub name or `demo`.
-        given: see `options.merge_options`.
-        base: the base model of an adapter, where it is not where it was.
-
-    Returns:
-        The config, and "default", "from ...", or "" where the budget was given.
-
-    Raises:
-        ValueError: an unknown algorithm, or a damaged pitome_config.json.
+    `base` is the base model of an adapter, where it is not where it was.
     """
     from ..loading.checkpoints import only_local
     from ..wrapping.wrap import make_config
@@ -57,10 +47,8 @@ def planned_config(
     preset = options.pop("preset", None)
     # A preset stands for all options; nothing of what was saved goes into it.
     saved = None if preset else _saved_config(path, base, local)
-    if not options.keys() & set(BUDGET_WORDS):
-        if options.get("algorithm") == "none":
-            options["keep"] = 1.0
-        elif saved is None:
+    if not options.keys() & set(BUDGET_WORDS) and options.get("algorithm") != "none":
+        if saved is None:
             options["keep"], origin = DEFAULT_KEEP, "default"
         else:
             origin = "from the checkpoint's pitome_config.json"
@@ -96,20 +84,10 @@ def load_model(
     verbose: bool = False,
     **more: Any,
 ) -> tuple[Any, Any]:
-    """(model, processor), wrapped as `config` says.
+    """(model, processor) of a path, a hub name or `demo`; without a config, wrapped as saved.
 
-    Args:
-        name: path, hub name or `demo`.
-        load_4bit: quantise to 4 bits.
-        load_8bit: quantise to 8 bits.
-        dtype: one of `options.DTYPES`.
-        device: where to put it; None for the accelerator, if there is one.
-        config: what is merged; None leaves that to the checkpoint.
-        verbose: let the libraries talk.
-        **more: further arguments of `loading.load`.
-
-    Raises:
-        ValueError: no such device, or see `loading.load`.
+    Without a device it goes to the accelerator, if there is one; `more` is passed to
+    `loading.load`.
     """
     check_bits(load_4bit, load_8bit)
     with quiet(verbose):
@@ -139,12 +117,7 @@ def load_merging(
 ) -> tuple[Any, Any]:
     """(model, processor) with merging on; says what is merged where no budget was given.
 
-    Args:
-        name: path, hub name or `demo`.
-        given: see `options.merge_options`.
-        announce: say it in any case.
-        verbose: say it in any case, and let the libraries talk.
-        **options: see `load_model`.
+    With `announce` or `verbose` it says so in any case; `options` are those of `load_model`.
     """
     with quiet(verbose):
         config, origin = planned_config(name, given)
@@ -155,11 +128,7 @@ def load_merging(
 
 
 def check_algorithm(given: dict[str, Any]) -> None:
-    """Refuse an unknown algorithm before a large checkpoint is read.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """Refuse an unknown algorithm before a large checkpoint is read."""
     from ..merge import algorithms
 
     if "algorithm" in given:
@@ -167,18 +136,9 @@ def check_algorithm(given: dict[str, Any]) -> None:
 
 
 def check_output(folder: Path, files: Sequence[str], *, overwrite: bool, plot: str = "") -> None:
-    """Refuse, before anything is loaded, what could not be written afterwards.
+    """Refuse, before anything is loaded, files that could not be written afterwards.
 
-    Args:
-        folder: where to write.
-        files: names of all files.
-        overwrite: they may be there.
-        plot: the command whose plot is drawn.
-
-    Raises:
-        ValueError: the folder is a file, or cannot be written to.
-        FileExistsError: one of the files is there.
-        ImportError: a plot is drawn and matplotlib is not installed.
+    `plot` is the command whose plot is drawn, empty for none.
     """
     from ..measure.store import check_files
 
@@ -188,21 +148,13 @@ def check_output(folder: Path, files: Sequence[str], *, overwrite: bool, plot: s
 
 
 def check_bits(load_4bit: bool, load_8bit: bool) -> None:
-    """`--load-4bit` and `--load-8bit` exclude each other.
-
-    Raises:
-        ValueError: both are wanted.
-    """
+    """Refuse `--load-4bit` with `--load-8bit`."""
     if load_4bit and load_8bit:
         raise ValueError("only one of --load-4bit and --load-8bit can be given")
 
 
 def checked_device(name: str | None) -> str | None:
-    """The name of a device that is there.
-
-    Raises:
-        ValueError: torch does not know it, or this machine does not have it.
-    """
+    """The name of a device, once torch finds it on this machine."""
     import torch
 
     if name is None or name == "auto":

@@ -39,10 +39,7 @@ def say(text: str) -> None:
 def write(text: str, *, end: str = "\n", fold: bool = True) -> None:
     """A result on stdout: as it is in a pipe, folded between words on a terminal.
 
-    Args:
-        text: control characters are left out.
-        end: printed after it.
-        fold: whether lines may be folded; not so for parts of a line, and what is copied.
+    Not folded are parts of a line, and what is copied. Control characters are left out.
     """
     shown = _folded(printable(text), out) if fold else printable(text)
     out.print(shown, markup=False, soft_wrap=True, end=end)
@@ -191,13 +188,10 @@ def progress_bars() -> Progress:
 
 @contextlib.contextmanager
 def quiet(verbose: bool = False) -> Iterator[None]:
-    """Keep the libraries' progress bars and log lines out of the terminal for a while.
+    """Keep the libraries' progress bars and log lines out of the terminal, unless `verbose`.
 
     Says that the libraries are being loaded where they are not yet. Warnings of Python become one
     line each. Everything is put back afterwards.
-
-    Args:
-        verbose: leave the libraries as they are.
     """
     loading_libraries()
     if verbose:

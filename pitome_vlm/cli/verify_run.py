@@ -57,11 +57,7 @@ class Outcome:
 
 
 def noise_levels(text: str) -> list[float]:
-    """Noise levels of `--sigma`.
-
-    Raises:
-        ValueError: no numbers, or out of range.
-    """
+    """Noise levels of `--sigma`."""
     sigmas = fractions("sigma", text)
     for sigma in sigmas:
         Clusters((1, 1), sigma=sigma)
@@ -69,11 +65,7 @@ def noise_levels(text: str) -> list[float]:
 
 
 def cluster_sizes(text: str | None) -> list[tuple[int, ...]]:
-    """Cluster sizes of `--sizes`.
-
-    Raises:
-        ValueError: no whole numbers, or out of range.
-    """
+    """Cluster sizes of `--sizes`."""
     if text is None:
         return list(DEFAULT_SIZES)
     found = []
@@ -94,11 +86,7 @@ def synthetic_results(
     seeds: int,
     progress: Progress,
 ) -> tuple[list[CaseResult], dict[str, Any]]:
-    """Results on clusters with known labels, and facts about them.
-
-    Raises:
-        ValueError: none of the algorithms can merge clusters.
-    """
+    """Results on clusters with known labels, and facts about them."""
     chosen, shown = cases(sizes), _deciding_by_tokens(names)
     total = len(chosen) * len(sigmas) * len(shown) * seeds
     bar = progress.add_task("synthetic draws", total=total)
@@ -109,11 +97,7 @@ def synthetic_results(
 
 
 def _deciding_by_tokens(names: Sequence[str]) -> list[str]:
-    """The algorithms that can merge clusters; the others are named to the user.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """The algorithms that can merge clusters; the others are named to the user."""
     able = [name for name in names if can_merge(name)]
     others = ", ".join(sorted(set(names) - set(able)))
     reason = "synthetic clusters have no class token, whose attention this needs"
@@ -125,11 +109,7 @@ def _deciding_by_tokens(names: Sequence[str]) -> list[str]:
 
 
 def scene_numbers(count: int | None) -> list[int]:
-    """Numbers of the demo's validation scenes to look at; their kinds take turns.
-
-    Raises:
-        ValueError: there are not that many.
-    """
+    """Numbers of the demo's validation scenes to look at; their kinds take turns."""
     most = SPLIT_SCENES[SPLIT]
     wanted = DEFAULT_COUNT if count is None else count
     if not 1 <= wanted <= most:
@@ -148,14 +128,7 @@ def feature_results(
 ) -> tuple[list[FeatureRow], dict[str, Any]]:
     """Rows of a model's own features, and facts about the model and its images.
 
-    Args:
-        model_name: path, hub name or `demo`.
-        names: algorithms.
-        budget: one of keep, tokens and ratio.
-        images: files; where there are none, `scenes` of the demo are drawn.
-        scenes: numbers of validation scenes.
-        progress: where a bar is shown.
-        **loading: see `load_model`.
+    Where there are no images, `scenes` of the demo are drawn; `loading` is for `load_model`.
     """
     if model_name == DEMO and loading.get("dtype") is None:
         loading["dtype"] = "float32"  # a CPU is slow with the half precision that is stored

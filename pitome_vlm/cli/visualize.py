@@ -72,12 +72,7 @@ def visualize(
 
 
 def _targets(folder: Path, images: list[str], kind: str, overwrite: bool) -> list[Path]:
-    """The file of every image; refused before anything is loaded if they cannot be written.
-
-    Raises:
-        ValueError: the folder is a file, or two images have one name.
-        FileExistsError: one of the files is there.
-    """
+    """The file of every image; refused before anything is loaded if they cannot be written."""
     targets = [folder / f"{Path(name).stem}-{kind}.png" for name in images]
     for target in targets:
         if targets.count(target) > 1:

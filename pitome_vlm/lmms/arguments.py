@@ -15,7 +15,7 @@ from ..common import suggest, whole_number
 from ..demo import DEMO, resolve
 from ..loading.checkpoints import torch_dtype
 from ..merge import algorithms
-from ..merge.config import BUDGET_WORDS, PRESETS, MergeConfig, option_names
+from ..merge.config import BUDGET_WORDS, MergeConfig, option_names
 
 
 @dataclass(frozen=True)
@@ -113,16 +113,9 @@ def _merging(values: dict[str, Any]) -> dict[str, Any]:
     if "algorithm" in values:
         algorithms.get(values["algorithm"])
     preset = values.pop("preset", None)
-    budget = [name for name in BUDGET_WORDS if name in values]
-    if not budget and values.get("algorithm") == "none":
-        values["keep"] = 1.0
     if preset is not None:
-        if preset not in PRESETS:
-            MergeConfig.preset(preset)
-        if not budget:
-            raise ValueError(f"preset={preset} needs one of keep, tokens, ratio as well")
         return {"config": MergeConfig.preset(preset, **values)}
-    if budget:
+    if values.keys() & set(BUDGET_WORDS):
         MergeConfig.from_dict(values)
     return values
 

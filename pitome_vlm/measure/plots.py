@@ -25,38 +25,13 @@ _LINES = ("-", "--", ":", "-.")
 _DPI = 150
 
 
-def check_matplotlib(what: str = "a plot") -> None:
-    """See that plots can be drawn, before anything is measured.
-
-    Args:
-        what: needs matplotlib, for the message, with what to do without it: "plots (leave them
-            out with --no-plots)".
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    require("matplotlib", "viz", what)
-
-
-def check_plot_file(path: Path) -> None:
-    """See that a plot could be written to a path, before anything is measured.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: matplotlib cannot write this kind of file.
-    """
-    known = figure(1, 1).canvas.get_supported_filetypes()
-    if _kind(path) not in known:
-        raise ValueError(f"plot must end in one of {', '.join(sorted(known))}, got {str(path)!r}")
-
-
 def figure(width: float, height: float) -> Any:
     """An empty matplotlib figure; sizes in inches.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    check_matplotlib()
+    require("matplotlib", "viz", "a plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -87,7 +62,7 @@ def rendered(drawn: Any, kind: str = "png") -> bytes:
 
 def save(drawn: Any, path: Path) -> Path:
     """Write a figure atomically; the suffix says which kind of file."""
-    return write_bytes(path, rendered(drawn, _kind(path)))
+    return write_bytes(path, rendered(drawn, path.suffix.removeprefix(".").lower()))
 
 
 def colours(count: int) -> list[str]:
@@ -115,7 +90,3 @@ def style(index: int, label: str) -> dict[str, Any]:
         "lw": 1.3,
         "label": label,
     }
-
-
-def _kind(path: Path) -> str:
-    return path.suffix.removeprefix(".").lower()

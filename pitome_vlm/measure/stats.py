@@ -122,13 +122,10 @@ def difference_interval(
     values: Sequence[float] | np.ndarray,
     other: Sequence[float] | np.ndarray,
     clusters: Sequence[Hashable],
-    *,
-    level: float = LEVEL,
-    seed: int = 0,
 ) -> Interval:
     """Paired interval of mean(values) - mean(other), scores in [0, 1]; images are resampled."""
     differences = np.asarray(values, float) - np.asarray(other, float)
-    return mean_interval(differences, clusters, extremes=(-1.0, 1.0), level=level, seed=seed)
+    return mean_interval(differences, clusters, extremes=(-1.0, 1.0))
 
 
 def relative_loss(
@@ -138,7 +135,6 @@ def relative_loss(
     *,
     level: float = LEVEL,
     gains: bool = True,
-    seed: int = 0,
 ) -> Loss:
     """Relative loss of the mean score with a paired bootstrap interval over images.
 
@@ -151,7 +147,6 @@ def relative_loss(
         clusters: [questions] the image that each question is about.
         level: coverage, in (0, 1).
         gains: whether reduction can gain at all; agreement with the unreduced model cannot.
-        seed: seed of the resampling.
 
     Raises:
         ValueError: nothing the unreduced model answered is right, so that there is no loss.
@@ -162,7 +157,7 @@ def relative_loss(
     index = _index(clusters, len(base))
     before = np.append(np.bincount(index, weights=np.asarray(base, float)), (1.0, 0.0))
     after = np.append(np.bincount(index, weights=np.asarray(reduced, float)), (0.0, 1.0))
-    low, high = _bootstrap(_lost_share, (before, after), level, seed)
+    low, high = _bootstrap(_lost_share, (before, after), level)
     return Loss(
         value=1 - float(np.sum(reduced)) / whole,
         low=low if gains else max(0.0, low),
@@ -216,9 +211,7 @@ def mcnemar_exact(lost: int, gained: int) -> float:
     return float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
-def sign_flip(
-    differences: Sequence[float] | np.ndarray, clusters: Sequence[Hashable], *, seed: int = 0
-) -> float:
+def sign_flip(differences: Sequence[float] | np.ndarray, clusters: Sequence[Hashable]) -> float:
     """Two-sided permutation test of a mean difference of zero, flipping whole images.
 
     Exact where there are at most log2(`FLIPS`) images that differ, drawn `FLIPS` times up to
@@ -240,7 +233,7 @@ def sign_flip(
         n_resamples=FLIPS,
         batch=_BATCH,
         vectorized=True,
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     )
     return float(result.pvalue)
 
@@ -275,7 +268,7 @@ def _index(clusters: Sequence[Hashable], count: int) -> np.ndarray:
 
 
 def _bootstrap(
-    statistic: Callable[..., Any], data: tuple[np.ndarray, np.ndarray], level: float, seed: int
+    statistic: Callable[..., Any], data: tuple[np.ndarray, np.ndarray], level: float, seed: int = 0
 ) -> Interval:
     with warnings.catch_warnings():
         # Draws without a value (nothing right to lose) are left out below; SciPy warns of them.

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common import counted, write_bytes, write_text
+from ..common import counted, read_json, write_bytes, write_text
 from ..merge.config import CONFIG_NAME
 
 # What `verify` and `tune` write at the end, to look for before torch is loaded.
@@ -30,6 +30,7 @@ VERIFY_FILES = ("report.md", "results.json", "spectral.png")
 TUNE_PLOT = "loss_tokens.png"
 TUNE_FILES = (CONFIG_NAME, "report.md", "result.json", TUNE_PLOT)
 FORMAT = 1
+REMEASURE = "delete it to measure it again"
 _ORDER = "order"
 _HEAD = ("format", "identity", _ORDER)
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -204,7 +205,7 @@ class Store:
     def _read(self, key: str) -> dict[str, Any]:
         if key not in self._cells:
             path = self.path(key)
-            stored = read_json(path)
+            stored = read_json(path, hint=REMEASURE)
             if stored.get("format") != FORMAT or not isinstance(stored.get("identity"), dict):
                 raise ValueError(
                     f"{path}: format must be {FORMAT} with an identity, got "
@@ -251,25 +252,6 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name in {**here, **then}
         if then.get(name) != here.get(name)
     ]
-
-
-def read_json(path: Path, *, hint: str = "delete it to measure it again") -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Args:
-        path: the file.
-        hint: what to do about a damaged one, for the message.
-
-    Raises:
-        ValueError: the file is damaged or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {hint}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
 
 
 def as_json(value: Any) -> str:

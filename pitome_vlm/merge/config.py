@@ -69,9 +69,8 @@ class MergeConfig:
         tower_share: with stage="both", the share of the (logarithmic) reduction done in the
             tower, in (0, 1). None takes the algorithm's own.
         projector_steps: steps at the projector; None means the fewest possible.
-        metric: what tokens are compared by: attention "keys" averaged over heads (PiToMe paper),
-            or "hidden" states. None takes the algorithm's own. At the projector it is always the
-            features.
+        metric: what tokens are compared by in the tower: attention "keys" averaged over heads
+            (PiToMe paper), or "hidden" states. None takes the algorithm's own.
         placement: between attention and MLP (paper eq. 1-2), or after the whole layer.
         proportional_attention: add log(size) to the tower's attention logits (paper section
             3.1). None takes the algorithm's own choice.
@@ -85,9 +84,8 @@ class MergeConfig:
             unreduced position; "compact" counts the tokens that are left. None follows `size_bias`.
         temporal: merge tokens of neighbouring frames of a video too, not only those of one frame.
         temporal_window: frames whose tokens are merged together, >= 2; windows do not overlap.
-        skip_unused_layers: with keep=1.0 too, leave out the tower layers after the one whose
-            features are read (1 of 24 in LLaVA-1.5); nothing that is read changes, to the last
-            bit. Where anything is merged they are always left out.
+        skip_unused_layers: with keep=1.0 too, leave out the tower layers whose output nobody reads
+            (1 of 24 in LLaVA-1.5), as is always done where anything is merged.
         seed: seed of everything random, 0 to 2**32 - 1.
         options: the algorithm's own options, an object of `Algorithm.options`; None where all are
             at their defaults. See `own`.
@@ -172,6 +170,8 @@ class MergeConfig:
                 f"{fractions}"
             )
         self._set("keep_range", tuple(float(fraction) for fraction in fractions))
+        if self.algorithm == "none" and self.keep is self.tokens is self.ratio is None:
+            self._set("keep", 1.0)  # all that it can do
         budget = self.budget
         for word in BUDGET_WORDS:
             if not (word == "keep" and self.is_adaptive):
@@ -254,6 +254,8 @@ class MergeConfig:
         """
         if any(changes.get(word) is not None for word in BUDGET_WORDS):
             changes = {**dict.fromkeys(BUDGET_WORDS), **changes}
+        elif changes.get("algorithm") == "none":
+            changes = {**changes, **dict.fromkeys(BUDGET_WORDS)}
         own = {} if self.options is None or "options" in changes else values_of(self.options)
         algorithm = changes.get("algorithm", self.algorithm)
         if own and algorithm != self.algorithm:
@@ -275,10 +277,9 @@ class MergeConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> MergeConfig:
         """The inverse of `to_dict`.
 
-        An unknown key is an error; in a file of a newer format it is dropped with a warning.
-
         Raises:
-            ValueError: unknown key or algorithm, or a value out of range.
+            ValueError: unknown algorithm, a value out of range, or an unknown key, which in a file
+                of a newer format is a warning.
             TypeError: a value of the wrong type.
         """
         known = options_in(values, lambda name: name in SHARED or bool(owners(name)))

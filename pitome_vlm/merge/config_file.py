@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..common import __version__, write_text
+from ..common import __version__, read_json, write_text
 
 CONFIG_NAME = "pitome_config.json"
 FORMAT_VERSION = 1
@@ -83,10 +83,4 @@ def read(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
         raise FileNotFoundError(
             f"no merge config at {path}; MergeConfig(...).save_pretrained(folder) writes one"
         )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
-    return path, values
+    return path, read_json(path)

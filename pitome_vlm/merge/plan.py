@@ -163,10 +163,6 @@ class MergePlan:
             self.keep_norm,
         )
 
-    def merge_sizes(self, sizes: Tensor | None) -> Tensor:
-        """Patches each group stands for: [B, N] sizes (None means all one) to [B, M] float32."""
-        return self._sums(sizes)[0]
-
     def _sums(self, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights of every group [B, M] and of every moved token [B, N - M]; None for all one."""
         if weights is None:
@@ -255,10 +251,6 @@ class MergePlan:
         scaled = merged * (largest / merged.norm(dim=-1).clamp(min=1e-12))[..., None]
         # A token on its own keeps its value bit for bit.
         return torch.where(alone[..., None], named, scaled).to(x.dtype)
-
-    def unmerge(self, y: Tensor) -> Tensor:
-        """Spread group values back over their tokens: [B, M, C] to [B, N, C]."""
-        return take_tokens(y, self.assign)
 
 
 def _flat_rows(index: Tensor, n_tokens: int) -> Tensor:

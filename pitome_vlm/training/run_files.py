@@ -15,8 +15,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..common import write_text
-from ..measure.store import differences, read_json
+from ..common import read_json, write_text
+from ..measure.store import differences
 
 RUN_NAME = "training_run.json"
 RESULT_NAME = "adapter_model.safetensors"

@@ -43,17 +43,8 @@ def update_card(path: Path, previous: str | None, section: str, base: str | None
     write_text(path, str(card))
 
 
-def card_section(
-    record: PeftRecord, config: MergeConfig, schedule: Schedule, folder: str | None = None
-) -> str:
-    """Budget, algorithm, base, data, accuracy before and after, and how to load it.
-
-    Args:
-        record: what is remembered of base and training.
-        config: merge options.
-        schedule: the counts they lead to.
-        folder: how the adapter is called in the example.
-    """
+def card_section(record: PeftRecord, config: MergeConfig, schedule: Schedule) -> str:
+    """Budget, algorithm, base, data, accuracy before and after, and how to load it."""
     training = record.training or {}
     lines = [
         f"Trained with [PiToMe](https://arxiv.org/abs/2405.16148) token merging on (pitome-vlm "
@@ -62,7 +53,7 @@ def card_section(
         "",
         "```python",
         "import pitome_vlm",
-        f'model, processor = pitome_vlm.load("{folder or "this/adapter"}")',
+        'model, processor = pitome_vlm.load("this/adapter")',
         "```",
         "",
         f"restores base model, quantisation, adapter and merging (`{CONFIG_NAME}`).",

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from ..common import __version__, write_text
+from ..common import __version__, read_json, write_text
 
 RECORD_NAME = "pitome_adapter.json"
 FORMAT_VERSION = 1
@@ -73,12 +73,7 @@ class PeftRecord:
         Raises:
             ValueError: it is damaged, or a value has the wrong type.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+        values = read_json(path)
         known = {name: values.get(name) for name in (item.name for item in dataclasses.fields(cls))}
         for name, kind in _KINDS.items():
             value = known[name]

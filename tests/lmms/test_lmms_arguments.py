@@ -28,7 +28,7 @@ from pitome_vlm.merge.config import MergeConfig, option_names
         ("pretrained=demo,algorithm=tome", "exactly one of keep, tokens, ratio"),
         ("pretrained=demo,keep=0.25,energy=gausian", "Did you mean 'gaussian'?"),
         ("pretrained=demo,keep=0.25,preset=paperr", "Did you mean 'paper'?"),
-        ("pretrained=demo,preset=released", "preset=released needs one of keep, tokens, ratio"),
+        ("pretrained=demo,preset=released", "exactly one of keep, tokens, ratio must be given"),
         ("pretrained=demo,keep=0.25,layers=[1,", r"layers is no valid JSON"),
         ("pretrained=demo,keep=0.25,dtype=int8", "dtype must be auto, float32"),
         ("pretrained=demo,keep=0.25,load_in_4bit=yes", "load_in_4bit must be True or False"),
@@ -66,7 +66,8 @@ def test_model_args_are_understood():
     )
     preset = ModelArguments.parse({"pretrained": "x", "preset": "released", "ratio": 0.9})
     assert preset.merging == {"config": MergeConfig.preset("released", ratio=0.9)}
-    assert ModelArguments.parse({"pretrained": "x", "algorithm": "none"}).merging["keep"] == 1.0
+    merging = ModelArguments.parse({"pretrained": "x", "algorithm": "none"}).merging
+    assert MergeConfig.from_dict(merging) == MergeConfig(keep=1.0, algorithm="none")
     assert combined({"batch_size": 4}, {"batch_size": "1", "device": "cpu"}) == {
         "batch_size": 4,
         "device": "cpu",

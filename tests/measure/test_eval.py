@@ -122,12 +122,13 @@ def test_resume_refuses_cells_measured_otherwise(tmp_path, field, value, said):
         stand_in.pending(stand_in.wanted(), Folder(tmp_path), stand_in.RUN, resume=False)
 
 
-def test_overwrite_measures_everything_again(tmp_path):
+def test_what_was_cleared_is_measured_again(tmp_path):
     stand_in.sweep(tmp_path, resume=False)
     folder, wanted = Folder(tmp_path), stand_in.wanted()
     other = {**stand_in.RUN, "batch_size": 8}
-    assert stand_in.pending(wanted, folder, other, resume=False, overwrite=True) == wanted
+    folder.clear()
     assert not list(tmp_path.rglob("*.json"))
+    assert stand_in.pending(wanted, folder, other, resume=False) == wanted
 
 
 def test_damaged_or_foreign_files_are_refused_by_name(tmp_path):

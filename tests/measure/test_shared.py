@@ -239,13 +239,10 @@ class TestPlots:
         path = plots.save(made(), tmp_path / "new" / "plot.pdf")
         assert path.read_bytes().startswith(b"%PDF")
 
-    def test_kinds_of_files_are_checked_before(self, tmp_path, monkeypatch):
-        plots.check_plot_file(tmp_path / "a.PNG")
-        with pytest.raises(ValueError, match="plot must end in one of"):
-            plots.check_plot_file(tmp_path / "a.docx")
+    def test_without_matplotlib_the_extra_is_named(self, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(ImportError, match=r"no-plot.*matplotlib.*viz"):
-            plots.check_matplotlib("a plot (leave it out with --no-plot)")
+        with pytest.raises(ImportError, match=r"a plot needs matplotlib.*viz"):
+            plots.figure(1, 1)
 
 
 class TestTables:

@@ -43,7 +43,9 @@ def test_a_cell_that_is_missing_is_measured_again_and_a_damaged_one_is_named(tmp
     assert len(asker.asked) == 1
     assert comparable(result) == comparable(undisturbed)
     last.write_bytes(content[:50])
-    with pytest.raises(ValueError, match=rf"{last.name} is damaged .*; delete it to measure it"):
+    with pytest.raises(
+        ValueError, match=rf"{last.name} is not valid JSON .*; delete it to measure it"
+    ):
         tuned(share, folder=tmp_path, resume=True)
 
 

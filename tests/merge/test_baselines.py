@@ -157,7 +157,7 @@ def test_divprune_takes_one_of_every_kind_before_a_second():
     labels = torch.arange(9).repeat_interleave(7)
     plan = planned("divprune", kinds[labels][None], 9)
     assert labels[plan.kept[0]].tolist() == list(range(9))
-    assert plan.merge_sizes(None).tolist() == [[7.0] * 9]
+    assert plan.apply(kinds[labels][None])[1].tolist() == [[7.0] * 9]
 
 
 @pytest.mark.parametrize(

@@ -184,3 +184,10 @@ def test_replacing_the_options_object_replaces_all_of_it():
     assert config.replace(options=None) == MergeConfig(keep=0.25, algorithm="pitome")
     own = PitomeOptions(energy="gaussian")
     assert config.replace(options=own) == MergeConfig(keep=0.25, algorithm="pitome", options=own)
+
+
+def test_no_reduction_needs_no_budget():
+    everything = MergeConfig(keep=1.0, algorithm="none")
+    assert MergeConfig(algorithm="none") == everything
+    assert MergeConfig(tokens=9, seed=3).replace(algorithm="none") == everything.replace(seed=3)
+    assert MergeConfig(tokens=9).replace(algorithm="none", keep=0.5).keep == 0.5

@@ -101,7 +101,7 @@ def test_different_tokens_are_not_merged_while_alike_ones_are_left():
         different = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0][:4]
         keys = torch.cat([alike, different])[torch.randperm(14, generator=generator)][None]
         plan = make_plan(PLUS, keys, 10, ctx=context())
-        sizes = plan.merge_sizes(None)[0]
+        sizes = plan.apply(keys)[1][0]
         groups = [(plan.assign[0] == group).nonzero().flatten() for group in range(10)]
         for group in groups:
             if len(group) > 1:

@@ -19,22 +19,20 @@ from .measurement import answer, installed
 from .phases import Phases
 from .prompts import Budget, Case, inputs_for
 
+MOST_TRIED = 1024
 FORMULA = (
     "(memory - weights) / (KV cache of prompt and answer + the larger of: "
     "tower, its kept states and one layer's activations; prefill, one layer's activations)"
 )
 
 
-def largest_batch(
-    model: Any, budget: Budget, case: Case, limit: int = 1024, *, guess: int = 1
-) -> int:
+def largest_batch(model: Any, budget: Budget, case: Case, *, guess: int = 1) -> int:
     """The largest batch whose answers fit the device's memory, found by trying, within 1/16.
 
     Args:
         model: an unwrapped model on an accelerator.
         budget: what is merged.
         case: what is asked; answers are as long as it says, because their cache counts.
-        limit: the largest batch to try.
         guess: the batch to try first, for instance the result of `fitting_batch`.
 
     Raises:
@@ -60,7 +58,7 @@ def largest_batch(
             del inputs
             torch.get_device_module(model.device).empty_cache()
 
-    return search_largest(fits, limit, guess)
+    return search_largest(fits, MOST_TRIED, guess)
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -59,14 +59,14 @@ class Lengths:
         return upper if self.least == 1 else f"from {self.least}"
 
 
-def break_even(base: Estimate, merged: Estimate, worth: float = WORTH) -> Lengths | None:
-    """The answers for which merging saves at least `worth` of the whole time; None if for none.
+def break_even(base: Estimate, merged: Estimate) -> Lengths | None:
+    """The answers for which merging saves at least `WORTH` of the whole time; None if for none.
 
     Every token adds the same amount to what is saved, or takes it away, so merging pays either up
     to some length or from some length on.
     """
-    saved = (1 - worth) * base.first - merged.first
-    per_token = (1 - worth) * base.decode - merged.decode
+    saved = (1 - WORTH) * base.first - merged.first
+    per_token = (1 - WORTH) * base.decode - merged.decode
     if saved >= 0:
         return Lengths(1, None if per_token >= 0 else 1 + math.floor(saved / -per_token))
     if per_token <= 0:

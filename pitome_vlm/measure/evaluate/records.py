@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ...common import write_bytes, write_text
-from ..store import Store, as_json, digest, file_name, read_json
+from ...common import read_json, write_bytes, write_text
+from ..store import REMEASURE, Store, as_json, digest, file_name
 from .suites import Cell
 
 
@@ -149,7 +149,7 @@ class Folder:
         path, questions = self.store.path(cell.file), self.questions(cell.task)
         if not questions.is_file() or digest(questions.read_text()) != stored["questions_sha256"]:
             raise ValueError(f"{path} does not belong to the questions in {questions}")
-        columns = read_json(questions)
+        columns = read_json(questions, hint=REMEASURE)
         try:
             asked = [Question(*row) for row in zip(*columns.values(), strict=True)]
             values = {k: stored[k] for k in Measured.__dataclass_fields__ if k != "questions"}
@@ -173,7 +173,7 @@ class Folder:
 
     def load_timing(self) -> dict[str, Any] | None:
         """The stored timing, None where there is none."""
-        return read_json(self.timing) if self.timing.is_file() else None
+        return read_json(self.timing, hint=REMEASURE) if self.timing.is_file() else None
 
     def save_failure(self, cell: Cell, text: str) -> None:
         """Store a failed cell's traceback."""

@@ -70,24 +70,14 @@ def pending(
     run: dict[str, Any],
     *,
     resume: bool,
-    overwrite: bool = False,
 ) -> list[Cell]:
     """The cells that have still to be measured.
 
-    Args:
-        cells: what is wanted.
-        folder: where finished cells lie.
-        run: see `identity`.
-        resume: continue with the cells that are there.
-        overwrite: delete them instead.
-
     Raises:
-        FileExistsError: there are cells, and neither `resume` nor `overwrite`.
-        ValueError: a finished cell was measured with other options or versions.
+        FileExistsError: there are cells, and `resume` is off.
+        ValueError: a finished cell was measured with other options or versions (`identity`).
     """
-    folder.store.check(resume=resume, overwrite=overwrite)
-    if overwrite:
-        folder.clear()
+    folder.store.check(resume=resume)
     return [cell for cell in cells if folder.load(cell, identity(cell, run)) is None]
 
 

@@ -19,7 +19,6 @@ from .synthetic import LAYOUTS, RATIO, Clusters, Run, merge_clusters
 # Sizes far apart, as the theorem wants them, one after the other; one cluster so large that sizes
 # stay ordered over four steps of PiToMe; sizes near each other, where a few merges make ties.
 DEFAULT_SIZES = ((32, 16, 8, 5, 3), (50, 8, 4, 2), (20, 16, 12, 9, 7))
-DEFAULT_SIGMAS = (0.3, 0.1, 0.03, 0.01)
 STEPS = (1, 4)
 # Rounding of float64 eigenvalues of a few hundred nodes, with room to spare.
 TOLERANCE = 1e-9
@@ -91,9 +90,7 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def cases(
-    sizes: Sequence[tuple[int, ...]] = DEFAULT_SIZES, steps: Sequence[int] = STEPS
-) -> list[Case]:
+def cases(sizes: Sequence[tuple[int, ...]], steps: Sequence[int] = STEPS) -> list[Case]:
     """Every size in every layout, with few and with many steps."""
     return [Case(one, layout, count) for one in sizes for layout in LAYOUTS for count in steps]
 

@@ -168,7 +168,6 @@ def merge_clusters(
     steps: int = 1,
     ratio: float = RATIO,
     seed: int = 0,
-    config: MergeConfig | None = None,
 ) -> Run:
     """Draw tokens, merge them in `steps` steps and compare the graph before and after.
 
@@ -181,7 +180,6 @@ def merge_clusters(
         steps: merging steps, at least one.
         ratio: fraction kept at every step, in (0, 1].
         seed: of the draw and of whatever the algorithm draws.
-        config: options of the algorithm; its budget, name and seed are replaced.
 
     Raises:
         ValueError: unknown algorithm, a value out of range, an algorithm that needs more than
@@ -193,8 +191,7 @@ def merge_clusters(
             "do not have; look at real features instead"
         )
     whole_number("steps", steps, 1)
-    options = MergeConfig(ratio=ratio) if config is None else config
-    options = options.replace(ratio=ratio, algorithm=algorithm, seed=seed)
+    options = MergeConfig(ratio=ratio, algorithm=algorithm, seed=seed)
     tokens, labels = clusters.draw(seed)
     plans, margins, step_sizes = _merge(tokens, labels, options, steps)
     assign, n_groups = composed_groups(plans)[0], plans[-1].n_out
