@@ -11,6 +11,7 @@ import importlib.util
 import json
 import numbers
 import os
+import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -104,6 +105,32 @@ def check_flag(field: str, value: Any) -> None:
     """
     if not isinstance(value, bool):
         raise TypeError(f"{field} must be True or False, got {value!r}")
+
+
+def shown(value: Any, longest: int = 100) -> str:
+    """A value for a message of one line: its `repr`, cut to `longest` characters."""
+    # Only the beginning of long ones is written out: `repr` of gigabytes takes minutes.
+    whole = value[: 2 * longest] if isinstance(value, (str, bytes, list, tuple)) else value
+    text = re.sub(r"\s+", " ", repr(whole))
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def check_text(field: str, text: str) -> str:
+    """The text, which can be written and tokenised.
+
+    Raises:
+        ValueError: it holds a lone surrogate, half of a character, as a cut emoji or bytes that
+            are not UTF-8 leave one.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found, before = text[error.start], text[max(0, error.start - 20) : error.start]
+        raise ValueError(
+            f"{field} holds half of a character (the lone surrogate {found!a}) after "
+            f"{shown(before)}; remove it, or write the character whole"
+        ) from None
+    return text
 
 
 def require(module: str, extra: str, what: str) -> None:

@@ -15,7 +15,7 @@ from ..common import require
 from . import options as o
 from .session import is_first_process
 from .terminal import quiet
-from .train_run import load_trainable, show, train_model
+from .train_run import check_data, load_trainable, show, train_model
 
 _DATA = "Data"
 _LORA = "Adapter"
@@ -232,6 +232,7 @@ def train(
     """
     require("peft", "train", "train")
     o.check_run_flags(resume, overwrite, output)
+    check_data(data, val_data, val_fraction, image_folder)
     merging = o.merge_options(keep, tokens, ratio, algorithm, preset, option=option)
     more = [*(["projector"] * projector), *(["vision_tower"] * vision_tower)]
     lora = {
@@ -241,7 +242,6 @@ def train(
         "parts": ("language_model", *more) if more else None,
     }
     rest = {
-        "val_fraction": val_fraction,
         "budgets": _budgets(budgets),
         "max_length": max_length,
         "num_train_epochs": epochs,
@@ -262,6 +262,7 @@ def train(
             output,
             data=data,
             val_data=val_data,
+            val_fraction=val_fraction,
             opening=opening,
             lora={name: value for name, value in lora.items() if value is not None},
             resume=resume,

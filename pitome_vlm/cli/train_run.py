@@ -28,12 +28,39 @@ if TYPE_CHECKING:
 MOST_LINES = 10  # lines of progress where there is no terminal to draw a bar on
 
 
+def check_data(
+    data: str, val_data: str | None, val_fraction: float | None, image_folder: Path | None
+) -> None:
+    """Check what needs neither torch nor a look into the data.
+
+    Raises:
+        FileNotFoundError: a file or folder is not there.
+        ValueError: two kinds of validation data, or a share out of range.
+    """
+    from ..common import check_range
+    from ..loading.records import check_source
+
+    if val_data is not None and val_fraction is not None:
+        raise ValueError("only one of --val-data and --val-fraction can be given")
+    if val_fraction is not None:
+        check_range("--val-fraction", val_fraction, 0, 1, open_ends=True)
+    for name, given in (("--data", data), ("--val-data", val_data)):
+        if given is not None:
+            try:
+                check_source(given)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{name}: {error}") from None
+    if image_folder is not None and not image_folder.expanduser().is_dir():
+        raise FileNotFoundError(f"--image-folder {image_folder} is not a folder")
+
+
 def train_model(
     load: Callable[[], tuple[Any, Any]],
     output: Path,
     *,
     data: str,
     val_data: str | None,
+    val_fraction: float | None,
     opening: dict[str, Any],
     lora: dict[str, Any],
     resume: bool,
@@ -47,6 +74,7 @@ def train_model(
         output: the adapter's folder.
         data: training data.
         val_data: validation data.
+        val_fraction: share of the training data to hold out.
         opening: further arguments of `open_conversations`.
         lora: fields of `LoraOptions` that were given.
         resume: continue the run in the folder.
@@ -61,6 +89,8 @@ def train_model(
     train_set = open_conversations(data, **opening)
     val_set = None if val_data is None else open_conversations(val_data, **opening)
     tell(f"{len(train_set)} conversations")
+    if val_fraction is not None:
+        train_set, val_set = train_set.split(val_fraction)
     model, processor = load()
     bar = err.is_terminal and is_first_process()
     return train(

@@ -241,13 +241,9 @@ def opened(given: Any, max_pixels: int | None) -> Image.Image:
 
     Raises:
         ImageError: a file that is no image.
-        ValueError: neither an image nor a path.
+        TypeError: in no form of an image.
     """
-    if isinstance(given, (str, os.PathLike)):
-        given = load_image(given)
-    if not isinstance(given, Image.Image):
-        raise ValueError(f"an image must be a PIL image or a path, got {type(given).__name__}")
-    image = given.convert("RGB")
+    image = load_image(given)
     if max_pixels is not None and image.width * image.height > max_pixels:
         scale = math.sqrt(max_pixels / (image.width * image.height))
         size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))

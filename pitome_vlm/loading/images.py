@@ -1,6 +1,7 @@
-"""Image files: read within limits, or refused with a message of one line.
+"""Images: read within limits, or refused with a message of one line.
 
-Nothing is fetched from the network.
+Every command, training, tuning and lmms-eval read images here, so that an image has the same pixels
+in whatever form it comes. Nothing is fetched from the network.
 """
 
 from __future__ import annotations
@@ -11,17 +12,21 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from ..common import whole_number
+from ..common import shown, whole_number
 
 _DECODING = threading.Lock()
+# Of a part of a path on common file systems.
+_LONGEST_NAME = 255
+# Of PNG, JPEG, GIF, WEBP, BMP and TIFF.
+_BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk0", "SUkqA", "TU0AK")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
@@ -50,30 +55,101 @@ class ImageLimits:
 _DEFAULT_LIMITS = ImageLimits()
 
 
-def load_image(
-    path_or_file: str | os.PathLike[str] | BinaryIO, limits: ImageLimits = _DEFAULT_LIMITS
-) -> Image.Image:
-    """Read one image.
+# Where an image comes from. A mapping is what datasets store: {"bytes": ..., "path": ...}, of which
+# one may be None.
+ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | Mapping[str, Any]
 
-    EXIF orientation is applied, transparency becomes white, 16-bit grey is scaled to 8 bits.
+
+def load_image(source: ImageSource, limits: ImageLimits = _DEFAULT_LIMITS) -> Image.Image:
+    """Read one image; the same pixels in whatever form it is given.
+
+    EXIF orientation is applied. Transparency becomes white, as in the newest transformers; its
+    older releases drop it, which shows whatever colour lies under transparent pixels. 16-bit grey
+    is scaled to 8 bits, float grey in 0..1 to 0..255, where Pillow would clip.
 
     Args:
-        path_or_file: a local file, or an open binary file, read from its current position.
-        limits: on bytes and pixels.
+        source: a local file; its content in bytes; an open binary file, read from its current
+            position; a Pillow image, which is left as it is; or a mapping with "bytes" or "path".
+        limits: on bytes and pixels of what is still encoded. A Pillow image may have any size.
 
     Returns:
-        An RGB image, decoded and independent of the file.
+        An RGB image, decoded and independent of the source.
 
     Raises:
-        ImageError: missing, not a regular file, empty, too large, truncated, or not an image in
-            one of `FORMATS`.
+        ImageError: missing, not a regular file, empty, too large, truncated, not an image in one
+            of `FORMATS`, or with values that have no 8-bit meaning.
+        TypeError: none of these forms.
     """
-    name, content = _read(path_or_file, limits)
+    if isinstance(source, Mapping):
+        source = _inside(source)
+    if isinstance(source, Image.Image):
+        return _decoded(_printable(getattr(source, "filename", "") or "the Pillow image"), source)
+    name, content = _read(source, limits)
+    return _decoded(name, content, limits)
+
+
+def locate(source: Any, folder: str | os.PathLike[str] | None) -> str | bytes | Image.Image:
+    """A source that can be read many times and from any working directory; nothing is decoded.
+
+    Args:
+        source: of an image, see `load_image`.
+        folder: what paths are relative to; None if there is no such folder.
+
+    Returns:
+        An absolute path, or what was given as bytes or Pillow image.
+
+    Raises:
+        ImageError: not a form of an image, or the path of no file.
+    """
+    if isinstance(source, Mapping):
+        source = _inside(source)
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if not isinstance(source, (str, os.PathLike)) or not os.fspath(source):
+        raise ImageError(f"an image must be a path, bytes or a Pillow image, got {shown(source)}")
+    given = os.fspath(source)
+    _refuse_text(given)
+    path = Path(given).expanduser()
+    if folder is None and not path.is_absolute():
+        raise ImageError(
+            f"{_printable(given)}: a relative path, but the data has no folder; give image_folder"
+        )
+    path = Path(folder or "").expanduser() / path
+    try:
+        found = path.is_file()
+    except (OSError, ValueError):
+        # Too long for a file system, or a character that no path can have.
+        found = False
+    if not found:
+        raise ImageError(f"no such image file: {_printable(str(path))}")
+    return str(path.absolute())
+
+
+def _inside(source: Mapping[str, Any]) -> Any:
+    """The bytes of a mapping, else its path."""
+    content, path = source.get("bytes"), source.get("path")
+    if content is not None and not isinstance(content, (bytes, bytearray, memoryview)):
+        raise ImageError(
+            f"bytes of an image must be bytes, got {shown(content)}; in a JSON file give a path"
+        )
+    if content is None and not (isinstance(path, (str, os.PathLike)) and os.fspath(path)):
+        raise ImageError(
+            f"an image as a mapping needs bytes, or a path that is a text, got {shown(source)}"
+        )
+    return path if content is None else content
+
+
+def _decoded(
+    name: str, given: bytes | Image.Image, limits: ImageLimits = _DEFAULT_LIMITS
+) -> Image.Image:
     try:
         with warnings.catch_warnings():
             # Pillow warns at a size limit of its own, and about broken metadata.
             warnings.simplefilter("ignore")
-            return _as_rgb(_open(name, content, limits))
+            image = given if isinstance(given, Image.Image) else _open(name, given, limits)
+            return _as_rgb(name, image)
     except (ImageError, MemoryError):
         raise
     except Exception as error:
@@ -84,19 +160,21 @@ def load_image(
         ) from error
 
 
-def _read(
-    path_or_file: str | os.PathLike[str] | BinaryIO, limits: ImageLimits
-) -> tuple[str, bytes]:
+def _read(source: Any, limits: ImageLimits) -> tuple[str, bytes]:
     """The name for messages and at most `max_bytes` bytes."""
-    if isinstance(path_or_file, (str, os.PathLike)):
-        return _read_path(path_or_file, limits)
-    if not hasattr(path_or_file, "read"):
+    if isinstance(source, (str, os.PathLike)):
+        return _read_path(source, limits)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        _check_bytes("the image in memory", len(source), limits)
+        return "the image in memory", bytes(source)
+    if not hasattr(source, "read"):
         raise TypeError(
-            f"path_or_file must be a path or a binary file, got {type(path_or_file).__name__}"
+            "an image must be a path, bytes, a binary file, a Pillow image or a mapping with bytes "
+            f"or path, got {type(source).__name__}"
         )
-    name = _printable(str(getattr(path_or_file, "name", "uploaded file")))
+    name = _printable(str(getattr(source, "name", "uploaded file")))
     # One byte more than allowed tells a file that is too large from one that just fits.
-    content = path_or_file.read(limits.max_bytes + 1)
+    content = source.read(limits.max_bytes + 1)
     if not isinstance(content, bytes):
         raise TypeError(f"{name}: open the file in binary mode ('rb'), not as text")
     _check_bytes(name, len(content), limits, at_least=True)
@@ -105,8 +183,7 @@ def _read(
 
 def _read_path(path: str | os.PathLike[str], limits: ImageLimits) -> tuple[str, bytes]:
     name = _printable(os.fspath(path))
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", name):
-        raise ImageError(f"{name}: URLs are not fetched; download the image and give its path")
+    _refuse_text(os.fspath(path))
     file = Path(path).expanduser()
     try:
         if not file.exists():
@@ -120,10 +197,26 @@ def _read_path(path: str | os.PathLike[str], limits: ImageLimits) -> tuple[str, 
     except ImageError:
         raise
     except (OSError, ValueError) as error:
-        # ValueError: a NUL character in the path.
-        raise ImageError(f"{name}: cannot be read ({_one_line(error)})") from error
+        # ValueError: a NUL character in the path. The system's message repeats the path.
+        said = _one_line(getattr(error, "strerror", None) or error)
+        raise ImageError(f"{name}: cannot be read ({said})") from error
     _check_bytes(name, len(content), limits)
     return name, content
+
+
+def _refuse_text(path: str) -> None:
+    """Refuse addresses, and images written as text."""
+    if re.match(r"data:[^,]*;base64,", path) or (
+        len(path) > _LONGEST_NAME and path.startswith(_BASE64_STARTS)
+    ):
+        raise ImageError(
+            f"{_printable(path)}: an image as base64 text where a path is wanted; decode it "
+            "(base64.b64decode) and save it as a file, or give the bytes"
+        )
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", path):
+        raise ImageError(
+            f"{_printable(path)}: URLs are not fetched; download the image and give its path"
+        )
 
 
 def _check_bytes(name: str, size: int, limits: ImageLimits, *, at_least: bool = False) -> None:
@@ -183,34 +276,76 @@ def _complete_files_only() -> Iterator[None]:
             ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    with _complete_files_only():
-        image.load()
+def _as_rgb(name: str, image: Image.Image) -> Image.Image:
+    _load(image)
     image = _upright(image)
-    if image.mode.startswith("I"):
-        # Pillow clips 16-bit grey at 255, which makes nearly every such image white.
-        grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8
-        image = Image.fromarray(grey.astype(np.uint8))
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(name, image)
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(paper, image)
     return image.convert("RGB")
 
 
+def _load(image: Image.Image) -> None:
+    with _complete_files_only():
+        name = getattr(image, "filename", "")
+        try:
+            if name:
+                # With a name Pillow maps the file into memory, and mixes up the sides of TIFFs
+                # that have to be turned.
+                image.filename = ""  # type: ignore[attr-defined]
+            image.load()
+        finally:
+            if name:
+                image.filename = name  # type: ignore[attr-defined]
+
+
+def _eight_bits(name: str, image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, or of floats in 0..1, scaled to L or LA; Pillow would clip it at 255."""
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        if not (low >= 0 and high <= 1):
+            raise ImageError(
+                f"{name}: float pixels must be in 0..1, got {low:g} to {high:g}; scale them, or "
+                "convert the image to 8 bits (mode L) first"
+            )
+        grey = np.rint(values * 255)
+    else:
+        # Mode I has 32 bits. Small values may mean 8 bits as well as nearly black in 16.
+        if image.mode == "I" and not (low == high == 0 or (low >= 0 and 255 < high <= 65535)):
+            raise ImageError(
+                f"{name}: 32-bit integer pixels are read as 16-bit grey (0..65535), but these are "
+                f"{low} to {high}; convert the image to 8 bits (mode L) or 16 bits (I;16) first"
+            )
+        grey = values >> 8
+    scaled = Image.fromarray(grey.astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        scaled.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return scaled
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        turn = image.getexif().get(0x0112)
     except Exception:
         # A broken EXIF block does not affect the pixels; the image is used as stored.
         return image
+    return ImageOps.exif_transpose(image) if turn in range(2, 9) else image
 
 
 def _printable(name: str) -> str:
-    """A file name for a message of one line; names may contain line breaks."""
+    """A file name for a message of one line; names may contain line breaks, or be no names."""
+    if len(name) > _LONGEST_NAME:
+        return shown(name)
     return name if name.isprintable() else repr(name)
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: object) -> str:
     text = " ".join(str(error).split())
     return text or type(error).__name__

@@ -63,7 +63,15 @@ class Collator:
         self.image_id = int(tokenizer.convert_tokens_to_ids(image_token(processor)))
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """[B, T] ids, mask and labels, and the pixels of the images of all rows, in order."""
+        """[B, T] ids, mask and labels, and the pixels of the images of all rows, in order.
+
+        Raises:
+            DataError: a conversation that cannot be labelled, or would be cut inside an image.
+        """
+        return self.cut(self.whole(examples), examples)
+
+    def whole(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """The batch before rows are cut to `max_length`."""
         rendered = [self.render(example.conversation) for example in examples]
         images = [image for example in examples for image in example.images]
         texts = [one.text for one in rendered]
@@ -76,7 +84,7 @@ class Collator:
                 for row, attended, one, example in zip(ids, mask, rendered, examples, strict=True)
             ]
         )
-        return self._cut(batch, examples)
+        return batch
 
     def render(self, conversation: Conversation) -> Rendered:
         """The text of a conversation, and the places of its answers in it.
@@ -141,7 +149,12 @@ class Collator:
         wanted[text] = torch.tensor([answer for _, answer in words], dtype=torch.bool)
         return ids.masked_fill(~wanted, IGNORED_LABEL)
 
-    def _cut(self, batch: dict[str, Tensor], examples: Sequence[Example]) -> dict[str, Tensor]:
+    def cut(self, batch: dict[str, Tensor], examples: Sequence[Example]) -> dict[str, Tensor]:
+        """A batch of `whole` with rows of at most `max_length` tokens.
+
+        Raises:
+            DataError: an image would be cut.
+        """
         width = batch["input_ids"].shape[1]
         if self.max_length is None or width <= self.max_length:
             return batch
@@ -152,7 +165,9 @@ class Collator:
                 f"{examples[row].conversation.where}: max_length={self.max_length} would cut an "
                 "image in two; raise it, or leave the record out"
             )
+        # Not whatever has two dimensions: the patches of some towers are [N, D].
+        shape = batch["input_ids"].shape
         return {
-            name: value[:, : self.max_length] if value.dim() == 2 else value
+            name: value[:, : self.max_length] if value.shape == shape else value
             for name, value in batch.items()
         }

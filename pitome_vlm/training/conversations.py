@@ -5,11 +5,11 @@ Everything that can be wrong with a record is reported here. Images are only cou
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..common import check_text, shown
 from ..loading.records import DataError
 
 IMAGE_MARK = "<image>"
@@ -105,7 +105,7 @@ def _images(record: Mapping[str, Any], where: str) -> list[Any]:
     value = record[given[0]] if given else []
     images = list(value) if isinstance(value, (list, tuple)) else [value]
     for image in images:
-        if image is None or image == "":
+        if image is None or (isinstance(image, str) and not image):
             raise DataError(f"{where}: {given[0]} is empty")
     return images
 
@@ -113,11 +113,12 @@ def _images(record: Mapping[str, Any], where: str) -> list[Any]:
 def _messages(record: Mapping[str, Any], where: str, images: int) -> list[Message]:
     form = next((name for name in ("conversations", "messages") if name in record), None)
     if form is None:
-        keys = ", ".join(map(str, record)) or "none"
-        raise DataError(f"{where}: has neither conversations nor messages; its keys: {keys}")
+        raise DataError(
+            f"{where}: has neither conversations nor messages; its keys: {shown(list(record))}"
+        )
     turns = record[form]
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise DataError(f"{where}: {form} must be a list of turns, got {_shown(turns)}")
+        raise DataError(f"{where}: {form} must be a list of turns, got {shown(turns)}")
     messages = [_message(turn, f"{where}: {form}[{i}]") for i, turn in enumerate(turns)]
     marked = any(IMAGE_MARK in message.text for message in messages)
     if form == "messages" and images and not marked:
@@ -131,16 +132,22 @@ def _messages(record: Mapping[str, Any], where: str, images: int) -> list[Messag
 
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, Mapping):
-        raise DataError(f"{where} must be an object, got {_shown(turn)}")
+        raise DataError(f"{where} must be an object, got {shown(turn)}")
     role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if role not in _ROLES:
-        raise DataError(f"{where}: the speaker must be one of {', '.join(_ROLES)}, got {role!r}")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise DataError(
+            f"{where}: the speaker must be one of {', '.join(_ROLES)}, got {shown(role)}"
+        )
     if isinstance(text, (list, tuple)):
         text = "".join(_part(part, where) for part in text)
     if not isinstance(text, str):
-        raise DataError(f"{where}: the text must be a string, got {_shown(text)}")
+        raise DataError(f"{where}: the text must be a string, got {shown(text)}")
     if not text.strip():
         raise DataError(f"{where}: the text is empty")
+    try:
+        check_text("the text", text)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
     if IMAGE_MARK in text and _ROLES[role] != USER:
         raise DataError(f"{where}: only the user can show images, but the text has {IMAGE_MARK}")
     return Message(_ROLES[role], text)
@@ -154,7 +161,7 @@ def _part(part: Any, where: str) -> str:
         if IMAGE_MARK in part["text"]:
             raise DataError(f"{where}: {IMAGE_MARK} is in a text part, but images are parts")
         return str(part["text"])
-    raise DataError(f"{where}: a part must be a text or an image, got {_shown(part)}")
+    raise DataError(f"{where}: a part must be a text or an image, got {shown(part)}")
 
 
 def _check_turns(messages: list[Message], where: str) -> None:
@@ -170,8 +177,3 @@ def _check_turns(messages: list[Message], where: str) -> None:
         )
     if turns[-1] != ASSISTANT:
         raise DataError(f"{where}: the last turn must be an answer")
-
-
-def _shown(value: Any) -> str:
-    text = re.sub(r"\s+", " ", repr(value))
-    return text if len(text) <= 60 else text[:57] + "..."

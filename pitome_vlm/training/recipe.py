@@ -19,6 +19,7 @@ from ..wrapping.encode import planned_schedule
 from ..wrapping.peft import remember_training
 from ..wrapping.peft_record import recorded
 from ..wrapping.wrap import base_model, merge_config
+from .answers import LOOKED_AT, answers_lost, check_answers
 from .arguments import global_batch, identity, training_arguments
 from .collate import Collator
 from .lora import LoraOptions, prepare
@@ -121,6 +122,8 @@ def train(
     }
     if not overwrite:
         folder.compare(run)
+    collator = Collator(processor, max_length=longest)
+    _check_answers(collator, data, held_out, settings)
     # Ranks and repetitions begin with the same adapter.
     transformers.set_seed(settings.seed)
     trainer = MergingTrainer(
@@ -128,7 +131,7 @@ def train(
         args=settings,
         train_dataset=data,
         eval_dataset=held_out,
-        data_collator=Collator(processor, max_length=longest),
+        data_collator=collator,
         budgets=budgets,
         callbacks=list(callbacks),
     )
@@ -163,6 +166,9 @@ def _fit(
         folder.begin(run)
     last = folder.last_checkpoint() if resume else None
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    lost, rows = trainer.rows_without_answer()
+    if trainer.is_world_process_zero() and len(trainer.train_dataset) > LOOKED_AT:
+        answers_lost(lost, rows, trainer.data_collator.max_length)
 
 
 def _data(
@@ -174,6 +180,19 @@ def _data(
     if val_fraction is not None:
         return data.split(val_fraction)
     return data, None if val_data is None else open_conversations(val_data, **opening)
+
+
+def _check_answers(
+    collator: Collator,
+    data: Conversations,
+    held_out: Conversations | None,
+    settings: TrainingArguments,
+) -> None:
+    first = settings.process_index == 0
+    check_answers(collator, data, batch_size=settings.per_device_train_batch_size, tell=first)
+    if held_out is not None:
+        size = settings.per_device_eval_batch_size
+        check_answers(collator, held_out, batch_size=size, tell=first)
 
 
 def _accuracies(trainer: Any) -> tuple[dict[str, float] | None, dict[str, float] | None]:

@@ -6,19 +6,18 @@ Everything is checked when a source is opened; images are read when they are nee
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ..common import require
-from ..loading.images import ImageError, load_image
-from ..loading.records import DataError, parse_records
+from ..loading.images import ImageError, load_image, locate
+from ..loading.records import DataError, check_source, parse_records
 from .conversations import Conversation, parse
 
 
@@ -31,7 +30,7 @@ class Example:
 
 
 class Conversations(Dataset[Example]):
-    """Checked conversations, a map-style dataset for any loader.
+    """Checked conversations, a map-style dataset for any loader; pickles for its workers.
 
     Attributes:
         name: of the file or dataset, for display.
@@ -46,6 +45,18 @@ class Conversations(Dataset[Example]):
         conversations: Sequence[Conversation],
         images: Callable[[int], Sequence[Any]],
     ) -> None:
+        """Put checked conversations and their images together.
+
+        Args:
+            name: for display.
+            fingerprint: of the content.
+            conversations: at least one.
+            images: from the number of a conversation to its images in forms of `load_image`;
+                must pickle.
+
+        Raises:
+            DataError: no conversation.
+        """
         self.name, self.fingerprint = name, fingerprint
         self.conversations = conversations
         self._images = images
@@ -58,7 +69,7 @@ class Conversations(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         conversation = self.conversations[index]
         try:
-            images = tuple(_image(value) for value in self._images(index))
+            images = tuple(load_image(value) for value in self._images(index))
         except ImageError as error:
             raise DataError(f"{conversation.where}: {error}") from error
         return Example(conversation, images)
@@ -95,7 +106,53 @@ class Conversations(Dataset[Example]):
     def _part(self, chosen: list[int], name: str) -> Conversations:
         digest = hashlib.sha256(f"{self.fingerprint} {chosen}".encode()).hexdigest()
         rows = [self.conversations[index] for index in chosen]
-        return Conversations(name, digest, rows, lambda i: self._images(chosen[i]))
+        return Conversations(name, digest, rows, _Chosen(self._images, chosen))
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """Images in memory or in files."""
+
+    images: list[list[Any]]
+
+    def __call__(self, index: int) -> list[Any]:
+        return self.images[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickled, a Pillow image loses its orientation or the transparency of its palette.
+        plain = [[_plain(image) for image in images] for images in self.images]
+        return {"images": plain}
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Some of the images."""
+
+    images: Callable[[int], Sequence[Any]]
+    chosen: list[int]
+
+    def __call__(self, index: int) -> Sequence[Any]:
+        return self.images(self.chosen[index])
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The images of a Hugging Face dataset in Arrow's format: bytes or paths, not decoded."""
+
+    stored: Any
+    column: str | None
+    folder: Path | None
+
+    def __call__(self, index: int) -> list[Any]:
+        if self.column is None:
+            return []
+        value = self.stored[index].column(self.column)[0].as_py()
+        values = value if isinstance(value, list) else [value]
+        return [locate(one, self.folder) for one in values if one is not None]
+
+
+def _plain(image: Any) -> Any:
+    return load_image(image) if isinstance(image, Image.Image) else image
 
 
 def open_conversations(
@@ -110,7 +167,9 @@ def open_conversations(
     Args:
         source: a LLaVA JSON or JSONL file; a folder written by `Dataset.save_to_disk`; a dataset
             name on the hub; a `datasets.Dataset`; a list of records; or `Conversations`.
-        image_folder: folder that image paths are relative to; None for the file's own.
+        image_folder: folder that image paths are relative to; None for that of the file or saved
+            dataset. Relative paths of records in memory are then relative to the working
+            directory, those of a dataset on the hub are refused.
         split: of a dataset that has several.
         text_only: accept records without an image.
 
@@ -125,11 +184,12 @@ def open_conversations(
         path = Path(source).expanduser()
         if path.is_file():
             return read_llava(path, image_folder=image_folder, text_only=text_only)
-        return from_dataset(
-            _load_dataset(path, os.fspath(source), split), text_only=text_only, name=str(source)
-        )
+        dataset = _load_dataset(path, os.fspath(source), split)
+        own = path if path.is_dir() else None
+        folder = own if image_folder is None else _folder(image_folder)
+        return _from_dataset(dataset, folder, text_only, str(source))
     if hasattr(source, "column_names"):
-        return from_dataset(source, text_only=text_only)
+        return from_dataset(source, image_folder=image_folder, text_only=text_only)
     return from_records(source, image_folder=image_folder, text_only=text_only)
 
 
@@ -151,9 +211,7 @@ def read_llava(
         FileNotFoundError: no such file or folder.
     """
     file = Path(path)
-    folder = Path(image_folder) if image_folder is not None else file.parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"image_folder {folder} is not a folder")
+    folder = file.parent if image_folder is None else _folder(image_folder)
     content = file.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     return _checked(file.name, digest, parse_records(content, str(file)), folder, text_only)
@@ -166,30 +224,44 @@ def from_records(
     text_only: bool = False,
     name: str = "records",
 ) -> Conversations:
-    """Conversations from records in memory; images are paths or PIL images.
+    """Conversations from records in memory; images are in a form of `load_image`, but open files.
 
     Raises:
         DataError: a record is wrong; the message names its number, from 0.
+        FileNotFoundError: no such folder.
     """
     numbered = ((f"{name}[{index}]", record) for index, record in enumerate(records))
-    folder = Path(image_folder) if image_folder is not None else Path()
+    folder = Path() if image_folder is None else _folder(image_folder)
     return _checked(name, None, numbered, folder, text_only)
 
 
 def from_dataset(
-    dataset: Any, *, text_only: bool = False, name: str | None = None
+    dataset: Any,
+    *,
+    image_folder: str | os.PathLike[str] | None = None,
+    text_only: bool = False,
+    name: str | None = None,
 ) -> Conversations:
     """A Hugging Face dataset with `messages` (or `conversations`) and `images` (or `image`).
 
     Args:
         dataset: a `datasets.Dataset`; streaming ones have no length and cannot be used.
+        image_folder: folder that image paths are relative to; None for the working directory.
         text_only: accept rows without an image.
         name: for display.
 
     Raises:
         DataError: the columns or a row are wrong; the message names the row, from 0.
+        FileNotFoundError: no such folder.
         TypeError: a dataset dict, or a streaming dataset.
     """
+    folder = Path() if image_folder is None else _folder(image_folder)
+    return _from_dataset(dataset, folder.absolute(), text_only, name)
+
+
+def _from_dataset(
+    dataset: Any, folder: Path | None, text_only: bool, name: str | None
+) -> Conversations:
     columns: Any = getattr(dataset, "column_names", None)
     if not isinstance(columns, list) or not hasattr(dataset, "__len__"):
         raise TypeError(
@@ -213,13 +285,8 @@ def from_dataset(
         rows.append(parse(record, where, text_only=text_only)[0])
         for file in files:
             if file is not None:
-                _located(file, Path(), where)
-
-    def read(index: int) -> list[Any]:
-        value = stored[index].column(shown)[0].as_py() if shown else None
-        return [] if value is None else value if isinstance(value, list) else [value]
-
-    return Conversations(name, str(dataset._fingerprint), rows, read)
+                _located(file, folder, where)
+    return Conversations(name, str(dataset._fingerprint), rows, _Stored(stored, shown, folder))
 
 
 def _checked(
@@ -235,24 +302,39 @@ def _checked(
         found = [_located(image, folder, where) for image in given]
         rows.append(conversation)
         images.append(found)
-        content.update(repr((conversation.messages, [str(image) for image in found])).encode())
-    return Conversations(name, digest or content.hexdigest(), rows, images.__getitem__)
+        if digest is None:
+            shown = [_content(image, where) for image in found]
+            content.update(repr((conversation.messages, shown)).encode())
+    return Conversations(name, digest or content.hexdigest(), rows, _Listed(images))
 
 
-def _located(image: Any, folder: Path, where: str) -> Any:
-    if not isinstance(image, (str, os.PathLike)):
-        return image
-    path = folder / Path(image).expanduser()
-    if not path.is_file():
-        raise DataError(f"{where}: no such image file: {path}")
-    return path
+def _located(image: Any, folder: Path | None, where: str) -> Any:
+    try:
+        return locate(image, folder)
+    except ImageError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _content(image: Any, where: str) -> str:
+    """What tells an image from others in a fingerprint."""
+    if isinstance(image, Image.Image):
+        try:
+            pixels = load_image(image)
+        except ImageError as error:
+            raise DataError(f"{where}: {error}") from error
+        return f"{pixels.size} {hashlib.sha256(pixels.tobytes()).hexdigest()}"
+    return hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else str(image)
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"image_folder {folder} is not a folder")
+    return folder
 
 
 def _load_dataset(path: Path, name: str, split: str) -> Any:
-    if path.exists() and not path.is_dir():
-        raise FileNotFoundError(f"{name} is not a regular file")
-    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or path.suffix):
-        raise FileNotFoundError(f"no such file: {name}")
+    check_source(name)
     require("datasets", "train", f"{name} is not a file; a Hugging Face dataset")
     import datasets
 
@@ -289,22 +371,11 @@ def _rows(stored: Any, turns: str, images: str | None) -> Iterator[tuple[Any, li
 
 def _files(column: Any) -> list[str | None]:
     """The path of every image, None if its bytes are stored."""
+    if "binary" in str(column.type):
+        return [None] * len(column)
     fields = [field.name for field in column.type] if column.type.num_fields else []
     if "bytes" not in fields:
         return list(column.to_pylist())
     stored = column.field("bytes").is_valid().to_pylist()
     paths = column.field("path").to_pylist()
     return [None if there else path or "" for there, path in zip(stored, paths, strict=True)]
-
-
-def _image(value: Any) -> Image.Image:
-    if isinstance(value, Image.Image):
-        return ImageOps.exif_transpose(value).convert("RGB")
-    if isinstance(value, dict) and value.get("bytes") is not None:
-        return load_image(io.BytesIO(value["bytes"]))
-    path = value.get("path") if isinstance(value, dict) else value
-    if not isinstance(path, (str, os.PathLike)):
-        raise ImageError(
-            f"an image must be a path, bytes or a PIL image, got {type(value).__name__}"
-        )
-    return load_image(path)

@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from ..merge.config import MergeConfig
 from ..releases import CACHE_NAME
+from ..wrapping.columns import IGNORED_LABEL
 from ..wrapping.encode import compact_inputs, planned_schedule
 from ..wrapping.wrap import is_wrapped, merge_config, wrap, wrapped
 from .metrics import answer_metrics, most_likely
@@ -55,6 +56,7 @@ class MergingTrainer(Trainer):
         kwargs.setdefault("preprocess_logits_for_metrics", most_likely)
         super().__init__(*args, **kwargs)
         config = merge_config(self.model)
+        self._rows = torch.zeros(2, dtype=torch.long)
         self.budgets = tuple(with_budget(config, budget) for budget in budgets)
         for one in self.budgets:
             planned_schedule(self.model, one)
@@ -62,6 +64,11 @@ class MergingTrainer(Trainer):
             self.label_smoother: Any = ShiftedLabelSmoother(
                 epsilon=self.args.label_smoothing_factor
             )
+
+    def rows_without_answer(self) -> tuple[int, int]:
+        """Rows trained on that had no labels, and all rows trained on, over all processes."""
+        counts = self.accelerator.reduce(self._rows.to(self.args.device), "sum").tolist()
+        return counts[0], counts[1]
 
     def step_config(self, step: int) -> MergeConfig | None:
         """The merge settings of an optimiser step; None for the model's own."""
@@ -71,6 +78,12 @@ class MergingTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass, under the budget of this step."""
+        labels = inputs.get("labels")
+        if labels is not None:
+            # Added up where the labels are, so that no step waits for an accelerator.
+            self._rows = self._rows.to(labels.device)
+            self._rows[0] += (labels == IGNORED_LABEL).all(1).sum()
+            self._rows[1] += len(labels)
         config = self.step_config(self.state.global_step)
         if config is None:
             loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)

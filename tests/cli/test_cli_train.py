@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
+from cli_runner import fails_in_one_line
 from training_data import records, write_lines
 from typer.testing import CliRunner
 
@@ -108,6 +111,41 @@ class TestCommand:
         done = cli("--model", "no/such", "--data", bad, "-o", tmp_path / "out", "--tokens", 16)
         assert done.exit_code == 2
         assert "bad.jsonl line 2: no such image file" in done.stderr
+
+    def test_missing_data_are_noticed_before_torch_is_imported(self, data, tmp_path):
+        code = (
+            "import sys; from pitome_vlm.cli import app\n"
+            "try: app(sys.argv[1:])\n"
+            "finally: print('torch' in sys.modules)"
+        )
+        for words, said in {
+            "no file": (["--data", tmp_path / "gone.jsonl"], "error: --data: no such file: "),
+            "no name": (["--data", "./gone"], "error: --data: no such file: ./gone"),
+            "val": (["--data", data, "--val-data", "x.json"], "error: --val-data: no such file"),
+            "images": (["--data", data, "--image-folder", "nowhere"], "nowhere is not a folder"),
+            "both": (
+                ["--data", data, "--val-data", data, "--val-fraction", 0.5],
+                "only one of --val-data and --val-fraction",
+            ),
+            "share": (["--data", data, "--val-fraction", 2], "--val-fraction must be in (0, 1)"),
+        }.values():
+            given = ["train", "--model", "no/such", "-o", tmp_path / "out", *words]
+            given += ["--tokens", 16]
+            done = cli(*given[1:])
+            fails_in_one_line(done, said)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, given)], capture_output=True, text=True
+        )
+        assert done.stdout.strip() == "False"
+        assert not (tmp_path / "out").exists()
+
+    def test_data_that_teach_nothing_are_refused_or_said(self, checkpoint, data, tmp_path):
+        given = ("--model", checkpoint, "--data", data, "-o", tmp_path / "out", "--tokens", 16)
+        done = cli(*given, "--max-length", 148)
+        assert done.exit_code == 2
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: train.jsonl: max_length=148 cuts every answer off in all 12")
+        assert not (tmp_path / "out").exists()
 
     def test_ctrl_c_is_interrupted_130(self, checkpoint, data, tmp_path, monkeypatch):
         def stop(*args, **kwargs):

@@ -184,7 +184,7 @@ BAD_LINES = [
     ({"question": "what?", "answer": "a"}, "my.jsonl line 3 has no 'image'"),
     ({"image": "0.png", "answer": "a"}, "my.jsonl line 3 needs a 'question'"),
     ({"image": "gone.png", "question": "q", "answer": "a"}, "my.jsonl line 3:"),
-    ({"image": "gone.png", "question": "q", "answer": "a"}, "gone.png: no such file"),
+    ({"image": "gone.png", "question": "q", "answer": "a"}, "no such image file: "),
     ({"image": "text.png", "question": "q", "answer": "a"}, "text.png: not an image"),
     ({"image": "0.png", "question": "q"}, "my.jsonl line 3 has no answer but"),
     ({"image": "http://x.org/a.png", "question": "q", "answer": "a"}, "URLs are not fetched"),

@@ -82,7 +82,7 @@ def test_images_are_scaled_down_only_where_asked(tmp_path):
     assert opened(image, 1).size == (1, 1)
     image.save(tmp_path / "a.png")
     assert opened(tmp_path / "a.png", None).mode == "RGB"
-    with pytest.raises(ValueError, match="PIL image or a path, got int"):
+    with pytest.raises(TypeError, match=r"an image must be a path, bytes.*, got int"):
         opened(3, None)
 
 

@@ -120,12 +120,18 @@ def test_rows_are_read_relative_to_the_file(tmp_path):
         tmp_path,
         {"image": "a.png", "question": " what? ", "answer": "cat", "split": "ignored"},
         "",
-        {"images": ["a.png", "/b.png"], "question": "which?", "answers": ["a", "b"]},
+        {
+            "images": [{"bytes": None, "path": "a.png"}, str(tmp_path / "b.png")],
+            "question": "which?",
+            "answers": ["a", "b"],
+        },
     )
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
     one, two = read_rows(file)
     assert one.images == (str(tmp_path / "a.png"),)
     assert (one.question, one.answers) == ("what?", ("cat",))
-    assert two.images == (str(tmp_path / "a.png"), "/b.png")
+    assert two.images == (str(tmp_path / "a.png"), str(tmp_path / "b.png"))
     assert two.answers == ("a", "b")
     assert two.source == f"{file} line 3"
     assert len(read_rows(file, limit=1)) == 1
@@ -151,7 +157,13 @@ GOOD = {"image": "a.png", "question": "what?", "answer": "cat"}
         ({"question": "q"}, "line 2 has no 'image'"),
         ({"image": "a.png"}, "line 2 needs a 'question'"),
         ({"image": "a.png", "question": "  "}, "line 2 needs a 'question'"),
-        ({"image": 7, "question": "q"}, "line 2: 'image' must be the path"),
+        ({"image": 7, "question": "q"}, "line 2: an image must be a path, bytes or"),
+        ({"image": {"bytes": "iVBO"}, "question": "q"}, "line 2: bytes of an image must be bytes"),
+        ({"image": {}, "question": "q"}, "line 2: an image as a mapping needs bytes, or a path"),
+        ({"image": "gone.png", "question": "q"}, "line 2: no such image file: "),
+        ({"image": "iVBORw0KGgo" + "A" * 9000, "question": "q"}, "base64 text where a path"),
+        ({"image": "a.png", "question": "\ud83d what?"}, "line 2: 'question' holds half of a"),
+        ({**GOOD, "answer": "cat \udc00"}, "line 2: 'answer' holds half of a character"),
         ({"images": [], "question": "q"}, "line 2: 'images' is an empty list"),
         ({"image": "a", "images": ["a"], "question": "q"}, "line 2 must have one of"),
         ({**GOOD, "answer": 3}, "line 2: 'answer' must be a text or a list of texts, got 3"),
@@ -159,8 +171,10 @@ GOOD = {"image": "a.png", "question": "what?", "answer": "cat"}
     ],
 )
 def test_a_wrong_line_is_named_by_its_number(tmp_path, line, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    (tmp_path / "a.png").touch()
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         read_rows(write_jsonl(tmp_path, GOOD, line))
+    assert len(str(caught.value)) < len(str(tmp_path)) * 2 + 320
 
 
 def test_files_that_hold_nothing_are_refused(tmp_path):
@@ -168,6 +182,7 @@ def test_files_that_hold_nothing_are_refused(tmp_path):
         read_rows(tmp_path / "nowhere.jsonl")
     with pytest.raises(ValueError, match="holds no question"):
         read_rows(write_jsonl(tmp_path, "", " "))
+    (tmp_path / "a.png").touch()
     with pytest.raises(ValueError, match="limit must be at least 1"):
         read_rows(write_jsonl(tmp_path, GOOD), limit=0)
     (tmp_path / "my.jsonl").write_bytes(b"\xff\xfe\x00")

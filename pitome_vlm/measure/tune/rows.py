@@ -16,12 +16,10 @@ from typing import Any
 
 from PIL import Image
 
-from ...common import whole_number
-from ...loading.images import ImageError, ImageLimits, load_image
+from ...common import check_text, shown, whole_number
+from ...loading.images import ImageError, ImageLimits, ImageSource, load_image, locate
 from ...loading.records import parse_records
 
-# Where an image comes from; a string is a path, as in `load_image`.
-ImageSource = str | os.PathLike[str] | Image.Image
 _IMAGES, _ANSWERS = ("image", "images"), ("answer", "answers")
 
 
@@ -30,7 +28,7 @@ class Row:
     """One question about one or more images.
 
     Attributes:
-        images: files or Pillow images, at least one.
+        images: at least one, each in a form of `load_image`.
         question: text without image placeholders.
         answers: accepted answers; empty where the user gave none.
         source: where the row comes from, for messages.
@@ -50,7 +48,9 @@ class Row:
         for name in ("images", "answers"):
             value = getattr(self, name)
             if not isinstance(value, tuple):
-                raise TypeError(f"{name} must be a tuple, got {type(value).__name__} {value!r}")
+                raise TypeError(
+                    f"{name} must be a tuple, got {type(value).__name__} {shown(value)}"
+                )
         if not self.images:
             raise ValueError("images must hold at least one image")
 
@@ -63,20 +63,18 @@ class Row:
         return [self._load(image, limits) for image in self.images]
 
     def _load(self, image: ImageSource, limits: ImageLimits) -> Image.Image:
-        if isinstance(image, Image.Image):
-            return image.convert("RGB")
         try:
             return load_image(image, limits)
         except ImageError as error:
-            raise ImageError(f"{self.source}: {error}") from error
+            raise ImageError(f"{self.source}: {error}" if self.source else str(error)) from error
 
 
 def read_rows(path: str | os.PathLike[str], *, limit: int | None = None) -> list[Row]:
     """Questions from a JSONL file (or a JSON list); paths of images are relative to the file.
 
     Keys: `image` or `images` (a path or a list of them), `question`, and optionally `answer` or
-    `answers` (a text or a list of accepted ones). Other keys and empty lines are ignored. No
-    image is opened yet.
+    `answers` (a text or a list of accepted ones). Other keys and empty lines are ignored. Images
+    must be there, but are not opened yet.
 
     Args:
         path: the file.
@@ -111,7 +109,7 @@ def as_rows(rows: Iterable[Row | Mapping[str, Any]]) -> list[Row]:
         if isinstance(row, Row):
             made.append(row if row.source else Row(row.images, row.question, row.answers, source))
         elif isinstance(row, Mapping):
-            made.append(_row(row, None, source))
+            made.append(_row(row, Path(), source))
         else:
             raise TypeError(f"{source} must be a Row or a mapping, got {type(row).__name__}")
     if not made:
@@ -151,7 +149,7 @@ def image_digests(
     for row in rows:
         found = []
         for image in row.images:
-            name = "" if isinstance(image, Image.Image) else os.fspath(image)
+            name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else ""
             digest = known.get(name) or _digest(row._load(image, limits))
             if name:
                 known[name] = digest
@@ -173,19 +171,21 @@ def _parse(values: Any, folder: Path, source: str) -> Row:
     return _row(values, folder, source)
 
 
-def _row(values: Mapping[str, Any], folder: Path | None, source: str) -> Row:
+def _row(values: Mapping[str, Any], folder: Path, source: str) -> Row:
     images = _listed(values, _IMAGES, source)
     if not images:
         raise ValueError(f"{source} has no 'image' (a path, or 'images' with a list of them)")
     question = values.get("question")
     if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"{source} needs a 'question' (a text), got {question!r}")
+        raise ValueError(f"{source} needs a 'question' (a text), got {shown(question)}")
+    check_text(f"{source}: 'question'", question)
     answers = _listed(values, _ANSWERS, source)
     for answer in answers:
         if not isinstance(answer, str) or not answer.strip():
             raise ValueError(
-                f"{source}: 'answer' must be a text or a list of texts, got {answer!r}"
+                f"{source}: 'answer' must be a text or a list of texts, got {shown(answer)}"
             )
+        check_text(f"{source}: 'answer'", answer)
     return Row(
         tuple(_image_source(image, folder, source) for image in images),
         question.strip(),
@@ -207,11 +207,8 @@ def _listed(values: Mapping[str, Any], names: tuple[str, str], source: str) -> l
     return value
 
 
-def _image_source(value: Any, folder: Path | None, source: str) -> ImageSource:
-    if isinstance(value, Image.Image) and folder is None:
-        return value
-    path = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not isinstance(path, str) or not path:
-        raise ValueError(f"{source}: 'image' must be the path of a image, got {value!r}")
-    # An address is kept as it is, so that the message speaks of an address, not a missing file.
-    return path if folder is None or "://" in path else str(folder / path)
+def _image_source(value: Any, folder: Path, source: str) -> ImageSource:
+    try:
+        return locate(value, folder)
+    except ImageError as error:
+        raise ImageError(f"{source}: {error}") from error
