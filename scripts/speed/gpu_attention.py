@@ -12,7 +12,7 @@ import torch
 
 import pitome_vlm
 from pitome_vlm.common import markdown_table
-from pitome_vlm.measure.bench import median
+from pitome_vlm.measure.bench import Case, inputs_for, median
 from pitome_vlm.measure.bench.clock import Clock
 from pitome_vlm.measure.stats import iqr
 
@@ -126,3 +126,42 @@ def ways(run: Run) -> None:
     run.save("proportional", rows)
     title = f"## Proportional attention, {batch} x 16 heads x N x 64"
     run.add("", title, "", markdown_table(["N", "way", "ms"], rows))
+
+
+@torch.no_grad()
+def language_kernels(run: Run, name: str) -> None:
+    """Calibration by size channels under flash kernels, against the float mask of sdpa."""
+    model = run.build(name)
+    inputs, rows = inputs_for(model, Case(4)), []
+    asked = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
+    expected = None
+    for kernel in ("sdpa", *run.options.kernels.split(",")):
+        try:
+            model.set_attn_implementation({"text_config": kernel})
+            pitome_vlm.wrap(model, keep=0.25)
+            logits = model(**inputs).logits[:, -1].float()
+            times: dict[str, list[float]] = {"prefill": [], "answer of 16": []}
+            for turn in range(3 + run.options.repeats):
+                clock = Clock(torch.device(run.options.device))
+                with clock.span("prefill"):
+                    model(**inputs)
+                with clock.span("answer of 16"):
+                    model.generate(**inputs, **asked)
+                clock.synchronize()
+                for part, found in times.items():
+                    found += [clock.total(part)] if turn >= 3 else []
+        except Exception as error:  # whether a kernel is there and runs is what is asked here
+            rows.append(
+                [kernel, f"failed: {type(error).__name__}: {first_line(error)}", "", "", ""]
+            )
+            continue
+        expected = logits if expected is None else expected
+        apart = f"{float((logits - expected).norm() / expected.norm()):.1e}"
+        told = str(pitome_vlm.describe(model).calibration)
+        shown = [f"{median(found):.2f} ±{iqr(found):.2f}" for found in times.values()]
+        rows.append([kernel, told, apart, *shown])
+    run.save(f"language-kernels-{name}", rows)
+    columns = ["kernel", "told to the language model", "logits apart from sdpa"]
+    columns += ["prefill ms", "answer of 16 tokens ms"]
+    title = f"## {name}: kernels of the language model, 4 images at keep=0.25"
+    run.add("", title, "", markdown_table(columns, rows))

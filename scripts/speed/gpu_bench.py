@@ -28,7 +28,7 @@ from pitome_vlm.measure.stats import iqr
 from pitome_vlm.merge.config import MergeConfig
 
 from .attention_ways import first_line
-from .gpu_attention import ATTENTION, attention, ways
+from .gpu_attention import ATTENTION, attention, language_kernels, ways
 from .gpu_run import OutOfTimeError, Run, vision_inputs
 
 ANSWER = 16
@@ -303,6 +303,8 @@ def steps(run: Run) -> None:
         correctness(run)
     with run.step("Proportional attention", 10):
         ways(run)
+    with run.step("Kernels of the language model", 40):
+        language_kernels(run, shapes[0])
     for number, name in enumerate(shapes, start=1):
         with run.step(name, 30):
             # Every further shape gets as much of the time as the first ones left it.
@@ -329,6 +331,7 @@ def main() -> int:
     parser.add_argument("--algorithms", default="pitome_plus")
     parser.add_argument("--batches", default="1,8,32", help="the largest that fits is added")
     parser.add_argument("--attention", default=",".join(ATTENTION), help="variants to time")
+    parser.add_argument("--kernels", default="flash_attention_2", help="compared with sdpa")
     parser.add_argument("--exact", default="tiny,tiny-next", help="shapes compared with the CPU")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")

@@ -11,7 +11,7 @@ python=${PYTHON:-python}
 "$python" -c 'import bitsandbytes' 2>/dev/null || echo "bitsandbytes is missing: nf4 is left out"
 if [ "${DEVICE:-cuda}" = cpu ]; then
   exec "$python" -m scripts.speed.gpu_bench --device cpu --dtype float32 --shapes tiny --tokens 72,36 \
-    --batches 1,2 --repeats 2 --attention sdpa,eager --out "${OUT:-/tmp/pitome_gpu_bench}" "$@"
+    --batches 1,2 --repeats 2 --attention sdpa,eager --kernels eager --out "${OUT:-/tmp/pitome_gpu_bench}" "$@"
 fi
 name=$("$python" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower())')
 exec "$python" -m scripts.speed.gpu_bench --out "${OUT:-eval/results/gpu/$name}" "$@"

@@ -73,14 +73,15 @@ def test_gpu_script_needs_neither_terminal_nor_plot_libraries(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "bitsandbytes is missing" in done.stdout
     report = (out / "report.md").read_text()
-    for title in ("Against the CPU", "## tiny", "merge's share", "attention", "Prop", "## nf4"):
+    titles = ["Against the CPU", "## tiny", "merge's share", "attention", "Prop", "## nf4"]
+    for title in [*titles, "kernels of the language model"]:
         assert title in report
     assert "failed" not in report
     for way in ("plain", "mask", "channel", "flex"):
         assert re.search(rf"\| 145 \| {way} \| \d", report)
     assert {one.name for one in out.glob("*.json")} == {
         *("correctness.json", "tiny.json", "share-tiny.json", "attention-tiny.json"),
-        "proportional.json",
+        *("proportional.json", "language-kernels-tiny.json"),
     }
     assert all(all(one["same"]) for one in json.loads((out / "correctness.json").read_text()))
 
