@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..common import check_text
 from . import options as o
 from .terminal import quiet, say, write
 
@@ -29,7 +30,7 @@ def ask(
     Example: `pitome-vlm ask --model demo --image scene.png --keep 0.25 "how many stars are there?"`
     """
     given = merging.given()
-    if not question.strip():
+    if not check_text("the question", question).strip():
         raise ValueError("the question is empty")
     from .session import load_images, load_merging
 

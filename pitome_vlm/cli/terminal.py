@@ -24,6 +24,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+_CHATTER = ("autograd._functions", "backends.cpu.ops")
 # What a shell reports for Ctrl-C.
 EXIT_INTERRUPTED = 130
 
@@ -195,7 +196,8 @@ def quiet(verbose: bool = False) -> Iterator[None]:
     """
     loading_libraries()
     if verbose:
-        yield
+        with _chatter(_Once()):
+            yield
         return
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
@@ -203,8 +205,6 @@ def quiet(verbose: bool = False) -> Iterator[None]:
     )
     from transformers.utils import logging as messages
 
-    # bitsandbytes recommends a package for CPUs, which nobody needs.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
     downloads = not are_progress_bars_disabled()
     messages.set_verbosity_error()
@@ -213,7 +213,7 @@ def quiet(verbose: bool = False) -> Iterator[None]:
         # transformers silences the hub as well, but a download of minutes has to show.
         enable_progress_bars()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _chatter(lambda record: record.levelno >= logging.ERROR):
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             yield
     finally:
@@ -222,6 +222,33 @@ def quiet(verbose: bool = False) -> Iterator[None]:
             messages.enable_progress_bar()
         elif downloads:
             enable_progress_bars()
+
+
+class _Once(logging.Filter):
+    """Lets every message through once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = text not in self.seen
+        self.seen.add(text)
+        return new
+
+
+@contextlib.contextmanager
+def _chatter(chosen: Any) -> Iterator[None]:
+    """Filter what bitsandbytes says at every matrix product, and of packages for CPUs."""
+    loggers = [logging.getLogger(f"bitsandbytes.{name}") for name in _CHATTER]
+    for logger in loggers:
+        logger.addFilter(chosen)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(chosen)
 
 
 def _show_warning(message: Any, category: type[Warning], *rest: Any) -> None:

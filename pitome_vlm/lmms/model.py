@@ -25,6 +25,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from torch import Tensor
 from tqdm import tqdm
 
+from ..common import check_text
 from ..measure.asking import image_token, prompt_text
 from ..merge.config import MergeConfig
 from ..wrapping.wrap import is_wrapped, unwrap, wrap
@@ -285,7 +286,8 @@ class PitomeLlava(lmms):
             if call.target is None:
                 return prompt
             target = call.target(doc) if callable(call.target) else call.target
-            return Prompt(call, prompt.text, prompt.images, str(target))
+            target = check_text("the continuation", str(target))
+            return Prompt(call, prompt.text, prompt.images, target)
         except Exception as error:
             raise _named(call, error) from error
 

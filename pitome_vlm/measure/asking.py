@@ -16,6 +16,8 @@ from typing import Any, Literal
 from PIL import Image
 from torch import Tensor
 
+from ..common import check_text
+
 Message = Mapping[str, Any]
 
 _PLACEHOLDER = "<image>"
@@ -43,9 +45,9 @@ def checked_question(question: str, processor: Any) -> str:
     """The question without outer spaces.
 
     Raises:
-        ValueError: it is empty, or holds the image token.
+        ValueError: it is empty, holds the image token or half of a character.
     """
-    question = question.strip()
+    question = check_text("the question", question).strip()
     if not question:
         raise ValueError("the question is empty")
     token = image_token(processor)
@@ -79,11 +81,15 @@ def prompt_text(processor: Any, messages: Sequence[Message], *, ask: bool = True
         processor: of the model.
         messages: turns of a chat; content is text or a list of parts.
         ask: end with the beginning of an answer.
+
+    Raises:
+        ValueError: half of a character (a lone surrogate) in it, which no tokenizer takes.
     """
     if getattr(processor, "chat_template", None):
-        return str(
+        text = str(
             processor.apply_chat_template(list(messages), add_generation_prompt=ask, tokenize=False)
         )
+        return check_text("the prompt", text)
     end = tokenizer_of(processor).eos_token or ""
     text = ""
     for message in messages:
@@ -94,7 +100,7 @@ def prompt_text(processor: Any, messages: Sequence[Message], *, ask: bool = True
             text += f"ASSISTANT: {said}{end}"
         else:
             text += f"{said} "
-    return f"{text}ASSISTANT:" if ask else text
+    return check_text("the prompt", f"{text}ASSISTANT:" if ask else text)
 
 
 def special_tokens(processor: Any, texts: Sequence[str]) -> bool:

@@ -43,6 +43,17 @@ def test_ask_tells_details_when_asked(checkpoint, image):
     assert len(result.stdout.splitlines()) == 1
 
 
+def test_8_bit_layers_say_at_most_once_what_they_say_at_every_product(checkpoint, image, caplog):
+    words = ["ask", "-m", checkpoint, "-i", image, "--load-8bit", "--max-new-tokens", 3, "a"]
+    for more, most in (((), 0), (("-v",), 1)):
+        caplog.clear()
+        result = run(*words, *more)
+        assert result.exit_code == 0, result.output
+        said = [one.getMessage() for one in caplog.records if one.name.startswith("bitsandbytes")]
+        assert len([text for text in said if "MatMul8bitLt" in text]) == most
+        assert "MatMul8bitLt" not in result.stderr
+
+
 def test_ask_takes_several_images(checkpoint, image):
     words = ["-m", checkpoint, "-i", image, "-i", image, "--tokens", 9, "--max-new-tokens", 3]
     result = run("ask", *words, "what?")
@@ -88,6 +99,7 @@ BAD = [
     (["--image", "IMAGE", "--option", "stage", "q"], "option must be NAME=VALUE"),
     (["--image", "IMAGE", "--keep", "0.5", "--option", "keep=1", "q"], "keep is given twice"),
     (["--image", "IMAGE", "  "], "the question is empty"),
+    (["--image", "IMAGE", "a \udcff b"], r"(the lone surrogate '\udcff') after 'a '; remove it"),
     (["--image", "IMAGE", "--keep", "1", "see <image>"], "must not contain '<image>'"),
     (["--image", "IMAGE", "--dtype", "int8", "q"], "dtype must be one of"),
     (["--image", "IMAGE", "--dtype", "fp16", "q"], "Did you mean 'float16'?"),

@@ -69,6 +69,10 @@ def two_marks(doc):
     return [{"role": "user", "content": f"<image> or <image>: {doc['question']}"}]
 
 
+def half_a_character(doc):
+    return [{"role": "user", "content": f"{doc['question']} \ud83d"}]
+
+
 def raising(doc):
     raise KeyError("answer_key")
 
@@ -80,6 +84,7 @@ def raising(doc):
         (a_video, "this one holds video"),
         (two_marks, "marks 2 places for images with <image>, but there are 0"),
         (raising, "KeyError: 'answer_key'"),
+        (half_a_character, r"ValueError: the prompt holds half of a character (the lone"),
     ],
 )
 def test_a_failing_request_names_its_document(lm, to_messages, said):
@@ -120,6 +125,8 @@ def too_large(inputs):
 
 def test_scoring_errors(simple_lm, docs):
     lm = simple_lm
+    with pytest.raises(RequestError, match=r"document 1: ValueError: the continuation holds half"):
+        lm.loglikelihood([continuation(0, " red", docs), continuation(1, " \ud83d", docs)])
     with pytest.raises(RequestError, match=r"document 1: ValueError: the continuation .* empty"):
         lm.loglikelihood([continuation(0, " red", docs), continuation(1, " ", docs)])
     request = instance("loglikelihood", 1)

@@ -326,6 +326,8 @@ class TestAsking:
         text = "Be brief. USER: <image>\nWhat? ASSISTANT: A cat.</s>USER: Sure? "
         assert asking.prompt_text(bare_processor(), self.CHAT) == f"{text}ASSISTANT:"
         assert asking.prompt_text(bare_processor(), self.CHAT, ask=False) == text
+        with pytest.raises(ValueError, match="the prompt holds half of a character"):
+            asking.prompt_text(bare_processor(), [asking.user_message("a \udfff b")])
 
     def test_a_template_is_used_where_there_is_one(self, demo):
         question = asking.question_prompt(demo[1], "What?", images=2)
@@ -345,7 +347,11 @@ class TestAsking:
 
     def test_questions_are_checked(self):
         assert asking.checked_question(" a ", bare_processor()) == "a"
-        for question, said in ((" ", "empty"), ("a <image>", "must not contain '<image>'")):
+        for question, said in (
+            (" ", "empty"),
+            ("a <image>", "must not contain '<image>'"),
+            ("a \ud83d", r"the question holds half of a character .* after 'a '"),
+        ):
             with pytest.raises(ValueError, match=said):
                 asking.checked_question(question, bare_processor())
 
