@@ -23,6 +23,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import pitome_vlm
+from pitome_vlm.demo.dataset import load_split
+from pitome_vlm.measure.demo_benchmark import Setting, run
+from pitome_vlm.merge.config import MergeConfig
 from pitome_vlm.releases import CACHE_NAME
 from pitome_vlm.wrapping.wrap import is_wrapped
 
@@ -296,3 +299,18 @@ def test_kernels_that_cannot_carry_it_are_named(change, obstacle, monkeypatch):
     with pytest.raises(ValueError, match=f"size_bias: .*{obstacle}"):
         pitome_vlm.wrap(model, keep=0.25, size_bias=True)
     assert not is_wrapped(model)
+
+
+@pytest.mark.slow
+def test_the_bundled_model_answers_as_with_the_mask_in_half_precision():
+    samples = load_split("val", 200)
+    answers = []
+    for name in ("sdpa", flash.NAME):
+        model, processor = pitome_vlm.load("demo")
+        flash.use(model.bfloat16(), name)
+        setting = Setting(name, MergeConfig(keep=0.25))
+        with torch.no_grad():
+            found = run(model, processor, [setting], samples, split="val", batch_size=40)
+        answers.append(found[0].answers)
+    assert answers[0] == answers[1]
+    assert set(flash.widths) == {40}
