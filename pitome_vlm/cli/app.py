@@ -35,6 +35,16 @@ DEBUG = "--debug"
 # Errors whose message says everything; others are shown with the name of their class.
 KNOWN_ERRORS = (ValueError, TypeError, OSError, ImportError, MemoryError)
 
+# Phrases of messages, and what stands for them on the command line.
+WORDING = {
+    # For callers from Python.
+    r" \(\w+=True\)": "",
+    # Of the library that reads the command line.
+    r"Got unexpected extra argument\S* \((.*)\)": r"Unexpected '\1': text with spaces needs "
+    "quotes, and a value its option, such as --model demo",
+    r"(Missing option '--model' / '-m')\.": r"\1; `--model demo` is the bundled one",
+}
+
 EPILOG = """
 Examples:
 
@@ -114,8 +124,8 @@ def _report(error: BaseException, *, debug: bool) -> int:
     if not (describe or isinstance(error, KNOWN_ERRORS)):
         message = f"{type(error).__name__}: {message}"
         message += "" if debug else " (run again with --debug for the traceback)"
-    # The same errors name arguments for callers from Python.
-    message = re.sub(r" \(\w+=True\)", "", message)
+    for pattern, ours in WORDING.items():
+        message = re.sub(pattern, ours, message)
     say(f"error: {message}")
     return EXIT_ERROR
 

@@ -106,8 +106,8 @@ def bench(
     """Time tower, merging, prefill and decoding with and without merging, in turns.
 
     Every budget is timed once per round, the unmerged model included; tables show medians in
-    milliseconds. `pays to`: longest answer, in tokens, that is still at least 1.1 times faster;
-    `from 80` means answers of 80 tokens or more.
+    milliseconds. "pays to" is the longest answer, in tokens, that is still at least 1.1 times
+    faster; "from 80" there means answers of 80 tokens or more.
 
     Examples: `pitome-vlm bench --config llava-1.5-7b --layers 4 --batch 1,4`,
     `pitome-vlm bench --model PATH --tokens 144,64 --algorithms pitome_plus,tome -o bench`

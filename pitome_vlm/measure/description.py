@@ -177,8 +177,8 @@ class Description:
             lines += _folded("patches before the projector", steps)
         skipped = self.schedule.n_layers - len(self.after.layer_flops)
         if skipped and not self.schedule.whole_tower:
-            lines.append(f"tower layers not run (nothing reads them): {skipped}")
-        lines.append(f"told to the language model: {self.calibration}")
+            lines.append(f"tower layers left out (nothing reads their output): {skipped}")
+        lines.append(f"calibration of the language model: {self.calibration}")
         return lines
 
     def _tiles(self) -> list[str]:

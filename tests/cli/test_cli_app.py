@@ -103,7 +103,11 @@ def test_version():
     [
         (["aks"], "No such command 'aks'"),
         (["--wat"], "No such option: --wat"),
-        (["info"], "Missing option '--model'"),
+        (["info"], "Missing option '--model' / '-m'; `--model demo` is the bundled one"),
+        (
+            ["bench", "demo"],
+            "Unexpected 'demo': text with spaces needs quotes, and a value its option",
+        ),
         (["info", "--model", "./nowhere"], "no such folder"),
         (["info", "--model", "Demo"], "ORGANISATION/NAME. Did you mean 'demo'?"),
         (["info", "--model", str(TESTS)], "no config.json"),

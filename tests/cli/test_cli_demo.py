@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections import Counter
 
@@ -32,6 +33,31 @@ def test_demo_compares_all_methods_and_writes_a_page(tmp_path, monkeypatch):
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count("<img") == 6
     assert page.count("<tr") == 2 + 13 + page.count("?</td>")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """One budget and one method of what the slow test looks at."""
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_run, "TIMED_RUNS", 1)
+        patch.setattr(demo_run, "KEEPS", (0.25,))
+        patch.setattr(demo_run, "TITLES", {"pitome_plus": "PiToMe+"})
+        return folder, run("demo", "--questions", 9, "--output", folder)
+
+
+def test_demo_shows_one_scene_and_writes_its_page(small):
+    folder, result = small
+    assert result.exit_code == 0, result.stderr
+    rows = re.findall(r"(no merging|PiToMe\+) +(\d+) +([\d.]+) % ", result.stdout)
+    assert [row[:2] for row in rows] == [("no merging", "144"), ("PiToMe+", "36")]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert all(f">{accuracy} %</td>" in page for _, _, accuracy in rows)
+    scene = choose_scene(held_out(), 0)
+    assert all(html.escape(sample.question) in page for sample in scene)
+    marks = sum(line.count("✓") + line.count("✗") for line in result.stdout.splitlines())
+    assert marks == page.count("✓") + page.count("✗") == 2 * len(scene)
+    assert Image.open(folder / "scene.png").size == (480, 480)
 
 
 def test_an_earlier_demo_is_not_replaced_unasked(tmp_path):

@@ -392,7 +392,11 @@ def command(monkeypatch, task_manager):
     from pitome_vlm.lmms import evaluation
 
     monkeypatch.setattr(evaluation, "TaskManager", lambda *a, **k: task_manager)
-    return lambda *words: CliRunner().invoke(app, ["eval", *map(str, words)])
+    return run_eval
+
+
+def run_eval(*words):
+    return CliRunner().invoke(app, ["eval", *map(str, words)])
 
 
 WRONG = [
@@ -448,6 +452,56 @@ def test_missing_packages_are_named_before_anything_is_measured(command, monkeyp
     (both,) = command("--suite", "dmeo").stderr.splitlines()
     assert "Did you mean 'demo'?" in both
     assert 'pip install ".[eval]"' in both
+
+
+@pytest.fixture(scope="module")
+def small_sweep(task_manager, tmp_path_factory):
+    """A sweep of four questions in which ToMe fails at first, and its continuation."""
+    from pitome_vlm.lmms import evaluation
+    from pitome_vlm.wrapping.wrap import is_wrapped, schedule_of
+
+    folder = tmp_path_factory.mktemp("sweep")
+    words = ["--suite", "demo", "--algorithms", "tome", "--tokens", "36", "--limit", "4"]
+    words += ["--batch-size", "4", "--no-published", "--output", folder]
+    answer = evaluation.PitomeLlava.generate_until
+
+    def broken(self, requests):
+        if is_wrapped(self.model) and schedule_of(self.model).tokens_out == 36:
+            raise RuntimeError("document 3 cannot be answered")
+        return answer(self, requests)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "TaskManager", lambda *a, **k: task_manager)
+        patch.setattr(evaluation, "TIMED_ROUNDS", 1)
+        with patch.context() as once:
+            once.setattr(evaluation.PitomeLlava, "generate_until", broken)
+            first = run_eval(*words)
+        page = (folder / "report.md").read_text()
+        return folder, first, page, run_eval(*words, "--resume")
+
+
+def test_a_cell_that_fails_is_named_and_does_not_end_the_sweep(small_sweep):
+    folder, first, page, _ = small_sweep
+    assert first.exit_code == 1, first.output
+    assert "[2/2] demo_vqa tome-36: FAILED: RuntimeError: document 3 cannot be" in first.stderr
+    assert "1 of 2 cells failed: demo_vqa tome-36" in first.stderr
+    assert "document 3 cannot be answered" in page
+    assert not list(folder.glob("failed/*"))
+
+
+def test_resume_measures_what_is_missing_and_completes_the_report(small_sweep):
+    folder, _, _, second = small_sweep
+    assert second.exit_code == 0, second.output
+    assert "2 cells, 1 finished already" in second.stderr
+    assert second.stderr.count("% right") == 1
+    for name in ("report.md", "report.html", "accuracy_tokens.png", "accuracy_time.png"):
+        assert f"{folder / name}\n" in second.stdout
+    page = (folder / "report.md").read_text()
+    assert "document 3" not in page
+    timed = json.loads((folder / "timing.json").read_text())["milliseconds"]
+    assert set(timed) == {"none", "tome-36"}
+    for name, one in timed.items():
+        assert f"{one['median']:.1f}" in page, name
 
 
 @pytest.mark.slow

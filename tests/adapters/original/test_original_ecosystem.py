@@ -228,7 +228,7 @@ def test_describe_before_and_after_wrapping(kind):
     rotary = kind != "mpt"
     assert told.calibration.size_bias is rotary
     words = "log-size bias, mean" if rotary else "no size bias, compact"
-    assert f"told to the language model: {words} positions" in str(told)
+    assert f"calibration of the language model: {words} positions" in str(told)
     json.dumps(told.to_dict())
 
 
