@@ -129,7 +129,8 @@ def _kind(visual: Any) -> str:
     if isinstance(visual, Image.Image):
         return "image"
     if isinstance(visual, dict):
-        return str(visual.get("type", "video"))
+        stored = "image" if visual.get("bytes") is not None else _kind(visual.get("path"))
+        return str(visual.get("type", stored))
     suffix = os.path.splitext(str(visual))[1].lower()
     return "image" if suffix in Image.registered_extensions() else "video"
 

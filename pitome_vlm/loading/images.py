@@ -214,9 +214,8 @@ def _refuse_text(path: str) -> None:
             "(base64.b64decode) and save it as a file, or give the bytes"
         )
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", path):
-        raise ImageError(
-            f"{_printable(path)}: URLs are not fetched; download the image and give its path"
-        )
+        advice = "" if path.startswith("file:") else "download the image and "
+        raise ImageError(f"{_printable(path)}: URLs are not fetched; {advice}give its path")
 
 
 def _check_bytes(name: str, size: int, limits: ImageLimits, *, at_least: bool = False) -> None:

@@ -53,6 +53,10 @@ def parse_records(content: bytes, name: str) -> Iterator[tuple[str, Any]]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        known = {b"PAR1": "a Parquet file", b"\x1f\x8b\x08": "compressed", b"PK": "an archive"}
+        kind = next((said for start, said in known.items() if content.startswith(start)), None)
+        if kind is not None:
+            raise DataError(f"{name} is {kind}; it must be JSON or JSONL, as text") from None
         raise DataError(f"{name} is not UTF-8 text ({error}); save it as UTF-8") from error
     if text.lstrip()[:1] == "[":
         for index, value in enumerate(_json(text, name)):

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..common import check_text
+from ..loading.images import ImageError
 
 Message = Mapping[str, Any]
 
@@ -148,6 +149,35 @@ def encoded(
     # LLaVA's language models have no token types, and generation refuses what it does not know.
     found.pop("token_type_ids", None)
     return found
+
+
+def encoded_rows(
+    processor: Any,
+    texts: Sequence[str],
+    images: Sequence[Sequence[Image.Image]],
+    names: Sequence[str],
+    *,
+    side: Literal["left", "right"] = "left",
+) -> dict[str, Tensor]:
+    """`encoded`, with the images of every row and a name of it for messages.
+
+    Raises:
+        ImageError: the processor refuses a row, for instance an image too long and thin for it.
+    """
+    try:
+        return encoded(processor, texts, [one for row in images for one in row], side=side)
+    except MemoryError:
+        raise
+    except Exception:
+        for text, own, name in zip(texts, images, names, strict=True):
+            try:
+                encoded(processor, [text], own, side=side)
+            except Exception as error:
+                said = " ".join(str(error).split())[:200]
+                raise ImageError(
+                    f"{name}: the processor cannot prepare it ({type(error).__name__}: {said})"
+                ) from error
+        raise
 
 
 def on_model(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ _BATCH = 8
 def check_answers(
     collator: Collator, data: Conversations, *, batch_size: int = _BATCH, tell: bool = True
 ) -> None:
-    """Prepare some records as training will, and count those with no answer left.
+    """Check all texts, prepare some records as training will, count those with no answer left.
 
     At most `LOOKED_AT` records, evenly spaced, because their images have to be decoded: how many
     tokens an image takes depends on its size in some families. `answers_lost` counts the rest.
@@ -31,8 +31,11 @@ def check_answers(
         tell: warn of records without an answer; one process of several does.
 
     Raises:
-        DataError: no record looked at has an answer left, or one of them cannot be prepared.
+        DataError: no record looked at has an answer left, one of them cannot be prepared, or a
+            text holds a token that it must not (`Collator.check`).
     """
+    for conversation in data.conversations:
+        collator.check(conversation)
     count = min(len(data), LOOKED_AT)
     chosen = [index * len(data) // count for index in range(count)]
     size, needed = min(batch_size, _BATCH), []

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..loading.images import ImageError
 from ..loading.records import DataError
-from ..measure.asking import encoded, image_token, prompt_text, special_tokens
+from ..measure.asking import encoded_rows, image_token, prompt_text, special_tokens
 from ..wrapping.columns import IGNORED_LABEL
-from .conversations import ASSISTANT, Conversation, Message
+from .conversations import ASSISTANT, IMAGE_MARK, Conversation, Message
 from .sources import Example
 
 
@@ -60,7 +61,8 @@ class Collator:
         self.processor, self.max_length = processor, max_length
         # Not `tokenizer`: a Trainer would save an attribute of that name, without the processor.
         self._tokenizer = tokenizer
-        self.image_id = int(tokenizer.convert_tokens_to_ids(image_token(processor)))
+        self._image_token = image_token(processor)
+        self.image_id = int(tokenizer.convert_tokens_to_ids(self._image_token))
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """[B, T] ids, mask and labels, and the pixels of the images of all rows, in order.
@@ -73,10 +75,14 @@ class Collator:
     def whole(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """The batch before rows are cut to `max_length`."""
         rendered = [self.render(example.conversation) for example in examples]
-        images = [image for example in examples for image in example.images]
+        images = [example.images for example in examples]
+        names = [example.conversation.where for example in examples]
         texts = [one.text for one in rendered]
         special = special_tokens(self.processor, texts)
-        batch = encoded(self.processor, texts, images, side="right")
+        try:
+            batch = encoded_rows(self.processor, texts, images, names, side="right")
+        except ImageError as error:
+            raise DataError(str(error)) from error
         ids, mask = batch["input_ids"], batch["attention_mask"]
         batch["labels"] = torch.stack(
             [
@@ -86,6 +92,30 @@ class Collator:
         )
         return batch
 
+    def check(self, conversation: Conversation) -> None:
+        """Refuse texts with tokens that would be read as images, or as the end of an answer.
+
+        Raises:
+            DataError: an answer holds the end token, so that the rest of it would not be learnt;
+                or a text holds the processor's token of an image or a video.
+        """
+        end = self._tokenizer.eos_token
+        visual = {self._image_token, str(getattr(self.processor, "video_token", "") or IMAGE_MARK)}
+        for number, message in enumerate(conversation.messages):
+            where = f"{conversation.where}: turn {number}"
+            text = message.text.replace(IMAGE_MARK, "")
+            if message.role == ASSISTANT and end and end in text:
+                raise DataError(
+                    f"{where}: the answer holds the end token {end!r}, and what follows it would "
+                    "not be learnt; remove it, one is added at the end"
+                )
+            for token in visual:
+                if token in text:
+                    raise DataError(
+                        f"{where}: the text holds {token!r}, which stands for what is not there; "
+                        f"remove it, {IMAGE_MARK} marks the place of an image"
+                    )
+
     def render(self, conversation: Conversation) -> Rendered:
         """The text of a conversation, and the places of its answers in it.
 
@@ -94,8 +124,10 @@ class Collator:
         that never sees it never stops.
 
         Raises:
-            DataError: the template writes earlier turns differently once later ones follow.
+            DataError: as `check`, or the template writes earlier turns differently once later ones
+                follow.
         """
+        self.check(conversation)
         messages, end = conversation.messages, self._tokenizer.eos_token or ""
         whole, text, answers, done = self._template(messages, False), "", [], 0
         for index, message in enumerate(messages):

@@ -68,7 +68,8 @@ def parse(record: Any, where: str, *, text_only: bool = False) -> tuple[Conversa
 
     Args:
         record: LLaVA's form (`image` and `conversations` of `from` and `value`) or messages
-            (`images` and `messages` of `role` and `content`, a text or a list of parts).
+            (`images` and `messages` of `role` and `content`, a text or a list of parts). Parts
+            may hold the images instead: `{"type": "image", "path": "a.png"}`.
         where: for error messages.
         text_only: accept records without an image.
 
@@ -82,7 +83,10 @@ def parse(record: Any, where: str, *, text_only: bool = False) -> tuple[Conversa
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: must be a JSON object, got {type(record).__name__}")
     images = _images(record, where)
-    messages = _messages(record, where, len(images))
+    messages, inside = _messages(record, where, len(images))
+    if inside and images:
+        raise DataError(f"{where}: has images of its own and in its messages; give one of them")
+    images = images or inside
     found = sum(message.text.count(IMAGE_MARK) for message in messages)
     if not images and not found and not text_only:
         raise DataError(
@@ -110,16 +114,28 @@ def _images(record: Mapping[str, Any], where: str) -> list[Any]:
     return images
 
 
-def _messages(record: Mapping[str, Any], where: str, images: int) -> list[Message]:
-    form = next((name for name in ("conversations", "messages") if name in record), None)
-    if form is None:
+def _messages(
+    record: Mapping[str, Any], where: str, images: int
+) -> tuple[list[Message], list[Any]]:
+    """The turns, and the images that their parts hold."""
+    forms = [name for name in ("conversations", "messages") if record.get(name) is not None]
+    if len(forms) > 1:
+        raise DataError(f"{where}: has both conversations and messages; give one of them")
+    if not forms:
         raise DataError(
             f"{where}: has neither conversations nor messages; its keys: {shown(list(record))}"
         )
+    (form,) = forms
     turns = record[form]
+    if isinstance(turns, Mapping) and all(isinstance(value, list) for value in turns.values()):
+        # Some Hugging Face datasets store a list of turns as lists of their fields.
+        turns = [
+            dict(zip(turns, turn, strict=False)) for turn in zip(*turns.values(), strict=False)
+        ]
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         raise DataError(f"{where}: {form} must be a list of turns, got {shown(turns)}")
-    messages = [_message(turn, f"{where}: {form}[{i}]") for i, turn in enumerate(turns)]
+    inside: list[Any] = []
+    messages = [_message(turn, f"{where}: {form}[{i}]", inside) for i, turn in enumerate(turns)]
     marked = any(IMAGE_MARK in message.text for message in messages)
     if form == "messages" and images and not marked:
         # Plain text and a list of images: the images belong before the first question.
@@ -127,10 +143,10 @@ def _messages(record: Mapping[str, Any], where: str, images: int) -> list[Messag
         if first is not None:
             text = IMAGE_MARK * images + messages[first].text
             messages[first] = Message(USER, text)
-    return messages
+    return messages, inside
 
 
-def _message(turn: Any, where: str) -> Message:
+def _message(turn: Any, where: str, inside: list[Any]) -> Message:
     if not isinstance(turn, Mapping):
         raise DataError(f"{where} must be an object, got {shown(turn)}")
     role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
@@ -139,6 +155,7 @@ def _message(turn: Any, where: str) -> Message:
             f"{where}: the speaker must be one of {', '.join(_ROLES)}, got {shown(role)}"
         )
     if isinstance(text, (list, tuple)):
+        inside += [image for image in map(_image_in, text) if image is not None]
         text = "".join(_part(part, where) for part in text)
     if not isinstance(text, str):
         raise DataError(f"{where}: the text must be a string, got {shown(text)}")
@@ -151,6 +168,13 @@ def _message(turn: Any, where: str) -> Message:
     if IMAGE_MARK in text and _ROLES[role] != USER:
         raise DataError(f"{where}: only the user can show images, but the text has {IMAGE_MARK}")
     return Message(_ROLES[role], text)
+
+
+def _image_in(part: Any) -> Any:
+    """The image that an image part holds itself."""
+    if not isinstance(part, Mapping) or part.get("type") != "image":
+        return None
+    return next((part[k] for k in ("image", "path", "url") if part.get(k) is not None), None)
 
 
 def _part(part: Any, where: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,12 +140,10 @@ class _Stored:
     """The images of a Hugging Face dataset in Arrow's format: bytes or paths, not decoded."""
 
     stored: Any
-    column: str | None
+    column: str
     folder: Path | None
 
     def __call__(self, index: int) -> list[Any]:
-        if self.column is None:
-            return []
         value = self.stored[index].column(self.column)[0].as_py()
         values = value if isinstance(value, list) else [value]
         return [locate(one, self.folder) for one in values if one is not None]
@@ -229,7 +227,13 @@ def from_records(
     Raises:
         DataError: a record is wrong; the message names its number, from 0.
         FileNotFoundError: no such folder.
+        TypeError: no list of records.
     """
+    if isinstance(records, Mapping) or hasattr(records, "columns") or not _is_iterable(records):
+        raise TypeError(
+            "training data must be a file, a dataset or a list of records, got "
+            f"{type(records).__name__}"
+        )
     numbered = ((f"{name}[{index}]", record) for index, record in enumerate(records))
     folder = Path() if image_folder is None else _folder(image_folder)
     return _checked(name, None, numbered, folder, text_only)
@@ -253,7 +257,7 @@ def from_dataset(
     Raises:
         DataError: the columns or a row are wrong; the message names the row, from 0.
         FileNotFoundError: no such folder.
-        TypeError: a dataset dict, or a streaming dataset.
+        TypeError: a dataset dict, a streaming dataset, or one with a transform.
     """
     folder = Path() if image_folder is None else _folder(image_folder)
     return _from_dataset(dataset, folder.absolute(), text_only, name)
@@ -268,9 +272,16 @@ def _from_dataset(
             "dataset must have one split and a known length, for instance "
             f"load_dataset(name, split='train'); got {type(dataset).__name__}"
         )
+    if dataset.format["type"] == "custom":
+        raise TypeError(
+            "dataset has a transform (set_transform or with_transform), which training would not "
+            "apply; apply it with dataset.map(...), or remove it with dataset.reset_format()"
+        )
     name = name or getattr(dataset.info, "dataset_name", None) or "dataset"
-    turns = next((c for c in ("messages", "conversations") if c in columns), None)
-    shown = next((c for c in ("images", "image") if c in columns), None)
+    turns, shown = (
+        _column(name, columns, both)
+        for both in (("messages", "conversations"), ("images", "image"))
+    )
     if turns is None or (shown is None and not text_only):
         raise DataError(
             f"{name}: needs a column messages (or conversations) and a column images (or image), "
@@ -278,15 +289,27 @@ def _from_dataset(
         )
     # Arrow gives images as stored (bytes or paths), so that `load_image` can apply its limits.
     stored = dataset.with_format("arrow")
-    rows = []
-    for index, (talk, files) in enumerate(_rows(stored, turns, shown)):
+    rows: list[Conversation] = []
+    inside: list[list[Any]] = []
+    for index, (talk, files) in enumerate(_rows(stored, name, turns, shown)):
         where = f"{name} row {index}"
         record = {turns: talk, "images": [...] * len(files)}
-        rows.append(parse(record, where, text_only=text_only)[0])
+        conversation, given = parse(record, where, text_only=text_only)
+        rows.append(conversation)
+        if shown is None:
+            inside.append([_located(image, folder, where) for image in given])
         for file in files:
             if file is not None:
                 _located(file, folder, where)
-    return Conversations(name, str(dataset._fingerprint), rows, _Stored(stored, shown, folder))
+    images = _Listed(inside) if shown is None else _Stored(stored, shown, folder)
+    return Conversations(name, str(dataset._fingerprint), rows, images)
+
+
+def _column(name: str, columns: list[str], names: tuple[str, str]) -> str | None:
+    found = [column for column in names if column in columns]
+    if len(found) > 1:
+        raise DataError(f"{name}: has columns {' and '.join(found)}; remove one of them")
+    return found[0] if found else None
 
 
 def _checked(
@@ -342,14 +365,28 @@ def _load_dataset(path: Path, name: str, split: str) -> Any:
         if path.is_dir() and (path / "state.json").is_file():
             return datasets.load_from_disk(str(path))
         if path.is_dir() and (path / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(str(path))[split]
+            return _one_split(datasets.load_from_disk(str(path)), name, split)
         return datasets.load_dataset(name, split=split)
+    except DataError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         message = " ".join(str(error).split())[:200]
         raise DataError(f"{name}: cannot be loaded as a dataset: {message}") from error
 
 
-def _rows(stored: Any, turns: str, images: str | None) -> Iterator[tuple[Any, list[Any]]]:
+def _one_split(splits: Any, name: str, split: str) -> Any:
+    if split not in splits:
+        raise DataError(f"{name}: has no split {split!r}, but {', '.join(splits)}")
+    return splits[split]
+
+
+def _is_iterable(value: Any) -> bool:
+    return isinstance(value, Iterable) or hasattr(value, "__getitem__")
+
+
+def _rows(
+    stored: Any, name: str, turns: str, images: str | None
+) -> Iterator[tuple[Any, list[Any]]]:
     """Turns of every row, and for each image its path, None if the dataset holds its bytes."""
     wanted = [turns] if images is None else [turns, images]
     for batch in stored.select_columns(wanted).iter(batch_size=1000):
@@ -364,7 +401,10 @@ def _rows(stored: Any, turns: str, images: str | None) -> Iterator[tuple[Any, li
         else:
             counts = [int(there) for there in column.is_valid().to_pylist()]
             column = column.drop_null()
-        files = iter(_files(column))
+        try:
+            files = iter(_files(column))
+        except ImageError as error:
+            raise DataError(f"{name}: the column {images} {error}") from error
         for talk, count in zip(talks, counts, strict=True):
             yield talk, [next(files) for _ in range(count)]
 
@@ -373,9 +413,12 @@ def _files(column: Any) -> list[str | None]:
     """The path of every image, None if its bytes are stored."""
     if "binary" in str(column.type):
         return [None] * len(column)
-    fields = [field.name for field in column.type] if column.type.num_fields else []
-    if "bytes" not in fields:
+    kind = str(column.type)
+    if "string" in kind and not column.type.num_fields:
         return list(column.to_pylist())
+    fields = [field.name for field in column.type] if kind.startswith("struct") else []
+    if "bytes" not in fields:
+        raise ImageError(f"must hold images, as paths or bytes, but holds {kind[:100]}")
     stored = column.field("bytes").is_valid().to_pylist()
     paths = column.field("path").to_pylist()
     return [None if there else path or "" for there, path in zip(stored, paths, strict=True)]

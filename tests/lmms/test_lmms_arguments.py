@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -10,7 +11,7 @@ from PIL import Image
 from pitome_vlm.demo import checkpoint_path
 from pitome_vlm.lmms.arguments import ModelArguments, combined
 from pitome_vlm.lmms.engine import generation_options, joined, stop_strings
-from pitome_vlm.lmms.requests import opened, plain_messages
+from pitome_vlm.lmms.requests import generation_call, opened, plain_messages
 from pitome_vlm.measure.asking import prompt_text
 from pitome_vlm.merge.config import MergeConfig, option_names
 
@@ -84,6 +85,20 @@ def test_images_are_scaled_down_only_where_asked(tmp_path):
     assert opened(tmp_path / "a.png", None).mode == "RGB"
     with pytest.raises(TypeError, match=r"an image must be a path, bytes.*, got int"):
         opened(3, None)
+
+
+def test_images_as_datasets_store_them_are_images(tmp_path):
+    def parts(visual):
+        request = SimpleNamespace(args=("q", {}, [visual], 0, "task", "test"), metadata={})
+        return plain_messages(generation_call(request, simple=True).first(None), "<image>", None)
+
+    Image.new("L", (20, 10)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    for visual in ({"bytes": content, "path": None}, {"bytes": None, "path": f"{tmp_path}/a.png"}):
+        _, (image,) = parts(visual)
+        assert opened(image, None).size == (20, 10)
+    with pytest.raises(ValueError, match="this one holds video"):
+        parts({"bytes": None, "path": "a.mp4"})
 
 
 def test_messages():

@@ -14,6 +14,7 @@ from tiny import tiny_model
 from transformers import CLIPImageProcessor, LlavaImageProcessor
 
 import pitome_vlm
+from pitome_vlm.loading import load_image
 from pitome_vlm.measure.visualize import (
     Cell,
     Figure,
@@ -64,6 +65,25 @@ def test_source_map_is_the_partition_that_the_model_uses(kind, cls, algorithm):
     assert found.sizes.tolist() == sizes.tolist()
     assert found.sizes.sum() == 144
     assert set(found.groups.ravel()) == set(range(cls, found.tokens))
+
+
+def test_the_image_is_seen_as_every_command_sees_it():
+    """Turned as its EXIF says and on white, in the map and in what is drawn of it."""
+    model, tall = pitome_vlm.wrap(tiny_model(), keep=0.25), photo(SIDE, SIDE // 2)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    lying = tall.convert("RGBA")
+    lying.putalpha(photo(SIDE, SIDE // 2, seed=1).convert("L"))
+    lying.save(file, "PNG", exif=exif)
+    given, read = Image.open(file), load_image(file.getvalue())
+    assert read.size == (SIDE // 2, SIDE)
+    found, expected = (source_map(model, processor(), one) for one in (given, read))
+    assert np.array_equal(found.groups, expected.groups)
+    drawn, wanted = (overlay(one, expected, size=240) for one in (given, read))
+    assert drawn.tobytes() == wanted.tobytes()
+    shown, wanted = (strip([("a", one)]) for one in (given, read))
+    assert shown.tobytes() == wanted.tobytes()
 
 
 def test_rows_and_columns_are_not_swapped():

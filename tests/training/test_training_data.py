@@ -93,6 +93,15 @@ class TestLlavaFormat:
             ({"conversations": [{"from": "human", "value": 3}]}, ["[0]", "must be a string"]),
             ({"conversations": [{"from": "human", "value": " "}]}, ["[0]", "empty"]),
             ({"conversations": ["x"]}, ["[0]", "must be an object"]),
+            ({"messages": []}, ["both conversations and messages"]),
+            (
+                {"conversations": [{"from": ["human"], "value": "x"}]},
+                ["[0]", "the speaker must be one of", "got ['human']"],
+            ),
+            (
+                {"conversations": [{"from": "human", "value": "a \udc00 b"}]},
+                ["[0]", "half of a character", r"'\udc00'"],
+            ),
             (
                 {
                     "conversations": [
@@ -112,6 +121,19 @@ class TestLlavaFormat:
         refused(file, f"{file.name} line 3", *said, image_folder=images)
         (tmp_path / "bad.json").write_text(json.dumps(rows))
         refused(tmp_path / "bad.json", "record 2 (id 2)", *said, image_folder=images)
+
+    def test_a_message_may_hold_its_images(self, images, tmp_path):
+        for source in ({"image": "0.png"}, {"path": "0.png"}, {"url": str(images / "0.png")}):
+            content = [{"type": "image", **source}, {"type": "text", "text": "what ?"}]
+            row = {"messages": [{"role": "user", "content": content}, CHAT[1]]}
+            data = read_llava(write_lines(tmp_path / "m.jsonl", [row]), image_folder=images)
+            assert data.conversations[0].messages[0].text == "<image>what ?"
+            assert data[0].images[0].size == (192, 192)
+            twice = write_lines(tmp_path / "m.jsonl", [row | {"image": "0.png"}])
+            refused(twice, "line 1: has images of its own and in", image_folder=images)
+        row["messages"][0]["content"].append({"type": "image"})
+        mixed = write_lines(tmp_path / "m.jsonl", [row])
+        refused(mixed, "line 1: 2 <image> in the text, but 1 image", image_folder=images)
 
     def test_a_line_without_image_is_refused_and_can_be_allowed(self, images, tmp_path):
         plain = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "x"}]}
@@ -243,6 +265,53 @@ class TestHuggingFaceDatasets:
         with pytest.raises(DataError, match="row 0: 2 <image> in the text, but 1 image"):
             from_dataset(dataset(images=[[RED]], messages=[marked]))
 
+    def test_turns_may_be_lists_of_fields(self):
+        import datasets
+
+        turn = {"from": datasets.Value("string"), "value": datasets.Value("string")}
+        turns = {"from": ["human", "gpt"], "value": ["<image> a", "b"]}
+        rows = datasets.Dataset.from_dict(
+            {"image": [RED], "conversations": [turns]},
+            features=datasets.Features(
+                {"image": datasets.Image(), "conversations": datasets.Sequence(turn)}
+            ),
+        )
+        texts = [message.text for message in from_dataset(rows).conversations[0].messages]
+        assert texts == ["<image> a", "b"]
+
+    def test_images_in_messages(self, images):
+        content = [{"type": "image", "path": str(images / "0.png")}]
+        chat = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+        chat[1]["content"] = [{"type": "text", "text": "one"}]
+        data = from_dataset(dataset(messages=[chat]), text_only=True)
+        assert data[0].images[0].size == (192, 192)
+
+    def test_columns_that_cannot_be_used_are_named(self, tmp_path):
+        import datasets
+
+        for columns, said in {
+            "no images": (
+                {"image": [[[1, 2]]]},
+                "column image must hold images, as paths or bytes",
+            ),
+            "numbers": ({"images": [[7]]}, "column images must hold images, as paths or bytes"),
+            "two of images": ({"image": [RED], "images": [[RED]]}, "has columns images and image"),
+            "two of turns": ({"image": [RED], "conversations": [CHAT]}, "has columns messages and"),
+        }.values():
+            with pytest.raises(DataError, match=said):
+                from_dataset(dataset(messages=[CHAT], **columns))
+        rows = dataset(images=[[RED]], messages=[CHAT])
+        with pytest.raises(TypeError, match=r"has a transform .* dataset\.map"):
+            from_dataset(rows.with_transform(lambda batch: batch))
+        datasets.DatasetDict(test=rows).save_to_disk(str(tmp_path / "splits"))
+        refused(tmp_path / "splits", "has no split 'train', but test")
+        assert len(open_conversations(tmp_path / "splits", split="test")) == 1
+
+    def test_what_is_no_data_is_named(self):
+        for wrong in (None, 7, {"image": ["a.png"], "messages": [CHAT]}):
+            with pytest.raises(TypeError, match="must be a file, a dataset or a list of records"):
+                open_conversations(wrong)
+
     def test_what_is_no_single_split_is_refused(self):
         import datasets
 
@@ -347,6 +416,36 @@ class TestLabels:
         processor.tokenizer = Slow()
         with pytest.raises(ValueError, match="offsets"):
             Collator(processor)
+
+    def test_tokens_with_a_meaning_of_their_own_are_refused_in_texts(self):
+        processor = build_processor()
+        processor.video_token = "<video>"
+        for turn, text, said in (
+            (1, "one </s> more", "the answer holds the end token '</s>'"),
+            (1, "one</s>", "remove it, one is added at the end"),
+            (0, "a <video> ?", "the text holds '<video>'"),
+        ):
+            chat = [*CHAT]
+            chat[turn] = chat[turn] | {"content": text}
+            data = from_records([{"messages": chat}], text_only=True)
+            with pytest.raises(DataError, match=rf"records\[0\]: turn {turn}: .*{said}"):
+                Collator(processor)([data[0]])
+
+    def test_an_image_that_a_processor_refuses_is_named_with_its_record(self, monkeypatch):
+        processor = build_processor()
+        prepare = type(processor.image_processor).preprocess
+
+        def picky(self, images, *args, **kwargs):
+            shown = images if isinstance(images, list) else [images]
+            if any(image.width > 200 * image.height for image in shown):
+                raise ValueError("absolute aspect ratio must be smaller than 200")
+            return prepare(self, images, *args, **kwargs)
+
+        monkeypatch.setattr(type(processor.image_processor), "preprocess", picky)
+        long = RED.resize((300, 1))
+        data = from_records([{"image": image, "messages": CHAT} for image in (RED, long, RED)])
+        with pytest.raises(DataError, match=r"^records\[1\]: .*ValueError: absolute aspect ratio"):
+            Collator(processor)([data[0], data[1], data[2]])
 
     def test_long_rows_are_cut_but_never_through_an_image(self):
         data = from_records([conversations([(1, ["red"], ["one", "yes"])])])

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from pitome_vlm.demo.dataset import Sample, load_split, scene_image
+from pitome_vlm.loading.records import parse_records
 
 SPLIT = "test"
 DATA = Path(__file__).with_suffix(".jsonl")
@@ -82,7 +83,7 @@ def _scene_image(scene_id: int) -> Image.Image:
 
 @functools.cache
 def _answers() -> dict[str, tuple[str, ...]]:
-    rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
+    rows = [record for _, record in parse_records(DATA.read_bytes(), DATA.name)]
     kinds = sorted({row["question_type"] for row in rows})
     return {
         kind: tuple(sorted({row["answer"] for row in rows if row["question_type"] == kind}))

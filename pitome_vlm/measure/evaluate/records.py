@@ -147,7 +147,10 @@ class Folder:
         if stored is None:
             return None
         path, questions = self.store.path(cell.file), self.questions(cell.task)
-        if not questions.is_file() or digest(questions.read_text()) != stored["questions_sha256"]:
+        if (
+            not questions.is_file()
+            or digest(questions.read_text("utf-8")) != stored["questions_sha256"]
+        ):
             raise ValueError(f"{path} does not belong to the questions in {questions}")
         columns = read_json(questions, hint=REMEASURE)
         try:

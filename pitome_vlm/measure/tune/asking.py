@@ -16,7 +16,7 @@ from ...loading.images import ImageLimits
 from ...merge.config import MergeConfig
 from ...wrapping.encode import planned_schedule
 from ...wrapping.wrap import base_model, wrapped
-from ..asking import checked_question, decoded, encoded, generated, question_prompt
+from ..asking import checked_question, decoded, encoded_rows, generated, question_prompt
 from ..description import describe
 from ..provenance import model_fingerprint, provenance
 from .rows import Row
@@ -194,8 +194,9 @@ class ModelAsker:
         if part in self._prepared:
             return self._prepared[part]
         prompts = [self.prompts[row] for row in part]
-        images = [image for row in part for image in self.rows[row].load(self.limits)]
-        batch = encoded(self.processor, prompts, images)
+        rows = [self.rows[row] for row in part]
+        images = [row.load(self.limits) for row in rows]
+        batch = encoded_rows(self.processor, prompts, images, [row.source for row in rows])
         size = sum(value.numel() * value.element_size() for value in batch.values())
         if self._bytes + size <= _CACHE_BYTES:
             self._prepared[part] = batch

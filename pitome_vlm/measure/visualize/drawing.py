@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from ...loading.images import load_image
 from .sources import Box, SourceMap
 
 DEFAULT_SIZE = 480
@@ -42,6 +43,8 @@ def overlay(
     Raises:
         ValueError: `size` is too small to draw every patch, or `border` is too wide.
     """
+    # Upright and without transparency, as the source map was made from it.
+    image = load_image(image)
     rows, columns = source_map.grid
     across, down = _cell(image, source_map, size)
     cell = min(across, down)
@@ -156,7 +159,7 @@ def strip(
     if height < 1 or gap < 0:
         raise ValueError(f"height must be >= 1 and gap >= 0, got {height} and {gap}")
     font = ImageFont.load_default(max(12, round(height / 20)))
-    shown = [_at_height(image.convert("RGB"), height) for _, image in figures]
+    shown = [_at_height(load_image(image), height) for _, image in figures]
     boxes = [_text_box(caption, font) for caption, _ in figures]
     widths = [max(p.width, box[2]) for p, box in zip(shown, boxes, strict=True)]
     below = max(box[3] for box in boxes)

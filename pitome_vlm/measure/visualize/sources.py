@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ...loading.images import load_image
 from ...merge.merge_pass import MergePass
 from ...wrapping.wrap import merging_of
 
@@ -89,6 +90,7 @@ def source_map(model: nn.Module, processor: Any, image: Image.Image) -> SourceMa
             f"the {shape.n_tokens} visual tokens of this model form no grid, so they cannot be "
             "drawn on an image"
         )
+    image = load_image(image)
     image_processor = getattr(processor, "image_processor", processor)
     pixels = _pixel_values(image_processor, image)
     merge_pass = merging.plan(base).new_pass()
@@ -108,9 +110,7 @@ def source_map(model: nn.Module, processor: Any, image: Image.Image) -> SourceMa
 
 def _pixel_values(image_processor: Any, image: Image.Image) -> torch.Tensor:
     """[1, 3, H, W]."""
-    pixels: torch.Tensor = image_processor(images=image.convert("RGB"), return_tensors="pt")[
-        "pixel_values"
-    ]
+    pixels: torch.Tensor = image_processor(images=image, return_tensors="pt")["pixel_values"]
     if pixels.dim() != 4 or len(pixels) != 1:
         raise ValueError(
             f"one image must become one tile, got pixel values of shape {tuple(pixels.shape)}"
