@@ -182,7 +182,7 @@ def root(
 for _command in (demo, ask, chat, info, bench, visualize, tune, verify, train):
     app.command()(grouped(_command))
 app.command("eval")(evaluate)
-app.command("serve-args")(serve_args)
+app.command("serve-args")(grouped(serve_args))
 # What is not an option of ours is one of vLLM's. None of ours has one letter here: -tp or -dph
 # would be taken apart into letters.
 app.command(
@@ -192,7 +192,7 @@ app.command(
         "ignore_unknown_options": True,
         "help_option_names": ["--help"],
     },
-)(serve)
+)(grouped(serve))
 
 
 def main() -> None:

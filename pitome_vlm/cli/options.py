@@ -59,7 +59,7 @@ def _known_dtype(name: str | None) -> str | None:
 
 plain = panel(None)
 _budget = panel("Visual tokens (give one of keep, tokens, ratio)")
-_loading = panel("Loading")
+loading = panel("Loading")
 _answer = panel("Answer")
 message = panel("Messages")
 
@@ -132,15 +132,15 @@ Algorithms = Annotated[
 ]
 Load4Bit = Annotated[
     bool,
-    _loading("Quantise the language model to 4 bits (needs bitsandbytes).", None, "--load-4bit"),
+    loading("Quantise the language model to 4 bits (needs bitsandbytes).", None, "--load-4bit"),
 ]
 Load8Bit = Annotated[
     bool,
-    _loading("Quantise the language model to 8 bits (needs bitsandbytes).", None, "--load-8bit"),
+    loading("Quantise the language model to 8 bits (needs bitsandbytes).", None, "--load-8bit"),
 ]
 Dtype = Annotated[
     str | None,
-    _loading(
+    loading(
         "Number format of the weights: float32, float16 or bfloat16; default: the checkpoint's.",
         "NAME",
         callback=_known_dtype,
@@ -148,7 +148,7 @@ Dtype = Annotated[
 ]
 Device = Annotated[
     str | None,
-    _loading(
+    loading(
         "Device to run on, for instance cpu or cuda:1; default: the accelerator if there is one.",
         "NAME",
     ),
@@ -191,15 +191,14 @@ class Loading:
 
 
 @dataclass(frozen=True)
-class Merging:
-    """What is merged."""
+class FixedMerging:
+    """What is merged, where every image gets as many tokens."""
 
     keep: Keep = None
     tokens: Tokens = None
     ratio: Ratio = None
     algorithm: Algorithm = None
     preset: Preset = None
-    quality: Quality = None
     option: MergeOption = None
 
     def given(self) -> dict[str, Any]:
@@ -207,13 +206,20 @@ class Merging:
         return merge_options(**vars(self))
 
 
+@dataclass(frozen=True)
+class Merging(FixedMerging):
+    """What is merged, `--keep auto` included."""
+
+    quality: Quality = None
+
+
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """A command for typer, in which every field of `Loading` and `Merging` is an option."""
+    """A command for typer, in which every field of a dataclass is an option."""
     options: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}
     for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
-        group = parameter.annotation
-        if group not in (Loading, Merging):
+        group: Any = parameter.annotation
+        if not dataclasses.is_dataclass(group):
             options.append(parameter)
             continue
         groups[name] = group

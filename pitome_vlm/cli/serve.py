@@ -14,18 +14,13 @@ from . import options as o
 from .serve_args import Checkpoint, planned
 from .terminal import quiet, say
 
-LongVerbose = Annotated[bool, typer.Option("--verbose", help="Print details to stderr.")]
+LongVerbose = Annotated[bool, o.plain("Print details to stderr.", None, "--verbose")]
 
 
 def serve(
     context: typer.Context,
     model: Checkpoint,
-    keep: o.Keep = None,
-    tokens: o.Tokens = None,
-    ratio: o.Ratio = None,
-    algorithm: o.Algorithm = None,
-    preset: o.Preset = None,
-    option: o.MergeOption = None,
+    merging: o.FixedMerging = o.FixedMerging(),
     verbose: LongVerbose = False,
 ) -> None:
     """Start vLLM's OpenAI-compatible server with merged visual tokens.
@@ -38,9 +33,9 @@ def serve(
     """
     if model.startswith("-"):
         raise ValueError(f"PATH comes first: pitome-vlm serve PATH {model} ...")
-    merging = o.merge_options(keep, tokens, ratio, algorithm, preset, option=option)
+    given = merging.given()
     with quiet(verbose):
-        plan = planned(model, merging)
+        plan = planned(model, given)
     from ..vllm.command import server_command, server_environment
     from .session import model_path
 

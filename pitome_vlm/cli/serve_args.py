@@ -28,14 +28,9 @@ Checkpoint = Annotated[
 
 def serve_args(
     model: Checkpoint,
-    keep: o.Keep = None,
-    tokens: o.Tokens = None,
-    ratio: o.Ratio = None,
-    algorithm: o.Algorithm = None,
-    preset: o.Preset = None,
-    option: o.MergeOption = None,
+    merging: o.FixedMerging = o.FixedMerging(),
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the bare JSON object, for LLM(hf_overrides=...).")
+        bool, o.plain("Print the bare JSON object, for LLM(hf_overrides=...).", None, "--json")
     ] = False,
     verbose: o.Verbose = False,
 ) -> None:
@@ -46,9 +41,9 @@ def serve_args(
 
     Example: `pitome-vlm serve-args llava-hf/llava-1.5-7b-hf --keep 0.25`
     """
-    merging = o.merge_options(keep, tokens, ratio, algorithm, preset, option=option)
+    given = merging.given()
     with quiet(verbose):
-        plan = planned(model, merging)
+        plan = planned(model, given)
     from ..vllm.command import overrides_argument
     from ..vllm.options import hf_overrides
 

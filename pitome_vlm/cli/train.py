@@ -9,173 +9,88 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from ..common import require
 from . import options as o
 from .session import is_first_process
 from .terminal import quiet
 from .train_run import check_data, load_trainable, show, train_model
 
-_DATA = "Data"
-_LORA = "Adapter"
-_TRAINING = "Training"
+_data, _lora, _training = o.panel("Data"), o.panel("Adapter"), o.panel("Training")
 
 Data = Annotated[
     str,
-    typer.Option(
-        metavar="FILE",
-        help="Training data: JSON or JSONL file in LLaVA's format, or a Hugging Face dataset with "
+    _data(
+        "Training data: JSON or JSONL file in LLaVA's format, or a Hugging Face dataset with "
         "images and messages.",
-        rich_help_panel=_DATA,
+        "FILE",
     ),
 ]
-Output = Annotated[
-    Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the adapter.")
-]
+Output = Annotated[Path, o.output_option("Folder for the adapter.")]
 ImageFolder = Annotated[
     Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="Folder that image paths in the data are relative to; default: the data's folder.",
-        rich_help_panel=_DATA,
+    _data(
+        "Folder that image paths in the data are relative to; default: the data's folder.", "DIR"
     ),
 ]
-Split = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME", help="Split of a Hugging Face dataset to train on.", rich_help_panel=_DATA
-    ),
-]
+Split = Annotated[str, _data("Split of a Hugging Face dataset to train on.", "NAME")]
 ValData = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        help="Held-out data to measure accuracy on before and after training.",
-        rich_help_panel=_DATA,
-    ),
+    str | None, _data("Held-out data to measure accuracy on before and after training.", "FILE")
 ]
 ValFraction = Annotated[
-    float | None,
-    typer.Option(
-        metavar="F",
-        help="Fraction of the data to hold out, in place of --val-data.",
-        rich_help_panel=_DATA,
-    ),
+    float | None, _data("Fraction of the data to hold out, in place of --val-data.", "F")
 ]
-TextOnly = Annotated[
-    bool,
-    typer.Option(
-        "--text-only", help="Accept conversations without an image.", rich_help_panel=_DATA
-    ),
-]
+TextOnly = Annotated[bool, _data("Accept conversations without an image.", None, "--text-only")]
 MaxLength = Annotated[
     int | None,
-    typer.Option(
+    _data(
+        "Longest conversation in tokens, counted before merging; default: the model's limit.",
+        "N",
         min=1,
-        metavar="N",
-        help="Longest conversation in tokens, counted before merging; default: the model's limit.",
-        rich_help_panel=_DATA,
     ),
 ]
 Budgets = Annotated[
     str | None,
-    typer.Option(
-        metavar="N,N",
-        help="Budgets (token counts or fractions) to draw from at every step, so that one adapter "
+    _training(
+        "Budgets (token counts or fractions) to draw from at every step, so that one adapter "
         "works at all of them.",
-        rich_help_panel=_TRAINING,
+        "N,N",
     ),
 ]
 Base = Annotated[
     str | None,
-    typer.Option(
-        metavar="PATH",
-        help="Base model of the adapter given as --model, if it is no longer where it was.",
-        rich_help_panel="Loading",
+    o.loading(
+        "Base model of the adapter given as --model, if it is no longer where it was.", "PATH"
     ),
 ]
-Rank = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", help="LoRA rank; default: 32.", rich_help_panel=_LORA),
-]
+Rank = Annotated[int | None, _lora("LoRA rank; default: 32.", "N", min=1)]
 Alpha = Annotated[
-    float | None,
-    typer.Option(
-        metavar="A",
-        help="LoRA alpha (updates are scaled by alpha / rank); default: 64.",
-        rich_help_panel=_LORA,
-    ),
+    float | None, _lora("LoRA alpha (updates are scaled by alpha / rank); default: 64.", "A")
 ]
-Dropout = Annotated[
-    float | None,
-    typer.Option(metavar="F", help="LoRA dropout; default: 0.", rich_help_panel=_LORA),
-]
-Projector = Annotated[
-    bool, typer.Option("--projector", help="Also adapt the projector.", rich_help_panel=_LORA)
-]
-Tower = Annotated[
-    bool, typer.Option("--vision-tower", help="Also adapt the vision tower.", rich_help_panel=_LORA)
-]
-Epochs = Annotated[
-    float | None,
-    typer.Option(metavar="N", help="Passes over the data; default: 1.", rich_help_panel=_TRAINING),
-]
-Steps = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        metavar="N",
-        help="Optimiser steps, in place of --epochs.",
-        rich_help_panel=_TRAINING,
-    ),
-]
-BatchSize = Annotated[
-    int,
-    typer.Option(
-        min=1, metavar="N", help="Conversations per batch and device.", rich_help_panel=_TRAINING
-    ),
-]
-Accumulate = Annotated[
-    int,
-    typer.Option(min=1, metavar="N", help="Batches per optimiser step.", rich_help_panel=_TRAINING),
-]
-Rate = Annotated[
-    float,
-    typer.Option(
-        "--learning-rate",
-        "--lr",
-        metavar="F",
-        help="Peak learning rate.",
-        rich_help_panel=_TRAINING,
-    ),
-]
+Dropout = Annotated[float | None, _lora("LoRA dropout; default: 0.", "F")]
+Projector = Annotated[bool, _lora("Also adapt the projector.", None, "--projector")]
+Tower = Annotated[bool, _lora("Also adapt the vision tower.", None, "--vision-tower")]
+Epochs = Annotated[float | None, _training("Passes over the data; default: 1.", "N")]
+Steps = Annotated[int | None, _training("Optimiser steps, in place of --epochs.", "N", min=1)]
+BatchSize = Annotated[int, _training("Conversations per batch and device.", "N", min=1)]
+Accumulate = Annotated[int, _training("Batches per optimiser step.", "N", min=1)]
+Rate = Annotated[float, _training("Peak learning rate.", "F", "--learning-rate", "--lr")]
 Checkpointing = Annotated[
     bool,
-    typer.Option(
+    _training(
+        "Recompute activations in the backward pass: less memory, more time.",
+        None,
         "--gradient-checkpointing",
-        help="Recompute activations in the backward pass: less memory, more time.",
-        rich_help_panel=_TRAINING,
     ),
 ]
-Seed = Annotated[
-    int, typer.Option(min=0, metavar="N", help="Random seed.", rich_help_panel=_TRAINING)
-]
+Seed = Annotated[int, _training("Random seed.", "N", min=0)]
 ReportTo = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME,NAME",
-        help="Where to log the training: wandb, tensorboard, ... or none.",
-        rich_help_panel=_TRAINING,
-    ),
+    str, _training("Where to log the training: wandb, tensorboard, ... or none.", "NAME,NAME")
 ]
 TrainingArgs = Annotated[
     str,
-    typer.Option(
-        metavar="K=V,K=V",
-        help="Other fields of transformers' TrainingArguments, for instance "
-        "bf16=False,eval_steps=50.",
-        rich_help_panel=_TRAINING,
+    _training(
+        "Other fields of transformers' TrainingArguments, for instance bf16=False,eval_steps=50.",
+        "K=V,K=V",
     ),
 ]
 
@@ -190,12 +105,7 @@ def train(
     val_fraction: ValFraction = None,
     text_only: TextOnly = False,
     max_length: MaxLength = None,
-    keep: o.Keep = None,
-    tokens: o.Tokens = None,
-    ratio: o.Ratio = None,
-    algorithm: o.Algorithm = None,
-    preset: o.Preset = None,
-    option: o.MergeOption = None,
+    merging: o.FixedMerging = o.FixedMerging(),
     budgets: Budgets = None,
     rank: Rank = None,
     alpha: Alpha = None,
@@ -213,10 +123,7 @@ def train(
     training_args: TrainingArgs = "",
     resume: o.Resume = False,
     overwrite: o.Overwrite = False,
-    load_4bit: o.Load4Bit = False,
-    load_8bit: o.Load8Bit = False,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
+    loading: o.Loading = o.Loading(),
     base: Base = None,
     verbose: o.Verbose = False,
 ) -> None:
@@ -233,7 +140,7 @@ def train(
     require("peft", "train", "train")
     o.check_run_flags(resume, overwrite, output)
     check_data(data, val_data, val_fraction, image_folder)
-    merging = o.merge_options(keep, tokens, ratio, algorithm, preset, option=option)
+    given = merging.given()
     more = [*(["projector"] * projector), *(["vision_tower"] * vision_tower)]
     lora = {
         "rank": rank,
@@ -256,9 +163,7 @@ def train(
     opening = {"image_folder": image_folder, "split": split, "text_only": text_only}
     with quiet(verbose):
         result = train_model(
-            lambda: load_trainable(
-                model, merging, load_4bit, load_8bit, dtype=dtype, device=device, base=base
-            ),
+            lambda: load_trainable(model, given, base, **vars(loading)),
             output,
             data=data,
             val_data=val_data,

@@ -129,23 +129,17 @@ def tell(text: str) -> None:
 def load_trainable(
     name: str,
     given: dict[str, Any],
-    load_4bit: bool,
-    load_8bit: bool,
+    base: str | None = None,
     *,
-    dtype: str | None,
-    device: str | None,
-    base: str | None,
+    load_4bit: bool = False,
+    load_8bit: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
 ) -> tuple[Any, Any]:
     """(model, processor) with merging on, in a dtype that this device trains well in.
 
-    Args:
-        name: path, hub name or `demo`.
-        given: see `options.merge_options`.
-        load_4bit: quantise to 4 bits.
-        load_8bit: quantise to 8 bits.
-        dtype: one of `options.DTYPES`.
-        device: where to put it; None for the accelerator of this process, if there is one.
-        base: the base model of an adapter.
+    Without a device it goes to the accelerator of this process, if there is one; `base` is the
+    base model of an adapter.
     """
     from ..loading.models import load
     from ..loading.peft import find_adapter_at

@@ -43,13 +43,7 @@ _ELSEWHERE = ("until", "do_sample", "image_aspect_ratio", "image_sizes", "modali
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model wrote.
-
-    Attributes:
-        text: the answer.
-        input_tokens: tokens of the prompt that reached the language model, merged ones once.
-        output_tokens: generated tokens, the end token included.
-    """
+    """What the model wrote; a merged token counts once in `input_tokens`."""
 
     text: str
     input_tokens: int
@@ -200,12 +194,7 @@ class Engine:
     def encoded(
         self, prompts: Sequence[Prompt], texts: Sequence[str] | None = None
     ) -> dict[str, Tensor]:
-        """The tensors that the model is given for some prompts, on its device.
-
-        Args:
-            prompts: texts and images.
-            texts: used instead of the prompts' own texts.
-        """
+        """The tensors that the model is given for prompts, or for `texts` in place of theirs."""
         texts = [prompt.text for prompt in prompts] if texts is None else texts
         images = [image for prompt in prompts for image in prompt.images]
         return asking.on_model(self.model, asking.encoded(self.processor, texts, images))

@@ -23,12 +23,7 @@ class RequestError(RuntimeError):
 
 @dataclass(frozen=True)
 class Round:
-    """What a task says about one round of a dialogue.
-
-    Attributes:
-        messages: the turns to answer, None at the end of the dialogue.
-        info: what the task wants to be told in the next round.
-    """
+    """What a task says about a round: turns (None at the end), and what it is told in the next."""
 
     messages: list[dict[str, Any]] | None
     info: Any = None

@@ -130,13 +130,7 @@ def costs(
 def kv_bytes_per_token(
     base: Any, dtype: torch.dtype | None = None, config: MergeConfig | None = None
 ) -> int:
-    """Bytes of KV cache per token: layers x 2 x kv_heads x head_dim x bytes per element.
-
-    Args:
-        base: the LLaVA itself, not a `PeftModel` around it.
-        dtype: dtype of the cache, see `kv_dtype`.
-        config: options in force; under a flash kernel they may need wider heads for log(size).
-    """
+    """Bytes of KV cache per token: layers x 2 x kv_heads x head_dim x bytes per element."""
     text = base.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = head_dim(text)

@@ -78,13 +78,7 @@ def question_prompt(processor: Any, question: str, images: int = 1) -> str:
 def prompt_text(processor: Any, messages: Sequence[Message], *, ask: bool = True) -> str:
     """Messages as one text: the processor's chat template, or LLaVA-1.5's format without one.
 
-    Args:
-        processor: of the model.
-        messages: turns of a chat; content is text or a list of parts.
-        ask: end with the beginning of an answer.
-
-    Raises:
-        ValueError: half of a character (a lone surrogate) in it, which no tokenizer takes.
+    With `ask` it ends with the beginning of an answer.
     """
     if getattr(processor, "chat_template", None):
         text = str(

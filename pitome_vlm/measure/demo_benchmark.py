@@ -26,12 +26,7 @@ ANSWER_TOKENS = 3
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of a comparison.
-
-    Attributes:
-        name: the method as people write it.
-        config: merge options.
-    """
+    """One row of a comparison: a method as people write it, and its merge options."""
 
     name: str
     config: MergeConfig
@@ -143,12 +138,7 @@ def concatenate(parts: Sequence[Sequence[Outcome]]) -> list[Outcome]:
 
 
 def accuracy_interval(samples: Sequence[Sample], correct: np.ndarray) -> Interval:
-    """95 % interval of the percentage of right answers; scenes are resampled.
-
-    Args:
-        samples: the questions.
-        correct: [questions] bool, or 0 and 1.
-    """
+    """95 % interval of the percentage of right answers, [questions] bool; scenes are resampled."""
     return mean_interval(100.0 * correct, _scenes(samples), extremes=(0, 100))
 
 

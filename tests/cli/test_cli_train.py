@@ -98,9 +98,7 @@ class TestCommand:
         assert not (tmp_path / "out").exists()
 
     def test_without_a_budget_a_quarter_is_kept_and_that_is_said(self, checkpoint, capsys):
-        model, _ = load_trainable(
-            str(checkpoint), {}, False, False, dtype=None, device="cpu", base=None
-        )
+        model, _ = load_trainable(str(checkpoint), {}, device="cpu")
         assert merge_config(model) == MergeConfig(keep=0.25)
         assert "keep=0.25 (default), pitome_plus: 144 -> 36" in capsys.readouterr().err
 

@@ -120,13 +120,7 @@ def decoder_layers(language_model: tuple[nn.Module, ...]) -> nn.ModuleList:
 
 
 def phases_of(clock: Clock, start: Mark, end: Mark) -> dict[str, float]:
-    """Milliseconds of the phases of one answer, which add up to the first token and the rest.
-
-    Args:
-        clock: what was watched.
-        start: before `generate`.
-        end: after it.
-    """
+    """Milliseconds of the phases of one answer, between marks before and after `generate`."""
     spans, between = clock.spans, clock.between
     inside, projector = clock.total("merge in tower"), clock.total("projector")
     tower = clock.total("tower") - inside

@@ -17,15 +17,12 @@ ROUNDS = 3
 
 
 def tried_fit(model: Any, result: Phases, memory: int) -> tuple[Fit, Phases | None]:
-    """Find the largest batch by trying, and time it.
+    """Find the largest batch by trying, and time it; no times where not even one prompt fits.
 
     Args:
         model: an unwrapped model on a device whose allocator raises when it is full.
         result: the budget, timed at some batch.
         memory: bytes of the device's memory; the search starts at the batch that should fit them.
-
-    Returns:
-        The fit, and its times; None where not even one prompt fits.
     """
     known = is_computable(model)
     guess = fitting_batch(model, result, memory, model.dtype) if known else 1

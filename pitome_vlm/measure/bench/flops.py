@@ -15,13 +15,7 @@ from .prompts import Budget, Case, inputs_for
 
 @torch.no_grad()
 def counted_over_formula(model: Any, budget: Budget, case: Case) -> float:
-    """FLOPs up to the first token: PyTorch's count over the formula, between 0.99 and 1.01.
-
-    Args:
-        model: an unwrapped model.
-        budget: what is merged.
-        case: what is asked; its batch size is ignored, one prompt is counted.
-    """
+    """FLOPs of one prompt: PyTorch's count over the formula, between 0.99 and 1.01."""
     size, words, images = case.image_size, case.text_tokens, case.images
     inputs = inputs_for(model, Case(1, words, images=images, image_size=size))
     with installed(model, budget):

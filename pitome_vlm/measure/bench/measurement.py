@@ -66,8 +66,7 @@ class Bench:
             progress: called with (rounds done, all rounds), warm-up included.
 
         Raises:
-            TypeError: `repeats` or `warmup` is no whole number.
-            ValueError: `repeats` or `warmup` is out of range.
+            ValueError: a number out of range; TypeError for one that is not whole.
         """
         whole_number("repeats", repeats, 1)
         whole_number("warmup", warmup, 0)
@@ -81,12 +80,7 @@ class Bench:
                 progress(done + 1, warmup + repeats)
 
     def warm_up(self, rounds: int = 1, budgets: int | None = None) -> None:
-        """Run rounds that are not timed.
-
-        Args:
-            rounds: number of rounds.
-            budgets: run only the first so many budgets, where a round takes long.
-        """
+        """Run untimed rounds, of the first `budgets` only where a round takes long."""
         for _ in range(rounds):
             self._round(budgets)
 

@@ -77,10 +77,7 @@ def is_computable(model: Any) -> bool:
 def search_largest(fits: Callable[[int], bool], limit: int, guess: int = 1) -> int:
     """The largest number up to `limit` that fits, within 1/16 below it; 0 where 1 does not.
 
-    Args:
-        fits: true up to some number and false above it.
-        limit: >= 1.
-        guess: the number to try first.
+    `fits` is true up to some number and false above it; `guess` is tried first.
     """
     low, high = 0, limit + 1
     probe, factor = min(max(1, guess), limit), 1.25 if guess > 1 else 2.0
@@ -96,16 +93,13 @@ def search_largest(fits: Callable[[int], bool], limit: int, guess: int = 1) -> i
 
 
 def fitting_batch(whole: Any, result: Phases, memory: int, dtype: torch.dtype) -> int:
-    """The largest batch by `FORMULA`, which ignores fragmentation and workspaces.
+    """The largest batch by `FORMULA`, which ignores fragmentation; 0 if the weights do not fit.
 
     Args:
         whole: the model at full depth; it may be on the meta device.
         result: budget and case.
         memory: bytes available for weights and everything else.
         dtype: dtype of activations and cache.
-
-    Returns:
-        0 where the weights alone do not fit.
     """
     left = memory - weights_of(whole).total
     return max(0, int(left // prompt_bytes(whole, result, dtype)))

@@ -44,12 +44,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of answers, in tokens, for which merging pays (`break_even`).
-
-    Attributes:
-        least: the shortest answer.
-        most: the longest answer, None where there is no limit.
-    """
+    """Lengths of answers, in tokens, for which merging pays; `most` is None for any length."""
 
     least: int
     most: int | None
@@ -75,15 +70,10 @@ def break_even(base: Estimate, merged: Estimate) -> Lengths | None:
 
 
 def pays_for(base: Phases, one: Phases, *, measured: bool = False) -> Lengths | None:
-    """`break_even` of two budgets timed in the same rounds.
+    """`break_even` of two budgets timed in the same rounds, at full depth unless `measured`.
 
     A per-token difference within run-to-run noise counts as none, as it would otherwise decide
     about long answers.
-
-    Args:
-        base: the baseline.
-        one: the budget.
-        measured: judge the model as it was timed, instead of at full depth.
     """
     own, other = (x.measured if measured else x.whole for x in (one, base))
     if one.decodes_alike(base):
@@ -148,11 +138,7 @@ class Phases:
         return Estimate(own.first + more, own.prefill + more, own.decode + further)
 
     def decodes_alike(self, base: Phases) -> bool:
-        """Whether 0 lies between the quartiles of what a further token saves, round by round.
-
-        Args:
-            base: the baseline, timed in the same rounds.
-        """
+        """Whether 0 lies between the quartiles of what a further token saves, round by round."""
         saved = [a - b for a, b in zip(self._decoding, base._decoding, strict=True)]
         if len(saved) < 2:
             return False

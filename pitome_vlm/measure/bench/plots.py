@@ -13,12 +13,7 @@ PARTS = ("tower", "merge", "projector", "prompt", "prefill")
 
 
 def plot(report: Report, path: Path) -> None:
-    """Write stacked bars of the times of an answer, one bar per budget and batch size.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        ValueError: a kind of file that matplotlib cannot write.
-    """
+    """Write stacked bars of the times of an answer, one bar per budget and batch size."""
     cases = [[one for one in case if one.repeats] for case in report.results]
     cases = [case for case in cases if case]
     figure, axes = panels(len(cases), len(cases), 4.8, 4.2)

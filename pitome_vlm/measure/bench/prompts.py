@@ -17,12 +17,7 @@ from ...wrapping.wrap import base_model
 
 @dataclass(frozen=True)
 class Budget:
-    """One thing to compare.
-
-    Attributes:
-        name: its row in tables.
-        config: what is merged; None for the untouched model.
-    """
+    """One thing to compare: its name in tables, and what is merged (None: the untouched model)."""
 
     name: str
     config: MergeConfig | None = None

@@ -15,14 +15,7 @@ _MOST_COLUMNS = 3
 
 @dataclass(frozen=True)
 class Point:
-    """A measured value.
-
-    Attributes:
-        x: tokens or milliseconds.
-        y: accuracy in percent.
-        low: lower end of its interval.
-        high: upper end.
-    """
+    """Tokens or milliseconds, and accuracy in percent with its interval."""
 
     x: float
     y: float
@@ -32,13 +25,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Panel:
-    """One task.
-
-    Attributes:
-        title: its name.
-        lines: points by method.
-        base: the unreduced model, None where it is missing.
-    """
+    """One task: points by method, and the unreduced model where it is there."""
 
     title: str
     lines: Mapping[str, Sequence[Point]]

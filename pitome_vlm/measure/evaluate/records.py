@@ -136,12 +136,8 @@ class Folder:
     def load(self, cell: Cell, identity: Mapping[str, Any] | None = None) -> Record | None:
         """A finished cell, None where there is none.
 
-        Args:
-            cell: the cell.
-            identity: what it must have been measured with; None for anything.
-
         Raises:
-            ValueError: the file is damaged, of another format or of another run.
+            ValueError: the file is damaged, or was measured with another identity than this.
         """
         stored = self.store.get(cell.file, identity)
         if stored is None:

@@ -59,7 +59,7 @@ def write_report(
     plots: bool = True,
     published: bool = True,
 ) -> list[Path]:
-    """Write the report of the finished cells; the same cells give the same report.
+    """Write the report of the finished cells, if any; the same cells give the same report.
 
     Args:
         cells: the cells of the sweep.
@@ -68,9 +68,6 @@ def write_report(
         failures: the error of every cell that failed.
         plots: draw them; needs matplotlib.
         published: show published numbers next to the measured ones.
-
-    Returns:
-        The files written. Without a single finished cell there is none.
     """
     rows = rows_of(cells, folder)
     if not rows:

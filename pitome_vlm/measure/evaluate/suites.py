@@ -27,12 +27,7 @@ _SHARED = ("model", "tasks", "batch_size", "gen_kwargs")
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to reduce tokens.
-
-    Attributes:
-        method: as the user wrote it, for instance "pitome", "released" or "random:seed=1".
-        config: merge options with their budget.
-    """
+    """One way to reduce tokens; `method` is as the user wrote it, for instance "random:seed=1"."""
 
     method: str
     config: MergeConfig

@@ -48,9 +48,7 @@ class Event:
 def identity(cell: Cell, run: dict[str, Any]) -> dict[str, Any]:
     """Everything that decides what a cell measures; equal identities are one measurement.
 
-    Args:
-        cell: the cell.
-        run: what is the same for the whole sweep: checkpoint, limit, batch size, versions, ...
+    `run` is the same for the whole sweep: checkpoint, limit, batch size, versions, ...
     """
     merging = cell.setting.config.to_dict()
     # The package's version is in `run` already, under the name people look for.

@@ -194,16 +194,7 @@ def markdown(
     facts: Mapping[str, Any],
     plot: str | None,
 ) -> str:
-    """The whole report.
-
-    Args:
-        results: synthetic runs, may be empty.
-        rows: real features, may be empty.
-        checks: see `study.check`.
-        summary: see `study.under_assumptions`.
-        facts: provenance, shown as it is.
-        plot: file name of the plot in the report's folder, None where there is none.
-    """
+    """The whole report; `results` and `rows` may be empty, `plot` is a file in the same folder."""
     parts = ["# Spectral verification", _bullets(TRUTHS)]
     parts += ["## What must hold", _bullets(check_lines(checks))]
     if plot:

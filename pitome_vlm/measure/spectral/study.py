@@ -169,11 +169,7 @@ class FeatureRow:
 
 
 def feature_rows(changes: Sequence[dict[str, TowerChange]]) -> list[FeatureRow]:
-    """Rows from one `merge_changes` per batch of images, algorithm by algorithm, in layer order.
-
-    Args:
-        changes: all with the same settings.
-    """
+    """Rows from one `merge_changes` per batch of images, algorithm by algorithm, in layer order."""
     rows = []
     for name, first in changes[0].items():
         towers = [change[name] for change in changes]

@@ -84,11 +84,7 @@ class TuneResult:
         return markdown(self)
 
     def plot(self) -> bytes:
-        """Loss against tokens as a PNG.
-
-        Raises:
-            ImportError: matplotlib is not installed.
-        """
+        """Loss against tokens as a PNG."""
         return draw(self.cells, self.checks, max_loss=self.max_loss, answered=self.answered)
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,12 +133,7 @@ class TuneResult:
 
 
 def markdown(result: TuneResult, *, plot: bool = True) -> str:
-    """A tuning run as a page of Markdown.
-
-    Args:
-        result: the run.
-        plot: show `loss_tokens.png`.
-    """
+    """A tuning run as a page of Markdown, with `loss_tokens.png` if `plot`."""
     parts = ["# Tuning report", f"**{_headline(result)}**", result.statement]
     if result.notes:
         parts.append("\n".join(f"- Note: {note}." for note in result.notes))

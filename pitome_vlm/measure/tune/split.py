@@ -19,13 +19,7 @@ FEW = 20
 
 @dataclass(frozen=True)
 class Parts:
-    """The rows to search on and those to check on; no image is in both.
-
-    Attributes:
-        search: row numbers, ascending.
-        check: row numbers, ascending.
-        groups: the group of every row (`image_groups`).
-    """
+    """Ascending numbers of the rows to search on and to check on, and the group of every row."""
 
     search: tuple[int, ...]
     check: tuple[int, ...]

@@ -23,11 +23,8 @@ def judge(
 ) -> tuple[Verdict, str]:
     """The verdict, and the statement in words.
 
-    Args:
-        cells: cells of the search part.
-        checks: cells of the check part; the last one is the candidate.
-        max_loss: the target, as a share.
-        answered: losses are of accuracy; otherwise of agreement with the unreduced model.
+    `cells` are of the search part, `checks` of the check part with the candidate last. With
+    `answered` losses are of accuracy, otherwise of agreement with the unreduced model.
     """
     target = f"the target of at most {percent_text(max_loss)}"
     if not checks:
