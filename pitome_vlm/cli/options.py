@@ -219,7 +219,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     groups: dict[str, Any] = {}
     for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
         group: Any = parameter.annotation
-        if not dataclasses.is_dataclass(group):
+        if not (isinstance(group, type) and dataclasses.is_dataclass(group)):
             options.append(parameter)
             continue
         groups[name] = group
