@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from tiny_families_packed import PACKED
+from tiny_families_padded import PADDED, VARIANTS
 from tiny_families_tiles import TILES
 
-FAMILIES = TILES | PACKED
+GROUPS = {"tiles": TILES, "packed": PACKED, "padded": PADDED | VARIANTS}
+FAMILIES = TILES | PACKED | PADDED

@@ -61,7 +61,7 @@ def show_gemma3(number, generator):
     return Shown(ids, {"pixel_values": pixels(generator, 1, 3, 64, 64)}, (16,))
 
 
-# PaliGemma: 4 x 4 tokens. All of the prompt, images first, sees itself.
+# PaliGemma: 4 x 4 tokens, no separators. All of the prompt, images first, sees itself.
 
 
 def build_paligemma():
@@ -76,7 +76,7 @@ def build_paligemma():
     return hf.PaliGemmaForConditionalGeneration(config)
 
 
-def show_paligemma(number, generator):
+def show_square(number, generator):
     return Shown([IMAGE] * 16, {"pixel_values": pixels(generator, 1, 3, 32, 32)}, (16,))
 
 
@@ -154,11 +154,86 @@ def show_aya_vision(number, generator):
     return Shown(ids, {"pixel_values": pixels(generator, tiles, 3, 64, 64)}, (16,) * tiles)
 
 
+# Command A Vision: 4 x 4 tokens and a break per tile; the whole image comes last.
+
+
+def build_cohere2_vision():
+    config = hf.Cohere2VisionConfig(
+        vision_config=siglip(64, 8),
+        text_config=text("cohere2", **SLIDING),
+        image_token_id=IMAGE,
+        alignment_intermediate_size=64,
+    )
+    return hf.Cohere2VisionForConditionalGeneration(config)
+
+
+def show_cohere2_vision(number, generator):
+    tiles = (1, 3, 1)[number % 3]
+    ids = [START, *([*[IMAGE] * 16, LINE] * tiles), END]
+    return Shown(ids, {"pixel_values": pixels(generator, tiles, 3, 64, 64)}, (16,) * tiles)
+
+
+# DeepSeek-VL: one token per patch and nothing around them.
+
+
+def build_deepseek_vl():
+    config = hf.DeepseekVLConfig(
+        vision_config=siglip(32, 8),
+        text_config=text("llama"),
+        image_token_id=IMAGE,
+        tie_word_embeddings=False,
+    )
+    return hf.DeepseekVLForConditionalGeneration(config)
+
+
+# Ovis 2: 4 x 4 tokens per tile, each a mixture of visual words; the whole image comes first, and
+# the tokens that mark the grid have visual words of their own.
+
+START_GRID_COLUMN_ROW_END = (START, GLOBAL, LINE, 93, END)
+
+
+def build_ovis2():
+    tower = {"image_size": 64, "patch_size": 8, "hidden_stride": 2, "vocab_size": 64}
+    config = hf.Ovis2Config(
+        vision_config=vision("ovis2_vision", num_visual_indicator_tokens=5, **tower),
+        text_config=text("qwen2"),
+        image_token_id=IMAGE,
+        visual_indicator_token_ids=list(START_GRID_COLUMN_ROW_END),
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        tie_word_embeddings=False,
+    )
+    return hf.Ovis2ForConditionalGeneration(config)
+
+
+def show_ovis2(number, generator):
+    rows, columns = ((1, 1), (2, 2), (1, 2))[number % 3]
+    start, grid, next_column, next_row, end = START_GRID_COLUMN_ROW_END
+    ids = [start, *[IMAGE] * 16, grid]
+    for row in range(rows if rows * columns > 1 else 0):
+        for column in range(columns):
+            ids += [IMAGE] * 16 + [next_column] * (column < columns - 1)
+        ids += [next_row] * (row < rows - 1)
+    tiles = 1 + rows * columns * (rows * columns > 1)
+    inputs = {"pixel_values": pixels(generator, tiles, 3, 64, 64)}
+    return Shown([*ids, end], inputs, (16,) * tiles)
+
+
+# Gemma multiplies embeddings by sqrt(32); at a spread of 1 it would only repeat the last word.
+GEMMA_SPREAD = {"embed_tokens": 0.1, "language_model": 0.5}
+
 TILES = {
     "internvl": Family(build_internvl, show_internvl),
-    "gemma3": Family(build_gemma3, show_gemma3, more=modality("token_type_ids")),
+    "gemma3": Family(
+        build_gemma3, show_gemma3, more=modality("token_type_ids"), spread=GEMMA_SPREAD
+    ),
     "smolvlm": Family(build_smolvlm, show_idefics, collate=collate_idefics),
     "idefics3": Family(build_idefics3, show_idefics, collate=collate_idefics),
     "aya_vision": Family(build_aya_vision, show_aya_vision),
-    "paligemma": Family(build_paligemma, show_paligemma, more=paligemma_types, first=True),
+    "paligemma": Family(
+        build_paligemma, show_square, more=paligemma_types, first=True, spread=GEMMA_SPREAD
+    ),
+    "cohere2_vision": Family(build_cohere2_vision, show_cohere2_vision),
+    "deepseek_vl": Family(build_deepseek_vl, show_square),
+    "ovis2": Family(build_ovis2, show_ovis2, spread={"visual_embeddings_table": 1.0}),
 }

@@ -31,6 +31,10 @@ def nothing_more(ids, mask):
     return {}
 
 
+def no_label(place):
+    return []
+
+
 def modality(name: str, *tokens: int):
     """A field that is 1 where the processor counts a token as one of an image."""
 
@@ -50,6 +54,7 @@ class Family:
     collate: Callable = joined  # rows of Shown -> inputs
     more: Callable = nothing_more  # (ids, mask) -> inputs
     first: bool = False  # Images come before the first word (PaliGemma).
+    label: Callable = no_label  # place of the image in its row -> ids before it
     spread: dict = field(default_factory=dict)  # Part of a name: standard deviation.
 
     def __call__(self, **batch):
@@ -79,8 +84,8 @@ class Family:
         lines = []
         for row, text in zip(rows, texts, strict=True):
             line = [] if self.first else [1]
-            for one in row:
-                line += one.ids if self.first else words(2) + one.ids
+            for place, one in enumerate(row):
+                line += ([] if self.first else words(2)) + self.label(place) + one.ids
             lines.append(line + [1] * self.first + words(text))
         ids, mask = padded(lines, side)
         batch = {"input_ids": ids, "attention_mask": mask}
@@ -105,7 +110,7 @@ def drawn(model, spread):
             if parameter.dim() > 1:
                 parameter.normal_(0, _spread(name, spread))
         head = model.get_output_embeddings()
-        head.weight[SPECIAL:] = 0  # Answers have no placeholder in them.
+        head.weight[SPECIAL:] *= 0.01  # Answers have no placeholder in them.
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     return model
