@@ -60,6 +60,8 @@ ADDS_MASK = ("eager", "sdpa", "flex_attention")
 ADDS_ROW_MASK = ("eager", "sdpa")
 # How `generate` names its first step to a model; before release 5 only an empty cache tells.
 FIRST_STEP = "is_first_iteration"
+# How it names the number of last columns that a step passes; before release 5 there is none.
+STEP_LENGTH = "next_sequence_length"
 # The length GenerationConfig() came with before release 5; it means "not set".
 LEGACY_DEFAULT_LENGTH = 20
 # Arguments of a training run, and their names in release 5.
@@ -74,9 +76,6 @@ MASK_ARGUMENTS = frozenset(inspect.signature(create_masks_for_generate).paramete
 # Release 5.24 renamed the argument and the output field; the old name is understood until 5.40.
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE_NAME = next(name for name in CACHE_NAMES if name in MASK_ARGUMENTS)
-# The same release began to give all copies of a row one number in `prefix_allowed_tokens_fn`;
-# before, the samples of a row (not its beams) had numbers of their own.
-SAMPLES_HAVE_NUMBERS = CACHE_NAME != "cache"
 _CAPTURING = "transformers.utils.output_capturing"
 _KEEPS_NAMED_STATES = importlib.util.find_spec(_CAPTURING) is not None and hasattr(
     importlib.import_module(_CAPTURING), "select_hidden_states"

@@ -14,13 +14,17 @@ from torch import Tensor
 from ..adapters.swap import BASE
 from ..releases import CACHE_NAME, FIRST_STEP, cache_of, fill_image_states
 from .arguments import named_arguments
+from .candidates import prepare_first_step
 from .generation import (
+    CALLER,
+    CallerPrompt,
     inferred_mask,
     shorter_limits,
     warn_of_right_padding,
     with_full_prompt,
     with_prompt,
 )
+from .hooks import GenerateHooks
 from .image_cache import IMAGE_CACHE
 from .kv_cache import (
     CACHED_IMAGES,
@@ -40,13 +44,20 @@ from .merging import Merging
 from .placeholders import all_placeholders
 from .positions import as_model_positions
 from .prompt import other_arguments, prepare
-from .refusals import refuse_new_image, refuse_stale_inputs, refuse_unsupported
+from .refusals import (
+    is_wrapped_assistant,
+    refuse_assisting,
+    refuse_blind_assistant,
+    refuse_new_image,
+    refuse_stale_inputs,
+    refuse_unsupported,
+)
 
 # In the inputs of a pass: `prepare_inputs_for_generation` has seen to everything.
 PREPARED = "pitome_prepared"
 
 
-class WrappedLlava:
+class WrappedLlava(GenerateHooks):
     """Mixin that `wrap` puts before a model's class."""
 
     # Methods whose signature callers read (Trainer's column names, generate's validation): the
@@ -125,10 +136,12 @@ class WrappedLlava:
             # count on from the prompt's.
             images = CachedImages.of_sizes(plan, sizes, call.pop("position_ids", None))
             return original(**call, prompt_images=images)
+        if not plan.schedule.is_identity:
+            refuse_assisting(self, self._pitome, call)
         if plan.is_identity() or (not has_pixels and (ids is None or not cached_length(cache))):
             # From release 5.24 on generate itself asks for the features, before `forward`.
             with plan.unmerged():
-                return original(**call)
+                return original(**self._pitome_unshortened(call))
         refuse_unsupported(self, call)
         if ids is not None and call.get("attention_mask") is None:
             call["attention_mask"] = inferred_mask(self, call, ids)
@@ -157,12 +170,16 @@ class WrappedLlava:
             "input_ids": prompt.input_ids,
             # With several numbers per token they are only put in step by step (below).
             "position_ids": None if plan.adapter.own_positions else prompt.position_ids,
-            "prompt_images": CachedImages.of(plan, prompt, ids),
+            "prompt_images": CachedImages.of(plan, prompt),
         }
         return self._run(original, call, short, ids)
 
     def prepare_inputs_for_generation(
-        self, *args: Any, prompt_images: CachedImages | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        prompt_images: CachedImages | None = None,
+        caller_prompt: CallerPrompt | None = None,
+        **kwargs: Any,
     ) -> Any:
         """The model's own inputs of one step, with sizes and positions of merged tokens in them.
 
@@ -172,15 +189,17 @@ class WrappedLlava:
         Args:
             *args: as of the model's own method.
             prompt_images: the images of the prompt and what is told about them.
+            caller_prompt: for `hooks.py`; the model does not get it.
             **kwargs: as of the model's own method.
         """
+        del caller_prompt
         if BASE not in type(self).__dict__:
             return handed_on(self, "prepare_inputs_for_generation", args, kwargs)
-        if prompt_images is not None and kwargs.get("inputs_embeds") is not None:
+        if prompt_images is not None:
             cache = kwargs.get(CACHE_NAME)
             # Not a function of its own: this runs for every token.
             if kwargs.get(FIRST_STEP, cache is None or not cache.get_seq_length()):
-                self._embed_candidates(args, kwargs)
+                prepare_first_step(self, args[0] if args else kwargs["input_ids"], kwargs)
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         cache = inputs.get(CACHE_NAME)
         images = getattr(cache, CACHED_IMAGES, None)
@@ -220,28 +239,6 @@ class WrappedLlava:
             note += f", not applicable: {error}"
         return ", ".join(part for part in (super().extra_repr(), note) if part)  # type: ignore[misc]
 
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers does, with the caller's prompt for processors that look at it."""
-        images = (kwargs.get("model_kwargs") or {}).get("prompt_images")
-        if images is not None and images.ids is not None and "encoder_input_ids" in kwargs:
-            kwargs["encoder_input_ids"] = images.ids
-        return super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
-
-    def _embed_candidates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Append the candidates of the first step to the embedded prompt.
-
-        Where the next tokens are guessed (prompt lookup), the first pass already checks guesses,
-        which transformers hands over as ids after those of the prompt.
-        """
-        ids, embeds = args[0] if args else kwargs.get("input_ids"), kwargs["inputs_embeds"]
-        if not isinstance(ids, Tensor) or ids.shape[1] <= embeds.shape[1]:
-            return
-        table = self.get_input_embeddings()  # type: ignore[attr-defined]
-        guessed = ids[:, embeds.shape[1] :]
-        # A placeholder may lie outside of the vocabulary; a wrong guess only costs time.
-        guessed = guessed.masked_fill(guessed >= table.weight.shape[0], 0)
-        kwargs["inputs_embeds"] = torch.cat([embeds, table(guessed).to(embeds)], 1)
-
     def _pitome_without_pixels(self, call: dict[str, Any], sizes: Tensor | None) -> dict[str, Any]:
         """Arguments of a pass over text alone, or over what `compact_inputs` made."""
         refuse_stale_inputs(self, self._pitome, call)
@@ -250,6 +247,17 @@ class WrappedLlava:
             return calibrated(self, call, plan.calibration, sizes, plan.mask_config())
         images = cached_images(call.get(CACHE_NAME))
         return call if images is None else continued(self, call, images)
+
+    def _pitome_unshortened(self, call: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of `generate` where nothing is merged here, but an assistant may merge."""
+        ids = call.get("input_ids")
+        if ids is None or not is_wrapped_assistant(call.get("assistant_model")):
+            return call
+        return call | {CALLER: self._pitome_caller(call, ids, ids.shape[1])}
+
+    def _pitome_caller(self, call: dict[str, Any], ids: Tensor, length: int) -> CallerPrompt:
+        vision = frozenset(self._pitome.adapter.vision_inputs)
+        return CallerPrompt(ids, call.get("attention_mask"), length, call, vision)
 
     def _run(
         self,
@@ -263,9 +271,13 @@ class WrappedLlava:
         length = query_of(short).shape[1]
         default = getattr(self, "generation_config", None)
         short = short | shorter_limits(call, default, width=width, removed=width - length)
-        short |= with_full_prompt(call, default, ids, length)
+        if ids is None:
+            return original(**{n: value for n, value in short.items() if value is not None})
+        refuse_blind_assistant(call, self._pitome)
+        caller = self._pitome_caller(call, ids, length)
+        short |= with_full_prompt(call, caller)
         given = {name: value for name, value in short.items() if value is not None}
-        return with_prompt(original(**given), ids, length)
+        return with_prompt(original(**given), caller)
 
 
 def handed_on(model: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

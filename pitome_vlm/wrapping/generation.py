@@ -6,51 +6,121 @@ is told how long a prompt was and how long it became.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.stopping_criteria import (
+    ConfidenceCriteria,
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from ..releases import LEGACY_DEFAULT_LENGTH, SAMPLES_HAVE_NUMBERS
+from ..releases import LEGACY_DEFAULT_LENGTH
+
+# The argument of generate that carries a `CallerPrompt` to where it is needed.
+CALLER = "caller_prompt"
 
 _generate_logger = logging.get_logger("transformers.generation.utils")
 
 
-def _restored(sequences: Tensor, prompt: Tensor, compact_length: int) -> Tensor:
-    """Sequences that begin with the shortened prompt, beginning with the caller's instead."""
-    copies = sequences.shape[0] // prompt.shape[0]
-    front = prompt.repeat_interleave(copies, 0).to(sequences.device)
-    return torch.cat([front, sequences[:, compact_length:]], 1)
+@dataclass(frozen=True, eq=False)
+class CallerPrompt:
+    """The prompt that a caller of `generate` knows, of which the model sees a shortened one.
+
+    Attributes:
+        ids: [B, T] int64.
+        mask: [B, T], or over a cache and the new tokens; None for no padding.
+        length: columns of the shortened prompt.
+        inputs: the caller's own arguments of `generate`.
+        vision: names of those that only a model which sees takes.
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    length: int
+    inputs: Mapping[str, Any]
+    vision: frozenset[str]
+
+    @property
+    def removed(self) -> int:
+        """Columns by which it got shorter."""
+        return self.ids.shape[1] - self.length
+
+    def restored(self, sequences: Tensor) -> Tensor:
+        """Sequences that begin with the shortened prompt, beginning with the caller's instead.
+
+        Args:
+            sequences: [B x copies, length + new].
+        """
+        front = self.ids.to(sequences.device)
+        copies = len(sequences) // len(front)
+        if copies > 1:
+            front = front.repeat_interleave(copies, 0)
+        return torch.cat([front, sequences[:, self.length :]], 1)
+
+    def limits(self, config: GenerationConfig) -> GenerationConfig:
+        """A copy of the options of generate, with lengths in the caller's columns."""
+        found = copy.copy(config)
+        for name in ("max_length", "min_length"):
+            if getattr(config, name, None):
+                setattr(found, name, getattr(config, name) + self.removed)
+        return found
+
+    def copied_mask(self, config: GenerationConfig) -> Tensor | None:
+        """[B x copies, T], the mask of the prompt alone, in as many rows as generate makes."""
+        if self.mask is None:
+            return None
+        copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+        return self.mask[:, -self.ids.shape[1] :].repeat_interleave(copies, 0)
 
 
 class FullPromptCriterion(StoppingCriteria):
-    """A caller's stopping criterion that sees its own prompt, not the shortened one."""
+    """A stopping criterion that sees the caller's prompt, not the shortened one."""
 
-    def __init__(self, criterion: Any, prompt: Tensor, compact_length: int) -> None:
-        self.criterion, self.prompt, self.compact_length = criterion, prompt, compact_length
+    def __init__(self, criterion: Any, caller: CallerPrompt) -> None:
+        self.criterion, self.caller = criterion, caller
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
-        """Ask the criterion about [B, T + new] ids."""
-        return self.criterion(
-            _restored(input_ids, self.prompt, self.compact_length), scores, **kwargs
-        )
+        """Ask the criterion about [B, S + new] ids."""
+        return self.criterion(self.caller.restored(input_ids), scores, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # generate looks for `eos_token_id`.
+        if name == "criterion":
+            raise AttributeError(name)
+        return getattr(self.criterion, name)
 
 
 class FullPromptProcessor(LogitsProcessor):
-    """A caller's logits processor that sees its own prompt, not the shortened one."""
+    """All processors of a call, which see the caller's prompt, not the shortened one."""
 
-    def __init__(self, processor: Any, prompt: Tensor, compact_length: int) -> None:
-        self.processor, self.prompt, self.compact_length = processor, prompt, compact_length
+    def __init__(self, processors: LogitsProcessorList, caller: CallerPrompt) -> None:
+        self.processors, self.caller = processors, caller
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Process [B, V] scores for [B, T + new] ids."""
-        full = _restored(input_ids, self.prompt, self.compact_length)
-        result: Tensor = self.processor(full, scores)
+        """Process [B, V] scores for [B, S + new] ids."""
+        result: Tensor = self.processors(self.caller.restored(input_ids), scores)
         return result
+
+
+class FullPromptCriteria(StoppingCriteriaList):
+    """A caller's stopping criteria on their way through `generate`, with its prompt."""
+
+    caller: CallerPrompt
 
 
 class FullPromptStreamer(BaseStreamer):
@@ -101,43 +171,30 @@ def warn_of_right_padding(call: Mapping[str, Any]) -> None:
         )
 
 
-def with_full_prompt(
-    kwargs: dict[str, Any], default: Any, prompt: Tensor | None, compact_length: int
-) -> dict[str, Any]:
-    """What of a caller's arguments looks at the prompt, wrapped so that it sees the caller's.
+def with_full_prompt(kwargs: dict[str, Any], caller: CallerPrompt) -> dict[str, Any]:
+    """What of a caller's arguments looks at the prompt, so that it sees the caller's.
 
-    Criteria, processors, constraints and the streamer; nothing where none were given.
-
-    Args:
-        kwargs: arguments of generate.
-        default: the model's own generation config.
-        prompt: [B, T] the caller's prompt.
-        compact_length: tokens of the shortened one.
+    Processors and constraints are seen to where generate makes them (`hooks.py`).
     """
-    found: dict[str, Any] = {}
-    if prompt is None:
-        return found
-    for name, wrapper in (
-        ("stopping_criteria", FullPromptCriterion),
-        ("logits_processor", FullPromptProcessor),
-    ):
-        given = kwargs.get(name)
-        if given is not None and len(given):
-            found[name] = type(given)(wrapper(one, prompt, compact_length) for one in given)
+    criteria = FullPromptCriteria(kwargs.get("stopping_criteria") or ())
+    criteria.caller = caller
+    found: dict[str, Any] = {"stopping_criteria": criteria, CALLER: caller}
     if kwargs.get("streamer") is not None:
-        found["streamer"] = FullPromptStreamer(kwargs["streamer"], prompt)
-    allowed = kwargs.get("prefix_allowed_tokens_fn")
-    if allowed is not None:
-        lookup = _options_of(kwargs, default)
-        beams, copies = int(lookup("num_beams") or 1), int(lookup("num_return_sequences") or 1)
-
-        def full(row: int, ids: Tensor) -> Any:
-            of = row * beams // max(beams, copies) if SAMPLES_HAVE_NUMBERS else row
-            own = prompt[of].to(ids.device)
-            return allowed(row, torch.cat([own, ids[compact_length:]]))
-
-        found["prefix_allowed_tokens_fn"] = full
+        found["streamer"] = FullPromptStreamer(kwargs["streamer"], caller.ids)
     return found
+
+
+def caller_criteria(criteria: StoppingCriteriaList, caller: CallerPrompt) -> StoppingCriteriaList:
+    """The criteria of a call in the caller's columns, asked about shortened sequences."""
+
+    def seeing(one: Any) -> Any:
+        if type(one) is MaxLengthCriteria:
+            return MaxLengthCriteria(one.max_length - caller.removed, one.max_position_embeddings)
+        # These look at the last token or at none.
+        plain = type(one) in (EosTokenCriteria, MaxTimeCriteria, ConfidenceCriteria)
+        return one if plain else FullPromptCriterion(one, caller)
+
+    return StoppingCriteriaList(seeing(one) for one in criteria)
 
 
 def _options_of(kwargs: Mapping[str, Any], default: Any) -> Callable[[str], Any]:
@@ -151,13 +208,11 @@ def _options_of(kwargs: Mapping[str, Any], default: Any) -> Callable[[str], Any]
     return lookup
 
 
-def with_prompt(output: Any, prompt: Tensor | None, compact_length: int) -> Any:
+def with_prompt(output: Any, caller: CallerPrompt) -> Any:
     """The result of generate that begins with the caller's own prompt."""
-    if prompt is None:
-        return output
     if isinstance(output, Tensor):
-        return _restored(output, prompt, compact_length)
-    output.sequences = _restored(output.sequences, prompt, compact_length)
+        return caller.restored(output)
+    output.sequences = caller.restored(output.sequences)
     return output
 
 

@@ -46,7 +46,6 @@ class CachedImages:
         positions: [B, S] (or [B, S, D]) float32 of the prompt's columns; None for the model's own.
         mask_config: see `positions.mask_config`.
         removed: columns by which the conversation in the cache got shorter.
-        ids: [B, T] int64, the caller's prompt; None where there was none.
         prompt: what this was copied from for beams and samples; None where it was not.
     """
 
@@ -58,11 +57,10 @@ class CachedImages:
     positions: Tensor | None
     mask_config: Any
     removed: int = 0
-    ids: Tensor | None = None
     prompt: CachedImages | None = None
 
     @classmethod
-    def of(cls, plan: CallPlan, prompt: CompactPrompt, ids: Tensor | None = None) -> CachedImages:
+    def of(cls, plan: CallPlan, prompt: CompactPrompt) -> CachedImages:
         """What a cache that holds one prompt remembers."""
         return cls(
             config=plan.config,
@@ -73,7 +71,6 @@ class CachedImages:
             positions=prompt.position_ids,
             mask_config=plan.mask_config(),
             removed=prompt.compaction.removed,
-            ids=ids,
         )
 
     @classmethod

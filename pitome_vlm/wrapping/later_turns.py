@@ -5,7 +5,6 @@ Callers hand over the whole conversation as the processor wrote it; the cache ho
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -120,7 +119,7 @@ def with_new_images(
     turn["attention_mask"] = torch.cat([past, mask[:, begin:].to(past)], 1)
     start = first_position(cache, turn["attention_mask"], ids.device)
     prompt = prepare(plan, turn, image_cache=image_cache, left=left, cached=cached, start=start)
-    state = dataclasses.replace(with_prompt_images(cache, plan, prompt), ids=ids)
+    state = with_prompt_images(cache, plan, prompt)
     # What stands in the cache is not read again; the new columns come after it.
     before = prompt.inputs_embeds.new_zeros(len(ids), cached, prompt.inputs_embeds.shape[-1])
 

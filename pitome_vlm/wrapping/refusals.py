@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from ..adapters.swap import is_swapped
 from ..releases import CACHE_NAME, EMBEDS_NEED_EMPTY_CACHE, TRANSFORMERS
+from .kv_cache import cached_images
 from .merging import Merging
 from .placeholders import all_placeholders
 
@@ -66,10 +69,10 @@ def refuse_unsupported(model: Any, call: dict[str, Any]) -> None:
             f"prefill_chunk_size={chunk} cannot be combined with merged images: the prompt "
             "is passed as embeddings, which generate does not cut into chunks"
         )
-    if call.get("assistant_model") is not None:
+    if call.get("cache_implementation") == "paged":
         raise ValueError(
-            "assistant_model cannot be combined with merged images: the assistant would see "
-            "another prompt; use prompt_lookup_num_tokens, or keep=1.0"
+            "cache_implementation='paged' (continuous batching) takes ids alone, without images; "
+            "leave it out, or serve the model with vLLM"
         )
     # PEFT puts its own method on the instance while it generates.
     peft = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
@@ -78,6 +81,51 @@ def refuse_unsupported(model: Any, call: dict[str, Any]) -> None:
         raise ValueError(
             f"{type(method).__name__} cannot be combined with merged images in generate(): "
             "PEFT takes the prompt as ids there, not as embeddings; use LoRA, or keep=1.0"
+        )
+
+
+def refuse_assisting(model: Any, merging: Merging, call: dict[str, Any]) -> None:
+    """Refuse to draft for a model that is not wrapped: it counts the cache in unmerged columns.
+
+    Args:
+        model: the wrapped model itself.
+        merging: what `wrap` put on it.
+        call: arguments of `generate`.
+
+    Raises:
+        ValueError: such a model asks for a draft about images.
+    """
+    asked = getattr(call.get("generation_config"), "is_assistant", False)
+    ids = call.get("input_ids")
+    if not asked or ids is None or cached_images(call.get(CACHE_NAME)) is not None:
+        return
+    if bool(all_placeholders(merging.adapter, model, ids).any()):
+        raise ValueError(
+            "a wrapped assistant_model needs a wrapped main model; wrap() that too (keep=1.0 "
+            "changes nothing there), or unwrap() the assistant"
+        )
+
+
+def is_wrapped_assistant(assistant: Any) -> bool:
+    """Whether an assistant model, None for none, shortens prompts too."""
+    base = getattr(assistant, "get_base_model", lambda: assistant)()
+    return isinstance(base, torch.nn.Module) and is_swapped(base)
+
+
+def refuse_blind_assistant(call: dict[str, Any], merging: Merging) -> None:
+    """Refuse a wrapped assistant in a turn that leaves the images to the cache.
+
+    Args:
+        call: arguments of `generate`.
+        merging: what `wrap` put on the main model.
+
+    Raises:
+        ValueError: there is such an assistant, and no pixels.
+    """
+    if is_wrapped_assistant(call.get("assistant_model")) and not merging.has_pixels(call):
+        raise ValueError(
+            "a wrapped assistant_model has a cache of its own: pass the pixel_values of all images "
+            "of the conversation too, or unwrap() the assistant"
         )
 
 
