@@ -260,7 +260,7 @@ class TestDescribe:
         assert repr(told) == text
         lines = text.splitlines()
         assert lines[0] == "pitome keep=0.25 margin=0.3: 144 -> 36 visual tokens per image"
-        assert "plan (nothing is merged" not in text
+        assert "not switched on" not in text
         assert "4: 48 -> 36" in text
         assert max(map(len, lines)) <= 79
         row = next(line.split() for line in lines if line.startswith("visual tokens"))
