@@ -78,9 +78,7 @@ class Adapter(abc.ABC):
     def tower_shape(self, model: Any, **feature_options: Any) -> TowerShape:
         """Numbers of the vision tower, from the configuration alone.
 
-        Args:
-            model: the model.
-            **feature_options: override what the configuration says.
+        Features are read as it says, but for `feature_options`.
 
         Raises:
             TypeError: the number of patches is not known before an image is seen.
@@ -90,13 +88,9 @@ class Adapter(abc.ABC):
     def install(self, model: Any, *, inside_tower: bool) -> None:
         """Prepare the vision tower; all or nothing.
 
-        Args:
-            model: the model.
-            inside_tower: tokens merge inside the tower, so an unknown tower is an error.
-                Otherwise it is left alone.
-
         Raises:
-            TypeError: `inside_tower` on a tower that merging does not know.
+            TypeError: tokens merge `inside_tower` and merging does not know this tower, which is
+                otherwise left alone.
         """
         towers = self.parts(model).towers
         try:
@@ -196,13 +190,7 @@ class Adapter(abc.ABC):
     def prompt_places(
         self, model: Any, inputs: Mapping[str, Any], mask: Tensor | None
     ) -> Tensor | None:
-        """[B, T, D] positions of all tokens of the unmerged prompt; None where they count up.
-
-        Args:
-            model: the model.
-            inputs: of a call, before anything is merged.
-            mask: [B, T] over the prompt, or None.
-        """
+        """[B, T, D] positions of all tokens of the unmerged prompt; None where they count up."""
         del model, inputs, mask
         return None
 
@@ -225,7 +213,7 @@ class Adapter(abc.ABC):
         image_size: tuple[int, int] | None,
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
-        """What a processor would return with `input_ids`, with noise for pixels.
+        """What a processor would return with `input_ids` on the CPU, with noise for pixels.
 
         Args:
             model: the model.
@@ -233,9 +221,6 @@ class Adapter(abc.ABC):
             n_images: in all rows together.
             image_size: (height, width) of every image, None for `default_image_size`.
             generator: draws the pixels.
-
-        Returns:
-            Arguments of the model by name, on the CPU.
 
         Raises:
             TypeError: inputs of this family cannot be made up.

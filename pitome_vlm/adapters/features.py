@@ -147,15 +147,10 @@ def check_count(found: int, scheduled: int) -> None:
 def merged_images(
     features: Tensor, project: Callable[[Tensor], Tensor], merge_pass: MergePass
 ) -> VisualTokens:
-    """Images of one tile each: merged after the tower where scheduled, then projected.
-
-    Args:
-        features: [images, N, C] of the tower.
-        project: the projector, [B, M, C] to [B, M, D]; it works token by token.
-        merge_pass: of this call.
+    """Images of one tile, [images, N, C]: merged after the tower where scheduled, then projected.
 
     Raises:
-        RuntimeError: the projector changed the number of tokens.
+        RuntimeError: the projector, [B, M, C] to [B, M, D], changed the number of tokens.
     """
     merged = merge_pass.merge_features(features)
     counts = [len(one) for one in merged]
@@ -174,11 +169,7 @@ def merged_images(
 
 
 def shape_of_tile(shape: TowerShape, advice: str) -> TowerShape:
-    """The numbers of a tile, from those of the tower.
-
-    Args:
-        shape: of the tower.
-        advice: what to set where it is refused.
+    """The numbers of a tile, from those of the tower; `advice` is for where it is refused.
 
     Raises:
         ValueError: the tokens of a tile are not its whole grid, which packing needs.

@@ -234,14 +234,7 @@ def _footprint(
 def canvases_of(
     model: Any, size: tuple[int, int], tiles: int, grid: tuple[int, int]
 ) -> tuple[Tensor, ...]:
-    """The overview and the other tiles side by side (`features.tile_canvases`).
-
-    Args:
-        model: the model.
-        size: (height, width) of the image.
-        tiles: its tiles, the overview included.
-        grid: (rows, columns) of the patches of a tile.
-    """
+    """The overview and the other tiles side by side (`features.tile_canvases`)."""
     if tiles == 1:
         return tile_canvases(0, 0, grid)
     config = model.config

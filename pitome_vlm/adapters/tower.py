@@ -174,16 +174,7 @@ def _project(attention: Any, normed: Tensor) -> Heads:
 
 
 def _attend(attention: Any, parts: Heads, bias: Tensor | None) -> Tensor:
-    """The layer's own attention with an additive bias.
-
-    Args:
-        attention: CLIPAttention or SiglipAttention.
-        parts: queries, keys and values.
-        bias: [B, 1, 1, N] at least float32, or None.
-
-    Returns:
-        [B, N, C].
-    """
+    """The layer's own attention, [B, N, C], with an additive bias [B, 1, 1, N] or None."""
     name, head_dim = attention.config._attn_implementation or "sdpa", parts[2].shape[-1]
     if bias is not None and name not in ADDS_ROW_MASK:
         if _takes_channels(name, head_dim):

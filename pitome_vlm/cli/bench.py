@@ -17,7 +17,7 @@ from .session import check_output
 from .terminal import EXIT_INTERRUPTED, quiet, say, show_table, write, write_json
 
 if TYPE_CHECKING:
-    from ..measure.bench import Budget, Case, Report
+    from ..measure.bench import Budget, Report
 
 # Names of `measure.bench.SHAPES`, whose import is too slow for --help.
 SHAPES = (
@@ -125,14 +125,14 @@ def bench(
         plotted = "bench" if plot else ""
         check_output(output, (RESULTS, REPORT, PLOT), overwrite=overwrite, plot=plotted)
     with quiet(verbose):
-        from ..measure.bench import configuration
+        from ..measure.bench import Case, configuration
         from . import bench_run as run
 
         if config is not None:
             configuration(config, layers=layers)
         budgets = _budgets(keep, tokens, algorithms)
         sizes = o.counts("batch", batch)
-        cases = [_case(number, text_tokens, answer_tokens, images, size) for number in sizes]
+        cases = [Case(number, text_tokens, answer_tokens, images, size) for number in sizes]
         if config is None:
             loaded = run.load_checkpoint(model or "", threads, loading)
         else:
@@ -214,14 +214,6 @@ def _budgets(keep: str, tokens: str | None, algorithms: str | None) -> list[Budg
             config = MergeConfig(**value, **chosen)
             found.append(Budget(label if len(names) == 1 else f"{name} {label}", config))
     return found
-
-
-def _case(
-    batch: int, text_tokens: int, answer_tokens: int, images: int, size: tuple[int, int] | None
-) -> Case:
-    from ..measure.bench import Case
-
-    return Case(batch, text_tokens, answer_tokens, images, size)
 
 
 def show(report: Report) -> None:

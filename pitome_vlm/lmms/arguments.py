@@ -144,9 +144,7 @@ def _cleaned(name: str, value: Any) -> Any:
 def combined(model_args: Mapping[str, Any], command_line: Mapping[str, Any]) -> dict[str, Any]:
     """`--model_args` with `--batch_size` and `--device`, which lmms-eval passes separately.
 
-    Args:
-        model_args: what the text after `--model_args` says; it wins over a default.
-        command_line: lmms-eval's own options; `batch_size` is always there, 1 by default.
+    lmms-eval always passes a batch size, 1 by default, which gives way.
 
     Raises:
         ValueError: both name the same thing and disagree.

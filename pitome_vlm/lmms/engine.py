@@ -96,11 +96,7 @@ def generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stop_strings(options: Mapping[str, Any]) -> list[str]:
-    """The strings an answer ends before.
-
-    Raises:
-        ValueError: something else than text.
-    """
+    """The strings an answer ends before; ValueError for something else than text."""
     until = options.get("until") or []
     until = [until] if isinstance(until, str) else list(until)
     if not all(isinstance(text, str) for text in until):
@@ -109,11 +105,7 @@ def stop_strings(options: Mapping[str, Any]) -> list[str]:
 
 
 def joined(prompt: str, continuation: str) -> tuple[str, str]:
-    """Context and continuation with exactly one word boundary, kept in the continuation.
-
-    Raises:
-        ValueError: an empty continuation.
-    """
+    """Context and continuation with exactly one word boundary, kept in the continuation."""
     if not continuation.strip():
         raise ValueError(f"the continuation to be scored is empty: {continuation!r}")
     context = prompt.rstrip(" ")
@@ -141,20 +133,12 @@ class Engine:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def answer(self, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> list[Answer]:
-        """The answers to a batch of prompts.
-
-        Raises:
-            RequestError: one of them cannot be answered; the message names it.
-        """
+        """The answers to a batch of prompts; a RequestError names one that cannot be answered."""
         wanted, until = generation_options(options), stop_strings(options)
         return self._named(lambda part: self._answer(part, wanted, until), prompts)
 
     def score(self, prompts: Sequence[Prompt]) -> list[Score]:
-        """The likelihoods of the prompts' continuations.
-
-        Raises:
-            RequestError: one of them cannot be scored; the message names it.
-        """
+        """The likelihoods of the prompts' continuations; a RequestError names one that has none."""
         scores: dict[int, Score] = {}
         # Rows whose images shrink by different amounts would not end at the same place.
         shrinking = [self._shrinking(prompt, place) for place, prompt in enumerate(prompts)]

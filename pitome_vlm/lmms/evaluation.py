@@ -65,11 +65,7 @@ class Evaluator:
         self.lm: Any = None
 
     def check_tasks(self, names: Sequence[str]) -> None:
-        """Refuse unknown tasks, and groups, whose parts are cells of their own.
-
-        Raises:
-            ValueError: one of the names is no task.
-        """
+        """Refuse unknown tasks, and groups, whose parts are cells of their own."""
         known = set(self.tasks.all_subtasks)
         for name in names:
             if name in known:
@@ -79,12 +75,7 @@ class Evaluator:
             raise ValueError(f"tasks: lmms-eval has no {name!r}.{suggest(name, sorted(known))}")
 
     def load(self, settings: Sequence[Setting]) -> None:
-        """Load the model and refuse budgets it cannot have.
-
-        Raises:
-            ValueError: wrong model arguments, or a budget that does not fit.
-            OSError: there is no such checkpoint.
-        """
+        """Load the model and refuse budgets it cannot have."""
         text = ",".join(f"{key}={value}" for key, value in self.model_args.items())
         # The sweep sets the merging of every cell, whatever a checkpoint's folder recommends.
         self.lm = PitomeLlava(
@@ -110,11 +101,7 @@ class Evaluator:
         self.lm.accelerator.wait_for_everyone()
 
     def __call__(self, cell: Cell) -> Measured | None:
-        """Measure one cell; None on processes other than the first.
-
-        Raises:
-            RuntimeError: lmms-eval returned nothing to score.
-        """
+        """Measure one cell; None on processes other than the first."""
         self.lm.reconfigure(cell.setting.config)
         results = simple_evaluate(
             model=self.lm,

@@ -102,11 +102,7 @@ class PitomeLlava(lmms):
     def create_from_arg_string(
         cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
     ) -> PitomeLlava:
-        """The model from the text of `--model_args` and lmms-eval's own options.
-
-        Raises:
-            ValueError: text that is no list of `name=value`, or see `ModelArguments`.
-        """
+        """The model from the text of `--model_args` and lmms-eval's own options."""
         try:
             given = utils.simple_parse_args_string(arg_string)
         except ValueError as error:
@@ -150,11 +146,7 @@ class PitomeLlava(lmms):
         self.answering_seconds = 0.0
 
     def first_inputs(self, requests: Sequence[Instance]) -> dict[str, Tensor]:
-        """The tensors that the model is given for requests, of dialogues for the first round.
-
-        Raises:
-            RequestError: a prompt cannot be built; the message names its document.
-        """
+        """The tensors that the model is given for requests, of dialogues for the first round."""
         calls = [
             (dialogue_call if "multi_round" in request.request_type else generation_call)(
                 request, simple=self.is_simple
@@ -164,11 +156,7 @@ class PitomeLlava(lmms):
         return self.engine.encoded([self._first_prompt(call) for call in calls])
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answers in the order of the requests.
-
-        Raises:
-            RequestError: one of them cannot be answered; the message names its document.
-        """
+        """Answers in the order of the requests; a RequestError names the document."""
         calls = [generation_call(request, simple=self.is_simple) for request in requests]
         results: dict[int, GenerationResult] = {}
         with self._answering(len(calls)) as bar:
@@ -201,11 +189,7 @@ class PitomeLlava(lmms):
         return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[SequenceResult]:
-        """The answers of all rounds of every request; a round of all requests at a time.
-
-        Raises:
-            RequestError: one of them cannot be answered; the message names its document.
-        """
+        """The answers of all rounds of every request; a round of all requests at a time."""
         calls = [dialogue_call(request, simple=self.is_simple) for request in requests]
         dialogues = [self._begun(call) for call in calls]
         with self._answering(len(calls)) as bar:

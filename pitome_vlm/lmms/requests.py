@@ -96,11 +96,7 @@ def dialogue_call(request: Any, *, simple: bool) -> Call:
 
 
 def scoring_call(request: Any) -> Call:
-    """A `loglikelihood` request; lmms-eval makes them in the simple form only.
-
-    Raises:
-        RequestError: a request without a document, which the metric acc_mutual_info makes.
-    """
+    """A `loglikelihood` request; lmms-eval makes them in the simple form only."""
     if len(request.args) != 6:
         raise RequestError(
             f"task {request.task_name!r}, document {request.doc_id}: a continuation without an "

@@ -43,11 +43,7 @@ def image_token(processor: Any) -> str:
 
 
 def checked_question(question: str, processor: Any) -> str:
-    """The question without outer spaces.
-
-    Raises:
-        ValueError: it is empty, holds the image token or half of a character.
-    """
+    """The question without outer spaces; ValueError if empty or with the image token."""
     question = check_text("the question", question).strip()
     if not question:
         raise ValueError("the question is empty")

@@ -58,11 +58,7 @@ class Outcome:
 def batches(
     processor: Any, samples: Sequence[Sample], split: str, batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Processor output for the samples, `batch_size` questions at a time.
-
-    Raises:
-        ValueError: `batch_size` is below one.
-    """
+    """Processor output for the samples, `batch_size` (>= 1) questions at a time."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     for start in range(0, len(samples), batch_size):

@@ -26,11 +26,7 @@ _DPI = 150
 
 
 def figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure; sizes in inches.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """An empty matplotlib figure; sizes in inches."""
     require("matplotlib", "viz", "a plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

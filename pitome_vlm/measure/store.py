@@ -92,11 +92,7 @@ class Store:
             path.unlink()
 
     def path(self, key: str) -> Path:
-        """The file of a cell.
-
-        Raises:
-            ValueError: the key is no file name, or the store has no folder.
-        """
+        """The file of a cell; ValueError for a key that is no file name."""
         if self.root is None:
             raise ValueError("a store in memory has no files")
         if not _KEY.fullmatch(key):
@@ -122,10 +118,8 @@ class Store:
     ) -> None:
         """Keep a finished cell; it is on disk when this returns.
 
-        Args:
-            key: its name, also of its file.
-            record: what was measured, as values that JSON can hold.
-            identity: what decides this cell beyond the identity of the run.
+        Record and identity hold what JSON can; the identity decides this cell beyond that of the
+        run.
         """
         stored = {
             "format": FORMAT,

@@ -19,10 +19,6 @@ def stage_of(config: MergeConfig, algorithm: Algorithm | None = None) -> Stage:
     """Where a config merges: its own stage, else the algorithm's.
 
     `ratio` is about every merging layer of the tower (the paper's r), so it stays there.
-
-    Args:
-        config: the merge options.
-        algorithm: the one that the config names, None to look it up.
     """
     default = (algorithm or algorithms.get(config.algorithm)).default_stage
     if config.ratio is not None and default == "both":

@@ -337,14 +337,7 @@ _DEFAULTS = {
 
 
 def option_names(algorithm: str | None = None) -> list[str]:
-    """The names that `MergeConfig` takes: the shared options, then those of an algorithm.
-
-    Args:
-        algorithm: its name, None for the options of every algorithm.
-
-    Raises:
-        ValueError: there is no such algorithm.
-    """
+    """The names that `MergeConfig` takes: the shared ones, then those of an (or any) algorithm."""
     algorithms = registry.available() if algorithm is None else [algorithm]
     own = (name for one in algorithms for name in defaults(one))
     return list(dict.fromkeys((*SHARED, *own)))

@@ -59,11 +59,7 @@ def options_in(values: Mapping[str, Any], is_known: Callable[[str], bool]) -> di
 
 
 def write(folder: str | os.PathLike[str], values: Mapping[str, Any]) -> Path:
-    """Write `pitome_config.json` into a folder, which is made if missing; atomic.
-
-    Raises:
-        NotADirectoryError: `folder` is a file.
-    """
+    """Write `pitome_config.json` into a folder, which is made if missing; atomic."""
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; give a folder to write {CONFIG_NAME} to")

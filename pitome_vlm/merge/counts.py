@@ -36,9 +36,6 @@ class Footprint:
         """The fewest tokens it can be merged to: a patch and, where there are any, a separator.
 
         Of a video a patch of every window, because windows are merged on their own.
-
-        Args:
-            frames_together: frames of a window.
         """
         return min(self.full, len(self.windows(frames_together)) + (self.newlines > 0))
 

@@ -114,13 +114,7 @@ def divided(assign: Tensor, wanted: int) -> Tensor:
 
 
 def merge_further(groups: list[Groups], wanted: list[int], merge_pass: MergePass) -> list[Groups]:
-    """The groups of each image merged to its count; images of the same counts go together.
-
-    Args:
-        groups: of every image.
-        wanted: tokens of every image, at most as many as it has.
-        merge_pass: the settings.
-    """
+    """The groups of each image merged to its count; images of the same counts go together."""
     found = list(groups)
     alike: dict[tuple[int, int], list[int]] = {}
     for index, (own, count) in enumerate(zip(groups, wanted, strict=True)):
@@ -184,10 +178,7 @@ def merge_on_grids(
 def adapted(groups: Groups, fewest: int, merge_pass: MergePass) -> Groups:
     """keep="auto": the groups of one image merged as far as its own redundancy allows.
 
-    Args:
-        groups: at the largest count.
-        fewest: the smallest count.
-        merge_pass: the settings.
+    `groups` are at the largest count, `fewest` is the smallest.
     """
     steps = merge_pass.config.projector_steps or 1
     found = adapt(

@@ -66,10 +66,7 @@ def alternating_pairs(n_in: int, n_out: int, ctx: MergeContext) -> int:
 def match_alternating(similarity: Similarity, n_merge: int, *, offset: int = 0) -> MergePlan:
     """ToMe's matching: every second token in raster order is a possible source.
 
-    Args:
-        similarity: of N tokens.
-        n_merge: r.
-        offset: number of leading tokens that were cut off; ToMe's parity counts them.
+    `offset` is the number of leading tokens that were cut off; ToMe's parity counts them.
     """
     index = similarity.tokens()
     start = offset % 2

@@ -22,11 +22,7 @@ class NoOptions:
 
 
 def defaults(algorithm: str) -> dict[str, Any]:
-    """The options of an algorithm with their default values.
-
-    Raises:
-        ValueError: there is no such algorithm.
-    """
+    """The options of an algorithm with their default values."""
     return values_of(registry.find(algorithm).options())
 
 
@@ -95,11 +91,7 @@ def parse(
 
 
 def _check_foreign(name: str, value: Any, algorithm: str, known: list[str]) -> None:
-    """Refuse an option that an algorithm does not have, unless it says nothing.
-
-    Raises:
-        ValueError: nobody has it, or others have and the value is not their default.
-    """
+    """Refuse an option that an algorithm does not have, unless it only says a default."""
     others = owners(name)
     if any(_same(value, default) for default in others.values()):
         return

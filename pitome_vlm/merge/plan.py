@@ -236,13 +236,7 @@ class MergePlan:
         return add_tokens(merged, target, change)
 
     def _with_largest_norm(self, x: Tensor, named: Tensor, change: Tensor) -> Tensor:
-        """Means scaled to the largest norm among their group's members: [B, M, C] in x's dtype.
-
-        Args:
-            x: [B, N, C].
-            named: [B, M, C] the groups' named tokens, in the dtype to compute in.
-            change: see `_changes`.
-        """
+        """Means [B, M, C] scaled to the largest norm among their members."""
         moved, target = self.moved, self.target
         norms = take_tokens(x, moved).to(named.dtype).norm(dim=-1)
         largest = named.norm(dim=-1).scatter_reduce(1, target, norms, "amax")

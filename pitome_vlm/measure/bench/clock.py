@@ -103,11 +103,7 @@ def watched(model: Any, clock: Clock) -> Iterator[None]:
 
 
 def decoder_layers(language_model: tuple[nn.Module, ...]) -> nn.ModuleList:
-    """The layers of a language model: the longest list of modules in it.
-
-    Raises:
-        TypeError: there is none.
-    """
+    """The layers of a language model: the longest list of modules in it."""
     lists = [
         module
         for part in language_model

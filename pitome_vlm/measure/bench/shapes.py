@@ -143,11 +143,7 @@ SHAPES: dict[str, Callable[[], Any]] = {
 
 
 def configuration(name: str, *, layers: int | None = None) -> Any:
-    """The configuration of a published shape.
-
-    Args:
-        name: one of `SHAPES`.
-        layers: build only so many layers of the language model; None for all.
+    """The configuration of a published shape (`SHAPES`), of all or of some layers.
 
     Raises:
         ValueError: unknown name, or more layers than the shape has.

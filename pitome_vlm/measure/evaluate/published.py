@@ -64,11 +64,7 @@ class Published:
 
 
 def load_published(folder: Path = FOLDER) -> list[Published]:
-    """Every published number, file by file.
-
-    Raises:
-        ValueError: a file has other columns, or a row a wrong value; file and line are named.
-    """
+    """Every published number, file by file; a ValueError names file and line."""
     return [row for path in sorted(folder.glob("*.csv")) for row in _read(path)]
 
 

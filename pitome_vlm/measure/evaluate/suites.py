@@ -142,11 +142,7 @@ def _algorithm_of(method: str) -> str | None:
 
 
 def grid(methods: Sequence[str], tokens: Sequence[int]) -> tuple[Setting, ...]:
-    """Every method at every budget, after the unreduced model that all are compared with.
-
-    Raises:
-        ValueError: see `method_setting`; or methods without a budget.
-    """
+    """Every method at every budget, after the unreduced model that all are compared with."""
     reducing = [method for method in dict.fromkeys(methods) if method != BASELINE]
     if reducing and not tokens:
         raise ValueError(f"tokens must be given for {', '.join(reducing)}, for instance 192,128,64")
@@ -155,11 +151,7 @@ def grid(methods: Sequence[str], tokens: Sequence[int]) -> tuple[Setting, ...]:
 
 
 def cells(tasks: Sequence[str], settings: Sequence[Setting]) -> list[Cell]:
-    """The cells of a sweep, task by task.
-
-    Raises:
-        ValueError: no task, or two cells that would share a file.
-    """
+    """The cells of a sweep, task by task; refuses two that would share a file."""
     if not tasks:
         raise ValueError("tasks must name at least one task")
     made = [Cell(task, setting) for task in dict.fromkeys(tasks) for setting in settings]
@@ -203,11 +195,7 @@ def read_suite(name: str) -> Suite:
 
 
 def parse_model_args(text: str) -> dict[str, str]:
-    """lmms-eval's `key=value,key=value` as texts.
-
-    Raises:
-        ValueError: a part without a key or value, or a key twice.
-    """
+    """lmms-eval's `key=value,key=value` as texts; ValueError for a part that is none."""
     given: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, sign, value = part.partition("=")
@@ -220,11 +208,7 @@ def parse_model_args(text: str) -> dict[str, str]:
 
 
 def check_model_args(given: dict[str, str]) -> None:
-    """Refuse model arguments that the sweep itself sets.
-
-    Raises:
-        ValueError: a merge option, the checkpoint or the batch size is among them.
-    """
+    """Refuse model arguments that the sweep itself sets: merging, checkpoint, batch size."""
     options = {"pretrained": "--model", "batch_size": "--batch-size"}
     merging = option_names()
     for key in given:

@@ -49,11 +49,7 @@ def token_graph(features: Tensor) -> Tensor:
 
 
 def _members(assign: Tensor, n_groups: int) -> Tensor:
-    """[..., N, n] float64, one where a token belongs to a group.
-
-    Raises:
-        ValueError: a group number out of range, or an empty group.
-    """
+    """[..., N, n] float64, one where a token belongs to a group; refuses an empty group."""
     low, high = int(assign.min()), int(assign.max())
     if low < 0 or high >= n_groups:
         raise ValueError(f"assign must name groups 0..{n_groups - 1}, got {low}..{high}")

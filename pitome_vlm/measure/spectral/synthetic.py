@@ -153,11 +153,7 @@ class Run:
 
 
 def can_merge(algorithm: str) -> bool:
-    """Whether an algorithm decides by tokens alone, so that it can be shown clusters.
-
-    Raises:
-        ValueError: unknown algorithm.
-    """
+    """Whether an algorithm decides by tokens alone, so that it can be shown clusters."""
     return not algorithms.get(algorithm).needs_attention
 
 

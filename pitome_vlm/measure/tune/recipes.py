@@ -42,12 +42,7 @@ class Recipe:
             )
 
     def config(self, tokens: int) -> MergeConfig:
-        """The options with a budget.
-
-        Raises:
-            ValueError: an unknown option, or a value out of range.
-            TypeError: a value of the wrong type.
-        """
+        """The options with a budget; errors as of `MergeConfig`."""
         return MergeConfig.from_dict({**self.options, "tokens": tokens})
 
 
@@ -104,11 +99,7 @@ def token_counts(tokens_in: int, budgets: Sequence[float] | None = None) -> list
 
 
 def checked_recipes(recipes: Sequence[Recipe]) -> list[Recipe]:
-    """The recipes, once they are found valid.
-
-    Raises:
-        ValueError: none, a name twice, an unknown algorithm, or an option out of range.
-    """
+    """The recipes, once every name is found to be there once and every option valid."""
     if not recipes:
         raise ValueError("recipes must hold at least one recipe")
     names = [recipe.name for recipe in recipes]

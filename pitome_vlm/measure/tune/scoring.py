@@ -37,11 +37,7 @@ def exact_match(given: str, answers: Sequence[str]) -> float:
 
 
 def checked_score(scorer: Scorer, given: str, answers: Sequence[str]) -> float:
-    """The scorer's score.
-
-    Raises:
-        ValueError: the score is no number in [0, 1].
-    """
+    """The scorer's score; ValueError if it is no number in [0, 1]."""
     score = float(scorer(given, answers))
     if not (math.isfinite(score) and 0 <= score <= 1):
         raise ValueError(

@@ -29,13 +29,7 @@ from ..similarity import Similarity
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     """Keep the `n_out` most important tokens; r = N - n_out go, floor(r / 2) of them unused.
 
-    Args:
-        keys: [B, N, D].
-        n_out: 1..N.
-        ctx: must carry the attention.
-
-    Raises:
-        ValueError: there is no attention to rank by.
+    `ctx` must carry the attention, else a ValueError says so.
     """
     n_tokens = keys.shape[1]
     ranked = ctx.required_attention().argsort(dim=-1, descending=True, stable=True)

@@ -21,13 +21,7 @@ from ..similarity import Similarity
 
 
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
-    """Keep `n_out` tokens that are far from each other.
-
-    Args:
-        keys: [B, N, D].
-        n_out: 1..N.
-        ctx: how many pairs may be held at once.
-    """
+    """Keep `n_out`, 1..N, tokens that are far from each other."""
     similarity = Similarity(keys, ctx.pairs)
     chosen = similarity.farthest_first(n_out)
     return keep_only(similarity, chosen, complement(chosen, keys.shape[1]))

@@ -9,11 +9,7 @@ from ..plan import MergePlan
 
 
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
-    """Every token its own group.
-
-    Raises:
-        ValueError: fewer tokens are wanted.
-    """
+    """Every token its own group; ValueError where fewer tokens are wanted."""
     del ctx
     if n_out != keys.shape[1]:
         raise ValueError(

@@ -123,13 +123,9 @@ def energy_score(
 def energies(
     similarity: Similarity, options: EnergyOptions, depth: float, *, last: bool = False
 ) -> Tensor:
-    """`energy_score` of all tokens [B, N].
+    """`energy_score` of all tokens [B, N] at a relative depth l / L in [0, 1].
 
-    Args:
-        similarity: of N tokens.
-        options: form, alpha and margin.
-        depth: relative depth l / L in [0, 1].
-        last: see `Similarity.by_row`.
+    `last` is that of `Similarity.by_row`.
     """
     margin, form, alpha = options.margin_at(depth), options.energy, options.alpha
     return similarity.by_row(
@@ -143,13 +139,7 @@ def energies(
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     """Paper Algorithm 1, lines 2-10; see `PitomeOptions` for the variants.
 
-    Args:
-        keys: [B, N, D].
-        n_out: N - k with 2 k <= N.
-        ctx: options, relative depth and parity.
-
-    Raises:
-        ValueError: more than half of the tokens would have to go in one step.
+    At most half of the N tokens can go: n_out = N - k with 2 k <= N, else a ValueError.
     """
     options, n_tokens = ctx.own(PitomeOptions), keys.shape[1]
     n_merge = n_tokens - n_out

@@ -31,13 +31,7 @@ from .pitome import EnergyOptions, energies
 
 
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
-    """Matching in the tower; coverage at the projector, and where more than half have to go.
-
-    Args:
-        keys: [B, N, D].
-        n_out: 1..N.
-        ctx: relative depth, `EnergyOptions` and `restore_order`.
-    """
+    """Matching in the tower; coverage at the projector, and where more than half have to go."""
     similarity = Similarity(keys, ctx.pairs)
     if ctx.at_projector or 2 * n_out < keys.shape[1]:
         return _coverage(similarity, n_out)
@@ -45,13 +39,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
 
 
 def _matching(similarity: Similarity, n_out: int, ctx: MergeContext) -> MergePlan:
-    """The r best edges between tokens that alternate in energy order.
-
-    Args:
-        similarity: of N tokens.
-        n_out: N - r with 2 r <= N.
-        ctx: see `plan`.
-    """
+    """The r best edges between tokens that alternate in energy order; n_out = N - r, 2 r <= N."""
     n_tokens = similarity.n_tokens
     energy = energies(similarity, ctx.own(EnergyOptions), ctx.depth)
     by_energy = energy.argsort(dim=-1, descending=True, stable=True)
@@ -69,12 +57,7 @@ def _matching(similarity: Similarity, n_out: int, ctx: MergeContext) -> MergePla
 
 
 def _coverage(similarity: Similarity, n_out: int) -> MergePlan:
-    """Tokens far from each other stay, every other one joins the most similar of them.
-
-    Args:
-        similarity: of N tokens.
-        n_out: 1..N.
-    """
+    """Tokens far from each other stay, every other one joins the most similar of them."""
     centres = similarity.farthest_first(n_out)
     others = complement(centres, similarity.n_tokens)
     _, nearest = similarity.best(others, centres)

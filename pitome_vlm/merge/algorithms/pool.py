@@ -50,15 +50,10 @@ def _cells_on(device: torch.device, rows: int, columns: int, n_out: int) -> Tens
 
 
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
-    """Average neighbouring patches.
-
-    Args:
-        keys: [B, N, D]; only their shape and device are used.
-        n_out: cells, 1..N.
-        ctx: must carry the grid.
+    """Average neighbouring patches into `n_out` cells.
 
     Raises:
-        ValueError: the tokens are no longer the whole grid.
+        ValueError: the tokens are no longer the whole grid, which `ctx` must carry.
     """
     batch, n_tokens = keys.shape[:2]
     if ctx.grid is None or ctx.grid[0] * ctx.grid[1] != n_tokens:

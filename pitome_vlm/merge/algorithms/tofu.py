@@ -40,13 +40,7 @@ class TofuOptions:
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     """ToMe's pairs; what becomes of them depends on the depth.
 
-    Args:
-        keys: [B, N, D].
-        n_out: N - r with 2 r <= N.
-        ctx: relative depth, and parity of the leading tokens.
-
-    Raises:
-        ValueError: more than half of the tokens would have to go in one step.
+    At most half of the N tokens can go: n_out = N - r with 2 r <= N, else a ValueError.
     """
     pairs = tome.plan(keys, n_out, ctx=ctx)
     early = ctx.depth <= ctx.own(TofuOptions).pruning_depth

@@ -17,13 +17,7 @@ from ..similarity import Similarity
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     """The r best edges between alternating tokens; a destination may receive several.
 
-    Args:
-        keys: [B, N, D].
-        n_out: N - r with 2 r <= N.
-        ctx: parity of the leading tokens.
-
-    Raises:
-        ValueError: more than half of the tokens would have to go in one step.
+    At most half of the N tokens can go: n_out = N - r with 2 r <= N, else a ValueError.
     """
     n_tokens = keys.shape[1]
     if 2 * (n_tokens - n_out) > n_tokens:

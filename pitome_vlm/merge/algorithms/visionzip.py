@@ -38,13 +38,8 @@ def pairs_compared(n_in: int, n_out: int, ctx: MergeContext) -> int:
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     """Dominant tokens, and contextual ones made of all others.
 
-    Args:
-        keys: [B, N, D].
-        n_out: 1..N. A single token is the dominant one; the rest counts in its size and is dropped.
-        ctx: must carry the attention.
-
-    Raises:
-        ValueError: there is no attention to rank by.
+    A single token is the dominant one; the rest counts in its size and is dropped. `ctx` must carry
+    the attention, else a ValueError says so.
     """
     n_tokens, n_context = keys.shape[1], contextual_count(n_out)
     ranked = ctx.required_attention().argsort(dim=-1, descending=True, stable=True)
