@@ -121,6 +121,18 @@ def test_wrong_options_are_one_line_before_anything_is_measured(words, message):
     assert len(errors) == 1
 
 
+def test_a_checkpoint_is_timed_and_its_formulas_hold():
+    words = ["--keep", 0.25, "--answer-tokens", 2, "--check-flops", "--threads", 1, "--json"]
+    result = run("--model", "demo", "--dtype", "float32", *words, *QUICK)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    counted = [note for note in found["notes"] if note.startswith("FLOPs counted by PyTorch")]
+    assert [re.search(r"formula, (\S+): ", note)[1] for note in counted] == ["none", "keep=0.25"]
+    assert all(0.99 < float(note.rsplit(" ", 1)[1]) < 1.01 for note in counted)
+    assert [row["visual_tokens"] for row in found["results"]] == [144, 36]
+    assert found["setup"]["threads"] == 1
+
+
 def full_from(batch, monkeypatch):
     """Memory that is too small for so many prompts."""
     from pitome_vlm.measure.bench import measurement
