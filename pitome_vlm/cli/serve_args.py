@@ -53,17 +53,7 @@ def serve_args(
 
 
 def planned(model: str, merging: dict[str, Any]) -> PlannedServing:
-    """What a server would merge; wrong options are refused here, before anything is started.
-
-    Args:
-        model: path, hub name or `demo`.
-        merging: see `options.merge_options`.
-
-    Raises:
-        OSError: the checkpoint's config cannot be read.
-        TypeError: see `plan_serving`.
-        ValueError: see `plan_serving`.
-    """
+    """What a server would merge; wrong options are refused here, before anything is started."""
     from ..vllm.options import plan_serving
     from .session import model_path, planned_config, summary
 

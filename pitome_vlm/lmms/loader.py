@@ -14,11 +14,7 @@ from .arguments import ModelArguments
 
 
 def load_model(arguments: ModelArguments, accelerator: Any) -> tuple[Any, Any]:
-    """(model in eval mode, processor), wrapped as asked.
-
-    Args:
-        arguments: what to load and how.
-        accelerator: which process this is.
+    """(model in eval mode, processor), wrapped as asked; `accelerator` says which process this is.
 
     Raises:
         ValueError: a device that several processes cannot share, or see `pitome_vlm.load`.

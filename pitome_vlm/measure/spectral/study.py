@@ -103,16 +103,9 @@ def synthetic_study(
     *,
     advance: Callable[[], object] = lambda: None,
 ) -> list[CaseResult]:
-    """Every algorithm on every case at every noise, `seeds` draws each.
+    """Every algorithm on every case at every noise, `seeds` draws each; their seeds are 0, 1, ...
 
-    All algorithms and layouts see the same tokens for a seed.
-
-    Args:
-        chosen: see `cases`.
-        algorithms: registry names.
-        sigmas: noise, see `Clusters`.
-        seeds: draws, at least one; their seeds are 0, 1, ...
-        advance: called after every draw.
+    All algorithms and layouts see the same tokens for a seed. `advance` is called after every draw.
 
     Raises:
         ValueError: a value out of range, or an algorithm that needs more than tokens.

@@ -106,17 +106,7 @@ def run(
     overwrite: bool = False,
     tell: Listener | None = None,
 ) -> TuneResult:
-    """`tune` for anything that answers rows under a config.
-
-    Args:
-        asker: answers rows under a config.
-        rows: the questions.
-        digests: for every row the digests of its images (`image_digests`).
-        plan: the options.
-        folder: see `tune`.
-        resume: see `tune`.
-        overwrite: see `tune`.
-        tell: see `tune`.
+    """`tune` for anything that answers rows (`digests`: of the images of every row) under a config.
 
     Raises:
         ValueError: too few images, or a folder with the cells of another run.
