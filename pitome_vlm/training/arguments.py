@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..common import suggest
+from ..common import shown, suggest, whole_number
 from ..loading.quantization import compute_dtype
 from ..releases import RENAMED_TRAINING_ARGUMENTS
 
@@ -49,6 +49,12 @@ IDENTITY = (
     "bf16",
     "fp16",
 )
+_COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
+_SAMPLING = "train_sampling_strategy"
 _PACKAGES = ("wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "clearml", "neptune")
 
 
@@ -82,6 +88,7 @@ def training_arguments(
         if name not in known:
             raise ValueError(f"unknown training argument {name!r}.{suggest(name, sorted(known))}")
     _check_report(values["report_to"])
+    _check_amounts(values)
     arguments = TrainingArguments(
         **{
             "output_dir": os.fspath(output_dir),
@@ -119,6 +126,24 @@ def _name(name: str, known: set[str]) -> str:
     if name == "warmup_ratio":
         return name if name in known else "warmup_steps"
     return new if new in known else name
+
+
+def _check_amounts(values: dict[str, Any]) -> None:
+    """Refuse what would train nothing, or fail once the run has begun."""
+    for name in _COUNTS:
+        if name in values:
+            whole_number(name, values[name], 1)
+    epochs, steps = values["num_train_epochs"], values.get("max_steps", -1)
+    # Whole epochs count if `max_steps` is not above 0.
+    if steps != -1:
+        whole_number("max_steps", steps, 1)
+    elif not (isinstance(epochs, (int, float)) and epochs > 0):
+        raise ValueError(f"num_train_epochs must be above 0, got {shown(epochs)}")
+    if values.get("group_by_length") or values.get(_SAMPLING) == "group_by_length":
+        raise ValueError(
+            "group_by_length needs the lengths of all rows, which are known once images are read; "
+            "leave it out"
+        )
 
 
 def _check_report(report_to: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import transformers
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
+from ..common import whole_number
 from ..measure.provenance import versions
 from ..wrapping.encode import planned_schedule
 from ..wrapping.peft import remember_training
@@ -110,6 +111,8 @@ def train(
     for budget in budgets:
         planned_schedule(model, with_budget(merge_config(model), budget))
     base: Any = base_model(model)
+    if max_length is not None:
+        whole_number("max_length", max_length, 1)
     longest = max_length or getattr(base.config.get_text_config(), "max_position_embeddings", None)
     # Batches without images leave an adapter on tower or projector without gradients.
     arguments = {"ddp_find_unused_parameters": data.has_text_only} | arguments
@@ -126,8 +129,9 @@ def train(
     _check_answers(collator, data, held_out, settings)
     # Ranks and repetitions begin with the same adapter.
     transformers.set_seed(settings.seed)
-    trainer = MergingTrainer(
-        model=prepare(model, lora),
+    trainer = _trainer(
+        model,
+        lora,
         args=settings,
         train_dataset=data,
         eval_dataset=held_out,
@@ -137,6 +141,20 @@ def train(
     )
     _fit(trainer, folder, run, resume=resume, overwrite=overwrite)
     return _finish(trainer, folder, _facts(trainer, data, held_out, run))
+
+
+def _trainer(model: Any, lora: LoraOptions | None, **options: Any) -> MergingTrainer:
+    """A Trainer of a model with an adapter; a new one is taken off again if that fails."""
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    prepared = prepare(model, lora)
+    try:
+        return MergingTrainer(model=prepared, **options)
+    except BaseException:
+        if prepared is not model:
+            prepared.unload()
+            for parameter, before in trained.items():
+                parameter.requires_grad_(before)
+        raise
 
 
 def _identity(model: Any, lora: LoraOptions | None) -> dict[str, Any]:
@@ -188,6 +206,12 @@ def _check_answers(
     held_out: Conversations | None,
     settings: TrainingArguments,
 ) -> None:
+    batch = settings.per_device_train_batch_size * settings.world_size
+    if settings.dataloader_drop_last and len(data) < batch:
+        raise ValueError(
+            f"dataloader_drop_last leaves nothing to train on: {data.name} has {len(data)} "
+            f"conversations, and a batch of all processes {batch}"
+        )
     first = settings.process_index == 0
     check_answers(collator, data, batch_size=settings.per_device_train_batch_size, tell=first)
     if held_out is not None:

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..common import require
+from ..common import check_range, require
 from ..loading.images import ImageError, load_image, locate
 from ..loading.records import DataError, check_source, parse_records
 from .conversations import Conversation, parse
@@ -87,12 +87,12 @@ class Conversations(Dataset[Example]):
             seed: random seed of the draw.
 
         Raises:
+            TypeError: the fraction is no number.
             ValueError: the fraction is out of range, or leaves one side empty.
         """
         import random
 
-        if not 0 < fraction < 1:
-            raise ValueError(f"val_fraction must be between 0 and 1, got {fraction}")
+        check_range("val_fraction", fraction, 0, 1, open_ends=True)
         held = max(1, round(fraction * len(self)))
         if held >= len(self):
             raise ValueError(f"val_fraction={fraction} leaves none of {len(self)} to train on")

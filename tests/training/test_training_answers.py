@@ -94,3 +94,37 @@ def test_only_tokens_are_cut_not_the_patches_of_an_image():
 
 def chat():
     return [{"role": "user", "content": "red ?"}, {"role": "assistant", "content": "yes"}]
+
+
+def test_options_that_train_nothing_or_fail_later_leave_model_and_folder_as_they_were(place):
+    folder, short, _ = place
+    model, processor = pitome_vlm.load(folder / "model", tokens=16, dtype="float32")
+    before = {name: (type(module), module.training) for name, module in model.named_modules()}
+    for options, said in {
+        "epochs": ({"num_train_epochs": 0}, "num_train_epochs must be above 0, got 0"),
+        "steps": ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        "batch": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at"),
+        "eval batch": ({"per_device_eval_batch_size": -1}, "per_device_eval_batch_size must be at"),
+        "accumulation": ({"gradient_accumulation_steps": 0.5}, "must be a whole number, got 0.5"),
+        "no length": ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        "length": ({"max_length": "200"}, "max_length must be a whole number, got '200'"),
+        "drop": (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 5},
+            "records has 4 conversations, and a batch of all processes 5",
+        ),
+        "lengths": ({"train_sampling_strategy": "group_by_length"}, "group_by_length needs the"),
+        "share": ({"val_fraction": "0.5"}, "val_fraction must be a number, got '0.5'"),
+        "no validation": ({"eval_strategy": "steps"}, "eval_dataset"),
+    }.values():
+        with pytest.raises((TypeError, ValueError), match=said):
+            train(model, processor, short, folder / "out", image_folder=folder, **options)
+        assert not (folder / "out").exists()
+        after = {name: (type(module), module.training) for name, module in model.named_modules()}
+        assert after == before
+        assert not hasattr(model, "peft_config")
+        assert all(parameter.requires_grad for parameter in model.parameters())
+    done = train(
+        *(model, processor, short, folder / "out"),
+        **{"image_folder": folder, "max_steps": 1, "bf16": False},
+    )
+    assert done.steps == 1
