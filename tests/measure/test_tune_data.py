@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 
 import pytest
@@ -144,6 +145,14 @@ def test_a_row_takes_tuples_because_a_text_is_a_sequence_of_letters():
         Row(("cat.png",), "what?", "cat")
     with pytest.raises(ValueError, match="at least one image"):
         Row((), "what?")
+    with pytest.raises(TypeError, match="question must be text, got int 5"):
+        Row(("cat.png",), 5)
+    with pytest.raises(TypeError, match="answers must be text, got int 5"):
+        Row(("cat.png",), "what?", (5,))
+    with pytest.raises(TypeError, match="must not be open files"):
+        Row((io.BytesIO(b"x"),), "what?")
+    with pytest.raises(ValueError, match="row 3: answers holds half of a character"):
+        Row(("cat.png",), "what?", ("cat \ud83d",), "row 3")
 
 
 GOOD = {"image": "a.png", "question": "what?", "answer": "cat"}

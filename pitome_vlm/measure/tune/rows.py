@@ -28,14 +28,14 @@ class Row:
     """One question about one or more images.
 
     Attributes:
-        images: at least one, each in a form of `load_image`.
+        images: at least one, each in a form of `load_image` that can be read again.
         question: text without image placeholders.
         answers: accepted answers; empty where the user gave none.
         source: where the row comes from, for messages.
 
     Raises:
-        TypeError: `images` or `answers` is no tuple.
-        ValueError: no image.
+        TypeError: `images` or `answers` is no tuple, a text is none, or an image is an open file.
+        ValueError: no image, or half of a character (a lone surrogate) in a text.
     """
 
     images: tuple[ImageSource, ...]
@@ -53,6 +53,12 @@ class Row:
                 )
         if not self.images:
             raise ValueError("images must hold at least one image")
+        if any(hasattr(image, "read") for image in self.images):
+            raise TypeError("images must not be open files, which can be read once; give the paths")
+        for name, text in (("question", self.question), *(("answers", a) for a in self.answers)):
+            if not isinstance(text, str):
+                raise TypeError(f"{name} must be text, got {type(text).__name__} {shown(text)}")
+            check_text(f"{self.source or 'row'}: {name}", text)
 
     def load(self, limits: ImageLimits) -> list[Image.Image]:
         """The images in RGB.
