@@ -125,6 +125,8 @@ def test_options_that_train_nothing_or_fail_later_leave_model_and_folder_as_they
         assert all(parameter.requires_grad for parameter in model.parameters())
     done = train(
         *(model, processor, short, folder / "out"),
-        **{"image_folder": folder, "max_steps": 1, "bf16": False},
+        image_folder=folder,
+        max_steps=1,
+        bf16=False,
     )
     assert done.steps == 1
