@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import transformers as hf
-from tiny_family import END, IMAGE, START, VIDEO, VOCABULARY, Family, Shown, modality, text, vision
+from tiny_family import (
+    END,
+    IMAGE,
+    START,
+    VIDEO,
+    VOCABULARY,
+    Family,
+    Shown,
+    modality,
+    nothing_more,
+    text,
+    vision,
+)
 
 GRIDS = ((8, 12), (10, 8), (8, 8))  # rows and columns of patches
 TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
@@ -22,11 +36,15 @@ def show_grid(number, generator, *, patch=(3 * 2 * 4 * 4,), before=(START,), aft
 
 
 def mrope(*sections, **more):
-    return {"rope_parameters": {"rope_theta": 1e4, "mrope_section": list(sections)} | more}
+    rope = {"rope_type": "default", "mrope_section": list(sections)} | more
+    if "rope_parameters" in inspect.signature(hf.Qwen2Config).parameters:
+        return {"rope_parameters": rope | {"rope_theta": 1e4}}
+    partial = {name: rope.pop(name) for name in ("partial_rotary_factor",) if name in rope}
+    return {"rope_scaling": rope, "rope_theta": 1e4} | partial  # Before release 5.
 
 
 def interleaved(**more):
-    return mrope(2, 1, 1, rope_type="default", mrope_interleaved=True, **more)
+    return mrope(2, 1, 1, mrope_interleaved=True, **more)
 
 
 def qwen3_tower(model_type, **more):
@@ -84,7 +102,7 @@ def build_qwen3_5_moe():
 
 GLM_MARKS = {"image_start_token_id": START, "image_end_token_id": END}
 GLM_MARKS |= {"video_start_token_id": 95, "video_end_token_id": 94}
-GLM_ROPE = mrope(2, 1, 1, rope_type="default", partial_rotary_factor=0.5)
+GLM_ROPE = mrope(2, 1, 1, partial_rotary_factor=0.5)
 
 
 def build_glm4v(kind="Glm4v", tower="glm4v_vision", words="glm4v_text", **experts):
@@ -114,7 +132,7 @@ def build_glm4v_moe():
 def build_paddleocr_vl():
     config = hf.PaddleOCRVLConfig(
         vision_config=vision("paddleocr_vl_vision", patch_size=4, image_size=32),
-        text_config=text("paddleocr_vl_text", **UNTIED, **mrope(2, 1, 1, rope_type="default")),
+        text_config=text("paddleocr_vl_text", **UNTIED, **mrope(2, 1, 1)),
         **UNTIED,
         **TOKENS,
         **MARKS,
@@ -226,7 +244,9 @@ def show_paddleocr_vl(number, generator):
     return show_grid(number, generator, patch=(3, 4, 4))
 
 
-kinds = modality("mm_token_type_ids")
+FORWARD = inspect.signature(hf.Qwen2VLForConditionalGeneration.forward).parameters
+# Processors return the kinds of tokens since models take them (release 5).
+kinds = modality("mm_token_type_ids") if "mm_token_type_ids" in FORWARD else nothing_more
 
 PACKED = {
     "qwen3_vl": Family(build_qwen3_vl, show_grid, more=kinds),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import transformers as hf
-from tiny_families_packed import HYBRID
+from tiny_families_packed import HYBRID, kinds
 from tiny_families_tiles import GEMMA_SPREAD
 from tiny_family import END, IMAGE, START, VIDEO, Family, Shown, joined, modality, text, vision
 
@@ -205,7 +205,6 @@ def collate_molmo2(rows):
     return joined(rows) | {"image_token_pooling": torch.cat(places)}
 
 
-kinds = modality("mm_token_type_ids")
 marked = modality("mm_token_type_ids", IMAGE, COLUMN, LOW, START, END)
 
 PADDED = {
