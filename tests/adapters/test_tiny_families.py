@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from tiny_families import GROUPS
+from tiny_family import SPECIAL
 
 ROWS = (1, 2)
 OLD = transformers.__version__.startswith("4.")
@@ -41,13 +42,21 @@ def with_other_pixels(family, batch):
     return batch | family.collate(rows)
 
 
+def test_answers_of_four_tokens_are_words(each):
+    def check(family):
+        model, batch = family()
+        new = model.generate(**batch, max_new_tokens=4, do_sample=False)
+        assert new.shape[1] == batch["input_ids"].shape[1] + 4
+        assert new[:, -4:].max() < SPECIAL
+
+    each(check)
+
+
 def test_the_batches_run_and_answers_depend_on_pixels(each):
     def check(family):
         model, batch = family()
         plain = logits(model, batch)
         assert plain.isfinite().all()
-        new = model.generate(**batch, max_new_tokens=4, do_sample=False)
-        assert new.shape[1] == batch["input_ids"].shape[1] + 4
         difference = (logits(model, with_other_pixels(family, batch)) - plain).abs()
         own, other = difference[0, -1].max(), difference[1].max()
         assert own > 0.05, f"the last logits of the image's own row change by {own}"
