@@ -76,14 +76,25 @@ def _restore(base: Any, mixin: Any) -> nn.Module:
 
 
 def is_swapped(module: nn.Module) -> bool:
-    """Whether this instance carries a swapped class."""
-    return BASE in type(module).__dict__
+    """Whether this instance carries a swapped class, or one that a library derived from it."""
+    return hasattr(type(module), BASE)
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module as it was before any swap."""
-    base: type[nn.Module] = type(module).__dict__.get(BASE, type(module))
+    base: type[nn.Module] = getattr(type(module), BASE, type(module))
     return base
+
+
+def _without_swap(cls: Any) -> Any:
+    """A class as it would be without the swap: FSDP2 derives one of its own from a swapped one."""
+    if BASE in cls.__dict__:
+        return cls.__dict__[BASE]
+    bases = tuple(_without_swap(one) if hasattr(one, BASE) else one for one in cls.__bases__)
+    # transformers gives every class of a layer a forward around that of its base.
+    own = {"__dict__", "__weakref__", "forward"}
+    body = {name: value for name, value in vars(cls).items() if name not in own}
+    return type(cls)(cls.__name__, bases, body)
 
 
 def swap_in(module: nn.Module, mixin: Any) -> None:
@@ -107,7 +118,7 @@ def swap_out(module: nn.Module) -> None:
     that it may hold pass calls on to the class of the module.
     """
     if is_swapped(module):
-        _exchange(module, base_class(module))
+        _exchange(module, _without_swap(type(module)))
 
 
 def _exchange(module: nn.Module, new: type[nn.Module]) -> None:

@@ -138,7 +138,7 @@ class MergingLayer:
             pitome_pass: the encoding this call belongs to.
             **kwargs: what the tower passes to its layers.
         """
-        if BASE not in type(self).__dict__:
+        if not hasattr(type(self), BASE):
             # Unwrapped while another library held on to this method.
             own: Any = type(self).forward
             return own(self, hidden_states, *args, **kwargs)

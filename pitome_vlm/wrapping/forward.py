@@ -73,7 +73,7 @@ class WrappedLlava(GenerateHooks):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward on the shortened prompt; logits and loss are of that length."""
-        if BASE not in type(self).__dict__:
+        if not hasattr(type(self), BASE):
             return handed_on(self, "forward", args, kwargs)
         if kwargs.pop(PREPARED, False):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -121,7 +121,7 @@ class WrappedLlava(GenerateHooks):
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate; `sequences` begin with the caller's prompt as it was."""
-        if BASE not in type(self).__dict__:
+        if not hasattr(type(self), BASE):
             return handed_on(self, "generate", args, kwargs)
         original = super().generate  # type: ignore[misc]
         call = named_arguments(original, args, kwargs)
@@ -132,6 +132,7 @@ class WrappedLlava(GenerateHooks):
         ids, cache = call.get("input_ids"), call.get(CACHE_NAME)
         plan, has_pixels = self._pitome.plan(self, call), self._pitome.has_pixels(call)
         if sizes is not None and not has_pixels:
+            refuse_blind_assistant(call, self._pitome)
             # What `compact_inputs` made. Positions are put in step by step, as they do not simply
             # count on from the prompt's.
             images = CachedImages.of_sizes(plan, sizes, call.pop("position_ids", None))
@@ -193,7 +194,7 @@ class WrappedLlava(GenerateHooks):
             **kwargs: as of the model's own method.
         """
         del caller_prompt
-        if BASE not in type(self).__dict__:
+        if not hasattr(type(self), BASE):
             return handed_on(self, "prepare_inputs_for_generation", args, kwargs)
         if prompt_images is not None:
             cache = kwargs.get(CACHE_NAME)
@@ -218,7 +219,7 @@ class WrappedLlava(GenerateHooks):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save the untouched checkpoint with `pitome_config.json` next to it."""
-        if BASE not in type(self).__dict__:
+        if not hasattr(type(self), BASE):
             return handed_on(self, "save_pretrained", args, kwargs)
         original = super().save_pretrained  # type: ignore[misc]
         call = named_arguments(original, args, kwargs)
@@ -267,13 +268,13 @@ class WrappedLlava(GenerateHooks):
         ids: Tensor | None,
     ) -> Any:
         """Generate from the shortened call; everything the caller sees has its own prompt."""
+        refuse_blind_assistant(call, self._pitome)
         width = (call["inputs_embeds"] if ids is None else ids).shape[1]
         length = query_of(short).shape[1]
         default = getattr(self, "generation_config", None)
         short = short | shorter_limits(call, default, width=width, removed=width - length)
         if ids is None:
             return original(**{n: value for n, value in short.items() if value is not None})
-        refuse_blind_assistant(call, self._pitome)
         caller = self._pitome_caller(call, ids, length)
         short |= with_full_prompt(call, caller)
         given = {name: value for name, value in short.items() if value is not None}

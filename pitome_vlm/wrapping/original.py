@@ -68,7 +68,7 @@ class WrappedOriginalLlava(WrappedLlava):
             token_sizes: [B, S] float32 patches that every column stands for, see `compact_inputs`.
             **kwargs: as of the model's own method.
         """
-        if BASE not in type(self).__dict__:
+        if not hasattr(type(self), BASE):
             return handed_on(self, "forward", args, kwargs)
         original = super(WrappedLlava, self).forward  # type: ignore[misc]
         call = named_arguments(original, args, kwargs)
@@ -97,7 +97,7 @@ class WrappedOriginalLlava(WrappedLlava):
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate, which returns the new tokens only."""
-        if BASE not in type(self).__dict__:
+        if not hasattr(type(self), BASE):
             return handed_on(self, "generate", args, kwargs)
         original = super(WrappedLlava, self).generate  # type: ignore[misc]
         call = named_arguments(original, args, kwargs)
@@ -130,7 +130,7 @@ class WrappedOriginalLlava(WrappedLlava):
 
     def prepare_inputs_labels_for_multimodal(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own preparation with merged tokens; its six values cannot carry sizes."""
-        if BASE not in type(self).__dict__:
+        if not hasattr(type(self), BASE):
             return handed_on(self, PREPARE, args, kwargs)
         original = getattr(super(), PREPARE)
         call = by_name(original, args, kwargs)

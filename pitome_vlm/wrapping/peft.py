@@ -31,7 +31,7 @@ class WrappedPeft:
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save the adapter with `pitome_config.json` and `pitome_adapter.json` next to it."""
-        if BASE not in type(self).__dict__:
+        if not hasattr(type(self), BASE):
             # Unwrapped while another library held on to this method.
             return type(self).save_pretrained(self, *args, **kwargs)
         original = super().save_pretrained  # type: ignore[misc]

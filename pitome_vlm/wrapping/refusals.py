@@ -113,16 +113,25 @@ def is_wrapped_assistant(assistant: Any) -> bool:
 
 
 def refuse_blind_assistant(call: dict[str, Any], merging: Merging) -> None:
-    """Refuse a wrapped assistant in a turn that leaves the images to the cache.
+    """Refuse an assistant that would not see what the main model sees.
 
     Args:
         call: arguments of `generate`.
         merging: what `wrap` put on the main model.
 
     Raises:
-        ValueError: there is such an assistant, and no pixels.
+        ValueError: the prompt is embedded already, or the assistant is wrapped and the images are
+            left to the main model's cache.
     """
-    if is_wrapped_assistant(call.get("assistant_model")) and not merging.has_pixels(call):
+    assistant = call.get("assistant_model")
+    if assistant is None:
+        return
+    if call.get("input_ids") is None:
+        raise ValueError(
+            "assistant_model needs input_ids: embeddings mean nothing to another model; pass what "
+            "the processor returned, generate() shortens it itself"
+        )
+    if is_wrapped_assistant(assistant) and not merging.has_pixels(call):
         raise ValueError(
             "a wrapped assistant_model has a cache of its own: pass the pixel_values of all images "
             "of the conversation too, or unwrap() the assistant"

@@ -13,11 +13,13 @@ import torch
 from families import llava, llava_next, llava_onevision, qwen2_5_vl
 from recomputed import Recomputed
 from tiny import IMAGE
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CompileConfig,
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
+    PreTrainedTokenizerFast,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -62,6 +64,7 @@ MODES = {
         GREEDY | {"encoder_repetition_penalty": 0.5, "num_beams": 2},
         GREEDY | {"encoder_no_repeat_ngram_size": 1},
         GREEDY | {"guidance_scale": 1.5},
+        GREEDY | {"guidance_scale": 2.0, "negative_prompt_ids": torch.tensor([[1, 5], [1, 6]])},
     ],
     "watermarks": [
         GREEDY
@@ -188,6 +191,29 @@ def test_a_criterion_sees_the_caller_s_prompt(options):
     for ids in criterion.seen:
         copies = len(ids) // len(batch["input_ids"])  # beam search asks about candidates
         assert torch.equal(ids[:, :width], batch["input_ids"].repeat_interleave(copies, 0))
+
+
+def letters():
+    """A tokenizer of one character per id."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:128]
+    model = models.BPE({letter: number for number, letter in enumerate(alphabet)}, [])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_stop_strings_end_where_they_would():
+    model, batch, reference = prepared(llava)
+    width, tokenizer = batch["input_ids"].shape[1], letters()
+    # Ids of letters alone; the others are bytes that make no character.
+    options = {"do_sample": False, "max_new_tokens": 6, "suppress_tokens": list(range(94, 128))}
+    told = model.generate(**batch, **options)[0, width:]
+    options |= {"stop_strings": [tokenizer.decode(told[2:4])], "tokenizer": tokenizer}
+    found = answers(model, batch, options | {"eos_token_id": IMAGE})
+    assert torch.equal(found, answers(reference, {}, options | {"eos_token_id": IMAGE}))
+    assert bool((found[0, width + 4 :] == 0).all())
+    assert bool((told[4:] != 0).any())
 
 
 def test_padding_of_a_shortened_row_is_no_word_of_the_prompt():
