@@ -1,11 +1,28 @@
-"""Where a merged token sits: one place for the places of all that it stands for."""
+"""What a language model is told about merged tokens, and where they sit."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .config import Positions
+from .config import MergeConfig, Positions
+
+
+def told(config: MergeConfig, *, wanted: bool) -> tuple[bool, Positions]:
+    """`size_bias` and `positions` of a config with what is None decided.
+
+    Each follows the other one, because each alone hurts.
+
+    Args:
+        config: the merge options.
+        wanted: what to do with both None (`Algorithm.calibrated`).
+    """
+    bias, positions = config.size_bias, config.positions
+    if bias is None:
+        bias = wanted if positions is None else positions != "compact"
+    if positions is None:
+        positions = "mean" if bias else "compact"
+    return bias, positions
 
 
 def group_places(values: Tensor, source: Tensor, anchors: Tensor, how: Positions) -> Tensor:

@@ -77,18 +77,14 @@ def served_config(config: MergeConfig) -> MergeConfig:
     """
     # Late, because it imports torch, which a process that only registers the model does not need.
     from ..merge import algorithms
+    from ..merge.places import told
 
     if config.is_adaptive:
         raise ValueError(
             "keep='auto' cannot be served: vLLM has to know the number of visual tokens before "
             "it sees the image; give a fixed keep or tokens"
         )
-    wanted = algorithms.get(config.algorithm).calibrated
-    bias, positions = config.size_bias, config.positions
-    if bias is None:
-        bias = wanted if positions is None else positions != "compact"
-    if positions is None:
-        positions = "mean" if bias else "compact"
+    bias, positions = told(config, wanted=algorithms.get(config.algorithm).calibrated)
     return config.replace(size_bias=bias, positions=positions)
 
 

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from ..adapters.wide_attention import head_dim
 from ..merge.config import MergeConfig, Positions
-from ..merge.places import group_places
+from ..merge.places import group_places, told
 from ..merge.size_channels import WIDEST, channel_width
 from ..releases import ADDS_MASK, CACHE_NAME, FLASH, MASK_ARGUMENTS
 
@@ -77,20 +77,17 @@ def resolve(
         ValueError: `size_bias=True` where neither a float mask nor channels can carry it, or on a
             language model without rotary embeddings.
     """
-    bias, positions = config.size_bias, config.positions
+    bias, positions = told(config, wanted=wanted)
     adds_mask = _implementation(text_config) in ADDS_MASK
-    obstacle = None if adds_mask else _no_channels(text_config, channels, asked=bias is True)
+    asked = config.size_bias is True
+    obstacle = None if adds_mask else _no_channels(text_config, channels, asked=asked)
     obstacle = obstacle or _no_places(text_config)
-    if bias is None:
-        bias = wanted if positions is None else positions != "compact"
-        if bias and obstacle and positions is None:
-            logger.warning_once(
-                f"{obstacle}; merging runs without size bias and positions, which costs accuracy "
-                "at small budgets"
-            )
-            bias = False
-    if positions is None:
-        positions = "mean" if bias else "compact"
+    if bias and obstacle and config.size_bias is None and config.positions is None:
+        logger.warning_once(
+            f"{obstacle}; merging runs without size bias and positions, which costs accuracy at "
+            "small budgets"
+        )
+        bias, positions = False, "compact"
     if bias and obstacle:
         raise ValueError(
             f"size_bias: {obstacle}; load the model with attn_implementation='sdpa', or pass "

@@ -14,7 +14,7 @@ import pytest
 import torch
 from served_models import ANSWER_TOKENS, environment, pixels_of, save_tiny
 
-from pitome_vlm.demo import checkpoint_path, scene_image
+from pitome_vlm.demo import checkpoint_path, load_split, scene_image
 from pitome_vlm.vllm import hf_overrides
 
 HERE = Path(__file__).resolve().parent
@@ -51,6 +51,18 @@ def requests(images):
 
 
 @pytest.fixture(scope="session")
+def questions(tmp_path_factory):
+    """What the bundled model was trained on, about drawn scenes."""
+    folder, found = tmp_path_factory.mktemp("scenes"), []
+    for sample in load_split("val", 40):
+        path = folder / f"{sample.scene_id}.png"
+        scene_image(sample.scene_id, "val").save(path)
+        prompt = f"user: <image> {sample.question} assistant:"
+        found.append({"prompt": prompt, "images": [str(path)]})
+    return found
+
+
+@pytest.fixture(scope="session")
 def demo():
     return str(checkpoint_path())
 
@@ -65,9 +77,19 @@ def tiny_siglip(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("tiny_siglip"), "siglip")
 
 
+@pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory):
+    """With a Qwen2 language model whose rotary positions are stretched by YaRN."""
+    return save_tiny(tmp_path_factory.mktemp("tiny_qwen"), "clip", qwen=True)
+
+
 @pytest.fixture
 def engine(tmp_path):
-    """Runs one job in a fresh process and returns its passes (and `pixels_of`'s features)."""
+    """Runs one job in a fresh process and returns its passes (and `pixels_of`'s features).
+
+    After `passes` come those with `adapters`, and `controls`, in which something is wrong on
+    purpose.
+    """
 
     def run(
         path,
@@ -75,8 +97,13 @@ def engine(tmp_path):
         config=None,
         *,
         passes=1,
+        tokens=ANSWER_TOKENS,
+        adapters=(),
+        controls=(),
         features=(),
         several=False,
+        preempted=False,
+        second_runner=False,
         env=None,
         **options,
     ):
@@ -92,8 +119,11 @@ def engine(tmp_path):
                 **options,
             },
             "requests": requests,
-            "tokens": ANSWER_TOKENS,
+            "tokens": tokens,
             "passes": passes,
+            "adapters": list(adapters),
+            "controls": list(controls),
+            "second_runner": second_runner,
             "features": list(features),
             "pixels": str(tmp_path / "pixels.pt"),
         }
@@ -102,14 +132,17 @@ def engine(tmp_path):
         job_path, result_path = tmp_path / "job.json", tmp_path / "result.json"
         job_path.write_text(json.dumps(job))
         command = [sys.executable, str(HERE / "offline.py"), str(job_path), str(result_path)]
-        single = {} if several else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        own = {} if several else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        if second_runner:
+            own |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
         done = subprocess.run(
-            command, env=environment(**single, **(env or {})), capture_output=True, text=True
+            command, env=environment(**own, **(env or {})), capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-        result = json.loads(result_path.read_text())["passes"]
+        result = json.loads(result_path.read_text())
+        assert not preempted or result["preemptions"] > 0
         if not features:
-            return result
-        return result, torch.load(str(result_path) + ".pt")
+            return result["passes"]
+        return result["passes"], torch.load(str(result_path) + ".pt")
 
     return run

@@ -5,9 +5,13 @@ vLLM keeps state per process, so every test gets a fresh one. Usage: offline.py 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
+import importlib.metadata
 import json
 import sys
+import types
 from pathlib import Path
 
 import torch
@@ -18,6 +22,7 @@ from PIL import Image
 def generate(llm, job):
     """Greedy token ids, prompt lengths and cached tokens of every request, `passes` times."""
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], min_tokens=job["tokens"])
     requests = []
@@ -26,9 +31,13 @@ def generate(llm, job):
         own = {"multi_modal_data": {"image": images}} if images else {}
         requests.append({"prompt": request["prompt"], **own})
     passes, names = [], image_names(llm)
-    for _ in range(job["passes"]):
+    plain = [(None, None)] * job["passes"]
+    adapted = [(None, path) for path in job["adapters"]]
+    for control, path in plain + adapted + [(control, None) for control in job["controls"]]:
         names.clear()
-        outputs = llm.generate(requests, sampling, use_tqdm=False)
+        adapter = LoRARequest("mine", 1, path) if path else None
+        with CONTROLS[control](llm) if control else contextlib.nullcontext():
+            outputs = llm.generate(requests, sampling, use_tqdm=False, lora_request=adapter)
         passes.append(
             [
                 {
@@ -41,6 +50,52 @@ def generate(llm, job):
             ]
         )
     return passes
+
+
+@contextlib.contextmanager
+def compact_decoding(llm):
+    """Decoded tokens count on from the shortened prompt instead of from the whole one."""
+    from pitome_vlm.vllm.model import PiToMeLlavaForConditionalGeneration as Model
+
+    own = Model.get_mrope_input_positions
+    Model.get_mrope_input_positions = lambda self, *prompt: (own(self, *prompt)[0], 0)
+    yield
+    Model.get_mrope_input_positions = own
+
+
+@contextlib.contextmanager
+def no_sizes(llm):
+    """Every token counts as one patch."""
+    from pitome_vlm.vllm import calibration
+
+    assert llm.reset_prefix_cache()
+    own = calibration.key_channels
+    calibration.key_channels = lambda bias, *others: own(0 * bias, *others)
+    yield
+    calibration.key_channels = own
+
+
+CONTROLS = {"compact decoding": compact_decoding, "no sizes": no_sizes}
+
+
+def second_runner():
+    """Let vLLM run its second model runner, whose kernels are in Triton, without a GPU."""
+    import triton.backends
+
+    active = types.SimpleNamespace(is_active=lambda: True)
+    triton.backends.backends["cpu"] = types.SimpleNamespace(driver=active, compiler=None)
+    # vLLM 0.27 asks for its version under a name that builds of another name lack.
+    own = importlib.metadata.version
+    importlib.metadata.version = lambda name: "+cpu" if name == "vllm" else own(name)
+    importlib.import_module("vllm.platforms")
+    importlib.import_module("vllm.triton_utils.importing")
+    importlib.metadata.version = own
+
+
+def preemptions(llm):
+    """How often a request had to make room for another one."""
+    metrics = llm.get_metrics() if llm.llm_engine.log_stats else []
+    return sum(one.value for one in metrics if one.name == "vllm:num_preemptions")
 
 
 def image_names(llm):
@@ -63,11 +118,13 @@ def features(llm, job):
 
 
 def main(job_path, result_path):
+    job = json.loads(Path(job_path).read_text())
+    if job["second_runner"]:
+        second_runner()
     from vllm import LLM
 
-    job = json.loads(Path(job_path).read_text())
     llm = LLM(**job["engine"])
-    result = {"passes": generate(llm, job)}
+    result = {"passes": generate(llm, job), "preemptions": preemptions(llm)}
     Path(result_path).write_text(json.dumps(result))
     if job["features"]:
         torch.save(features(llm, job), result_path + ".pt")

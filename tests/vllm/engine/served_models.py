@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Qwen2Config,
     SiglipVisionConfig,
 )
 
@@ -26,7 +28,8 @@ from pitome_vlm.demo.processor import BOS, EOS, IMAGE, PAD, build_processor, voc
 from pitome_vlm.wrapping.wrap import schedule_of
 
 HERE = Path(__file__).resolve().parent
-ANSWER_TOKENS = 8
+ANSWER_TOKENS = 16
+RANK = 4
 SCENES = 45
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -63,12 +66,17 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(HERE.parents[2]), **more}
 
 
-def save_tiny(folder: Path, kind: str) -> str:
-    """A random LLaVA of 12 x 12 patches with the demo's words; vLLM needs heads of 32."""
+def save_tiny(folder: Path, kind: str, *, qwen: bool = False) -> str:
+    """A random LLaVA of 12 x 12 patches with the demo's words; vLLM needs heads of 32.
+
+    Two heads of queries share one of keys. The language model is Llama's, or Qwen2's.
+    """
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
     size |= {"num_attention_heads": 4, "image_size": 96, "patch_size": 8}
     vision = SiglipVisionConfig(**size) if kind == "siglip" else CLIPVisionConfig(**size)
-    text = LlamaConfig(
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    yarn["original_max_position_embeddings"] = 256
+    text = (Qwen2Config if qwen else LlamaConfig)(
         vocab_size=len(vocabulary()),
         hidden_size=128,
         intermediate_size=128,
@@ -79,6 +87,7 @@ def save_tiny(folder: Path, kind: str) -> str:
         pad_token_id=PAD,
         bos_token_id=BOS,
         eos_token_id=EOS,
+        **({"rope_parameters": yarn} if qwen else {}),
     )
     strategy = "full" if kind == "siglip" else "default"
     config = LlavaConfig(
@@ -123,10 +132,50 @@ def spread(name: str) -> float:
     return 0.2 if "language_model" in name else 0.15
 
 
-def reference(path, requests, config: MergeConfig | None):
+def save_adapter(path: str, folder: Path) -> str:
+    """A random LoRA adapter of the language model of a checkpoint, as PEFT saves it."""
+    model = LlavaForConditionalGeneration.from_pretrained(path)
+    generator, weights = torch.Generator().manual_seed(0), {}
+    for name, parameter in model.named_parameters():
+        if "language_model" in name and name.endswith(("q_proj.weight", "v_proj.weight")):
+            name = f"base_model.model.{name.removesuffix('.weight')}"
+            for part, shape in (
+                ("lora_A", (RANK, parameter.shape[1])),
+                ("lora_B", (parameter.shape[0], RANK)),
+            ):
+                weights[f"{name}.{part}.weight"] = torch.randn(shape, generator=generator) / 4
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "bias": "none"}
+    config["target_modules"] = ["q_proj", "v_proj"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def add_adapter(model, folder: str) -> None:
+    """Add a `save_adapter` adapter to the weights of the library's model."""
+    weights = load_file(Path(folder) / "adapter_model.safetensors")
+    with torch.no_grad():
+        for name, down in weights.items():
+            if "lora_A" in name:
+                up = weights[name.replace("lora_A", "lora_B")]
+                target = name.removeprefix("base_model.model.").replace(".lora_A", "")
+                model.get_parameter(target).add_(up @ down)
+
+
+def reference(
+    path,
+    requests,
+    config: MergeConfig | None,
+    *,
+    adapter: str | None = None,
+    tokens: int = ANSWER_TOKENS,
+):
     """The library's own greedy answers: [(prompt tokens, answer)]."""
     model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(path)
+    if adapter is not None:
+        add_adapter(model, adapter)
     saved = 0
     if config is not None:
         pitome_vlm.wrap(model, config=config)
@@ -140,8 +189,8 @@ def reference(path, requests, config: MergeConfig | None):
         output = model.generate(
             **batch,
             do_sample=False,
-            max_new_tokens=ANSWER_TOKENS,
-            min_new_tokens=ANSWER_TOKENS,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
         )
         found.append((length - saved * len(images), output[0, length:].tolist()))
     return found

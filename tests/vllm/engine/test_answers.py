@@ -19,14 +19,21 @@ def test_demo_with_chunked_prefill_and_prefix_cache(engine, demo, requests):
         requests,
         config,
         passes=2,
+        controls=["compact decoding", "no sizes"],
         features=EVERY_ALGORITHM,
         block_size=32,
         max_num_batched_tokens=40,
         enable_prefix_caching=True,
     )
-    check_equal(passes, features, demo, reference(demo, requests, config))
+    expected = reference(demo, requests, config)
+    check_equal(passes[:2], features, demo, expected)
     # The 36 tokens of an image lie in more than one chunk and in whole blocks of the cache.
     assert all(one["cached_tokens"] > 0 for one in passes[1][:3])
+    for control in passes[2:]:
+        found = answers(control)
+        # Only text is answered as before.
+        assert found[3] == expected[3]
+        assert all(found[number] != expected[number] for number in range(3))
 
 
 def test_keep_everything_is_stock_vllm(engine, demo, requests):
@@ -45,6 +52,6 @@ def names_of(outputs):
 
 
 def test_siglip(engine, tiny_siglip, requests):
-    config = MergeConfig(keep=0.25)
+    config = MergeConfig(tokens=18, positions="median")
     passes, features = engine(tiny_siglip, requests, config, features=EVERY_ALGORITHM)
     check_equal(passes, features, tiny_siglip, reference(tiny_siglip, requests, config))

@@ -28,6 +28,95 @@ for pitome in json.loads(sys.argv[2]):
 """
 
 
+# One config of vLLM, changed and given to the plugin's check again: making one takes seconds.
+CHANGED = """
+import copy, json, sys
+from types import SimpleNamespace
+from vllm.engine.arg_utils import EngineArgs
+from pitome_vlm.vllm.startup import PiToMeLlavaConfig
+
+
+def config(**pitome):
+    return EngineArgs(model=sys.argv[1], enforce_eager=True, hf_overrides={
+        "architectures": [sys.argv[2]], "pitome": {"keep": 0.25, **pitome}}).create_engine_config()
+
+
+def drafts(method):
+    return SimpleNamespace(method=method, enable_adaptive_verification=False)
+
+
+def shown(made):
+    return [made.model_config.get_head_size(), made.model_config.uses_mrope]
+
+
+calibrated, plain = config(), config(size_bias=False, positions="compact")
+changes = [
+    ("parallel_config", {"pipeline_parallel_size": 2}),
+    ("parallel_config", {"prefill_context_parallel_size": 2}),
+    ("parallel_config", {"enable_dbo": True}),
+    ("cache_config", {"cache_dtype": "fp8"}),
+    ("speculative_config", drafts("eagle3")),
+    ("speculative_config", drafts("ngram")),
+    ("model_config.multimodal_config", {"enable_mm_embeds": True}),
+]
+found = []
+for name, change in changes:
+    answers = []
+    for own in (calibrated, plain):
+        made = copy.copy(own)
+        made.model_config = copy.deepcopy(own.model_config)
+        made.model_config.model_arch_config.head_size = 32
+        target, _, part = name.rpartition(".")
+        holder = getattr(made, target) if target else made
+        value = change
+        if isinstance(change, dict):
+            value = copy.copy(getattr(holder, part))
+            for field, new in change.items():
+                setattr(value, field, new)
+        setattr(holder, part, value)
+        try:
+            PiToMeLlavaConfig.verify_and_update_config(made)
+        except ValueError as error:
+            answers.append(str(error))
+        else:
+            answers.append("")
+    found.append(answers)
+untouched = config(keep=1.0)
+halves = config(size_bias=False, positions="median"), config(positions="compact", size_bias=True)
+configs = [shown(one) for one in (calibrated, plain, untouched, *halves)]
+print("RESULT", json.dumps([configs, found]))
+"""
+REFUSED = [
+    "--pipeline-parallel-size=2 cannot be combined with calibration: ",
+    "--prefill-context-parallel-size=2 cannot be combined with calibration: ",
+    "--enable-dbo cannot be combined with calibration: ",
+    "--kv-cache-dtype=fp8 cannot be combined with calibration: ",
+    "--speculative-config method=eagle3 cannot be combined with calibration: ",
+    "",
+    "--enable-mm-embeds cannot be combined with calibration: ",
+]
+
+
+def test_what_calibration_changes_in_vllm_and_what_it_refuses(demo):
+    done = subprocess.run(
+        [sys.executable, "-c", CHANGED, demo, ARCHITECTURE],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(lines) == 1, done.stderr[-3000:]
+    configs, found = json.loads(lines[0].removeprefix("RESULT "))
+    # Heads of 32 channels, which a CPU's kernels take as 64; without calibration, and where
+    # nothing is merged, nothing of vLLM's is changed. Each half changes its own part.
+    assert configs == [[64, True], [32, False], [32, False], [32, True], [64, False]]
+    for message, (calibrated, plain) in zip(REFUSED, found, strict=True):
+        assert calibrated.startswith(message)
+        assert bool(calibrated) == bool(message)
+        assert not message or "size_bias=false and positions='compact'" in calibrated
+        assert plain == ""
+
+
 def test_bad_options_stop_a_plain_vllm_before_it_loads_anything(demo):
     cases = {
         "unknown algorithm 'tomee'": {"pitome": {"keep": 0.25, "algorithm": "tomee"}},
