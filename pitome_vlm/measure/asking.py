@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import jinja2
 from PIL import Image
 from torch import Tensor
 
@@ -74,13 +75,11 @@ def question_prompt(processor: Any, question: str, images: int = 1) -> str:
 def prompt_text(processor: Any, messages: Sequence[Message], *, ask: bool = True) -> str:
     """Messages as one text: the processor's chat template, or LLaVA-1.5's format without one.
 
-    With `ask` it ends with the beginning of an answer.
+    With `ask` it ends with the beginning of an answer. A ValueError says that a template fails, or
+    that a text holds half of a character (a lone surrogate), which no tokenizer takes.
     """
     if getattr(processor, "chat_template", None):
-        text = str(
-            processor.apply_chat_template(list(messages), add_generation_prompt=ask, tokenize=False)
-        )
-        return check_text("the prompt", text)
+        return check_text("the prompt", _from_template(processor, messages, ask))
     end = tokenizer_of(processor).eos_token or ""
     text = ""
     for message in messages:
@@ -92,6 +91,45 @@ def prompt_text(processor: Any, messages: Sequence[Message], *, ask: bool = True
         else:
             text += f"{said} "
     return check_text("the prompt", f"{text}ASSISTANT:" if ask else text)
+
+
+def _from_template(processor: Any, messages: Sequence[Message], ask: bool) -> str:
+    """Messages in the processor's chat template.
+
+    Some templates take content as text only: they fail with a list of parts, or write it out as
+    Python shows it, brackets and all. They get such content as one text.
+    """
+    token = image_token(processor)
+    flat = [{**one, "content": _flat_content(one["content"], token)} for one in messages]
+
+    def written(form: Sequence[Message]) -> str:
+        return str(
+            processor.apply_chat_template(list(form), add_generation_prompt=ask, tokenize=False)
+        )
+
+    try:
+        try:
+            text = written(messages)
+        except (jinja2.TemplateError, TypeError):
+            return _complete(written(flat), flat)
+        shown = [
+            not isinstance(one["content"], str) and str(one["content"]) in text for one in messages
+        ]
+        if not any(shown):
+            return text
+        chosen = zip(messages, flat, shown, strict=True)
+        return _complete(written([other if out else one for one, other, out in chosen]), flat)
+    except (jinja2.TemplateError, TypeError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"the processor's chat template cannot write this ({said})") from error
+
+
+def _complete(text: str, messages: Sequence[Message]) -> str:
+    """The text, if it holds what every message says."""
+    for message in messages:
+        if not all(line.strip() in text for line in message["content"].splitlines()):
+            raise TypeError("it leaves out what was said")
+    return text
 
 
 def special_tokens(processor: Any, texts: Sequence[str]) -> bool:

@@ -17,7 +17,7 @@ from ..loading.images import ImageError
 from ..loading.records import DataError
 from ..measure.asking import encoded_rows, image_token, prompt_text, special_tokens
 from ..wrapping.columns import IGNORED_LABEL
-from .conversations import ASSISTANT, IMAGE_MARK, Conversation, Message
+from .conversations import ASSISTANT, IMAGE_MARK, Conversation
 from .sources import Example
 
 
@@ -50,9 +50,15 @@ class Collator:
                 image; longer rows are cut off at the end, None cuts nothing.
 
         Raises:
+            TypeError: not a processor of text and images.
             ValueError: the tokenizer gives no character offsets.
         """
-        tokenizer = processor.tokenizer
+        tokenizer = getattr(processor, "tokenizer", None)
+        if tokenizer is None:
+            raise TypeError(
+                "processor must be the model's, with a tokenizer and an image processor, got "
+                f"{type(processor).__name__}"
+            )
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
                 f"{type(tokenizer).__name__} gives no character offsets, which labels need; load "
@@ -129,12 +135,12 @@ class Collator:
         """
         self.check(conversation)
         messages, end = conversation.messages, self._tokenizer.eos_token or ""
-        whole, text, answers, done = self._template(messages, False), "", [], 0
+        whole, text, answers, done = self._template(conversation, None, False), "", [], 0
         for index, message in enumerate(messages):
             if message.role != ASSISTANT:
                 continue
-            asked = self._template(messages[:index], True)
-            told = self._template(messages[: index + 1], False)
+            asked = self._template(conversation, index, True)
+            told = self._template(conversation, index + 1, False)
             if not (whole.startswith(told) and told.startswith(asked)):
                 raise DataError(
                     f"{conversation.where}: the processor's chat template writes a turn "
@@ -150,8 +156,12 @@ class Collator:
             text, done = text + body + rest, len(told)
         return Rendered(text + whole[done:], tuple(answers))
 
-    def _template(self, messages: Sequence[Message], ask: bool) -> str:
-        return prompt_text(self.processor, [message.chat() for message in messages], ask=ask)
+    def _template(self, conversation: Conversation, turns: int | None, ask: bool) -> str:
+        messages = [message.chat() for message in conversation.messages[:turns]]
+        try:
+            return prompt_text(self.processor, messages, ask=ask)
+        except ValueError as error:
+            raise DataError(f"{conversation.where}: {error}") from error
 
     def _labels(
         self, ids: Tensor, mask: Tensor, rendered: Rendered, special: bool, where: str

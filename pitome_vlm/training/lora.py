@@ -109,6 +109,7 @@ def prepare(model: Any, options: LoraOptions | None = None) -> Any:
 
     Raises:
         ImportError: PEFT is not installed.
+        TypeError: the options are no `LoraOptions`.
         ValueError: the model is not wrapped, or has an adapter and options are given.
     """
     require("peft", "train", "training")
@@ -119,6 +120,8 @@ def prepare(model: Any, options: LoraOptions | None = None) -> Any:
             "the model is not wrapped; call pitome_vlm.wrap(model, keep=0.25) first (keep=1.0 to "
             "train without merging)"
         )
+    if options is not None and not isinstance(options, LoraOptions):
+        raise TypeError(f"LoRA options must be a LoraOptions, got {type(options).__name__}")
     config: MergeConfig = merge_config(model)
     allow_gradients(model)
     if isinstance(model, peft.PeftModel):

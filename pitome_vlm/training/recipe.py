@@ -114,6 +114,12 @@ def train(
     if max_length is not None:
         whole_number("max_length", max_length, 1)
     longest = max_length or getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    adapted = lora.parts if isinstance(lora, LoraOptions) else ("language_model",)
+    if data.has_text_only and "language_model" not in adapted:
+        raise ValueError(
+            f"{data.name} has conversations without an image, from which {', '.join(adapted)} "
+            "cannot learn; leave them out, or add language_model to the parts of the adapter"
+        )
     # Batches without images leave an adapter on tower or projector without gradients.
     arguments = {"ddp_find_unused_parameters": data.has_text_only} | arguments
     settings = training_arguments(folder.root, base.device, progress=progress, **arguments)

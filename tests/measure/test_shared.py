@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from pitome_vlm.demo import checkpoint_path, load_split, scene_image
+from pitome_vlm.demo.processor import build_processor
 from pitome_vlm.loading import load
 from pitome_vlm.measure import asking, demo_benchmark, plots, stats, store, tables
 from pitome_vlm.measure.provenance import (
@@ -344,6 +345,27 @@ class TestAsking:
     def test_rows_without_padding_token_cannot_be_batched(self):
         with pytest.raises(ValueError, match="no padding token"):
             asking.encoded(bare_processor(), ["a", "b"])
+
+    def test_templates_that_take_text_only_get_text(self):
+        """Else they write lists of parts out as Python shows them, or fail."""
+        each = "{%% for m in messages %%}{{ m.role }}: {{ %s }} {%% endfor %%}"
+        mixed = "m.content[0].text if m.role == 'user' else m.content | trim"
+        for shown in ("m.content", "m.content | trim", "m.content.strip()", "'' + m.content"):
+            processor = build_processor()
+            processor.chat_template = each % shown
+            text = asking.question_prompt(processor, "what is it ?", 2)
+            assert text == "user: <image>\n<image>\nwhat is it ? "
+        processor.chat_template = each % mixed
+        chat = [asking.user_message("a b"), asking.assistant_message("c")]
+        assert asking.prompt_text(processor, chat) == "user: a b assistant: c "
+        for failing, said in (
+            ("raise_exception('no system turn')", "cannot write this .no system turn"),
+            ("m.content[:0] + ''", "it leaves out what was said"),
+            ("m.content + 1", "cannot write this"),
+        ):
+            processor.chat_template = each % failing
+            with pytest.raises(ValueError, match=said):
+                asking.prompt_text(processor, chat)
 
     def test_questions_are_checked(self):
         assert asking.checked_question(" a ", bare_processor()) == "a"

@@ -114,10 +114,16 @@ def test_options_that_train_nothing_or_fail_later_leave_model_and_folder_as_they
         ),
         "lengths": ({"train_sampling_strategy": "group_by_length"}, "group_by_length needs the"),
         "share": ({"val_fraction": "0.5"}, "val_fraction must be a number, got '0.5'"),
+        "lora": ({"lora": {"rank": 2}}, "must be a LoraOptions, got dict"),
+        "no image": (
+            {"text_only": True, "lora": LoraOptions(parts=("vision_tower", "projector"))},
+            "from which vision_tower, projector cannot learn",
+        ),
         "no validation": ({"eval_strategy": "steps"}, "eval_dataset"),
     }.values():
+        rows = [*short, {"messages": chat()}] if "text_only" in options else short
         with pytest.raises((TypeError, ValueError), match=said):
-            train(model, processor, short, folder / "out", image_folder=folder, **options)
+            train(model, processor, rows, folder / "out", image_folder=folder, **options)
         assert not (folder / "out").exists()
         after = {name: (type(module), module.training) for name, module in model.named_modules()}
         assert after == before

@@ -408,6 +408,20 @@ class TestLabels:
         with pytest.raises(DataError, match=r"records\[0\].*chat template"):
             Collator(processor)([data[0]])
 
+    def test_a_template_that_fails_is_named_with_the_record(self):
+        processor = build_processor()
+        processor.chat_template = "{{ raise_exception('no such turn') }}"
+        data = from_records([conversations([(1, ["red"], ["one"])])])
+        with pytest.raises(
+            DataError, match=r"^records\[0\]: .*template cannot write.*no such turn"
+        ):
+            Collator(processor)([data[0]])
+
+    def test_what_is_no_processor_is_refused(self):
+        for wrong in (build_processor().tokenizer, build_processor().image_processor, None):
+            with pytest.raises(TypeError, match="processor must be the model's, with a tokenizer"):
+                Collator(wrong)
+
     def test_a_slow_tokenizer_is_refused(self):
         class Slow:
             is_fast = False
