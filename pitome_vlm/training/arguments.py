@@ -54,7 +54,6 @@ _COUNTS = (
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
 )
-_SAMPLING = "train_sampling_strategy"
 _PACKAGES = ("wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "clearml", "neptune")
 
 
@@ -77,6 +76,12 @@ def training_arguments(
     """
     known = {item.name for item in dataclasses.fields(TrainingArguments) if item.init}
     values = DEFAULTS | {name: value for name, value in given.items() if value is not None}
+    # Under the names of all releases.
+    if values.get("group_by_length") or values.get("train_sampling_strategy") == "group_by_length":
+        raise ValueError(
+            "group_by_length needs the lengths of all rows, which are known once images are read; "
+            "leave it out"
+        )
     if values.get("gradient_checkpointing"):
         # Reentrant checkpoints lose gradients if a region's inputs need none, as here.
         values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
@@ -139,11 +144,6 @@ def _check_amounts(values: dict[str, Any]) -> None:
         whole_number("max_steps", steps, 1)
     elif not (isinstance(epochs, (int, float)) and epochs > 0):
         raise ValueError(f"num_train_epochs must be above 0, got {shown(epochs)}")
-    if values.get("group_by_length") or values.get(_SAMPLING) == "group_by_length":
-        raise ValueError(
-            "group_by_length needs the lengths of all rows, which are known once images are read; "
-            "leave it out"
-        )
 
 
 def _check_report(report_to: Any) -> None:

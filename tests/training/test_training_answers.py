@@ -119,6 +119,7 @@ def test_options_that_train_nothing_or_fail_later_leave_model_and_folder_as_they
             {"text_only": True, "lora": LoraOptions(parts=("vision_tower", "projector"))},
             "from which vision_tower, projector cannot learn",
         ),
+        "lengths of old": ({"group_by_length": True}, "group_by_length needs the"),
         "no validation": ({"eval_strategy": "steps"}, "eval_dataset"),
     }.values():
         rows = [*short, {"messages": chat()}] if "text_only" in options else short
