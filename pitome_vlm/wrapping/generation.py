@@ -152,7 +152,7 @@ def inferred_mask(model: Any, call: Mapping[str, Any], ids: Tensor) -> Tensor | 
         [B, T] int64, None where all tokens count: no padding, no pad token, or one that ends
         answers as well.
     """
-    lookup = _options_of(call, getattr(model, "generation_config", None))
+    lookup = options_of(call, getattr(model, "generation_config", None))
     pad, ends = lookup("pad_token_id"), lookup("eos_token_id")
     ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
     if pad is None or int(pad) in ends or not bool((ids == pad).any()):
@@ -197,7 +197,7 @@ def caller_criteria(criteria: StoppingCriteriaList, caller: CallerPrompt) -> Sto
     return StoppingCriteriaList(seeing(one) for one in criteria)
 
 
-def _options_of(kwargs: Mapping[str, Any], default: Any) -> Callable[[str], Any]:
+def options_of(kwargs: Mapping[str, Any], default: Any) -> Callable[[str], Any]:
     """Looks an option of generate up: in the call, its generation config, the model's own."""
     configs = (kwargs.get("generation_config"), default)
 
@@ -230,7 +230,7 @@ def shorter_limits(
     Raises:
         ValueError: the prompt alone is longer than max_length, in the caller's numbers.
     """
-    lookup = _options_of(kwargs, default)
+    lookup = options_of(kwargs, default)
     limits = {}
     for end in ("max", "min"):
         value, explicit = lookup(f"{end}_length"), kwargs.get(f"{end}_length") is not None

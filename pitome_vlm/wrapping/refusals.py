@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..adapters.swap import is_swapped
 from ..releases import CACHE_NAME, EMBEDS_NEED_EMPTY_CACHE, TRANSFORMERS
+from .generation import options_of
 from .kv_cache import cached_images
 from .merging import Merging
 from .placeholders import all_placeholders
@@ -61,14 +62,20 @@ def refuse_unsupported(model: Any, call: dict[str, Any]) -> None:
     Raises:
         ValueError: one of them is asked for.
     """
-    chunk = call.get("prefill_chunk_size")
-    for config in (call.get("generation_config"), getattr(model, "generation_config", None)):
-        chunk = getattr(config, "prefill_chunk_size", None) if chunk is None else chunk
+    lookup = options_of(call, getattr(model, "generation_config", None))
+    chunk = lookup("prefill_chunk_size")
     if chunk is not None:
         raise ValueError(
             f"prefill_chunk_size={chunk} cannot be combined with merged images: the prompt "
             "is passed as embeddings, which generate does not cut into chunks"
         )
+    for name, off in (("use_mtp", False), ("speculation_type", None)):
+        value = lookup(name)
+        if value not in (None, off):
+            raise ValueError(
+                f"{name}={value!r} cannot be combined with merged images: its drafts count "
+                "columns of the unmerged prompt; use prompt_lookup_num_tokens or assistant_model"
+            )
     if call.get("cache_implementation") == "paged":
         raise ValueError(
             "cache_implementation='paged' (continuous batching) takes ids alone, without images; "

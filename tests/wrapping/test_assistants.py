@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import llava, llava_next, llava_onevision, qwen2_5_vl
 from peft import LoraConfig, get_peft_model
+from test_modes import letters
 from test_same_contract import one_row
 from tiny import IMAGE
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -43,9 +44,9 @@ def prepared(family):
     return model, batch
 
 
-def text_model():
+def text_model(words=128):
     torch.manual_seed(1)
-    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64}
+    sizes = {"vocab_size": words, "hidden_size": 32, "intermediate_size": 64}
     config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=4)
     return LlamaForCausalLM(config).eval().double()
 
@@ -137,3 +138,21 @@ def test_drafts_in_a_later_turn():
     assert torch.equal(model.generate(**turn, **GREEDY, **lookup), expected)
     with pytest.raises(ValueError, match="pass the pixel_values of all images"):
         model.generate(**turn, **GREEDY, **{CACHE_NAME: cache}, assistant_model=wrapped)
+
+
+def test_an_assistant_with_another_tokenizer():
+    bare, batch = prepared(llava)
+    model = pitome_vlm.wrap(bare, keep=0.25)
+    options = GREEDY | {"suppress_tokens": list(range(94, 128))}  # letters alone
+    expected = model.generate(**batch, **options)
+    pair = {"tokenizer": letters(), "assistant_tokenizer": letters(120)}
+    found = model.generate(**batch, **options, **pair, assistant_model=text_model(120))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("option", [{"use_mtp": True}, {"speculation_type": "dflash"}])
+def test_drafts_from_the_model_s_own_states_are_refused(option):
+    bare, batch = prepared(llava)
+    model = pitome_vlm.wrap(bare, keep=0.25)
+    with pytest.raises(ValueError, match=f"{next(iter(option))}=.* use prompt_lookup_num_tokens"):
+        model.generate(**batch, **GREEDY, **option)

@@ -193,9 +193,9 @@ def test_a_criterion_sees_the_caller_s_prompt(options):
         assert torch.equal(ids[:, :width], batch["input_ids"].repeat_interleave(copies, 0))
 
 
-def letters():
+def letters(size=128):
     """A tokenizer of one character per id."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:128]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:size]
     model = models.BPE({letter: number for number, letter in enumerate(alphabet)}, [])
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
