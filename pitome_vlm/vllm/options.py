@@ -27,6 +27,12 @@ CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 # ones can be had: names in the config of the language model.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "ntk")
 UNCALIBRATED = "size_bias=false and positions='compact'"
+# Language models whose attention logits are more than scaled products, by `model_type`.
+_OTHER_LOGITS = {
+    "gpt_oss": "its attention has sinks",
+    "bloom": "its attention has ALiBi slopes",
+    "mpt": "its attention has ALiBi slopes",
+}
 
 
 @dataclass(frozen=True)
@@ -131,9 +137,12 @@ def _check_language_model(text_config: Any, plan: PlannedServing) -> None:
     Raises:
         ValueError: this is one.
     """
-    name, reason = getattr(text_config, "model_type", "unknown"), None
+    name = getattr(text_config, "model_type", "unknown")
+    reason = _OTHER_LOGITS.get(name) if plan.size_bias else None
     if plan.size_bias and getattr(text_config, "attn_logit_softcapping", None):
         reason = "its attention logits are capped after the bias"
+    if plan.size_bias and getattr(text_config, "alibi", False):
+        reason = "its attention has ALiBi slopes"
     rotary = _rope_parameters(text_config)
     if plan.places and not rotary:
         reason = "it has no rotary positions, which places of merged tokens need"

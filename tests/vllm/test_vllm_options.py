@@ -102,6 +102,8 @@ def test_adaptive_budgets_are_refused():
         ({"rope_parameters": {"full": {"rope_type": "proportional"}}}, "'proportional'"),
         ({"rope_parameters": None, "rope_theta": None}, "no rotary positions"),
         ({"attn_logit_softcapping": 50.0}, "capped"),
+        ({"alibi": True}, "ALiBi"),
+        ({"model_type": "gpt_oss"}, "sinks"),
         ({"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling"),
     ],
     ids=str,

@@ -9,8 +9,6 @@ from pitome_vlm.merge import algorithms
 
 # Compared by keys, which tensor parallelism spreads over processes, and answers depend on it.
 BY_KEYS = MergeConfig(keep=0.25, algorithm="pitome", metric="keys")
-# Without what the language model is told: vLLM's own heads and positions.
-UNCALIBRATED = MergeConfig.preset("paper", keep=0.25)
 EVERY_ALGORITHM = [
     *({"algorithm": name, "tokens": 36} for name in algorithms.available() if name != "none"),
     {"algorithm": "pitome", "ratio": 0.9},

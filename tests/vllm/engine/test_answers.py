@@ -51,7 +51,8 @@ def names_of(outputs):
     return {name for one in outputs for name in one["image_names"]}
 
 
-def test_siglip(engine, tiny_siglip, requests):
-    config = MergeConfig(tokens=18, positions="median")
+def test_siglip_without_calibration(engine, tiny_siglip, requests):
+    """vLLM's own heads and positions, and another tower."""
+    config = MergeConfig.preset("paper", keep=0.25)
     passes, features = engine(tiny_siglip, requests, config, features=EVERY_ALGORITHM)
     check_equal(passes, features, tiny_siglip, reference(tiny_siglip, requests, config))

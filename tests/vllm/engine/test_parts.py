@@ -120,8 +120,13 @@ LISTED = Backend("LISTED", 64, 128, 256)
     ("chosen", "head", "wide"),
     [(None, 128, 136), (None, 80, 88), (FLASH, 64, 72), (LISTED, 64, 128), (LISTED, 128, 256)],
 )
-def test_heads_become_as_wide_as_the_backend_needs(monkeypatch, chosen, head, wide):
+def test_heads_become_as_wide_as_the_backend_needs(monkeypatch, caplog, chosen, head, wide):
+    caplog.set_level("INFO", startup.logger.name)
     assert choose(monkeypatch, chosen, head, [FLASH, LISTED]) == wide
+    # What it costs is printed.
+    cost = f"{100 * (wide - head) / head:.0f} % more memory per token"
+    assert f"heads of {head} channels become {wide} in the KV cache" in caplog.text
+    assert cost in caplog.text
 
 
 def test_a_backend_that_takes_no_wider_head_is_named_with_one_that_does(monkeypatch):

@@ -7,23 +7,24 @@ import pytest
 pytest.importorskip("vllm.version", reason="make test-vllm builds an environment with vLLM")
 
 from compared import BY_KEYS, EVERY_ALGORITHM, answers, check_equal, check_varied
-from served_models import reference, save_adapter
+from served_models import reference, save_adapter, save_under_names
 
 from pitome_vlm import MergeConfig
 
 
 def test_in_a_process_of_its_own_with_all_that_disturbs(engine, tiny, requests, tmp_path):
-    """Preempted requests, guessed tokens, and an adapter.
+    """Preempted requests, guessed tokens, an adapter, and weights under names of their own.
 
     Requests with and without an adapter do not come together: vLLM on a CPU answers those without
     one wrongly then, also where nothing is merged.
     """
     adapter = save_adapter(tiny, tmp_path / "adapter")
     config = MergeConfig(keep=0.25)
+    path = save_under_names(tiny, tmp_path / "renamed", "modules of transformers 5")
     drafts = {"method": "ngram", "num_speculative_tokens": 2}
     drafts |= {"prompt_lookup_max": 2, "prompt_lookup_min": 1}
     passes = engine(
-        tiny,
+        path,
         requests,
         config,
         adapters=[adapter],

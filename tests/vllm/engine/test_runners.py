@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("vllm.version", reason="make test-vllm builds an environment with vLLM")
 
 from compared import answers, check_varied
-from served_models import reference
+from served_models import reference, save_under_names
 
 from pitome_vlm import MergeConfig
 
@@ -22,9 +22,13 @@ def test_compiled(engine, tiny_qwen, requests):
     assert [answers(one) for one in passes] == [expected] * 2
 
 
-def test_second_model_runner(engine, tiny, requests):
-    passes = engine(tiny, requests, CONFIG, passes=2, second_runner=True, **CHUNKS)
-    expected = reference(tiny, requests, CONFIG)
+def test_second_model_runner(engine, tiny, requests, tmp_path):
+    """From weights that are called as in published checkpoints."""
+    config = MergeConfig(tokens=30, positions="median")
+    path = save_under_names(tiny, tmp_path / "published", "published")
+    passes = engine(path, requests, config, passes=2, second_runner=True, **CHUNKS)
+    expected = reference(tiny, requests, config)
+    check_varied(expected)
     assert [answers(one) for one in passes] == [expected] * 2
 
 
