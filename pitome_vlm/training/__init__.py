@@ -10,18 +10,13 @@ Needs the extra `train`.
 
 from ..loading.records import DataError
 from .collate import Collator
+from .examples import Conversations, Example
+from .hugging_face import from_dataset
 from .lora import PARTS, LoraOptions, prepare, save_adapter, target_modules
 from .metrics import answer_metrics, most_likely
 from .recipe import TrainingResult, train
 from .shorten import ShorteningCollator, shorten
-from .sources import (
-    Conversations,
-    Example,
-    from_dataset,
-    from_records,
-    open_conversations,
-    read_llava,
-)
+from .sources import from_records, open_conversations, read_llava
 from .trainer import KeepMerging, MergingTrainer, ShiftedLabelSmoother
 
 __all__ = [

@@ -10,7 +10,7 @@ import warnings
 from ..loading.records import DataError
 from ..wrapping.columns import IGNORED_LABEL
 from .collate import Collator
-from .sources import Conversations
+from .examples import Conversations
 
 LOOKED_AT = 64
 _BATCH = 8

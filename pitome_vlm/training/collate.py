@@ -18,7 +18,7 @@ from ..loading.records import DataError
 from ..measure.asking import encoded_rows, image_token, prompt_text, special_tokens
 from ..wrapping.columns import IGNORED_LABEL
 from .conversations import ASSISTANT, IMAGE_MARK, Conversation
-from .sources import Example
+from .examples import Example
 
 
 @dataclass(frozen=True)

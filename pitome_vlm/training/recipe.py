@@ -23,9 +23,10 @@ from ..wrapping.wrap import base_model, merge_config
 from .answers import LOOKED_AT, answers_lost, check_answers
 from .arguments import global_batch, identity, training_arguments
 from .collate import Collator
+from .examples import Conversations
 from .lora import LoraOptions, prepare
 from .run_files import RunFolder
-from .sources import Conversations, open_conversations
+from .sources import open_conversations
 from .trainer import MergingTrainer, ProgressLine, with_budget
 
 
