@@ -70,6 +70,8 @@ RENAMED_TRAINING_ARGUMENTS = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
+# The argument of a model's forward that holds features, as its own functions return them.
+HANDED_FEATURES = "mm_encoder_outputs"
 # Arguments of this release's mask functions.
 MASK_ARGUMENTS = frozenset(inspect.signature(create_masks_for_generate).parameters)
 
@@ -138,6 +140,11 @@ def accepted(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict
     """Those of the arguments that this release's function names as parameters."""
     known = inspect.signature(function).parameters
     return {name: value for name, value in arguments.items() if name in known}
+
+
+def takes_features(model: Any) -> bool:
+    """Whether a model's forward takes features instead of pixels (from release 5.18 on)."""
+    return HANDED_FEATURES in inspect.signature(model.forward).parameters
 
 
 def vllm_config_checks() -> dict[str, Any] | None:

@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 
 from .base import Adapter
+from .families import FAMILIES
+from .generic import GenericAdapter
 from .hf_anyres import HFAnyResAdapter
 from .hf_llava import HFLlavaAdapter
 from .hf_video import HFNextVideoAdapter, HFVideoAdapter, HFVideoLlavaAdapter
@@ -29,6 +31,7 @@ ADAPTERS: list[Adapter] = [
     OriginalLlavaAdapter(),
     OriginalAnyResAdapter(),
     QwenVLAdapter(),
+    *(GenericAdapter(family) for family in FAMILIES),
 ]
 
 

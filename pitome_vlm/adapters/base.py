@@ -43,6 +43,9 @@ class Adapter(abc.ABC):
             are printed; None where every image is resized to one size.
         videos_pooled_first: videos are pooled and merged before the projector.
         own_positions: the model places tokens by the grid of their image (`prompt_places`).
+        own_scatter: the model's own forward puts visual tokens into a prompt of ids.
+        first_place: position of a prompt's first token.
+        one_mask: the language model takes no masks by layer type.
         place_inputs: those of `vision_inputs` that only say where tokens are; features do not
             depend on them.
     """
@@ -57,6 +60,9 @@ class Adapter(abc.ABC):
     default_image_size: tuple[int, int] | None = None
     videos_pooled_first: bool = False
     own_positions: bool = False
+    own_scatter: bool = False
+    first_place: int = 0
+    one_mask: bool = False
     place_inputs: tuple[str, ...] = ()
 
     def matches(self, model: Any) -> bool:

@@ -17,10 +17,11 @@ from typing_extensions import override
 from ..merge.counts import Footprint
 from ..merge.merge_pass import MergePass
 from ..merge.schedule import TowerShape
-from ..merge.tiles import PackedItem, merge_grids
+from ..merge.tiles import merge_grids
 from ..merge.tokens import Encoded
 from ..releases import accepted
 from .base import Adapter
+from .grids import Grid, footprint_of, item_of, rope_places
 from .parts import ModelParts
 
 KINDS = {"pixel_values": "image", "pixel_values_videos": "video"}
@@ -118,7 +119,7 @@ class QwenVLAdapter(Adapter):
     @override
     def footprints(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Footprint]]:
         return {
-            kind: [_footprint(grid, kind) for grid in _grids(model, inputs, kind)]
+            kind: [footprint_of(grid, kind) for grid in _grids(model, inputs, kind)]
             for name, kind in KINDS.items()
             if inputs.get(name) is not None
         }
@@ -133,7 +134,7 @@ class QwenVLAdapter(Adapter):
             read = getattr(model.model, f"get_{kind}_features")
             found = read(inputs[name], inputs[GRIDS[kind]])
             features = list(getattr(found, "pooler_output", found))
-            items = [_item(grid, kind) for grid in grids]
+            items = [item_of(grid, kind) for grid in grids]
             visual = merge_grids(features, items, merge_pass.fresh())
             encoded.append(Encoded(kind, self.placeholder_ids(model)[kind], visual))
         return encoded
@@ -142,32 +143,7 @@ class QwenVLAdapter(Adapter):
     def prompt_places(
         self, model: Any, inputs: Mapping[str, Any], mask: Tensor | None
     ) -> Tensor | None:
-        """[B, T, 3] float32: time, row and column of every token of the unmerged prompt.
-
-        Raises:
-            ValueError: there are no ids in which to find the images.
-        """
-        given = inputs.get("position_ids")
-        if isinstance(given, Tensor):
-            own = given if given.dim() == 3 else given.expand(3, *given.shape)
-            return own[-3:].permute(1, 2, 0).float()
-        ids = inputs.get("input_ids")
-        if ids is None:
-            raise ValueError(
-                "input_ids are needed with pixel_values: this model's positions follow from where "
-                "its images are in the prompt; pass input_ids, or position_ids of your own"
-            )
-        kinds = inputs.get("mm_token_type_ids")
-        if kinds is None:
-            kinds = torch.zeros_like(ids)
-            for number, token in enumerate(self.placeholder_ids(model).values(), start=1):
-                kinds = kinds.masked_fill(ids == token, number)
-        values = {name: inputs.get(name) for name in (*GRIDS.values(), "second_per_grid_ts")}
-        values |= {"mm_token_type_ids": kinds, "attention_mask": mask}
-        locate = model.model.get_rope_index
-        places, _ = locate(ids, **accepted(locate, values))
-        found: Tensor = places.permute(1, 2, 0).float()
-        return found
+        return rope_places(model, self.placeholder_ids(model), inputs, mask)
 
     @override
     def tower_flops(self, model: Any, footprint: Footprint) -> int | None:
@@ -204,7 +180,7 @@ def _linear(module: nn.Module) -> int:
     return 2 * sum(layer.in_features * layer.out_features for layer in layers)
 
 
-def _grids(model: Any, inputs: Mapping[str, Any], kind: str) -> list[tuple[int, int, int]]:
+def _grids(model: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
     """(frames, rows, columns) of every image or video after the patch merger.
 
     Raises:
@@ -218,13 +194,3 @@ def _grids(model: Any, inputs: Mapping[str, Any], kind: str) -> list[tuple[int, 
         )
     side = model.config.vision_config.spatial_merge_size
     return [(t, h // side, w // side) for t, h, w in torch.as_tensor(grids).tolist()]
-
-
-def _footprint(grid: tuple[int, int, int], kind: str) -> Footprint:
-    return Footprint(math.prod(grid), frames=grid[0] if kind == "video" else 0)
-
-
-def _item(grid: tuple[int, int, int], kind: str) -> PackedItem:
-    planes = tuple(torch.arange(math.prod(grid)).view(grid))
-    frames = tuple(range(grid[0])) if kind == "video" else None
-    return PackedItem(_footprint(grid, kind), planes, frames)

@@ -81,6 +81,68 @@ class VisualTokens:
         return found
 
 
+    def means(self, values: list[Tensor]) -> list[Tensor]:
+        """[full_counts[i], C] of every image to [n_i, C]: plain means over the merged tokens."""
+        found = []
+        for own, source, count in zip(values, self.source_maps, self.counts, strict=True):
+            source = source.to(own.device)
+            wide = own.to(torch.promote_types(own.dtype, torch.float32))
+            total = wide.new_zeros(count, own.shape[1]).index_add(0, source, wide)
+            sizes = torch.bincount(source, minlength=count)[:, None]
+            found.append((total / sizes).to(own.dtype))
+        return found
+
+
+@dataclass(frozen=True)
+class HandedOver:
+    """What a model's own function for features returned, to be handed back with merged ones.
+
+    Attributes:
+        output: of that function, a `ModelOutput` of transformers.
+        field: of the output, the features that are put into the prompt.
+        levels_field: of the output, features of the same tokens for deeper layers; None for none.
+        levels: of every level one [n_i, C] tensor per image, merged.
+    """
+
+    output: Any
+    field: str
+    levels_field: str | None = None
+    levels: tuple[list[Tensor], ...] = ()
+
+    def with_levels(self, levels: list[list[Tensor]]) -> HandedOver:
+        """The same with merged features of all levels."""
+        return dataclasses.replace(self, levels=tuple(levels))
+
+    def without_states(self) -> HandedOver:
+        """The same without the states of the tower, which nobody reads again."""
+        states = ("last_hidden_state", "hidden_states", "attentions")
+        kept = {name: value for name, value in self.output.items() if name not in states}
+        return dataclasses.replace(self, output=type(self.output)(**kept))
+
+    def rows(self, features: list[Tensor], index: Tensor) -> Any:
+        """The output with some of the merged tokens instead of its own.
+
+        Args:
+            features: one [n_i, C] tensor per image.
+            index: [m] int64 into all tokens of all images.
+        """
+        changed = {self.field: _like(getattr(self.output, self.field), features, index)}
+        if self.levels_field is not None:
+            own = getattr(self.output, self.levels_field)
+            pairs = zip(own, self.levels, strict=True)
+            changed[self.levels_field] = [_like(old, new, index) for old, new in pairs]
+        return type(self.output)(**dict(self.output.items()) | changed)
+
+
+def _like(own: Any, merged: list[Tensor], index: Tensor) -> Any:
+    """Chosen rows of the merged tokens in the form of a model's own features."""
+    rows = torch.cat(merged)
+    rows = rows[index.to(rows.device)]
+    if not isinstance(own, Tensor):
+        return [rows]
+    return rows if own.dim() == 2 else rows[None]
+
+
 @dataclass(frozen=True)
 class Encoded:
     """All visual tokens of one kind in a batch.
@@ -89,8 +151,10 @@ class Encoded:
         kind: "image" or "video", as in the names of the model's outputs.
         token_id: the placeholder in the prompt that stands for one of them.
         visual: the tokens; images in the order of their placeholders.
+        handed: where the model's own forward puts them into the prompt.
     """
 
     kind: str
     token_id: int
     visual: VisualTokens
+    handed: HandedOver | None = None

@@ -1,0 +1,215 @@
+"""Families of models that differ in data only: one record each.
+
+A record says which arguments belong to the pixels of an image and how many tokens it has. How the
+features get into the prompt is left to the model's own forward (`generic.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .grids import Grid
+
+# The configuration, a call's arguments and a kind to the grid of every image (or tile), in the order
+# of their placeholders.
+Grids = Callable[[Any, Mapping[str, Any], str], list[Grid]]
+# The configuration and an image's (height, width) in pixels to its grid.
+Cells = Callable[[Any, tuple[int, int]], Grid]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the generic adapter has to be told about a family of models.
+
+    Attributes:
+        model_types: values of `config.model_type`.
+        grids: of the images of a call.
+        cells: of one image of a size; None where every image (or tile) has the same number of
+            tokens.
+        inputs: the arguments of every kind ("image", "video"), pixels first.
+        places: further arguments that only say where tokens are. Families that have them place
+            tokens in time, rows and columns.
+        field: of what `get_image_features` returns, the features that are put into the prompt.
+        levels: of the same, further features of the same tokens for deeper layers (deepstack).
+        first_place: position of a prompt's first token.
+        one_mask: the language model takes no masks by layer type.
+    """
+
+    model_types: tuple[str, ...]
+    grids: Grids
+    cells: Cells | None = None
+    inputs: Mapping[str, tuple[str, ...]] = dataclasses.field(
+        default_factory=lambda: {"image": ("pixel_values",)}
+    )
+    places: tuple[str, ...] = ()
+    field: str = "pooler_output"
+    levels: str | None = None
+    first_place: int = 0
+    one_mask: bool = False
+
+
+def square(tokens: int) -> Grid:
+    """The grid of so many tokens: a square where that is possible, otherwise a row."""
+    side = math.isqrt(tokens)
+    return (1, side, side) if side * side == tokens else (1, 1, tokens)
+
+
+def tiles(tokens: Callable[[Any], int]) -> Grids:
+    """Every image (or tile) has the same number of tokens; pixels are [..., 3, H, W]."""
+
+    def grids(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
+        # Tiles of one size: it is enough to count them.
+        pixels = inputs["pixel_values" if kind == "image" else "pixel_values_videos"]
+        return [square(tokens(config))] * math.prod(pixels.shape[:-3])
+
+    return grids
+
+
+def tiles_that_hold_something(tokens: Callable[[Any], int]) -> Grids:
+    """The same for pixels [B, most tiles, 3, H, W] that are padded with tiles of zeros."""
+
+    def grids(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
+        del kind
+        real = (inputs["pixel_values"] != 0).flatten(2).any(-1)
+        return [square(tokens(config))] * int(real.sum())
+
+    return grids
+
+
+def patch_grids(side: Callable[[Any], int]) -> Grids:
+    """`{kind}_grid_thw` counts patches, of which the model makes one token of `side` x `side`."""
+
+    def grids(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
+        name, cell = f"{kind}_grid_thw", side(config)
+        if inputs.get(name) is None:
+            raise ValueError(
+                f"{name} is missing: this model needs the grid of every {kind} with its pixels; "
+                "pass everything that the processor returned"
+            )
+        found = torch.as_tensor(inputs[name]).tolist()
+        return [(t, h // cell, w // cell) for t, h, w in found]
+
+    return grids
+
+
+def image_sizes(name: str, cell: Callable[[Any], int]) -> Grids:
+    """`name` holds (height, width) of every image, `cell` x `cell` of which become one token."""
+
+    def grids(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
+        if inputs.get(name) is None:
+            raise ValueError(
+                f"{name} is missing: this model needs the size of every {kind} with its pixels; "
+                "pass everything that the processor returned"
+            )
+        side = cell(config)
+        return [(1, h // side, w // side) for h, w in torch.as_tensor(inputs[name]).tolist()]
+
+    return grids
+
+
+def rounded(pixels: Callable[[Any], int]) -> Cells:
+    """Images are resized so that a token stands for `pixels` x `pixels` of them."""
+
+    def cells(config: Any, size: tuple[int, int]) -> Grid:
+        rows, columns = (max(1, round(side / pixels(config))) for side in size)
+        return 1, rows, columns
+
+    return cells
+
+
+def vit_tokens(config: Any, down: int = 1) -> int:
+    """Patches of a square image after `down` x `down` of them became one."""
+    vision = config.vision_config
+    size, patch = (
+        one if isinstance(one, int) else one[0] for one in (vision.image_size, vision.patch_size)
+    )
+    return int((size // patch // down) ** 2)
+
+
+def _merge_size(config: Any) -> int:
+    return int(config.vision_config.spatial_merge_size)
+
+
+def _merged_pixels(config: Any) -> int:
+    return int(config.vision_config.patch_size) * _merge_size(config)
+
+
+def _mistral_cell(config: Any) -> int:
+    return int(config.vision_config.patch_size) * int(config.spatial_merge_size)
+
+
+LAYER_CHOICE = ("vision_feature_layer", "vision_feature_select_strategy")
+PATCH_GRIDS = {
+    "image": ("pixel_values", "image_grid_thw"),
+    "video": ("pixel_values_videos", "video_grid_thw"),
+}
+ROPE = ("mm_token_type_ids", "second_per_grid_ts")
+
+FAMILIES = (
+    Family(
+        ("internvl",),
+        tiles(lambda config: config.image_seq_length),
+        inputs={"image": ("pixel_values", *LAYER_CHOICE)},
+    ),
+    Family(
+        ("qwen3_vl", "qwen3_vl_moe"),
+        patch_grids(_merge_size),
+        rounded(_merged_pixels),
+        PATCH_GRIDS,
+        ROPE,
+        levels="deepstack_features",
+    ),
+    Family(
+        ("qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "glm46v"),
+        patch_grids(_merge_size),
+        rounded(_merged_pixels),
+        PATCH_GRIDS,
+        ROPE,
+    ),
+    Family(
+        ("paddleocr_vl",),
+        patch_grids(_merge_size),
+        rounded(_merged_pixels),
+        {"image": PATCH_GRIDS["image"]},
+        ROPE,
+    ),
+    Family(
+        ("idefics3", "smolvlm"),
+        tiles_that_hold_something(lambda config: vit_tokens(config, config.scale_factor)),
+        inputs={"image": ("pixel_values", "pixel_attention_mask")},
+    ),
+    Family(("gemma3",), tiles(lambda config: config.mm_tokens_per_image)),
+    Family(("paligemma",), tiles(vit_tokens), first_place=1, one_mask=True),
+    Family(
+        ("mistral3",),
+        image_sizes("image_sizes", _mistral_cell),
+        rounded(_mistral_cell),
+        {"image": ("pixel_values", "image_sizes", "vision_feature_layer")},
+    ),
+    Family(
+        ("lighton_ocr",),
+        image_sizes("image_sizes", _mistral_cell),
+        rounded(_mistral_cell),
+        {"image": ("pixel_values", "image_sizes")},
+    ),
+    Family(
+        ("aya_vision",),
+        tiles(lambda config: vit_tokens(config, config.downsample_factor)),
+        inputs={"image": ("pixel_values", *LAYER_CHOICE)},
+    ),
+    Family(
+        ("cohere2_vision",),
+        tiles(lambda config: vit_tokens(config, config.downsample_factor)),
+    ),
+    Family(("deepseek_vl",), tiles(vit_tokens)),
+    Family(
+        ("ovis2",),
+        tiles(lambda config: vit_tokens(config, config.vision_config.hidden_stride)),
+    ),
+)

@@ -1,0 +1,191 @@
+"""Models of Hugging Face whose own forward puts visual features into the prompt.
+
+One adapter for all of them, told by a record what differs (`families.py`). Merged features and a
+shortened prompt are handed to the model's forward (`mm_encoder_outputs`), so that levels of deeper
+layers, masks of both directions, indicator tokens and whatever else a family does to its prompt are
+its own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from ..merge.counts import Footprint
+from ..merge.merge_pass import MergePass
+from ..merge.schedule import TowerShape
+from ..merge.tiles import merge_grids
+from ..merge.tokens import Encoded, HandedOver
+from ..releases import TRANSFORMERS, accepted, takes_features
+from .base import Adapter
+from .families import Family
+from .grids import Grid, footprint_of, item_of, rope_places
+from .parts import ModelParts
+
+_LANGUAGE_MODELS = ("language_model", "text_model")
+_TOWERS = ("vision_tower", "visual", "vision_model")
+
+
+class GenericAdapter(Adapter):
+    """The adapter of one record; merging is done on what `get_image_features` returns."""
+
+    default_image_size = (768, 1024)
+    own_scatter = True
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.model_types = family.model_types
+        self.pixel_inputs = {names[0]: kind for kind, names in family.inputs.items()}
+        names = tuple(name for own in family.inputs.values() for name in own)
+        self.vision_inputs = (*dict.fromkeys(names), *family.places)
+        self.place_inputs = family.places
+        self.own_positions = bool(family.places)
+        self.first_place = family.first_place
+        self.one_mask = family.one_mask
+        if family.cells is None:
+            self.default_image_size = None
+            self.counted_per = "tile"
+
+    @override
+    def matches(self, model: Any) -> bool:
+        return super().matches(model) and hasattr(_core(model), "get_image_features")
+
+    @override
+    def parts(self, model: Any) -> ModelParts:
+        core = _core(model)
+        tower, language_model = _first(core, _TOWERS), _first(core, _LANGUAGE_MODELS)
+        return ModelParts(tower, model.config.vision_config, nn.Identity(), (language_model,))
+
+    @override
+    def tower_shape(self, model: Any, **feature_options: Any) -> TowerShape:
+        """The numbers of a typical image; budgets of others follow from their own footprint."""
+        full = self.footprint(model).full
+        return TowerShape(full, 0, 0, 1, 1, packed=True, projector_only=True)
+
+    @override
+    def install(self, model: Any, *, inside_tower: bool) -> None:
+        # The tower is left alone.
+        if not takes_features(model):
+            raise TypeError(
+                f"merging in {type(model).__name__} needs a release of transformers whose forward "
+                f"takes mm_encoder_outputs (5.18 or later), found {TRANSFORMERS}"
+            )
+
+    @override
+    def uninstall(self, model: Any) -> None:
+        pass
+
+    @override
+    def text_config(self, model: Any) -> Any:
+        return model.config.get_text_config()
+
+    @override
+    def image_footprint(
+        self, model: Any, size: tuple[int, int] | None, options: Mapping[str, Any]
+    ) -> Footprint:
+        return footprint_of(self._typical(model, size), "image")
+
+    @override
+    def video_footprint(
+        self, model: Any, frames: int, size: tuple[int, int] | None, options: Mapping[str, Any]
+    ) -> Footprint:
+        _, rows, columns = self._typical(model, size)
+        step = getattr(model.config.vision_config, "temporal_patch_size", 1)
+        return footprint_of((-(-frames // step), rows, columns), "video")
+
+    def _typical(self, model: Any, size: tuple[int, int] | None) -> Grid:
+        if self.family.cells is not None:
+            assert size is not None
+            return self.family.cells(model.config, size)
+        # One tile, whatever its size.
+        name = self.family.inputs["image"][0]
+        return self.family.grids(model.config, {name: torch.ones(1, 1, 1, 1, 1)}, "image")[0]
+
+    @override
+    def footprints(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Footprint]]:
+        return {
+            kind: [footprint_of(grid, kind) for grid in self._grids(model, inputs, kind)]
+            for kind, names in self.family.inputs.items()
+            if inputs.get(names[0]) is not None
+        }
+
+    def _grids(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
+        return self.family.grids(model.config, inputs, kind)
+
+    @override
+    def encode(self, model: Any, inputs: Mapping[str, Any], merge_pass: MergePass) -> list[Encoded]:
+        encoded = []
+        for kind, names in self.family.inputs.items():
+            if inputs.get(names[0]) is None:
+                continue
+            output = _read(_core(model), kind, {n: inputs[n] for n in names if n in inputs})
+            grids = self._grids(model, inputs, kind)
+            footprints = [footprint_of(grid, kind) for grid in grids]
+            features = _by_image(getattr(output, self.family.field), footprints, kind)
+            items = [item_of(grid, kind) for grid in grids]
+            visual = merge_grids(features, items, merge_pass.fresh())
+            handed = HandedOver(output, self.family.field, self.family.levels)
+            if self.family.levels is not None:
+                levels = getattr(output, self.family.levels)
+                handed = handed.with_levels(
+                    [visual.means(_by_image(level, footprints, kind)) for level in levels]
+                )
+            token = self.placeholder_ids(model)[kind]
+            encoded.append(Encoded(kind, token, visual, handed.without_states()))
+        return encoded
+
+    @override
+    def prompt_places(
+        self, model: Any, inputs: Mapping[str, Any], mask: Tensor | None
+    ) -> Tensor | None:
+        if self.own_positions:
+            return rope_places(model, self.placeholder_ids(model), inputs, mask)
+        ids, given = inputs.get("input_ids"), inputs.get("position_ids")
+        if ids is None:
+            raise ValueError(
+                f"{type(model).__name__} puts visual tokens into the prompt by its input_ids; pass "
+                "them instead of inputs_embeds"
+            )
+        if isinstance(given, Tensor):
+            return given.expand_as(ids)[..., None].float()
+        steps = torch.ones_like(ids) if mask is None else (mask != 0).long()
+        counted = (steps.cumsum(1) - 1).clamp(min=0) + self.first_place
+        return counted[..., None].float()
+
+
+def _core(model: Any) -> Any:
+    return getattr(model, "model", model)
+
+
+def _first(core: Any, names: tuple[str, ...]) -> nn.Module:
+    found: nn.Module = next(getattr(core, name) for name in names if hasattr(core, name))
+    return found
+
+
+def _read(core: Any, kind: str, inputs: dict[str, Any]) -> Any:
+    """The output of a model's own function for features."""
+    read = getattr(core, f"get_{kind}_features", None) or core.get_image_features
+    given = {name: value for name, value in inputs.items() if value is not None}
+    return read(**accepted(read, given), return_dict=True)
+
+
+def _by_image(features: Any, footprints: list[Footprint], kind: str) -> list[Tensor]:
+    """Features in any form as one [n_i, C] tensor per image.
+
+    Raises:
+        ValueError: there are more or fewer than the images have tokens.
+    """
+    parts = [features] if isinstance(features, Tensor) else list(features)
+    flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+    lengths = [footprint.full for footprint in footprints]
+    if len(flat) != sum(lengths):
+        raise ValueError(
+            f"the model made {len(flat)} visual tokens where {sum(lengths)} were expected for "
+            f"{len(lengths)} {kind}s; pass everything that the processor returned for them"
+        )
+    return list(torch.split(flat, lengths))
+
