@@ -16,8 +16,8 @@ import torch
 
 from .grids import Grid
 
-# The configuration, a call's arguments and a kind to the grid of every image (or tile), in the order
-# of their placeholders.
+# The configuration, a call's arguments and a kind to the grid of every image (or tile), in the
+# order of their placeholders.
 Grids = Callable[[Any, Mapping[str, Any], str], list[Grid]]
 # The configuration and an image's (height, width) in pixels to its grid.
 Cells = Callable[[Any, tuple[int, int]], Grid]
@@ -37,6 +37,8 @@ class Family:
             tokens in time, rows and columns.
         field: of what `get_image_features` returns, the features that are put into the prompt.
         levels: of the same, further features of the same tokens for deeper layers (deepstack).
+        patches: by the configuration, patches of the tower that become one token; None where the
+            tower sees square images of one size.
         first_place: position of a prompt's first token.
         one_mask: the language model takes no masks by layer type.
     """
@@ -50,6 +52,7 @@ class Family:
     places: tuple[str, ...] = ()
     field: str = "pooler_output"
     levels: str | None = None
+    patches: Callable[[Any], int] | None = None
     first_place: int = 0
     one_mask: bool = False
 
@@ -136,12 +139,20 @@ def _merge_size(config: Any) -> int:
     return int(config.vision_config.spatial_merge_size)
 
 
+def _merged_patches(config: Any) -> int:
+    return _merge_size(config) ** 2
+
+
 def _merged_pixels(config: Any) -> int:
     return int(config.vision_config.patch_size) * _merge_size(config)
 
 
 def _mistral_cell(config: Any) -> int:
     return int(config.vision_config.patch_size) * int(config.spatial_merge_size)
+
+
+def _mistral_patches(config: Any) -> int:
+    return int(config.spatial_merge_size) ** 2
 
 
 LAYER_CHOICE = ("vision_feature_layer", "vision_feature_select_strategy")
@@ -164,6 +175,7 @@ FAMILIES = (
         PATCH_GRIDS,
         ROPE,
         levels="deepstack_features",
+        patches=_merged_patches,
     ),
     Family(
         ("qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "glm46v"),
@@ -171,6 +183,7 @@ FAMILIES = (
         rounded(_merged_pixels),
         PATCH_GRIDS,
         ROPE,
+        patches=_merged_patches,
     ),
     Family(
         ("paddleocr_vl",),
@@ -178,6 +191,7 @@ FAMILIES = (
         rounded(_merged_pixels),
         {"image": PATCH_GRIDS["image"]},
         ROPE,
+        patches=_merged_patches,
     ),
     Family(
         ("idefics3", "smolvlm"),
@@ -191,12 +205,14 @@ FAMILIES = (
         image_sizes("image_sizes", _mistral_cell),
         rounded(_mistral_cell),
         {"image": ("pixel_values", "image_sizes", "vision_feature_layer")},
+        patches=_mistral_patches,
     ),
     Family(
         ("lighton_ocr",),
         image_sizes("image_sizes", _mistral_cell),
         rounded(_mistral_cell),
         {"image": ("pixel_values", "image_sizes")},
+        patches=_mistral_patches,
     ),
     Family(
         ("aya_vision",),

@@ -22,18 +22,22 @@ from ..merge.tiles import merge_grids
 from ..merge.tokens import Encoded, HandedOver
 from ..releases import TRANSFORMERS, accepted, takes_features
 from .base import Adapter
-from .families import Family
+from .families import Family, vit_tokens
 from .grids import Grid, footprint_of, item_of, rope_places
 from .parts import ModelParts
 
 _LANGUAGE_MODELS = ("language_model", "text_model")
 _TOWERS = ("vision_tower", "visual", "vision_model")
+# Qwen's and GLM's are part of the tower.
+_PROJECTORS = ("multi_modal_projector", "connector", "aligner", "projector", "vision_projection")
+# Words in the names of a tower's modules that see merged patches.
+_AFTER_MERGING = ("merger", "downsample")
 
 
 class GenericAdapter(Adapter):
     """The adapter of one record; merging is done on what `get_image_features` returns."""
 
-    default_image_size = (768, 1024)
+    default_image_size: tuple[int, int] | None = (768, 1024)
     own_scatter = True
 
     def __init__(self, family: Family) -> None:
@@ -58,7 +62,8 @@ class GenericAdapter(Adapter):
     def parts(self, model: Any) -> ModelParts:
         core = _core(model)
         tower, language_model = _first(core, _TOWERS), _first(core, _LANGUAGE_MODELS)
-        return ModelParts(tower, model.config.vision_config, nn.Identity(), (language_model,))
+        projector = next((getattr(core, n) for n in _PROJECTORS if hasattr(core, n)), nn.Identity())
+        return ModelParts(tower, model.config.vision_config, projector, (language_model,))
 
     @override
     def tower_shape(self, model: Any, **feature_options: Any) -> TowerShape:
@@ -106,6 +111,24 @@ class GenericAdapter(Adapter):
         return self.family.grids(model.config, {name: torch.ones(1, 1, 1, 1, 1)}, "image")[0]
 
     @override
+    def tower_flops(self, model: Any, footprint: Footprint) -> int | None:
+        """Patches through all linear layers and convolutions, and attention over every frame."""
+        config, parts = model.config, self.parts(model)
+        if self.family.patches is not None:
+            patches = footprint.full * self.family.patches(config)
+        else:
+            named = parts.vision_tower.named_parameters()
+            patches = vit_tokens(config) + any("cls_token" in name for name, _ in named)
+        total = 0
+        for name, module in parts.vision_tower.named_modules():
+            seen = footprint.full if any(word in name for word in _AFTER_MERGING) else patches
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+                total += 2 * module.weight.numel() * seen
+        layers = max(len(m) for m in parts.vision_tower.modules() if isinstance(m, nn.ModuleList))
+        frame = patches // max(1, footprint.frames)
+        return total + 4 * patches * frame * _width(parts.vision_config) * layers
+
+    @override
     def footprints(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Footprint]]:
         return {
             kind: [footprint_of(grid, kind) for grid in self._grids(model, inputs, kind)]
@@ -147,8 +170,8 @@ class GenericAdapter(Adapter):
         ids, given = inputs.get("input_ids"), inputs.get("position_ids")
         if ids is None:
             raise ValueError(
-                f"{type(model).__name__} puts visual tokens into the prompt by its input_ids; pass "
-                "them instead of inputs_embeds"
+                f"{type(model).__name__} finds the places of visual tokens by input_ids; pass them "
+                "instead of inputs_embeds"
             )
         if isinstance(given, Tensor):
             return given.expand_as(ids)[..., None].float()
@@ -159,6 +182,10 @@ class GenericAdapter(Adapter):
 
 def _core(model: Any) -> Any:
     return getattr(model, "model", model)
+
+
+def _width(vision: Any) -> int:
+    return int(getattr(vision, "embed_dim", None) or vision.hidden_size)
 
 
 def _first(core: Any, names: tuple[str, ...]) -> nn.Module:
@@ -188,4 +215,3 @@ def _by_image(features: Any, footprints: list[Footprint], kind: str) -> list[Ten
             f"{len(lengths)} {kind}s; pass everything that the processor returned for them"
         )
     return list(torch.split(flat, lengths))
-

@@ -80,7 +80,6 @@ class VisualTokens:
             found.append(group_places(raster, source, anchors, how)[:, 0])
         return found
 
-
     def means(self, values: list[Tensor]) -> list[Tensor]:
         """[full_counts[i], C] of every image to [n_i, C]: plain means over the merged tokens."""
         found = []

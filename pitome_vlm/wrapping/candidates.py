@@ -25,7 +25,10 @@ from .generation import CALLER, CallerPrompt, FullPromptProcessor
 from .kv_cache import cached_length
 
 # Arguments that say where the shortened prompt is; an assistant gets a prompt of its own.
-OWN = ("input_ids", "inputs_embeds", "prompt_images", CALLER, CACHE_NAME)
+OWN = (
+    *("input_ids", "inputs_embeds", "prompt_images", "prompt_features"),
+    *(CALLER, CACHE_NAME),
+)
 # Whether a column of the prompt shows an image: of use in the pass that reads the images.
 MARKS = frozenset({"mm_token_type_ids"})
 

@@ -45,19 +45,26 @@ class Compaction:
 
 
 def surplus_placeholders(
-    placeholders: Tensor, full_counts: list[int], counts: list[int], kind: str = "image"
+    placeholders: Tensor,
+    full_counts: list[int],
+    counts: list[int],
+    kind: str = "image",
+    anchors: list[Tensor] | None = None,
 ) -> Tensor:
     """Which placeholders have to go: [B, T] bool.
 
     Images follow each other in row order. The processor wrote `full_counts[i]` placeholders for
-    image i; the first `counts[i]` of them stay. Placeholders that already match the merged count
-    are accepted as they are.
+    image i; `counts[i]` of them stay. Placeholders that already match the merged count are
+    accepted as they are.
 
     Args:
         placeholders: [B, T] bool.
         full_counts: placeholders per image without merging.
         counts: visual tokens per image.
         kind: what they are placeholders of, for the message.
+        anchors: per image [counts[i]] int64, the placeholders that stay: those that merged tokens
+            are named after, so that words between the rows or frames of an image stay where they
+            are. None for the first ones, which is the same where nothing stands in between.
 
     Raises:
         ValueError: the placeholders match neither; the message names both numbers.
@@ -75,12 +82,13 @@ def surplus_placeholders(
             f"processor writes them) or {sum(counts)} (merged) are needed; check that every "
             f"<{kind}> in the text has its {kind} and that the processor belongs to this model"
         )
-    stays = torch.cat(
-        [
-            torch.arange(full, device=placeholders.device) < count
-            for full, count in zip(full_counts, counts, strict=True)
-        ]
-    )
+    if anchors is None:
+        anchors = [torch.arange(count) for count in counts]
+    stays = torch.zeros(found, dtype=torch.bool, device=placeholders.device)
+    start = 0
+    for own, full in zip(anchors, full_counts, strict=True):
+        stays[own.to(stays.device) + start] = True
+        start += full
     return none.masked_scatter(placeholders, ~stays)
 
 

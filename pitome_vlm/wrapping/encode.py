@@ -202,9 +202,10 @@ def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
 
     Returns:
         `inputs_embeds` [B, S, C] and the shortened others, without `input_ids` and what was
-        encoded. `position_ids` are float32 where tokens keep their unreduced places, and
-        `token_sizes` [B, S] float32 (what every column stands for) is there where the model's
-        attention uses it; the model takes both. Gradients reach projector and tower. A
+        encoded; of models whose own forward puts features into the prompt, `input_ids` [B, S] and
+        `mm_encoder_outputs` instead. `position_ids` are float32 where tokens keep their
+        unreduced places, and `token_sizes` [B, S] float32 (what every column stands for) is there
+        where the model's attention uses it; the model takes both. Gradients reach projector and tower. A
         batch without images comes back unchanged.
 
     Raises:
@@ -217,15 +218,23 @@ def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
         return base._pitome_compact_inputs(inputs)
     plan = merging.plan(base, inputs)
     prompt = prepare(plan, inputs, image_cache=inputs.get(IMAGE_CACHE))
-    known = ("inputs_embeds", "attention_mask", "labels", "position_ids")
+    known = ("attention_mask", "labels", "position_ids")
     compact = {name: getattr(prompt, name) for name in known if getattr(prompt, name) is not None}
+    compact |= prompt.language_inputs()
     if "position_ids" in compact:
         compact["position_ids"] = as_model_positions(compact["position_ids"])
     if plan.calibration.size_bias:
         compact["token_sizes"] = prompt.sizes
     shape = prompt.compaction.keep.shape
     adapter = plan.adapter
-    consumed = {*known, "input_ids", *adapter.vision_inputs, *adapter.feature_options, IMAGE_CACHE}
+    consumed = {
+        *known,
+        "input_ids",
+        "inputs_embeds",
+        *adapter.vision_inputs,
+        *adapter.feature_options,
+        IMAGE_CACHE,
+    }
     for name, value in inputs.items():
         if name in consumed:
             continue

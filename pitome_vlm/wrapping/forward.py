@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.swap import BASE
-from ..releases import CACHE_NAME, FIRST_STEP, cache_of, fill_image_states
+from ..releases import CACHE_NAME, FIRST_STEP, HANDED_FEATURES, cache_of, fill_image_states
 from .arguments import named_arguments
 from .candidates import prepare_first_step
 from .generation import (
@@ -24,6 +24,7 @@ from .generation import (
     with_full_prompt,
     with_prompt,
 )
+from .hand_over import PromptFeatures
 from .hooks import GenerateHooks
 from .image_cache import IMAGE_CACHE
 from .kv_cache import (
@@ -99,7 +100,7 @@ class WrappedLlava(GenerateHooks):
         call = other_arguments(plan, call, prompt.compaction.keep.shape, prompt.compaction.take) | {
             name: getattr(prompt, name) for name in ("attention_mask", "labels", "position_ids")
         }
-        call["inputs_embeds"] = prompt.inputs_embeds
+        call |= prompt.language_inputs()
         call["position_ids"] = as_model_positions(prompt.position_ids)
         images = with_prompt_images(cache, plan, prompt)
         call = calibrated(
@@ -107,7 +108,7 @@ class WrappedLlava(GenerateHooks):
             call,
             plan.calibration,
             images.sizes,
-            images.mask_config,
+            images.masks,
             prompt.packed_positions,
         )
         # The cache has to be found in the output.
@@ -167,6 +168,7 @@ class WrappedLlava(GenerateHooks):
             plan, call, prompt.compaction.keep.shape, prompt.compaction.take
         ) | {
             "inputs_embeds": prompt.inputs_embeds,
+            "prompt_features": prompt.features,
             "attention_mask": prompt.compaction.valid.long() if mask is None else mask,
             "input_ids": prompt.input_ids,
             # With several numbers per token they are only put in step by step (below).
@@ -180,6 +182,7 @@ class WrappedLlava(GenerateHooks):
         *args: Any,
         prompt_images: CachedImages | None = None,
         caller_prompt: CallerPrompt | None = None,
+        prompt_features: PromptFeatures | None = None,
         **kwargs: Any,
     ) -> Any:
         """The model's own inputs of one step, with sizes and positions of merged tokens in them.
@@ -191,6 +194,7 @@ class WrappedLlava(GenerateHooks):
             *args: as of the model's own method.
             prompt_images: the images of the prompt and what is told about them.
             caller_prompt: for `hooks.py`; the model does not get it.
+            prompt_features: their features, where the model's own forward puts them in.
             **kwargs: as of the model's own method.
         """
         del caller_prompt
@@ -210,6 +214,9 @@ class WrappedLlava(GenerateHooks):
             return inputs
         if images is None or prompt_images not in (images, images.prompt):
             # The first step of this prompt.
+            if prompt_features is not None:
+                ids = inputs["input_ids"]
+                inputs[HANDED_FEATURES] = prompt_features.of_columns(ids, cached_length(cache))
             images = prompt_images.copied(len(query_of(inputs)))
             mark_cache(cache, images)
         weight: Tensor = self.get_input_embeddings().weight  # type: ignore[attr-defined]
@@ -245,7 +252,7 @@ class WrappedLlava(GenerateHooks):
         refuse_stale_inputs(self, self._pitome, call)
         if sizes is not None:
             plan = self._pitome.plan(self)
-            return calibrated(self, call, plan.calibration, sizes, plan.mask_config())
+            return calibrated(self, call, plan.calibration, sizes, plan.masks())
         images = cached_images(call.get(CACHE_NAME))
         return call if images is None else continued(self, call, images)
 

@@ -20,7 +20,14 @@ from ..merge.config import MergeConfig
 from ..releases import CACHE_NAME
 from .merging import CallPlan
 from .placeholders import PromptImages
-from .positions import Calibration, additive_mask, as_model_positions, extended, later_positions
+from .positions import (
+    Calibration,
+    Masks,
+    additive_mask,
+    as_model_positions,
+    extended,
+    later_positions,
+)
 from .prompt import CompactPrompt
 
 # The attribute of a cache that holds its `CachedImages`.
@@ -44,7 +51,7 @@ class CachedImages:
         calibration: what the language model was told when the keys were computed.
         sizes: [B, S] float32, patches that every column of the prompt stands for.
         positions: [B, S] (or [B, S, D]) float32 of the prompt's columns; None for the model's own.
-        mask_config: see `positions.mask_config`.
+        masks: see `positions.Masks`.
         removed: columns by which the conversation in the cache got shorter.
         prompt: what this was copied from for beams and samples; None where it was not.
     """
@@ -55,7 +62,7 @@ class CachedImages:
     calibration: Calibration
     sizes: Tensor
     positions: Tensor | None
-    mask_config: Any
+    masks: Masks
     removed: int = 0
     prompt: CachedImages | None = None
 
@@ -69,7 +76,7 @@ class CachedImages:
             calibration=plan.calibration,
             sizes=prompt.sizes,
             positions=prompt.position_ids,
-            mask_config=plan.mask_config(),
+            masks=plan.masks(),
             removed=prompt.compaction.removed,
         )
 
@@ -91,7 +98,7 @@ class CachedImages:
             calibration=plan.calibration,
             sizes=sizes,
             positions=position_ids,
-            mask_config=plan.mask_config(),
+            masks=plan.masks(),
         )
 
     def copied(self, rows: int) -> CachedImages:
@@ -131,7 +138,7 @@ class CachedImages:
             inputs[KEY_SIZES] = KeySizes(self.sizes if self.calibration.size_bias else None, total)
         elif self.calibration.size_bias:
             inputs["attention_mask"] = additive_mask(
-                self.mask_config,
+                self.masks,
                 self.sizes,
                 batch=query.shape[0],
                 queries=queries,
@@ -140,6 +147,7 @@ class CachedImages:
                 # With two axes: a mask made for a compiled step knows nothing of sizes.
                 attention_mask=mask,
                 cache=cache,
+                token_types=inputs.get("token_type_ids"),
             )
 
 
@@ -264,7 +272,7 @@ def continued(model: Any, call: dict[str, Any], images: CachedImages) -> dict[st
         total = cached_length(call[CACHE_NAME]) + query.shape[1]
         positions = later_positions(images.positions, call.get("attention_mask"), total)
         call = call | {"position_ids": as_model_positions(positions[:, -query.shape[1] :])}
-    return calibrated(model, call, images.calibration, images.sizes, images.mask_config)
+    return calibrated(model, call, images.calibration, images.sizes, images.masks)
 
 
 def calibrated(
@@ -272,7 +280,7 @@ def calibrated(
     call: dict[str, Any],
     calibration: Calibration,
     sizes: Tensor,
-    mask_config: Any,
+    masks: Masks,
     packed: Tensor | None = None,
 ) -> dict[str, Any]:
     """Arguments of one forward pass, with what the language model is told about merged tokens.
@@ -282,7 +290,7 @@ def calibrated(
         call: arguments without images. A mask that has its four axes already is left as it is.
         calibration: what it is told.
         sizes: [B, S] of the columns from the first cached one on.
-        mask_config: see `positions.mask_config`.
+        masks: see `positions.Masks`.
         packed: [B, Q] integer positions that restart where samples share a row.
     """
     mask, cache = call.get("attention_mask"), call.get(CACHE_NAME)
@@ -300,7 +308,7 @@ def calibrated(
         return call | {"attention_mask": mask}
     weight: Tensor = model.get_input_embeddings().weight
     floats = additive_mask(
-        mask_config,
+        masks,
         sizes if calibration.size_bias else None,
         batch=query.shape[0],
         queries=query.shape[1],
@@ -309,6 +317,7 @@ def calibrated(
         attention_mask=mask,
         cache=cache,
         packed_positions=packed,
+        token_types=call.get("token_type_ids"),
     )
     return call | {"attention_mask": floats}
 

@@ -120,15 +120,19 @@ def with_new_images(
     start = first_position(cache, turn["attention_mask"], ids.device)
     prompt = prepare(plan, turn, image_cache=image_cache, left=left, cached=cached, start=start)
     state = with_prompt_images(cache, plan, prompt)
-    # What stands in the cache is not read again; the new columns come after it.
-    before = prompt.inputs_embeds.new_zeros(len(ids), cached, prompt.inputs_embeds.shape[-1])
+    embeds = prompt.inputs_embeds
+    if embeds is not None:
+        # What stands in the cache is not read again; the new columns come after it.
+        before = embeds.new_zeros(len(ids), cached, embeds.shape[-1])
+        embeds = torch.cat([before, embeds], 1)
 
     def take(values: Tensor, fill: int) -> Tensor:
         earlier, later = values[:, :begin], values[:, begin:]
         return torch.cat([moves.take(earlier, fill), prompt.compaction.take(later, fill)], 1)
 
     return other_arguments(plan, call, ids.shape, take) | {
-        "inputs_embeds": torch.cat([before, prompt.inputs_embeds], 1),
+        "inputs_embeds": embeds,
+        "prompt_features": prompt.features,
         "attention_mask": prompt.attention_mask,
         "input_ids": take(ids, 0),
         "position_ids": None if plan.adapter.own_positions else state.positions,

@@ -24,7 +24,7 @@ from ..merge.merge_pass import MergePass
 from ..merge.schedule import Schedule, TowerShape
 from ..merge.tokens import Encoded
 from .image_cache import IMAGE_CACHE, ImageCache
-from .positions import Calibration, mask_config, resolve
+from .positions import Calibration, Masks, resolve
 
 # The attribute of a wrapped model that holds its `Merging`.
 STATE = "_pitome"
@@ -145,9 +145,10 @@ class CallPlan:
         """The model family."""
         return self.merging.adapter
 
-    def mask_config(self) -> Any:
-        """See `positions.mask_config`."""
-        return mask_config(self.adapter.text_config(self.model))
+    def masks(self) -> Masks:
+        """How the language model's masks are made."""
+        config = self.adapter.text_config(self.model)
+        return Masks.of(self.model, config, one=self.adapter.one_mask)
 
     def new_pass(self) -> MergePass:
         """A fresh pass for one encoding."""

@@ -86,7 +86,7 @@ class WrappedOriginalLlava(WrappedLlava):
         prompt = prepare_original(plan, call, image_cache=image_cache, start=start)
         short = _without_images(call) | _language_inputs(prompt, past)
         images = with_prompt_images(cache, plan, prompt)
-        short = calibrated(self, short, plan.calibration, images.sizes, images.mask_config)
+        short = calibrated(self, short, plan.calibration, images.sizes, images.masks)
         # The cache has to be found in the output.
         as_tuple = short.get("return_dict") is False
         short |= {"return_dict": True} if as_tuple else {}
@@ -113,7 +113,7 @@ class WrappedOriginalLlava(WrappedLlava):
         check_cache(plan, cache, None)
         # Decoding continues at the end of a row, so shorter rows are padded at the start.
         prompt = prepare_original(plan, seen, image_cache=image_cache, left=True)
-        full, short = prompt.compaction.keep.shape[1], prompt.inputs_embeds.shape[1]
+        full, short = prompt.compaction.keep.shape[1], prompt.sizes.shape[1]
         limits = shorter_limits(
             call,
             getattr(self, "generation_config", None),

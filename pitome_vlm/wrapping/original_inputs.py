@@ -79,6 +79,7 @@ def prepare_original(
     return CompactPrompt(
         inputs_embeds=_embedded(model, ids, layout, moves, slots, features),
         input_ids=None,
+        features=None,
         attention_mask=_mask(mask, moves),
         labels=_labels(inputs.get("labels"), layout, moves),
         position_ids=positions,

@@ -27,12 +27,14 @@ class PromptImage:
         row: of the batch.
         full: tokens without merging.
         count: tokens it has.
+        anchors: [count] int64, those of its placeholders that stay; None for the first ones.
     """
 
     token_id: int
     row: int
     full: int
     count: int
+    anchors: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def prompt_images(
     counts: list[list[int]],
     order: list[int],
     rows: list[int],
+    anchors: list[Tensor] | None = None,
 ) -> list[PromptImage]:
     """The images of all kinds in prompt order.
 
@@ -132,15 +135,17 @@ def prompt_images(
         counts: of every kind, tokens per image.
         order: see `columns.prompt_order`.
         rows: of the images in that order.
+        anchors: of the images in that order, see `PromptImage`.
     """
     found = [
         (token, *pair)
         for token, whole, less in zip(tokens, full, counts, strict=True)
         for pair in zip(whole, less, strict=True)
     ]
+    stay = [None] * len(order) if anchors is None else anchors
     return [
-        PromptImage(found[index][0], row, *found[index][1:])
-        for index, row in zip(order, rows, strict=True)
+        PromptImage(found[index][0], row, *found[index][1:], own)
+        for index, row, own in zip(order, rows, stay, strict=True)
     ]
 
 
@@ -179,7 +184,11 @@ def drop_stale_placeholders(
             )
         placeholders |= places
         if found:
-            drop |= surplus_placeholders(places, full, counts, kind)
+            anchors = [one.anchors for one in own]
+            known_ones = [one for one in anchors if one is not None]
+            whole = len(known_ones) == len(counts)
+            stay = known_ones if whole else None
+            drop |= surplus_placeholders(places, full, counts, kind, stay)
     return placeholders, drop
 
 

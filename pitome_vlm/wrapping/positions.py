@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -173,36 +175,6 @@ def unreduced_positions(
     return positions if start is None else positions + start.to(device)[:, None]
 
 
-def caller_positions(
-    position_ids: Tensor,
-    placeholders: Tensor,
-    full_counts: list[int],
-    counts: list[int],
-    offsets: Tensor,
-) -> Tensor:
-    """A caller's own positions of the unreduced prompt with merged tokens put in.
-
-    Args:
-        position_ids: [B, T] over the prompt as the processor wrote it.
-        placeholders: [B, T] bool, one per patch; images follow in row order.
-        full_counts: placeholders of every image.
-        counts: tokens every image has; its first `counts[i]` placeholders stay.
-        offsets: [sum of counts], see `VisualTokens.positions`.
-
-    Returns:
-        [B, T] float32, meaningful at columns that stay.
-    """
-    own_places = position_ids.to(placeholders.device)[placeholders].float()
-    places = torch.split(own_places, full_counts)
-    moved = []
-    for own, offset in zip(places, torch.split(offsets.to(own_places), counts), strict=True):
-        # The caller's positions may have any spacing: read them off between two patches.
-        low = offset.floor().long()
-        high = (low + 1).clamp(max=len(own) - 1)
-        moved += [torch.lerp(own[low], own[high], offset - low), own[len(offset) :]]
-    return position_ids.float().masked_scatter(placeholders, torch.cat(moved))
-
-
 def spread_places(
     places: Tensor,
     placeholders: Tensor,
@@ -236,7 +208,8 @@ def spread_places(
     own_places = torch.split(places[placeholders.to(places.device)], lengths)
     for own, source, anchor in zip(own_places, source_maps, anchors, strict=True):
         found = group_places(own, source, anchor, calibration.positions)
-        moved += [found, own[len(found) :]]
+        stays = anchor.to(own.device).sort().values
+        moved.append(own.index_copy(0, stays, found))
     slots = placeholders.to(places.device)[..., None]
     return places.masked_scatter(slots, torch.cat(moved))
 
@@ -277,16 +250,37 @@ def later_positions(positions: Tensor, mask: Tensor | None, length: int) -> Tens
     return torch.cat([positions, positions[:, -1:] + steps], 1)
 
 
-def mask_config(text_config: Any) -> Any:
-    """A copy of a language model's configuration for `additive_mask`, whose masks are floats."""
-    own = copy.copy(text_config)
-    # Only for transformers' mask functions: this implementation's masks are always there.
-    own._attn_implementation = "eager"
-    return own
+@dataclass(frozen=True)
+class Masks:
+    """How a language model's own causal masks are made, as floats.
+
+    Attributes:
+        make: transformers' function, or the model's own where some tokens see those after them.
+        config: for that function. It names an implementation whose masks are always there.
+        names: arguments of the function.
+        one: the language model takes one mask, not one by layer type.
+    """
+
+    make: Callable[..., Any]
+    config: Any
+    names: frozenset[str]
+    one: bool = False
+
+    @classmethod
+    def of(cls, model: Any, text_config: Any, *, one: bool = False) -> Masks:
+        """Of a model whose language model reads `text_config`."""
+        text = copy.copy(text_config)
+        text._attn_implementation = "eager"
+        own = getattr(model, "create_masks_for_generate", None)
+        if own is None:
+            return cls(create_masks_for_generate, text, MASK_ARGUMENTS, one)
+        whole = copy.copy(model.config)
+        whole.__dict__["text_config"] = text
+        return cls(own, whole, frozenset(inspect.signature(own).parameters), one)
 
 
 def additive_mask(
-    mask_config: Any,
+    own: Masks,
     sizes: Tensor | None,
     *,
     batch: int,
@@ -296,13 +290,14 @@ def additive_mask(
     attention_mask: Tensor | None,
     cache: Any = None,
     packed_positions: Tensor | None = None,
+    token_types: Tensor | None = None,
 ) -> Any:
     """The language model's own causal mask as floats, with log(size) added to merged keys.
 
     One function without helpers of its own, because it runs for every decoded token.
 
     Args:
-        mask_config: see `mask_config`.
+        own: see `Masks`.
         sizes: [B, S] float32 patches that every column stands for, 1 for text and for columns
             after the last one; None adds nothing.
         batch: B.
@@ -312,10 +307,12 @@ def additive_mask(
         attention_mask: [B, cached + Q] with 0 where padded, or None.
         cache: keys of earlier columns, or None.
         packed_positions: [B, Q] integer positions that restart where several samples share a row.
+        token_types: [B, Q] the model's `token_type_ids`, by which it knows tokens that see each
+            other; None for none.
 
     Returns:
         [B, 1, Q, K] in `dtype`, or a dict of them by layer type where the language model
-        has several kinds of layers.
+        has several kinds of layers; layers without attention have what the model gives them.
     """
     if attention_mask is not None:
         # Asking a static cache for its length would wait for the device at every step.
@@ -331,13 +328,19 @@ def additive_mask(
         (CACHE_NAME, cache),
         ("position_ids", packed_positions),
         ("cache_position", torch.arange(total - queries, total, device=device)),
+        ("token_type_ids", token_types),
+        ("is_first_iteration", total == queries),
     ):
-        if name in MASK_ARGUMENTS:
+        if name in own.names:
             known[name] = value
-    masks: Any = create_masks_for_generate(config=mask_config, **known)
+    masks: Any = own.make(config=own.config, **known)
     bias = None if sizes is None else sizes.to(device).log()
     found: dict[Any, Tensor] = {}
     for kind, mask in masks.items() if isinstance(masks, dict) else ((None, masks),):
+        if mask is None or mask.dim() != 4:
+            # Of layers without attention (recurrent, convolutions).
+            found[kind] = mask
+            continue
         # A padded query attends to nothing. Its output is never read, but with all its logits at
         # the lowest float torch's CPU kernel returns wrong gradients (1,133 where eager has 2.6):
         # let it attend to everything instead.
@@ -353,4 +356,9 @@ def additive_mask(
                 visible = torch.nn.functional.pad(visible, (0, missing))
             mask = mask + visible[:, None, None, :]
         found[kind] = mask
-    return found if isinstance(masks, dict) else found[None]
+    if not isinstance(masks, dict):
+        return found[None]
+    if own.one:
+        # Where the prompt fits into the window of all layers, their masks are alike.
+        return next(iter(found.values()))
+    return found

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..merge.tokens import Encoded, VisualTokens
+from ..releases import HANDED_FEATURES
 from .columns import (
     IGNORED_LABEL,
     Compaction,
@@ -21,12 +22,12 @@ from .columns import (
     prompt_order,
     surplus_placeholders,
 )
+from .hand_over import PromptFeatures
 from .image_cache import ImageCache
 from .merging import CallPlan
 from .placeholders import PromptImages, find_placeholders, prompt_images
 from .positions import (
     Calibration,
-    caller_positions,
     spread_places,
     unreduced_positions,
 )
@@ -39,8 +40,9 @@ class CompactPrompt:
     """A batch whose visual tokens are merged and embedded, ready for the language model.
 
     Attributes:
-        inputs_embeds: [B, S, C].
+        inputs_embeds: [B, S, C]; None where the model's own forward embeds the ids.
         input_ids: [B, S] or None where the caller gave embeddings.
+        features: what the model's own forward puts in at placeholders; None where that is done.
         attention_mask: [B, S] or None where nothing is padded.
         labels: [B, S] or None.
         position_ids: [B, S] (or [B, S, D] where a model has D of them): float32 in the unreduced
@@ -56,8 +58,9 @@ class CompactPrompt:
         placeholders: [B, T] bool, the image placeholders before compaction.
     """
 
-    inputs_embeds: Tensor
+    inputs_embeds: Tensor | None
     input_ids: Tensor | None
+    features: PromptFeatures | None
     attention_mask: Tensor | None
     labels: Tensor | None
     position_ids: Tensor | None
@@ -68,6 +71,14 @@ class CompactPrompt:
     images: PromptImages
     compaction: Compaction
     placeholders: Tensor
+
+    def language_inputs(self) -> dict[str, Any]:
+        """What a forward pass over the prompt reads: embeddings, or ids and features."""
+        if self.features is None:
+            return {"inputs_embeds": self.inputs_embeds}
+        assert self.input_ids is not None
+        handed = self.features.of_columns(self.input_ids, self.features.before)
+        return {"input_ids": self.input_ids, HANDED_FEATURES: handed}
 
 
 def prepare(
@@ -109,15 +120,19 @@ def prepare(
     placeholders, drop = _joined_placeholders(found, encoded)
     visual, images = _in_prompt_order(found, encoded)
     moves = compaction(placeholders, drop, mask, left=left)
-    embeds = _embedded(plan.model, ids, given, placeholders, moves)
     slots = moves.take(placeholders, False)
-    features = torch.cat(visual.features).to(embeds.device, embeds.dtype)
+    short = None if ids is None else moves.take(ids, pad_id(plan.model))
+    if plan.adapter.own_scatter:
+        embeds, features = None, PromptFeatures(_needed(plan, short), encoded, cached)
+    else:
+        embeds, features = _embedded(plan.model, ids, given, placeholders, moves, visual), None
     positions, packed = _positions(plan, inputs, visual, placeholders, drop, moves, mask, start)
     shown, sizes = _visible(mask, placeholders, visual)
     ones = torch.ones(slots.shape, dtype=torch.float32, device=slots.device)
     return CompactPrompt(
-        inputs_embeds=embeds.masked_scatter(slots[..., None].to(embeds.device), features),
-        input_ids=None if ids is None else moves.take(ids, pad_id(plan.model)),
+        inputs_embeds=embeds,
+        input_ids=short,
+        features=features,
         attention_mask=compact_attention_mask(moves, shown, past),
         labels=None if labels is None else moves.take(labels, IGNORED_LABEL),
         position_ids=positions,
@@ -131,16 +146,33 @@ def prepare(
     )
 
 
+def _needed(plan: CallPlan, ids: Tensor | None) -> Tensor:
+    if ids is None:
+        raise ValueError(
+            f"{type(plan.model).__name__} finds the places of visual tokens by input_ids; pass "
+            "them instead of inputs_embeds"
+        )
+    return ids
+
+
 def _embedded(
-    model: Any, ids: Tensor | None, given: Tensor | None, placeholders: Tensor, moves: Compaction
+    model: Any,
+    ids: Tensor | None,
+    given: Tensor | None,
+    placeholders: Tensor,
+    moves: Compaction,
+    visual: VisualTokens,
 ) -> Tensor:
-    """[B, S, C] of the shortened prompt; what stands at placeholders is replaced later."""
+    """[B, S, C] of the shortened prompt, with the visual tokens at its placeholders."""
     if given is not None:
-        return moves.take(given, 0)
-    # Placeholders outside of the vocabulary are legal; their embedding is replaced anyway.
-    text = cast(Tensor, ids).masked_fill(placeholders, 0)
-    embeds: Tensor = model.get_input_embeddings()(moves.take(text, 0))
-    return embeds
+        embeds = moves.take(given, 0)
+    else:
+        # Placeholders outside of the vocabulary are legal; their embedding is replaced anyway.
+        text = cast(Tensor, ids).masked_fill(placeholders, 0)
+        embeds = model.get_input_embeddings()(moves.take(text, 0))
+    slots = moves.take(placeholders, False)[..., None].to(embeds.device)
+    features = torch.cat(visual.features).to(embeds.device, embeds.dtype)
+    return embeds.masked_scatter(slots, features)
 
 
 def _visible(
@@ -164,11 +196,12 @@ def _visible(
         return mask, sizes
     found, places = [], []
     parts = torch.split(own, visual.full_counts)
-    for source, count, part in zip(visual.source_maps, visual.counts, parts, strict=True):
+    groups = zip(visual.source_maps, visual.anchors, visual.counts, parts, strict=True)
+    for source, anchors, count, part in groups:
         seen = torch.bincount(source, weights=part.to(source.device).float(), minlength=count)
         found.append(seen)
-        # The first placeholders of an image stay (`columns.surplus_placeholders`).
-        places.append(torch.nn.functional.pad((seen > 0).to(mask), (0, len(part) - count)))
+        stays = anchors.sort().values
+        places.append(part.to(mask).index_copy(0, stays.to(mask.device), (seen > 0).to(mask)))
     shown = mask.masked_scatter(placeholders.to(mask.device), torch.cat(places).to(mask.device))
     return shown, torch.cat(found).clamp(min=1)
 
@@ -190,17 +223,31 @@ def _positions(
     """
     calibration = plan.calibration
     places = plan.adapter.prompt_places(plan.model, inputs, mask)
-    if places is not None:
-        found = spread_places(places, placeholders, visual.source_maps, visual.anchors, calibration)
-        positions = moves.take(found, 0.0)
-        return (positions if start is None else positions + start[:, None, None]), None
+    if plan.adapter.own_positions and places is not None:
+        return _spread(places, placeholders, visual, calibration, moves, start), None
     own, packed = inputs.get("position_ids"), None
     if own is not None:
         own = own.expand_as(drop).to(drop.device)
         packed = moves.take(compact_positions(own, drop), 0)
     if calibration.positions == "compact":
         return packed, packed
+    if places is not None:
+        return _spread(places, placeholders, visual, calibration, moves, start)[..., 0], packed
     return _layout(calibration, visual, placeholders, moves, mask, own, start), packed
+
+
+def _spread(
+    places: Tensor,
+    placeholders: Tensor,
+    visual: VisualTokens,
+    calibration: Calibration,
+    moves: Compaction,
+    start: Tensor | None,
+) -> Tensor:
+    """[B, S, D] float32, places of an unreduced prompt for the shortened one."""
+    found = spread_places(places, placeholders, visual.source_maps, visual.anchors, calibration)
+    positions = moves.take(found, 0.0)
+    return positions if start is None else positions + start[:, None, None]
 
 
 def _joined_placeholders(found: list[Tensor], encoded: list[Encoded]) -> tuple[Tensor, Tensor]:
@@ -209,7 +256,7 @@ def _joined_placeholders(found: list[Tensor], encoded: list[Encoded]) -> tuple[T
     for places, one in zip(found, encoded, strict=True):
         placeholders |= places
         full, counts = one.visual.full_counts, one.visual.counts
-        drop |= surplus_placeholders(places, full, counts, one.kind)
+        drop |= surplus_placeholders(places, full, counts, one.kind, one.visual.anchors)
     return placeholders, drop
 
 
@@ -220,8 +267,10 @@ def _in_prompt_order(
     parts = [one.visual for one in encoded]
     full, counts = [part.full_counts for part in parts], [part.counts for part in parts]
     order, rows = prompt_order(found, full, counts)
-    images = prompt_images([one.token_id for one in encoded], full, counts, order, rows)
-    return VisualTokens.joined(parts, order), PromptImages(images, len(found[0]))
+    visual = VisualTokens.joined(parts, order)
+    tokens = [one.token_id for one in encoded]
+    images = prompt_images(tokens, full, counts, order, rows, visual.anchors)
+    return visual, PromptImages(images, len(found[0]))
 
 
 def _layout(
@@ -244,16 +293,16 @@ def _layout(
         own: [B, T] the caller's positions, or None.
         start: position of the first new column where the caller gave none.
     """
-    offsets = torch.cat(visual.positions(calibration.positions))
     whole = int(placeholders.sum()) == sum(visual.full_counts)
     if own is not None and not whole:
         # Written for the shortened prompt: there is no other layout to point back to.
         return moves.take(own, 0).float()
     if own is not None:
-        spread = caller_positions(own, placeholders, visual.full_counts, visual.counts, offsets)
-        return moves.take(spread, 0.0)
+        places = own[..., None].float()
+        return _spread(places, placeholders, visual, calibration, moves, None)[..., 0]
     attended = moves.valid if mask is None else moves.take(mask, 0) != 0
     slots = moves.take(placeholders, False)
+    offsets = torch.cat(visual.positions(calibration.positions))
     return unreduced_positions(
         slots, attended | slots, visual.full_counts, visual.counts, offsets, start
     )

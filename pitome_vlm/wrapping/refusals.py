@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from ..adapters.swap import is_swapped
-from ..releases import CACHE_NAME, EMBEDS_NEED_EMPTY_CACHE, TRANSFORMERS
+from ..releases import CACHE_NAME, EMBEDS_NEED_EMPTY_CACHE, HANDED_FEATURES, TRANSFORMERS
 from .generation import options_of
 from .kv_cache import cached_images
 from .merging import Merging
@@ -31,7 +31,7 @@ def refuse_stale_inputs(model: Any, merging: Merging, call: dict[str, Any]) -> N
     # Other caches are only filled inside generate, which keeps all lengths consistent, and asking
     # a static cache for its length costs a device synchronisation per decoded token.
     cached = cache.get_seq_length() if isinstance(cache, DynamicCache) else 0
-    if ids is None or not cached:
+    if ids is None or not cached or call.get(HANDED_FEATURES) is not None:
         return
     expected = cached + ids.shape[1]
     covered = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else 0
