@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .base import Adapter
-from .families import FAMILIES
+from .families import FAMILIES, Family, image_sizes, patch_grids, rounded, tiles
 from .generic import GenericAdapter
 from .hf_anyres import HFAnyResAdapter
 from .hf_llava import HFLlavaAdapter
@@ -20,7 +20,19 @@ from .original_anyres import OriginalAnyResAdapter
 from .original_llava import OriginalLlavaAdapter
 from .qwen_vl import QwenVLAdapter
 
-__all__ = ["ADAPTERS", "Adapter", "HFLlavaAdapter", "find_adapter", "model_types", "register"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Family",
+    "HFLlavaAdapter",
+    "find_adapter",
+    "image_sizes",
+    "model_types",
+    "patch_grids",
+    "register",
+    "rounded",
+    "tiles",
+]
 
 ADAPTERS: list[Adapter] = [
     HFLlavaAdapter(),
@@ -35,24 +47,32 @@ ADAPTERS: list[Adapter] = [
 ]
 
 
-def register(adapter: Adapter) -> Adapter:
+def register(adapter: Adapter | Family) -> Adapter:
     """Let models of a further family be wrapped.
 
-    Registering the same class again changes nothing.
+    Registering the same again changes nothing.
+
+    Args:
+        adapter: a record of a family, or an instance of a subclass of `Adapter`.
+
+    Returns:
+        The adapter that serves the family.
 
     Raises:
-        TypeError: not an instance of a subclass of `Adapter`.
+        TypeError: neither of them.
         ValueError: another adapter serves one of its model types.
     """
-    given: Any = adapter
+    given: Any = GenericAdapter(adapter) if isinstance(adapter, Family) else adapter
     if not isinstance(given, Adapter):
         shown = given.__name__ if isinstance(given, type) else repr(given)
         raise TypeError(
-            f"register takes an instance of a subclass of pitome_vlm.adapters.Adapter, got {shown}"
+            "register takes a pitome_vlm.adapters.Family, or an instance of a subclass of "
+            f"pitome_vlm.adapters.Adapter, got {shown}"
         )
+    adapter = given
     for known in ADAPTERS:
-        if type(known) is type(adapter) and known.model_types == adapter.model_types:
-            return adapter
+        if known.is_same(adapter):
+            return known
         taken = set(known.model_types) & set(adapter.model_types)
         if taken:
             raise ValueError(
@@ -87,7 +107,7 @@ def find_adapter(model: Any) -> Adapter:
     shown = f"{kind} (model_type {model_type!r})" if model_type else kind
     raise TypeError(
         f"cannot wrap {shown}: looked for a model of type {', '.join(model_types())} "
-        "with the parts that its adapter names (a vision tower, a projector, a language model); "
-        "pass a LlavaForConditionalGeneration or one of its relatives, a model of the original "
-        "llava package, or a PeftModel of one"
+        "with a vision tower and a language model; pass a ...ForConditionalGeneration, a model of "
+        "the original llava package, or a PeftModel of one, or register its family "
+        "(docs/adding-a-model.md)"
     )

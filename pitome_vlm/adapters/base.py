@@ -76,6 +76,10 @@ class Adapter(abc.ABC):
             hasattr(core, name) for name in self.part_names.values()
         )
 
+    def is_same(self, other: Adapter) -> bool:
+        """Whether another adapter serves the same models in the same way."""
+        return type(other) is type(self) and other.model_types == self.model_types
+
     @abc.abstractmethod
     def parts(self, model: Any) -> ModelParts:
         """Where the weights are."""

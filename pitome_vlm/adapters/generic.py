@@ -59,6 +59,10 @@ class GenericAdapter(Adapter):
         return super().matches(model) and hasattr(_core(model), "get_image_features")
 
     @override
+    def is_same(self, other: Adapter) -> bool:
+        return isinstance(other, GenericAdapter) and other.family == self.family
+
+    @override
     def parts(self, model: Any) -> ModelParts:
         core = _core(model)
         tower, language_model = _first(core, _TOWERS), _first(core, _LANGUAGE_MODELS)

@@ -205,8 +205,8 @@ def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
         encoded; of models whose own forward puts features into the prompt, `input_ids` [B, S] and
         `mm_encoder_outputs` instead. `position_ids` are float32 where tokens keep their
         unreduced places, and `token_sizes` [B, S] float32 (what every column stands for) is there
-        where the model's attention uses it; the model takes both. Gradients reach projector and tower. A
-        batch without images comes back unchanged.
+        where the model's attention uses it; the model takes both. Gradients reach projector and
+        tower. A batch without images comes back unchanged.
 
     Raises:
         ValueError: the model is not wrapped, or placeholders and images do not match.

@@ -100,7 +100,8 @@ class ToyModel(PreTrainedModel, GenerationMixin):
 def lines():
     """The block of the page, run; taken back afterwards."""
     before = list(adapters.ADAPTERS)
-    (block,) = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.S)
+    blocks = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.S)
+    (block,) = (one for one in blocks if "ToyAdapter" in one)
     code = [line for line in block.splitlines() if line.strip()]
     exec("\n".join(code), {"__name__": "of_the_page"})
     yield code

@@ -1,0 +1,266 @@
+"""Families that are a record of the generic adapter, each on a tiny random model.
+
+A check loops over all families and names those that fail.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_families import FAMILIES
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+import pitome_vlm
+from pitome_vlm import adapters
+from pitome_vlm.adapters import Family, find_adapter, register, tiles
+from pitome_vlm.adapters.families import FAMILIES as FAMILY_RECORDS
+from pitome_vlm.measure.flops import linear_flops
+from pitome_vlm.merge import algorithms
+from pitome_vlm.releases import CACHE_NAME
+from pitome_vlm.wrapping.encode import prompt_images
+from pitome_vlm.wrapping.merging import CallPlan
+from pitome_vlm.wrapping.wrap import is_wrapped
+
+PARTS = 8
+GREEDY = {"max_new_tokens": 4, "do_sample": False}
+
+
+def relative(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def every_family(check):
+    """A test of several parts, each of which runs a check for some of the families."""
+
+    @pytest.mark.parametrize("part", range(PARTS))
+    def test(part):
+        failed = {}
+        for name in list(FAMILIES)[part::PARTS]:
+            try:
+                with torch.set_grad_enabled(check.__name__.startswith("test_gradients")):
+                    check(FAMILIES[name])
+            except Exception as error:
+                failed[name] = f"{type(error).__name__}: {error}"
+        assert not failed, "\n".join(f"{name}: {why}" for name, why in failed.items())
+
+    return test
+
+
+@every_family
+def test_keeping_everything_is_the_model_itself(family):
+    model, batch = family()
+    logits, answer = model(**batch).logits, model.generate(**batch, **GREEDY)
+    classes = [type(module) for module in model.modules()]
+    pitome_vlm.wrap(model, keep=1.0)
+    assert torch.equal(model(**batch).logits, logits)
+    assert torch.equal(model.generate(**batch, **GREEDY), answer)
+    pitome_vlm.wrap(model, keep=0.25)
+    assert not torch.equal(model(**batch).logits[:, -1], logits[:, -1])
+    pitome_vlm.unwrap(model)
+    assert torch.equal(model(**batch).logits, logits)
+    assert [type(module) for module in model.modules()] == classes
+
+
+@every_family
+def test_merging_nothing_on_the_merging_path_is_the_model(family):
+    model, batch = family()
+    logits, answer = model(**batch).logits, model.generate(**batch, **GREEDY)
+    pitome_vlm.wrap(model, keep=1.0)
+    shown = batch["attention_mask"] != 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CallPlan, "is_identity", lambda self: False)
+        assert relative(model(**batch).logits[shown], logits[shown]) < 2e-6
+        assert torch.equal(model.generate(**batch, **GREEDY), answer)
+
+
+@every_family
+def test_counts_are_those_that_were_promised(family):
+    model, batch = family()
+    tokens = [tile for row in family.tokens() for image in row for tile in image]
+    for keep in (0.25, 0.3):
+        pitome_vlm.wrap(model, keep=keep)
+        images = prompt_images(model, batch)
+        assert [image.full for image in images] == tokens
+        counts = [image.count for image in images]
+        assert all(abs(n - keep * full) < 1 for n, full in zip(counts, tokens, strict=True))
+        compact = pitome_vlm.compact_inputs(model, **batch)
+        shown = (compact["input_ids"] == family.image_token).sum()
+        assert int(shown) == sum(counts)
+        kept = sum(counts) + int(batch["attention_mask"].sum()) - sum(tokens)
+        assert int(compact["attention_mask"].sum()) == kept
+
+
+@every_family
+def test_caches_and_beams_change_nothing(family):
+    model, batch = family()
+    pitome_vlm.wrap(model, keep=0.3)
+    answer = model.generate(**batch, **GREEDY)
+    assert torch.equal(model.generate(**batch, **GREEDY, use_cache=False), answer)
+    together = model.generate(**batch, **GREEDY, num_beams=2)
+    alone = family.batch(images=(1,), texts=(3,))
+    assert torch.equal(model.generate(**alone, **GREEDY, num_beams=2)[0, -4:], together[0, -4:])
+
+
+@every_family
+def test_both_padding_sides_give_the_same_logits(family):
+    model, left = family()
+    right = family.batch(side="right")
+    pitome_vlm.wrap(model, keep=0.3)
+    found = []
+    for batch in (left, right):
+        shown = pitome_vlm.compact_inputs(model, **batch)["attention_mask"] != 0
+        found.append(model(**batch).logits[shown])
+    assert relative(*found) < 1e-5
+
+
+def turns(model, family, *, later):
+    """A first turn with an image and a later one on its cache, next to a fresh conversation."""
+    whole = family.batch(images=(2,) if later else (1,), texts=(5,))
+    begin = family.batch(images=(1,), texts=(0,))
+    length = begin["input_ids"].shape[1]
+    assert torch.equal(whole["input_ids"][:, :length], begin["input_ids"])
+    fresh = model.generate(**whole, **GREEDY)
+    cache = DynamicCache(config=model.config.get_text_config())
+    model(**begin, **{CACHE_NAME: cache}, use_cache=True)
+    given = (
+        whole if later else {n: v for n, v in whole.items() if n in ("input_ids", "attention_mask")}
+    )
+    return model.generate(**given, **GREEDY, **{CACHE_NAME: cache}), fresh
+
+
+@every_family
+def test_later_turns_go_on_from_the_cache(family):
+    model = pitome_vlm.wrap(family.model(), keep=0.3)
+    # PaliGemma's images come before all words.
+    for later in (False,) if family.first else (False, True):
+        found, fresh = turns(model, family, later=later)
+        assert torch.equal(found, fresh), f"later image: {later}"
+
+
+@every_family
+def test_gradients_reach_the_tower(family):
+    model, batch = family()
+    pitome_vlm.wrap(model, keep=0.3).train()
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    model(**batch | {"labels": labels}).loss.backward()
+    tower = find_adapter(model).parts(model).vision_tower
+    assert any(p.grad is not None and p.grad.any() for p in tower.parameters())
+
+
+@pytest.mark.parametrize("name", ["internvl", "qwen3_vl", "gemma3", "mistral3"])
+@torch.no_grad()
+def test_every_algorithm_that_needs_no_tower_attention(name):
+    model, batch = FAMILIES[name]()
+    for algorithm in algorithms.available():
+        if algorithm == "none" or algorithms.get(algorithm).needs_attention:
+            continue
+        pitome_vlm.wrap(model, keep=0.3, algorithm=algorithm)
+        assert model(**batch).logits.isfinite().all(), algorithm
+    pitome_vlm.wrap(model, keep="auto")
+    cache = pitome_vlm.ImageCache()
+    first = model(**batch, image_cache=cache).logits
+    assert first.isfinite().all()
+    assert torch.equal(model(**batch, image_cache=cache).logits, first)
+    assert cache.hits == 1
+
+
+@every_family
+def test_flops_are_what_is_computed(family):
+    model = family.model()
+    model.set_attn_implementation("eager")
+    batch, adapter = family.batch(images=(1,), texts=(3,)), find_adapter(model)
+    names = {name for own in adapter.family.inputs.values() for name in own}
+    with FlopCounterMode(display=False) as counter:
+        model.model.get_image_features(**{n: v for n, v in batch.items() if n in names})
+    projector = linear_flops(adapter.parts(model).projector)
+    found = sum(
+        adapter.tower_flops(model, one) + one.full * projector
+        for one in adapter.footprints(model, batch)["image"]
+    )
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert "visual tokens" in str(pitome_vlm.describe(model))
+
+
+def test_deeper_levels_are_merged_like_the_features():
+    """Qwen3-VL adds further features of the same tokens to the states of its first layers."""
+    model, batch = FAMILIES["qwen3_vl"]()
+    pitome_vlm.wrap(model, keep=0.3)
+    asked = {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
+    with torch.no_grad():
+        visual = pitome_vlm.encode_images(model, **asked)
+        own = model.model.get_image_features(**asked)
+        compact = pitome_vlm.compact_inputs(model, **batch)
+        handed = compact["mm_encoder_outputs"]["image"]
+    assert len(handed.deepstack_features) == len(own.deepstack_features) > 0
+    for merged, level in zip(handed.deepstack_features, own.deepstack_features, strict=True):
+        parts = torch.split(torch.cat(list(level)), visual.full_counts)
+        expected = [
+            torch.stack([part[source == token].mean(0) for token in range(count)])
+            for part, source, count in zip(parts, visual.source_maps, visual.counts, strict=True)
+        ]
+        torch.testing.assert_close(
+            torch.cat(list(merged)), torch.cat(expected), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_what_belongs_to_an_image_is_asked_for():
+    for name, missing in (("qwen3_vl", "image_grid_thw"), ("mistral3", "image_sizes")):
+        model, batch = FAMILIES[name]()
+        pitome_vlm.wrap(model, keep=0.3)
+        given = copy.copy(batch)
+        given.pop(missing)
+        with pytest.raises(ValueError, match=f"{missing} is missing"):
+            model(**given)
+
+
+def test_prompts_of_embeddings_are_refused():
+    model, batch = FAMILIES["internvl"]()
+    pitome_vlm.wrap(model, keep=0.3)
+    embeds = model.get_input_embeddings()(batch.pop("input_ids"))
+    with pytest.raises(ValueError, match="by input_ids; pass them instead of inputs_embeds"):
+        model(inputs_embeds=embeds, **batch)
+
+
+def documented_record():
+    doc = Path(__file__).parents[2] / "docs" / "adding-a-model.md"
+    blocks = re.findall(r"```python\n(.*?)```", doc.read_text(encoding="utf-8"), re.S)
+    return next(block for block in blocks if "Family(" in block)
+
+
+@torch.no_grad()
+def test_the_record_of_the_docs_is_enough(monkeypatch):
+    monkeypatch.setattr(adapters, "ADAPTERS", list(adapters.ADAPTERS))
+    model, batch = FAMILIES["glm4v"]()
+    expected = pitome_vlm.wrap(copy.deepcopy(model), keep=0.3)(**batch).logits
+    renamed = type("ToyConfig", (type(model.config),), {"model_type": "toy_grid_vlm"})
+    model.config.__class__ = renamed
+    with pytest.raises(TypeError, match=r"toy_grid_vlm.*register its family"):
+        pitome_vlm.wrap(model, keep=0.3)
+    exec(documented_record(), {})
+    assert torch.equal(pitome_vlm.wrap(model, keep=0.3)(**batch).logits, expected)
+    with pytest.raises(ValueError, match="'toy_grid_vlm' is already served by GenericAdapter"):
+        register(Family(("toy_grid_vlm",), tiles(lambda config: 16)))
+    with pytest.raises(TypeError, match=r"register takes a .*Family.* got 'glm4v'"):
+        register("glm4v")
+    record = Family(("toy_tile_vlm",), tiles(lambda config: 16))
+    assert register(record) is register(record)
+
+
+def test_the_docs_name_every_family():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z0-9_]+)`", page))
+    own = {name for family in FAMILY_RECORDS for name in family.model_types}
+    assert own <= named
+
+
+def test_older_releases_are_named(monkeypatch):
+    monkeypatch.setattr("pitome_vlm.adapters.generic.takes_features", lambda model: False)
+    model = FAMILIES["internvl"].model()
+    with pytest.raises(TypeError, match=r"InternVLForConditionalGeneration needs .*5\.18 or later"):
+        pitome_vlm.wrap(model, keep=0.3)
+    assert not is_wrapped(model)
