@@ -155,6 +155,32 @@ def _mistral_patches(config: Any) -> int:
     return int(config.spatial_merge_size) ** 2
 
 
+def _own_merge_sizes(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
+    """VideoLLaMA3: every image says how many patches become one token."""
+    del config
+    grids = torch.as_tensor(inputs[f"{kind}_grid_thw"]).tolist()
+    sides = torch.as_tensor(inputs[f"{kind}_merge_sizes"]).tolist()
+    return [(t, h // m, w // m) for (t, h, w), m in zip(grids, sides, strict=True)]
+
+
+def _kimi_grids(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
+    """Kimi pools over time and merges kernels of patches."""
+    rows, columns = config.vision_config.merge_kernel_size
+    grids = torch.as_tensor(inputs[f"{kind}_grid_thw"]).tolist()
+    return [(1, h // rows, w // columns) for _, h, w in grids]
+
+
+def _molmo_grids(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
+    """Molmo 2: the whole image and its crops, which are merged together."""
+    del config, kind
+    grids = torch.as_tensor(inputs["image_grids"]).tolist()
+    return [(1, 1, int(a * b + c * d)) for a, b, c, d in grids]
+
+
+def _minicpm_cell(config: Any) -> int:
+    return int(2 * config.merge_kernel_size[0] ** config.merger_times)
+
+
 LAYER_CHOICE = ("vision_feature_layer", "vision_feature_select_strategy")
 PATCH_GRIDS = {
     "image": ("pixel_values", "image_grid_thw"),
@@ -224,6 +250,47 @@ FAMILIES = (
         tiles(lambda config: vit_tokens(config, config.downsample_factor)),
     ),
     Family(("deepseek_vl",), tiles(vit_tokens)),
+    Family(
+        ("video_llama_3",),
+        _own_merge_sizes,
+        rounded(lambda config: config.vision_config.patch_size),
+        patches=lambda _: 1,
+        inputs={
+            "image": ("pixel_values", "image_grid_thw", "image_merge_sizes"),
+            "video": (
+                *("pixel_values_videos", "video_grid_thw", "video_merge_sizes"),
+                "video_compression_mask",
+            ),
+        },
+    ),
+    Family(
+        ("kimi_k25",),
+        _kimi_grids,
+        rounded(lambda c: c.vision_config.patch_size * c.vision_config.merge_kernel_size[0]),
+        patches=lambda config: math.prod(config.vision_config.merge_kernel_size),
+        inputs=PATCH_GRIDS,
+    ),
+    Family(
+        ("molmo2",),
+        _molmo_grids,
+        lambda config, _: square(vit_tokens(config, 2)),
+        patches=lambda _: 4,
+        inputs={"image": ("pixel_values", "image_token_pooling", "image_grids")},
+    ),
+    Family(
+        ("lfm2_vl",),
+        image_sizes("spatial_shapes", lambda config: config.downsample_factor),
+        rounded(lambda config: config.vision_config.patch_size * config.downsample_factor),
+        patches=lambda config: config.downsample_factor**2,
+        inputs={"image": ("pixel_values", "spatial_shapes", "pixel_attention_mask")},
+    ),
+    Family(
+        ("minicpmv4_6",),
+        image_sizes("target_sizes", _minicpm_cell),
+        rounded(lambda config: config.vision_config.patch_size * _minicpm_cell(config)),
+        patches=lambda config: _minicpm_cell(config) ** 2,
+        inputs={"image": ("pixel_values", "target_sizes", "downsample_mode")},
+    ),
     Family(
         ("ovis2",),
         tiles(lambda config: vit_tokens(config, config.vision_config.hidden_stride)),

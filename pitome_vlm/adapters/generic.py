@@ -27,11 +27,14 @@ from .grids import Grid, footprint_of, item_of, rope_places
 from .parts import ModelParts
 
 _LANGUAGE_MODELS = ("language_model", "text_model")
-_TOWERS = ("vision_tower", "visual", "vision_model")
+_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
 # Qwen's and GLM's are part of the tower.
-_PROJECTORS = ("multi_modal_projector", "connector", "aligner", "projector", "vision_projection")
+_PROJECTORS = (
+    *("multi_modal_projector", "connector", "aligner", "projector", "vision_projection"),
+    *("mm_projector", "merger"),
+)
 # Words in the names of a tower's modules that see merged patches.
-_AFTER_MERGING = ("merger", "downsample")
+_AFTER_MERGING = ("merger", "downsample", "head_linear")
 
 
 class GenericAdapter(Adapter):

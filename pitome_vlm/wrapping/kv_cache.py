@@ -51,6 +51,7 @@ class CachedImages:
         calibration: what the language model was told when the keys were computed.
         sizes: [B, S] float32, patches that every column of the prompt stands for.
         positions: [B, S] (or [B, S, D]) float32 of the prompt's columns; None for the model's own.
+        last: [B] the position at the prompt's end; None for that of its last column.
         masks: see `positions.Masks`.
         removed: columns by which the conversation in the cache got shorter.
         prompt: what this was copied from for beams and samples; None where it was not.
@@ -63,6 +64,7 @@ class CachedImages:
     sizes: Tensor
     positions: Tensor | None
     masks: Masks
+    last: Tensor | None = None
     removed: int = 0
     prompt: CachedImages | None = None
 
@@ -76,6 +78,7 @@ class CachedImages:
             calibration=plan.calibration,
             sizes=prompt.sizes,
             positions=prompt.position_ids,
+            last=prompt.last_position,
             masks=plan.masks(),
             removed=prompt.compaction.removed,
         )
@@ -110,6 +113,7 @@ class CachedImages:
         return dataclasses.replace(
             self,
             sizes=self.sizes.repeat_interleave(copies, 0),
+            last=None if self.last is None else self.last.repeat_interleave(copies, 0),
             positions=None if places is None else places.repeat_interleave(copies, 0),
             prompt=self,
         )
@@ -132,7 +136,7 @@ class CachedImages:
         else:
             total = queries + (0 if cache is None else int(cache.get_seq_length()))
         if self.positions is not None:
-            places = later_positions(self.positions, mask, total)[:, -queries:]
+            places = later_positions(self.positions, mask, total, self.last)[:, -queries:]
             inputs["position_ids"] = places if places.dim() < 3 else places.permute(2, 0, 1)
         if self.calibration.carrier == "channels":
             inputs[KEY_SIZES] = KeySizes(self.sizes if self.calibration.size_bias else None, total)
@@ -147,7 +151,7 @@ class CachedImages:
                 # With two axes: a mask made for a compiled step knows nothing of sizes.
                 attention_mask=mask,
                 cache=cache,
-                token_types=inputs.get("token_type_ids"),
+                token_types=inputs,
             )
 
 
@@ -216,7 +220,9 @@ def first_position(cache: Any, mask: Any, device: torch.device) -> Tensor | None
         return None
     past = mask[:, :cached] if isinstance(mask, Tensor) and mask.shape[1] > cached else None
     if images is not None and images.positions is not None:
-        last = later_positions(images.positions, past, cached)[:, -1].float()
+        if images.last is not None and cached == images.positions.shape[1]:
+            return images.last + 1
+        last = later_positions(images.positions, past, cached, images.last)[:, -1].float()
         return (last.amax(-1) if last.dim() == 2 else last) + 1
     if past is not None:
         return past.sum(1).float()
@@ -238,7 +244,7 @@ def with_prompt_images(cache: Any, plan: CallPlan, prompt: CompactPrompt) -> Cac
     if positions is not None:
         past = torch.arange(cached, device=sizes.device).expand(rows, cached)
         if images is not None and images.positions is not None:
-            past = later_positions(images.positions, None, cached)
+            past = later_positions(images.positions, None, cached, images.last)
         if positions.dim() > past.dim():
             past = past[..., None].expand(-1, -1, positions.shape[-1])
         positions = torch.cat([past.to(positions.dtype), positions], 1)
@@ -270,7 +276,8 @@ def continued(model: Any, call: dict[str, Any], images: CachedImages) -> dict[st
         )
     if images.positions is not None and call.get("position_ids") is None:
         total = cached_length(call[CACHE_NAME]) + query.shape[1]
-        positions = later_positions(images.positions, call.get("attention_mask"), total)
+        mask = call.get("attention_mask")
+        positions = later_positions(images.positions, mask, total, images.last)
         call = call | {"position_ids": as_model_positions(positions[:, -query.shape[1] :])}
     return calibrated(model, call, images.calibration, images.sizes, images.masks)
 
@@ -317,7 +324,7 @@ def calibrated(
         attention_mask=mask,
         cache=cache,
         packed_positions=packed,
-        token_types=call.get("token_type_ids"),
+        token_types=call,
     )
     return call | {"attention_mask": floats}
 

@@ -65,10 +65,12 @@ def prepare_original(
     if left is None:
         left = getattr(model.config, "tokenizer_padding_side", "right") == "left"
     moves = compaction(slots, ~keep, None, left=left)
+    last = None
     if calibration.positions == "compact":
         positions = _counted(inputs.get("position_ids"), moves)
     else:
         place = _places_without_merging(layout.valid, start)
+        last = place.amax(1)
         anchors = torch.cat(visual.anchors)[tokens]
         offsets = torch.cat(visual.positions(calibration.positions))[tokens]
         place = place.masked_scatter(slots, place[slots] + offsets - anchors)
@@ -83,6 +85,7 @@ def prepare_original(
         attention_mask=_mask(mask, moves),
         labels=_labels(inputs.get("labels"), layout, moves),
         position_ids=positions,
+        last_position=last,
         sizes=moves.take(sizes, 1.0),
         packed_positions=None,
         visual=visual,

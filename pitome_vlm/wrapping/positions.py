@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +28,9 @@ from ..merge.config import MergeConfig, Positions
 from ..merge.places import group_places, told
 from ..merge.size_channels import WIDEST, channel_width
 from ..releases import ADDS_MASK, CACHE_NAME, FLASH, MASK_ARGUMENTS
+
+# Arguments by which models know tokens that see those after them.
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 logger = logging.get_logger(__name__)
 
@@ -144,7 +147,7 @@ def unreduced_positions(
     counts: list[int],
     offsets: Tensor,
     start: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Positions of a shortened prompt in the layout it would have had without merging.
 
     Args:
@@ -156,7 +159,8 @@ def unreduced_positions(
         start: [B] position of the first column, None for 0.
 
     Returns:
-        [B, S] float32. A padded column repeats the position before it.
+        [B, S] float32, where a padded column repeats the position before it; and [B] the last
+        position of every row, which its image may cover without a token there.
     """
     device = slots.device
     steps = (valid.to(device) != 0).float()
@@ -172,7 +176,10 @@ def unreduced_positions(
     before = steps.cumsum(1) - steps
     moved = torch.zeros_like(steps).masked_scatter(slots, offsets.to(device))
     positions = (before + moved).where(valid.to(device) != 0, (before - 1).clamp(min=0))
-    return positions if start is None else positions + start.to(device)[:, None]
+    last = steps.sum(1) - 1
+    if start is None:
+        return positions, last
+    return positions + start.to(device)[:, None], last + start.to(device)
 
 
 def spread_places(
@@ -229,13 +236,16 @@ def extended(values: Tensor, length: int, fill: float) -> Tensor:
     return torch.nn.functional.pad(values, (0, missing), value=fill)
 
 
-def later_positions(positions: Tensor, mask: Tensor | None, length: int) -> Tensor:
+def later_positions(
+    positions: Tensor, mask: Tensor | None, length: int, last: Tensor | None = None
+) -> Tensor:
     """Positions of a prompt and of what comes after it: [B, S] to [B, length].
 
     Args:
         positions: [B, S] of the prompt, of any dtype, or [B, S, D].
         mask: [B, length], 0 where padded, None for no padding.
         length: columns wanted; those after the prompt count on from its end.
+        last: [B] the position at its end; None for that of its last column.
     """
     more = length - positions.shape[1]
     if more <= 0:
@@ -245,9 +255,13 @@ def later_positions(positions: Tensor, mask: Tensor | None, length: int) -> Tens
     else:
         steps = mask[:, -more:] != 0
     steps = steps.to(positions).cumsum(1)
+    end = positions[:, -1:]
+    if last is not None:
+        end = last.to(positions)[:, None]
     if positions.dim() == 3:
-        steps = steps[..., None]
-    return torch.cat([positions, positions[:, -1:] + steps], 1)
+        steps, end = steps[..., None], end.view(*end.shape[:2], -1)
+        return torch.cat([positions, (end + steps).expand(-1, -1, positions.shape[-1])], 1)
+    return torch.cat([positions, end + steps], 1)
 
 
 @dataclass(frozen=True)
@@ -290,7 +304,7 @@ def additive_mask(
     attention_mask: Tensor | None,
     cache: Any = None,
     packed_positions: Tensor | None = None,
-    token_types: Tensor | None = None,
+    token_types: Mapping[str, Any] | None = None,
 ) -> Any:
     """The language model's own causal mask as floats, with log(size) added to merged keys.
 
@@ -307,8 +321,7 @@ def additive_mask(
         attention_mask: [B, cached + Q] with 0 where padded, or None.
         cache: keys of earlier columns, or None.
         packed_positions: [B, Q] integer positions that restart where several samples share a row.
-        token_types: [B, Q] the model's `token_type_ids`, by which it knows tokens that see each
-            other; None for none.
+        token_types: arguments of the call, of which `TOKEN_TYPES` [B, Q] say what sees each other.
 
     Returns:
         [B, 1, Q, K] in `dtype`, or a dict of them by layer type where the language model
@@ -328,11 +341,14 @@ def additive_mask(
         (CACHE_NAME, cache),
         ("position_ids", packed_positions),
         ("cache_position", torch.arange(total - queries, total, device=device)),
-        ("token_type_ids", token_types),
         ("is_first_iteration", total == queries),
     ):
         if name in own.names:
             known[name] = value
+    if token_types is not None and own.make is not create_masks_for_generate:
+        for name in TOKEN_TYPES:
+            if name in own.names and token_types.get(name) is not None:
+                known[name] = token_types[name]
     masks: Any = own.make(config=own.config, **known)
     bias = None if sizes is None else sizes.to(device).log()
     found: dict[Any, Tensor] = {}

@@ -48,6 +48,8 @@ class CompactPrompt:
         position_ids: [B, S] (or [B, S, D] where a model has D of them): float32 in the unreduced
             layout, or with compact positions the
             caller's own, shortened, or None where there were none.
+        last_position: [B] float32, the position at the end of every row in that layout; None where
+            it is that of the last column.
         sizes: [B, S] float32, patches that every column stands for (1 for text).
         packed_positions: [B, S] the caller's integer positions, shortened, or None; they tell
             where samples that share a row begin.
@@ -64,6 +66,7 @@ class CompactPrompt:
     attention_mask: Tensor | None
     labels: Tensor | None
     position_ids: Tensor | None
+    last_position: Tensor | None
     sizes: Tensor
     packed_positions: Tensor | None
     visual: VisualTokens
@@ -126,7 +129,9 @@ def prepare(
         embeds, features = None, PromptFeatures(_needed(plan, short), encoded, cached)
     else:
         embeds, features = _embedded(plan.model, ids, given, placeholders, moves, visual), None
-    positions, packed = _positions(plan, inputs, visual, placeholders, drop, moves, mask, start)
+    positions, last, packed = _positions(
+        plan, inputs, visual, placeholders, drop, moves, mask, start
+    )
     shown, sizes = _visible(mask, placeholders, visual)
     ones = torch.ones(slots.shape, dtype=torch.float32, device=slots.device)
     return CompactPrompt(
@@ -136,6 +141,7 @@ def prepare(
         attention_mask=compact_attention_mask(moves, shown, past),
         labels=None if labels is None else moves.take(labels, IGNORED_LABEL),
         position_ids=positions,
+        last_position=last,
         sizes=ones.masked_scatter(slots, sizes.to(slots.device)),
         packed_positions=packed,
         visual=visual,
@@ -215,25 +221,26 @@ def _positions(
     moves: Compaction,
     mask: Tensor | None,
     start: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Positions of the shortened prompt, and the caller's own where samples share a row.
 
     Returns:
-        `position_ids` and `packed_positions` of `CompactPrompt`.
+        `position_ids`, `last_position` and `packed_positions` of `CompactPrompt`.
     """
     calibration = plan.calibration
     places = plan.adapter.prompt_places(plan.model, inputs, mask)
     if plan.adapter.own_positions and places is not None:
-        return _spread(places, placeholders, visual, calibration, moves, start), None
+        return (*_spread(places, placeholders, visual, calibration, moves, start), None)
     own, packed = inputs.get("position_ids"), None
     if own is not None:
         own = own.expand_as(drop).to(drop.device)
         packed = moves.take(compact_positions(own, drop), 0)
     if calibration.positions == "compact":
-        return packed, packed
+        return packed, None, packed
     if places is not None:
-        return _spread(places, placeholders, visual, calibration, moves, start)[..., 0], packed
-    return _layout(calibration, visual, placeholders, moves, mask, own, start), packed
+        found, last = _spread(places, placeholders, visual, calibration, moves, start)
+        return found[..., 0], last, packed
+    return (*_layout(calibration, visual, placeholders, moves, mask, own, start), packed)
 
 
 def _spread(
@@ -243,11 +250,13 @@ def _spread(
     calibration: Calibration,
     moves: Compaction,
     start: Tensor | None,
-) -> Tensor:
-    """[B, S, D] float32, places of an unreduced prompt for the shortened one."""
+) -> tuple[Tensor, Tensor]:
+    """[B, S, D] float32, places of an unreduced prompt for the shortened one; [B] its last one."""
     found = spread_places(places, placeholders, visual.source_maps, visual.anchors, calibration)
-    positions = moves.take(found, 0.0)
-    return positions if start is None else positions + start[:, None, None]
+    positions, last = moves.take(found, 0.0), places.amax((1, 2)).to(found)
+    if start is None:
+        return positions, last
+    return positions + start[:, None, None], last + start
 
 
 def _joined_placeholders(found: list[Tensor], encoded: list[Encoded]) -> tuple[Tensor, Tensor]:
@@ -281,8 +290,8 @@ def _layout(
     mask: Tensor | None,
     own: Tensor | None,
     start: Tensor | None,
-) -> Tensor:
-    """[B, S] float32, positions that leave the text where it was without merging.
+) -> tuple[Tensor, Tensor | None]:
+    """[B, S] float32, positions that leave the text where it was without merging; [B] the last.
 
     Args:
         calibration: positions other than "compact".
@@ -296,10 +305,11 @@ def _layout(
     whole = int(placeholders.sum()) == sum(visual.full_counts)
     if own is not None and not whole:
         # Written for the shortened prompt: there is no other layout to point back to.
-        return moves.take(own, 0).float()
+        return moves.take(own, 0).float(), None
     if own is not None:
         places = own[..., None].float()
-        return _spread(places, placeholders, visual, calibration, moves, None)[..., 0]
+        found, last = _spread(places, placeholders, visual, calibration, moves, None)
+        return found[..., 0], last
     attended = moves.valid if mask is None else moves.take(mask, 0) != 0
     slots = moves.take(placeholders, False)
     offsets = torch.cat(visual.positions(calibration.positions))

@@ -12,14 +12,14 @@ def llava(**batch):
     return tiny_model(), tiny_batch(**{"images": (1, 1), "texts": (3, 9)} | batch)
 
 
-def llava_next(**batch):
+def llava_next(texts=(3, 9), **batch):
     model = anyres_model("next")
-    return model, anyres_batch(model, (((100, 180),), ((90, 90),)), (3, 9), **batch)
+    return model, anyres_batch(model, (((100, 180),), ((90, 90),)), texts, **batch)
 
 
-def llava_onevision(**batch):
+def llava_onevision(texts=(3, 9), **batch):
     model = anyres_model("onevision")
-    return model, anyres_batch(model, (((100, 180),), ((90, 90),)), (3, 9), **batch)
+    return model, anyres_batch(model, (((100, 180),), ((90, 90),)), texts, **batch)
 
 
 def onevision_video(**batch):
@@ -27,9 +27,9 @@ def onevision_video(**batch):
     return model, video_batch(model, video_pixels(), **batch)
 
 
-def qwen2_5_vl(**batch):
+def qwen2_5_vl(texts=(3, 9), **batch):
     model = qwen()
-    return model, qwen_batch(model, [[(1, 8, 8)], [(1, 4, 16)]], (3, 9), **batch)
+    return model, qwen_batch(model, [[(1, 8, 8)], [(1, 4, 16)]], texts, **batch)
 
 
 IMAGE_FAMILIES = (llava, llava_next, llava_onevision, qwen2_5_vl)

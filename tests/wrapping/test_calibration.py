@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import IMAGE_FAMILIES
 from tiny import IMAGE, PATCHES, tiny_batch, tiny_model
 from transformers.cache_utils import DynamicCache
 
 import pitome_vlm
+from pitome_vlm.adapters import find_adapter
 from pitome_vlm.merge import algorithms, registry
 from pitome_vlm.merge.algorithm import Algorithm
 
@@ -216,6 +218,32 @@ def test_text_keeps_the_place_it_would_have_without_merging():
     assert compact["token_sizes"].sum() == batch["input_ids"].shape[1]
     pitome_vlm.wrap(model, keep=1.0)
     assert torch.equal(model(**batch).logits[:, -1], untouched)
+
+
+def grown(batch, new):
+    """A batch with further tokens [B, n] after its prompt."""
+    more = {"input_ids": new, "attention_mask": torch.ones_like(new)}
+    return batch | {
+        name: torch.cat([value, more.get(name, torch.zeros_like(new)).to(value)], 1)
+        for name, value in batch.items()
+        if value.shape == batch["input_ids"].shape
+    }
+
+
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
+@torch.no_grad()
+def test_what_follows_an_image_is_placed_after_all_of_it(family):
+    model, batch = family(texts=(0, 0))
+    ids = batch["input_ids"]
+    token = find_adapter(model).placeholder_ids(model)["image"]
+    end = int((ids == token).nonzero()[:, 1].max()) + 1
+    # The processor's prompt, cut after its image.
+    batch = {n: v[:, :end] if v.shape == ids.shape else v for n, v in batch.items()}
+    pitome_vlm.wrap(model, keep=0.25)
+    answer = model.generate(**batch, max_new_tokens=3, do_sample=False)[:, -3:]
+    for step in (1, 2):
+        logits = model(**grown(batch, answer[:, :step])).logits[:, -1]
+        assert torch.equal(logits.argmax(-1), answer[:, step])
 
 
 def test_gradients_are_those_of_eager_attention():
