@@ -105,9 +105,13 @@ def find_adapter(model: Any) -> Adapter:
             f"of type {model_type!r}, for instance a ...ForConditionalGeneration"
         )
     shown = f"{kind} (model_type {model_type!r})" if model_type else kind
-    raise TypeError(
-        f"cannot wrap {shown}: looked for a model of type {', '.join(model_types())} "
-        "with a vision tower and a language model; pass a ...ForConditionalGeneration, a model of "
-        "the original llava package, or a PeftModel of one, or register its family "
-        "(docs/adding-a-model.md)"
+    raise TypeError(f"cannot wrap {shown}: {what_is_supported()}")
+
+
+def what_is_supported() -> str:
+    """Which models can be wrapped, in a line."""
+    return (
+        "pass a LlavaForConditionalGeneration or another model of docs/models.md (LLaVA, Qwen-VL, "
+        "InternVL, Gemma 3, Mistral 3, SmolVLM ...), one of the original llava package, or a "
+        "PeftModel of one; pitome_vlm.adapters.register() takes further families"
     )

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
-from ..adapters import model_types
+from ..adapters import model_types, what_is_supported
 from ..common import suggest
 from ..demo import DEMO, resolve
 from ..releases import RENAMES_TOWER_WEIGHTS
@@ -101,13 +101,11 @@ def check_model_type(model_type: Any, source: str) -> None:
     """Check that a model type is supported.
 
     Raises:
-        TypeError: it is not; the message names `source` and the supported types.
+        TypeError: it is not; the message names `source`.
     """
     if model_type not in model_types():
         raise TypeError(
-            f"{source} has model_type {model_type!r}; supported: {', '.join(model_types())} "
-            "(LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, ViP-LLaVA and their fine-tunes in the format "
-            "of transformers)"
+            f"{source} has model_type {model_type!r}, which is not supported: {what_is_supported()}"
         )
 
 

@@ -258,7 +258,7 @@ def test_the_record_of_the_docs_is_enough(monkeypatch):
     expected = pitome_vlm.wrap(copy.deepcopy(model), keep=0.3)(**batch).logits
     renamed = type("ToyConfig", (type(model.config),), {"model_type": "toy_grid_vlm"})
     model.config.__class__ = renamed
-    with pytest.raises(TypeError, match=r"toy_grid_vlm.*register its family"):
+    with pytest.raises(TypeError, match=r"toy_grid_vlm.*register\(\) takes further families"):
         pitome_vlm.wrap(model, keep=0.3)
     exec(documented_record(), {})
     assert torch.equal(pitome_vlm.wrap(model, keep=0.3)(**batch).logits, expected)
