@@ -248,19 +248,20 @@ def report(runs: list[dict[str, Any]], command: str, machine: dict[str, Any]) ->
 
 def serve_and_drive(keep: float, options: argparse.Namespace) -> dict[str, Any]:
     """Start a server for one budget, drive it, stop it."""
-    with server(options.model, keep, options.port, shlex.split(options.vllm)) as (url, _):
+    words = ["--keep", str(keep), *shlex.split(options.vllm)]
+    with server(options.model, words, options.port) as (url, _):
         return drive(url, f"keep={keep:g}", options)
 
 
 @contextlib.contextmanager
 def server(
-    model: str, keep: float, port: int, words: list[str], variables: dict[str, str] | None = None
+    model: str, words: list[str], port: int, variables: dict[str, str] | None = None
 ) -> Iterator[tuple[str, int]]:
-    """A server for one budget that answers, as its address and the id of its process."""
+    """A server that answers, as its address and the id of its process."""
     url = f"http://127.0.0.1:{port}"
-    command = ["-m", "pitome_vlm", "serve", model, "--keep", str(keep)]
-    command += ["--host", "127.0.0.1", "--port", str(port), *words]
-    log = Path(tempfile.gettempdir()) / f"pitome_serve_{port}_keep_{keep:g}.log"
+    command = ["-m", "pitome_vlm", "serve", model, *words]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    log = Path(tempfile.gettempdir()) / f"pitome_serve_{port}.log"
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, *command],

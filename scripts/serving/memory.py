@@ -187,9 +187,10 @@ def main() -> None:
     runs = []
     for kernels in options.kernels:
         for keep in options.keep:
-            words, variables = shlex.split(options.vllm), {KERNELS: str(kernels)}
+            words = ["--keep", str(keep), *shlex.split(options.vllm)]
             label = f"keep={keep:g}, {kernels} kernels"
-            with server(options.model, keep, options.port, words, variables) as (url, pid):
+            variables = {KERNELS: str(kernels)}
+            with server(options.model, words, options.port, variables) as (url, pid):
                 runs.append(watch(url, pid, label, options))
     machine, command = environment(), command_line()
     output = Path(options.output)
