@@ -11,6 +11,8 @@ from served_models import reference, save_under_names
 
 from pitome_vlm import MergeConfig
 
+# Compilers take their time on a busy machine.
+pytestmark = pytest.mark.timeout(900)
 CONFIG = MergeConfig(keep=0.25)
 CHUNKS = {"block_size": 32, "max_num_batched_tokens": 40}
 
