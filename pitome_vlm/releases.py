@@ -44,6 +44,7 @@ def check_transformers(found: str) -> None:
 TRANSFORMERS = importlib.metadata.version("transformers")
 check_transformers(TRANSFORMERS)
 
+from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -111,6 +112,21 @@ def states_to_keep(layers: int | list[int]) -> bool | list[int]:
 def continues_from_embeds(forward: Callable[..., Any]) -> bool:
     """Whether `generate` can pass this `forward` embeddings and a cache that holds something."""
     return not EMBEDS_NEED_EMPTY_CACHE and CACHE_NAME in inspect.signature(forward).parameters
+
+
+def draft_cache(config: Any) -> DynamicCache | None:
+    """A cache for drafts, which are taken back; None where any cache can do that.
+
+    From release 5.24 on layers without attention have to be told to keep earlier states.
+
+    Args:
+        config: of the model that drafts.
+    """
+    if not hasattr(DynamicCache, "activate_past_recording"):
+        return None
+    cache = DynamicCache(config=config.get_text_config(decoder=True))
+    cache.activate_past_recording()
+    return cache
 
 
 def cache_of(output: Any) -> Any:

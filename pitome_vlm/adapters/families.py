@@ -12,9 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from .grids import Grid
+from .grids import PIXELS, Grid, given, given_grids
 
 # The configuration, a call's arguments and a kind to the grid of every image (or tile), in the
 # order of their placeholders.
@@ -41,6 +39,8 @@ class Family:
             tower sees square images of one size.
         first_place: position of a prompt's first token.
         one_mask: the language model takes no masks by layer type.
+        placeholders: kinds whose placeholder is named after another kind.
+        shown: by kind, the argument that says which of its tokens the prompt shows.
     """
 
     model_types: tuple[str, ...]
@@ -55,6 +55,8 @@ class Family:
     patches: Callable[[Any], int] | None = None
     first_place: int = 0
     one_mask: bool = False
+    placeholders: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    shown: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def square(tokens: int) -> Grid:
@@ -68,7 +70,7 @@ def tiles(tokens: Callable[[Any], int]) -> Grids:
 
     def grids(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
         # Tiles of one size: it is enough to count them.
-        pixels = inputs["pixel_values" if kind == "image" else "pixel_values_videos"]
+        pixels = inputs[PIXELS[kind]]
         return [square(tokens(config))] * math.prod(pixels.shape[:-3])
 
     return grids
@@ -78,8 +80,14 @@ def tiles_that_hold_something(tokens: Callable[[Any], int]) -> Grids:
     """The same for pixels [B, most tiles, 3, H, W] that are padded with tiles of zeros."""
 
     def grids(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
-        del kind
-        real = (inputs["pixel_values"] != 0).flatten(2).any(-1)
+        pixels, mask = inputs["pixel_values"], inputs.get("pixel_attention_mask")
+        if mask is not None and mask.shape[:2] != pixels.shape[:2]:
+            raise ValueError(
+                f"pixel_values are of {list(pixels.shape[:2])} rows and tiles of the {kind}s, "
+                f"pixel_attention_mask of {list(mask.shape[:2])}; pass both as the processor "
+                "returned them"
+            )
+        real = (pixels != 0).flatten(2).any(-1)
         return [square(tokens(config))] * int(real.sum())
 
     return grids
@@ -89,14 +97,8 @@ def patch_grids(side: Callable[[Any], int]) -> Grids:
     """`{kind}_grid_thw` counts patches, of which the model makes one token of `side` x `side`."""
 
     def grids(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
-        name, cell = f"{kind}_grid_thw", side(config)
-        if inputs.get(name) is None:
-            raise ValueError(
-                f"{name} is missing: this model needs the grid of every {kind} with its pixels; "
-                "pass everything that the processor returned"
-            )
-        found = torch.as_tensor(inputs[name]).tolist()
-        return [(t, h // cell, w // cell) for t, h, w in found]
+        cell = side(config)
+        return [(t, h // cell, w // cell) for t, h, w in given_grids(inputs, kind)]
 
     return grids
 
@@ -105,15 +107,24 @@ def image_sizes(name: str, cell: Callable[[Any], int]) -> Grids:
     """`name` holds (height, width) of every image, `cell` x `cell` of which become one token."""
 
     def grids(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
-        if inputs.get(name) is None:
+        side, sizes = cell(config), given(inputs, name, kind)
+        if not _fit(sizes, inputs["pixel_values"]):
             raise ValueError(
-                f"{name} is missing: this model needs the size of every {kind} with its pixels; "
-                "pass everything that the processor returned"
+                f"{name} {str(sizes)[:100]} are not those of pixel_values "
+                f"{list(inputs['pixel_values'].shape)}; pass both as the processor returned them"
             )
-        side = cell(config)
-        return [(1, h // side, w // side) for h, w in torch.as_tensor(inputs[name]).tolist()]
+        return [(1, h // side, w // side) for h, w in sizes]
 
     return grids
+
+
+def _fit(sizes: list[Any], pixels: Any) -> bool:
+    """Whether images [n, C, H, W], or of so many patches [n, P, C], are large enough."""
+    if len(sizes) != len(pixels):
+        return False
+    if pixels.dim() == 3:
+        return all(h * w <= pixels.shape[1] for h, w in sizes)
+    return all(h <= pixels.shape[-2] and w <= pixels.shape[-1] for h, w in sizes)
 
 
 def rounded(pixels: Callable[[Any], int]) -> Cells:
@@ -158,27 +169,55 @@ def _mistral_patches(config: Any) -> int:
 def _own_merge_sizes(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
     """VideoLLaMA3: every image says how many patches become one token."""
     del config
-    grids = torch.as_tensor(inputs[f"{kind}_grid_thw"]).tolist()
-    sides = torch.as_tensor(inputs[f"{kind}_merge_sizes"]).tolist()
+    sides = given(inputs, f"{kind}_merge_sizes", kind)
+    grids = given_grids(inputs, kind)
+    if len(sides) != len(grids):
+        raise ValueError(
+            f"{kind}_merge_sizes are of {len(sides)} {kind}s, {kind}_grid_thw of {len(grids)}; "
+            "pass both as the processor returned them"
+        )
     return [(t, h // m, w // m) for (t, h, w), m in zip(grids, sides, strict=True)]
 
 
 def _kimi_grids(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
     """Kimi pools over time and merges kernels of patches."""
     rows, columns = config.vision_config.merge_kernel_size
-    grids = torch.as_tensor(inputs[f"{kind}_grid_thw"]).tolist()
-    return [(1, h // rows, w // columns) for _, h, w in grids]
+    return [(1, h // rows, w // columns) for _, h, w in given_grids(inputs, kind)]
 
 
 def _molmo_grids(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
     """Molmo 2: the whole image and its crops, which are merged together."""
-    del config, kind
-    grids = torch.as_tensor(inputs["image_grids"]).tolist()
+    del config
+    grids = given(inputs, "image_grids", kind)
+    pooling, patches = (
+        inputs.get("image_token_pooling"),
+        math.prod(inputs["pixel_values"].shape[:-1]),
+    )
+    if pooling is None or int(pooling.max()) >= patches:
+        raise ValueError(
+            f"image_token_pooling does not fit the {patches} patches of pixel_values; pass both "
+            "as the processor returned them"
+        )
     return [(1, 1, int(a * b + c * d)) for a, b, c, d in grids]
 
 
-def _minicpm_cell(config: Any) -> int:
-    return int(2 * config.merge_kernel_size[0] ** config.merger_times)
+def _minicpm_cell(config: Any, mode: str | None = None) -> int:
+    """Rows of patches that become one token; "4x" leaves out a layer that merges four to one."""
+    whole = int(2 * config.merge_kernel_size[0] ** config.merger_times)
+    return whole // 2 if (mode or config.downsample_mode) == "4x" else whole
+
+
+def _minicpm_grids(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
+    """MiniCPM-V: all images (slices, frames) share a row of patches."""
+    name = {"image": "target_sizes", "video": "target_sizes_videos"}[kind]
+    side, sizes = _minicpm_cell(config, inputs.get("downsample_mode")), given(inputs, name, kind)
+    patches = inputs[PIXELS[kind]].shape[-1] // config.vision_config.patch_size
+    if patches != sum(h * w for h, w in sizes):
+        raise ValueError(
+            f"{PIXELS[kind]} holds {patches} patches, but {name} describes "
+            f"{sum(h * w for h, w in sizes)}; pass both as the processor returned them"
+        )
+    return [(1, h // side, w // side) for h, w in sizes]
 
 
 LAYER_CHOICE = ("vision_feature_layer", "vision_feature_select_strategy")
@@ -204,12 +243,21 @@ FAMILIES = (
         patches=_merged_patches,
     ),
     Family(
-        ("qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "glm46v"),
+        ("qwen3_5", "qwen3_5_moe"),
         patch_grids(_merge_size),
         rounded(_merged_pixels),
         PATCH_GRIDS,
         ROPE,
         patches=_merged_patches,
+    ),
+    Family(
+        ("glm4v", "glm4v_moe", "glm46v"),
+        patch_grids(_merge_size),
+        rounded(_merged_pixels),
+        PATCH_GRIDS,
+        ROPE,
+        patches=_merged_patches,
+        placeholders={"video": "image"},
     ),
     Family(
         ("paddleocr_vl",),
@@ -262,6 +310,7 @@ FAMILIES = (
                 "video_compression_mask",
             ),
         },
+        shown={"video": "video_compression_mask"},
     ),
     Family(
         ("kimi_k25",),
@@ -286,10 +335,13 @@ FAMILIES = (
     ),
     Family(
         ("minicpmv4_6",),
-        image_sizes("target_sizes", _minicpm_cell),
+        _minicpm_grids,
         rounded(lambda config: config.vision_config.patch_size * _minicpm_cell(config)),
         patches=lambda config: _minicpm_cell(config) ** 2,
-        inputs={"image": ("pixel_values", "target_sizes", "downsample_mode")},
+        inputs={
+            "image": ("pixel_values", "target_sizes", "downsample_mode"),
+            "video": ("pixel_values_videos", "target_sizes_videos", "downsample_mode"),
+        },
     ),
     Family(
         ("ovis2",),

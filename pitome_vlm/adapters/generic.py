@@ -8,6 +8,7 @@ its own code.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,12 +19,13 @@ from typing_extensions import override
 from ..merge.counts import Footprint
 from ..merge.merge_pass import MergePass
 from ..merge.schedule import TowerShape
-from ..merge.tiles import merge_grids
+from ..merge.tiles import PackedItem, merge_grids
 from ..merge.tokens import Encoded, HandedOver
 from ..releases import TRANSFORMERS, accepted, takes_features
 from .base import Adapter
 from .families import Family, vit_tokens
-from .grids import Grid, footprint_of, item_of, rope_places
+from .features import token_id
+from .grids import Grid, footprint_of, item_of, item_with_gaps, rope_places
 from .parts import ModelParts
 
 _LANGUAGE_MODELS = ("language_model", "text_model")
@@ -136,15 +138,33 @@ class GenericAdapter(Adapter):
         return total + 4 * patches * frame * _width(parts.vision_config) * layers
 
     @override
+    def placeholder_ids(self, model: Any) -> dict[str, int]:
+        named = self.family.placeholders
+        return {kind: token_id(model.config, named.get(kind, kind)) for kind in self.family.inputs}
+
+    @override
     def footprints(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Footprint]]:
         return {
-            kind: [footprint_of(grid, kind) for grid in self._grids(model, inputs, kind)]
+            kind: [item.footprint for item in self._items(model, inputs, kind)]
             for kind, names in self.family.inputs.items()
             if inputs.get(names[0]) is not None
         }
 
-    def _grids(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
-        return self.family.grids(model.config, inputs, kind)
+    def _shown(self, inputs: Mapping[str, Any], kind: str) -> Tensor | None:
+        return inputs.get(self.family.shown.get(kind, ""))
+
+    def _items(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[PackedItem]:
+        grids, shown = self.family.grids(model.config, inputs, kind), self._shown(inputs, kind)
+        if shown is None:
+            return [item_of(grid, kind) for grid in grids]
+        lengths = [math.prod(grid) for grid in grids]
+        if len(shown) != sum(lengths):
+            raise ValueError(
+                f"{self.family.shown[kind]} is about {len(shown)} tokens, but the {kind}s have "
+                f"{sum(lengths)}; pass both as the processor returned them"
+            )
+        parts = torch.split(shown.cpu() != 0, lengths)
+        return [item_with_gaps(*pair, kind) for pair in zip(grids, parts, strict=True)]
 
     @override
     def encode(self, model: Any, inputs: Mapping[str, Any], merge_pass: MergePass) -> list[Encoded]:
@@ -153,16 +173,15 @@ class GenericAdapter(Adapter):
             if inputs.get(names[0]) is None:
                 continue
             output = _read(_core(model), kind, {n: inputs[n] for n in names if n in inputs})
-            grids = self._grids(model, inputs, kind)
-            footprints = [footprint_of(grid, kind) for grid in grids]
-            features = _by_image(getattr(output, self.family.field), footprints, kind)
-            items = [item_of(grid, kind) for grid in grids]
+            items, shown = self._items(model, inputs, kind), self._shown(inputs, kind)
+            footprints = [item.footprint for item in items]
+            features = _by_image(getattr(output, self.family.field), footprints, kind, shown)
             visual = merge_grids(features, items, merge_pass.fresh())
             handed = HandedOver(output, self.family.field, self.family.levels)
             if self.family.levels is not None:
                 levels = getattr(output, self.family.levels)
                 handed = handed.with_levels(
-                    [visual.means(_by_image(level, footprints, kind)) for level in levels]
+                    [visual.means(_by_image(level, footprints, kind, shown)) for level in levels]
                 )
             token = self.placeholder_ids(model)[kind]
             encoded.append(Encoded(kind, token, visual, handed.without_states()))
@@ -207,14 +226,24 @@ def _read(core: Any, kind: str, inputs: dict[str, Any]) -> Any:
     return read(**accepted(read, given), return_dict=True)
 
 
-def _by_image(features: Any, footprints: list[Footprint], kind: str) -> list[Tensor]:
+def _by_image(
+    features: Any, footprints: list[Footprint], kind: str, shown: Tensor | None
+) -> list[Tensor]:
     """Features in any form as one [n_i, C] tensor per image.
+
+    Args:
+        features: of all images.
+        footprints: of every image.
+        kind: of the placeholders.
+        shown: [tokens of all images], 0 where the prompt does not show one; None for all.
 
     Raises:
         ValueError: there are more or fewer than the images have tokens.
     """
     parts = [features] if isinstance(features, Tensor) else list(features)
     flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+    if shown is not None:
+        flat = flat[shown.to(flat.device) != 0]
     lengths = [footprint.full for footprint in footprints]
     if len(flat) != sum(lengths):
         raise ValueError(

@@ -15,6 +15,40 @@ from ..releases import accepted
 
 # Frames, rows and columns of what is merged with each other.
 Grid = tuple[int, int, int]
+# The argument that holds a kind's pixels.
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+def given(inputs: Mapping[str, Any], name: str, kind: str) -> list[Any]:
+    """The numbers that a call gives of every image of a kind.
+
+    Raises:
+        ValueError: it gives none.
+    """
+    if inputs.get(name) is None:
+        raise ValueError(
+            f"{name} is missing: this model needs it for every {kind} with its pixels; pass "
+            "everything that the processor returned"
+        )
+    found: list[Any] = torch.as_tensor(inputs[name]).tolist()
+    return found
+
+
+def given_grids(inputs: Mapping[str, Any], kind: str) -> list[Grid]:
+    """Frames, rows and columns of patches of every image, as `{kind}_grid_thw` gives them.
+
+    Raises:
+        ValueError: they are missing, or there are pixels of more or fewer patches.
+    """
+    name, pixels = f"{kind}_grid_thw", inputs.get(PIXELS[kind])
+    grids = given(inputs, name, kind)
+    patches = sum(math.prod(grid) for grid in grids)
+    if isinstance(pixels, Tensor) and len(pixels) != patches:
+        raise ValueError(
+            f"{PIXELS[kind]} holds {len(pixels)} patches, but {name} describes {patches} (of "
+            f"{len(grids)} {kind}s); pass both as the processor returned them"
+        )
+    return [(t, h, w) for t, h, w in grids]
 
 
 def footprint_of(grid: Grid, kind: str) -> Footprint:
@@ -27,6 +61,24 @@ def item_of(grid: Grid, kind: str) -> PackedItem:
     planes = tuple(torch.arange(math.prod(grid)).view(grid))
     frames = tuple(range(grid[0])) if kind == "video" else None
     return PackedItem(footprint_of(grid, kind), planes, frames)
+
+
+def item_with_gaps(grid: Grid, shown: Tensor, kind: str) -> PackedItem:
+    """The cells of a video, some of which the prompt does not show.
+
+    A frame becomes a row of what is left of it, because that is no grid any more.
+
+    Args:
+        grid: of all cells.
+        shown: [cells] bool.
+        kind: of the placeholders.
+    """
+    counts = [count for count in shown.view(grid[0], -1).sum(1).tolist() if count]
+    full = sum(counts)
+    if full == len(shown):
+        return item_of(grid, kind)
+    planes = tuple(part[None] for part in torch.split(torch.arange(full), counts))
+    return PackedItem(Footprint(full, frames=len(counts)), planes, tuple(range(len(counts))))
 
 
 def rope_places(
@@ -56,8 +108,13 @@ def rope_places(
     kinds = inputs.get("mm_token_type_ids")
     if kinds is None:
         kinds = torch.zeros_like(tokens)
-        for number, token in enumerate(ids.values(), start=1):
-            kinds = kinds.masked_fill(tokens == token, number)
+        for number, (kind, token) in enumerate(ids.items(), start=1):
+            # Kinds may share a placeholder.
+            if inputs.get(f"{kind}_grid_thw") is not None:
+                kinds = kinds.masked_fill(tokens == token, number)
+    if mask is not None:
+        # An image takes its places whole, also where a part of it is masked.
+        mask = mask.masked_fill(kinds.to(mask.device) != 0, 1)
     names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     values = {name: inputs.get(name) for name in names}
     values |= {"mm_token_type_ids": kinds, "attention_mask": mask}

@@ -21,7 +21,7 @@ from ..merge.tiles import merge_grids
 from ..merge.tokens import Encoded
 from ..releases import accepted
 from .base import Adapter
-from .grids import Grid, footprint_of, item_of, rope_places
+from .grids import Grid, footprint_of, given_grids, item_of, rope_places
 from .parts import ModelParts
 
 KINDS = {"pixel_values": "image", "pixel_values_videos": "video"}
@@ -181,16 +181,6 @@ def _linear(module: nn.Module) -> int:
 
 
 def _grids(model: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
-    """(frames, rows, columns) of every image or video after the patch merger.
-
-    Raises:
-        ValueError: the grids are missing.
-    """
-    grids = inputs.get(GRIDS[kind])
-    if grids is None:
-        raise ValueError(
-            f"{GRIDS[kind]} is missing: this model needs the grid of every {kind} with its "
-            "pixels; pass everything that the processor returned"
-        )
+    """(frames, rows, columns) of every image or video after the patch merger."""
     side = model.config.vision_config.spatial_merge_size
-    return [(t, h // side, w // side) for t, h, w in torch.as_tensor(grids).tolist()]
+    return [(t, h // side, w // side) for t, h, w in given_grids(inputs, kind)]

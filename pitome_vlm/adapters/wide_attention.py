@@ -100,7 +100,9 @@ class WideAttention:
         if told is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         for name in CACHE_NAMES:
-            if kwargs.get(name) is not None and told.sizes is not None:
+            # Compressed keys and values (MLA) become those of the kernel after the cache.
+            compressed = hasattr(self, "kv_lora_rank")
+            if kwargs.get(name) is not None and told.sizes is not None and not compressed:
                 kwargs[name] = _WideCache(kwargs[name], told, self.scaling)  # type: ignore[attr-defined]
         own = super().forward.__func__  # type: ignore[misc]
         return own(_StandIn(self, told), *args, **kwargs)
@@ -167,6 +169,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Called by a layer's own forward; calls the kernel that the model names."""
     own, told, head_dim = layer.layer, layer.told, query.shape[-1]
+    # Narrower than keys in MLA.
+    width = value.shape[-1] if key.shape[-1] == head_dim else head_dim
     if attention_mask is None:
         # A static cache has room after the last column, which only a mask would hide.
         key, value = key[:, :, : told.total], value[:, :, : told.total]
@@ -178,7 +182,7 @@ def _attend(
     kernel = ALL_ATTENTION_FUNCTIONS[own.config._attn_implementation]
     kwargs["position_ids"] = told.packed
     output, weights = kernel(own, query, key, value, attention_mask, **kwargs)
-    return output[..., :head_dim], weights
+    return output[..., :width], weights
 
 
 def head_dim(text_config: Any) -> int:

@@ -58,20 +58,20 @@ def with_size_channels(
     Args:
         query: [B, heads, Q, D].
         key: [B, key heads, N, D].
-        value: [B, key heads, N, D].
+        value: [B, key heads, N, D], or fewer channels.
         bias: [B, 1, 1, N] log sizes, float32 or wider.
         scale: what the kernel multiplies q k by.
 
     Returns:
-        The same with D' = `channel_width(D)` channels. Use the first D channels of the kernel's
-        output; the others are zero.
+        The same with D' = `channel_width(D)` channels. Use as many of the kernel's output as
+        `value` had; the others are zero.
     """
     width = channel_width(key.shape[-1])
     extra = width - key.shape[-1]
     sizes = key_channels(bias[:, :, 0], scale, extra, key.dtype)
     key = torch.cat([key, sizes.expand(*key.shape[:-1], extra)], -1)
     # Values become as wide as the keys, because kernels require one width.
-    return query_channels(query, width), key, pad(value, (0, extra))
+    return query_channels(query, width), key, pad(value, (0, width - value.shape[-1]))
 
 
 def _split(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from transformers.generation.candidate_generator import (
 )
 from transformers.generation.stopping_criteria import ConfidenceCriteria
 
-from ..releases import CACHE_NAME, STEP_LENGTH
+from ..releases import CACHE_NAME, STEP_LENGTH, draft_cache
 from .generation import CALLER, CallerPrompt, FullPromptProcessor
 from .kv_cache import cached_length
 
@@ -113,6 +113,8 @@ class Assistant:
         config = copy.copy(call["generation_config"])
         config.is_assistant = False
         call["generation_config"] = config
+        # ... and gives no cache of others the means to take a draft back.
+        call[CACHE_NAME] = draft_cache(base.config)
         threshold = config.assistant_confidence_threshold
         if threshold:
             criterion = ConfidenceCriteria(assistant_confidence_threshold=threshold)

@@ -33,7 +33,6 @@ from .kv_cache import (
     cached_images,
     cached_length,
     calibrated,
-    check_cache,
     continued,
     first_position,
     mark_cache,
@@ -46,6 +45,8 @@ from .placeholders import all_placeholders
 from .positions import as_model_positions
 from .prompt import other_arguments, prepare
 from .refusals import (
+    check_cache,
+    check_carrier,
     is_wrapped_assistant,
     refuse_assisting,
     refuse_blind_assistant,
@@ -254,7 +255,10 @@ class WrappedLlava(GenerateHooks):
             plan = self._pitome.plan(self)
             return calibrated(self, call, plan.calibration, sizes, plan.masks())
         images = cached_images(call.get(CACHE_NAME))
-        return call if images is None else continued(self, call, images)
+        if images is None:
+            return call
+        check_carrier(images, self._pitome.adapter.text_config(self))
+        return continued(self, call, images)
 
     def _pitome_unshortened(self, call: dict[str, Any]) -> dict[str, Any]:
         """Arguments of `generate` where nothing is merged here, but an assistant may merge."""

@@ -2,7 +2,7 @@
 
 Masks and positions over columns that are cached and columns that are new. What is remembered
 travels as an attribute of the cache: it is copied, kept and thrown away with it. How images are
-encoded and how a mask is computed is left to `prompt.py` and `positions.py`.
+encoded and how a mask is computed is left to `prompt.py` and `masks.py`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,10 @@ from transformers.cache_utils import Cache
 from ..adapters.wide_attention import KEY_SIZES, KeySizes
 from ..merge.config import MergeConfig
 from ..releases import CACHE_NAME
+from .masks import Masks, additive_mask
 from .merging import CallPlan
 from .placeholders import PromptImages
-from .positions import (
-    Calibration,
-    Masks,
-    additive_mask,
-    as_model_positions,
-    extended,
-    later_positions,
-)
+from .positions import Calibration, as_model_positions, extended, later_positions
 from .prompt import CompactPrompt
 
 # The attribute of a cache that holds its `CachedImages`.
@@ -52,7 +46,7 @@ class CachedImages:
         sizes: [B, S] float32, patches that every column of the prompt stands for.
         positions: [B, S] (or [B, S, D]) float32 of the prompt's columns; None for the model's own.
         last: [B] the position at the prompt's end; None for that of its last column.
-        masks: see `positions.Masks`.
+        masks: see `masks.Masks`.
         removed: columns by which the conversation in the cache got shorter.
         prompt: what this was copied from for beams and samples; None where it was not.
     """
@@ -166,47 +160,6 @@ def cached_images(cache: Any) -> CachedImages | None:
     return getattr(cache, CACHED_IMAGES, None) if isinstance(cache, Cache) else None
 
 
-def check_cache(plan: CallPlan, cache: Any, placeholders: Tensor | None) -> None:
-    """Refuse a cache whose images were merged otherwise than they would be now.
-
-    Args:
-        plan: of this call.
-        cache: the caller's cache.
-        placeholders: [B, T] bool over the whole conversation, None where it is not at hand.
-
-    Raises:
-        ValueError: old and new count, or old and new calibration differ.
-    """
-    length, images, schedule = cached_length(cache), cached_images(cache), plan.schedule
-    if not length:
-        return
-    if images is not None:
-        cached = images.tokens_out
-    else:
-        # Filled by an unwrapped model, or by text alone: its columns are those of the prompt.
-        holds_image = placeholders is not None and bool(placeholders[:, :length].any())
-        cached = schedule.tokens_in if holds_image else schedule.tokens_out
-    advice = "start a new cache after changing the merge settings"
-    if cached != schedule.tokens_out:
-        raise ValueError(
-            f"{CACHE_NAME} holds images of {cached} visual tokens each, but the model now makes "
-            f"{schedule.tokens_out}; {advice}"
-        )
-    if images is None:
-        return
-    if images.calibration != plan.calibration:
-        raise ValueError(
-            f"{CACHE_NAME} was computed with {images.calibration}, but the model now uses "
-            f"{plan.calibration}; {advice}"
-        )
-    adaptive = images.config.is_adaptive or plan.config.is_adaptive
-    if adaptive and images.config != plan.config:
-        raise ValueError(
-            f"{CACHE_NAME} holds images merged with {images.config.summary()!r}, but the model "
-            f"now merges with {plan.config.summary()!r}; {advice}"
-        )
-
-
 def first_position(cache: Any, mask: Any, device: torch.device) -> Tensor | None:
     """[B] or [1] position of the first column after a cache; None for an empty one.
 
@@ -297,7 +250,7 @@ def calibrated(
         call: arguments without images. A mask that has its four axes already is left as it is.
         calibration: what it is told.
         sizes: [B, S] of the columns from the first cached one on.
-        masks: see `positions.Masks`.
+        masks: see `masks.Masks`.
         packed: [B, Q] integer positions that restart where samples share a row.
     """
     mask, cache = call.get("attention_mask"), call.get(CACHE_NAME)

@@ -24,7 +24,8 @@ from ..merge.merge_pass import MergePass
 from ..merge.schedule import Schedule, TowerShape
 from ..merge.tokens import Encoded
 from .image_cache import IMAGE_CACHE, ImageCache
-from .positions import Calibration, Masks, resolve
+from .masks import Masks
+from .positions import Calibration, resolve
 
 # The attribute of a wrapped model that holds its `Merging`.
 STATE = "_pitome"

@@ -27,7 +27,6 @@ from .kv_cache import (
     CachedImages,
     cached_length,
     calibrated,
-    check_cache,
     first_position,
     mark_cache,
     with_prompt_images,
@@ -36,7 +35,7 @@ from .merging import CallPlan
 from .original_inputs import prepare_original
 from .positions import Calibration
 from .prompt import CompactPrompt
-from .refusals import refuse_unsupported
+from .refusals import check_cache, refuse_unsupported
 
 logger = logging.get_logger(__name__)
 

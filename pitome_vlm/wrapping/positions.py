@@ -2,35 +2,27 @@
 
 A token of size s counts like s equal tokens when log(s) is added to its attention logit. Size and
 position together recover most of what merging loses, each alone hurts. The bias travels as a float
-attention mask made by transformers' own mask functions, so padding, packing, sliding windows and
-static caches are theirs, and sdpa, eager and flex attention add it in their kernels. For flash
-kernels, which take no such mask, it travels in channels of the keys (`adapters/wide_attention.py`).
+attention mask (`masks.py`) or, for flash kernels, in channels of the keys
+(`adapters/wide_attention.py`).
 
-Axes: B rows, Q new columns, S columns of which sizes are known, K columns of keys.
+Axes: B rows, S columns of which sizes are known.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import inspect
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import logging
 
 from ..adapters.wide_attention import head_dim
 from ..merge.config import MergeConfig, Positions
 from ..merge.places import group_places, told
 from ..merge.size_channels import WIDEST, channel_width
-from ..releases import ADDS_MASK, CACHE_NAME, FLASH, MASK_ARGUMENTS
-
-# Arguments by which models know tokens that see those after them.
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+from ..releases import ADDS_MASK, FLASH
 
 logger = logging.get_logger(__name__)
 
@@ -83,7 +75,7 @@ def resolve(
             language model without rotary embeddings.
     """
     bias, positions = told(config, wanted=wanted)
-    adds_mask = _implementation(text_config) in ADDS_MASK
+    adds_mask = by_mask(text_config)
     asked = config.size_bias is True
     obstacle = None if adds_mask else _no_channels(text_config, channels, asked=asked)
     obstacle = obstacle or _no_places(text_config)
@@ -102,6 +94,11 @@ def resolve(
     if adds_mask or not channels or not found.is_active:
         return found
     return dataclasses.replace(found, carrier="channels")
+
+
+def by_mask(text_config: Any) -> bool:
+    """Whether a language model's attention kernels add a float mask."""
+    return _implementation(text_config) in ADDS_MASK
 
 
 def _implementation(text_config: Any) -> str:
@@ -262,119 +259,3 @@ def later_positions(
         steps, end = steps[..., None], end.view(*end.shape[:2], -1)
         return torch.cat([positions, (end + steps).expand(-1, -1, positions.shape[-1])], 1)
     return torch.cat([positions, end + steps], 1)
-
-
-@dataclass(frozen=True)
-class Masks:
-    """How a language model's own causal masks are made, as floats.
-
-    Attributes:
-        make: transformers' function, or the model's own where some tokens see those after them.
-        config: for that function. It names an implementation whose masks are always there.
-        names: arguments of the function.
-        one: the language model takes one mask, not one by layer type.
-    """
-
-    make: Callable[..., Any]
-    config: Any
-    names: frozenset[str]
-    one: bool = False
-
-    @classmethod
-    def of(cls, model: Any, text_config: Any, *, one: bool = False) -> Masks:
-        """Of a model whose language model reads `text_config`."""
-        text = copy.copy(text_config)
-        text._attn_implementation = "eager"
-        own = getattr(model, "create_masks_for_generate", None)
-        if own is None:
-            return cls(create_masks_for_generate, text, MASK_ARGUMENTS, one)
-        whole = copy.copy(model.config)
-        whole.__dict__["text_config"] = text
-        return cls(own, whole, frozenset(inspect.signature(own).parameters), one)
-
-
-def additive_mask(
-    own: Masks,
-    sizes: Tensor | None,
-    *,
-    batch: int,
-    queries: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    attention_mask: Tensor | None,
-    cache: Any = None,
-    packed_positions: Tensor | None = None,
-    token_types: Mapping[str, Any] | None = None,
-) -> Any:
-    """The language model's own causal mask as floats, with log(size) added to merged keys.
-
-    One function without helpers of its own, because it runs for every decoded token.
-
-    Args:
-        own: see `Masks`.
-        sizes: [B, S] float32 patches that every column stands for, 1 for text and for columns
-            after the last one; None adds nothing.
-        batch: B.
-        queries: Q, new columns.
-        dtype: of the attention logits.
-        device: of the result.
-        attention_mask: [B, cached + Q] with 0 where padded, or None.
-        cache: keys of earlier columns, or None.
-        packed_positions: [B, Q] integer positions that restart where several samples share a row.
-        token_types: arguments of the call, of which `TOKEN_TYPES` [B, Q] say what sees each other.
-
-    Returns:
-        [B, 1, Q, K] in `dtype`, or a dict of them by layer type where the language model
-        has several kinds of layers; layers without attention have what the model gives them.
-    """
-    if attention_mask is not None:
-        # Asking a static cache for its length would wait for the device at every step.
-        total = attention_mask.shape[1]
-    else:
-        total = queries + (int(cache.get_seq_length()) if cache is not None else 0)
-    shape = torch.empty(batch, queries, 0, dtype=dtype, device=device)
-    known: dict[str, Any] = {}
-    for name, value in (
-        ("inputs_embeds", shape),
-        ("input_embeds", shape),
-        ("attention_mask", attention_mask),
-        (CACHE_NAME, cache),
-        ("position_ids", packed_positions),
-        ("cache_position", torch.arange(total - queries, total, device=device)),
-        ("is_first_iteration", total == queries),
-    ):
-        if name in own.names:
-            known[name] = value
-    if token_types is not None and own.make is not create_masks_for_generate:
-        for name in TOKEN_TYPES:
-            if name in own.names and token_types.get(name) is not None:
-                known[name] = token_types[name]
-    masks: Any = own.make(config=own.config, **known)
-    bias = None if sizes is None else sizes.to(device).log()
-    found: dict[Any, Tensor] = {}
-    for kind, mask in masks.items() if isinstance(masks, dict) else ((None, masks),):
-        if mask is None or mask.dim() != 4:
-            # Of layers without attention (recurrent, convolutions).
-            found[kind] = mask
-            continue
-        # A padded query attends to nothing. Its output is never read, but with all its logits at
-        # the lowest float torch's CPU kernel returns wrong gradients (1,133 where eager has 2.6):
-        # let it attend to everything instead.
-        nothing = (mask < 0).all(-1, keepdim=True)
-        mask = mask.masked_fill(nothing, 0.0)
-        if bias is not None:
-            # A sliding window's cache has dropped its first columns; a static one has room after.
-            keys = mask.shape[-1]
-            first = max(0, total - keys)
-            visible = bias[:, first:total].to(mask.dtype)
-            missing = keys - visible.shape[1]
-            if missing:
-                visible = torch.nn.functional.pad(visible, (0, missing))
-            mask = mask + visible[:, None, None, :]
-        found[kind] = mask
-    if not isinstance(masks, dict):
-        return found[None]
-    if own.one:
-        # Where the prompt fits into the window of all layers, their masks are alike.
-        return next(iter(found.values()))
-    return found

@@ -17,7 +17,6 @@ from ..releases import HANDED_FEATURES
 from .columns import (
     IGNORED_LABEL,
     Compaction,
-    compact_positions,
     compaction,
     prompt_order,
     surplus_placeholders,
@@ -26,11 +25,7 @@ from .hand_over import PromptFeatures
 from .image_cache import ImageCache
 from .merging import CallPlan
 from .placeholders import PromptImages, find_placeholders, prompt_images
-from .positions import (
-    Calibration,
-    spread_places,
-    unreduced_positions,
-)
+from .places import prompt_positions
 
 SEQUENCE_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids")
 
@@ -129,7 +124,7 @@ def prepare(
         embeds, features = None, PromptFeatures(_needed(plan, short), encoded, cached)
     else:
         embeds, features = _embedded(plan.model, ids, given, placeholders, moves, visual), None
-    positions, last, packed = _positions(
+    positions, last, packed = prompt_positions(
         plan, inputs, visual, placeholders, drop, moves, mask, start
     )
     shown, sizes = _visible(mask, placeholders, visual)
@@ -212,53 +207,6 @@ def _visible(
     return shown, torch.cat(found).clamp(min=1)
 
 
-def _positions(
-    plan: CallPlan,
-    inputs: dict[str, Any],
-    visual: VisualTokens,
-    placeholders: Tensor,
-    drop: Tensor,
-    moves: Compaction,
-    mask: Tensor | None,
-    start: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Positions of the shortened prompt, and the caller's own where samples share a row.
-
-    Returns:
-        `position_ids`, `last_position` and `packed_positions` of `CompactPrompt`.
-    """
-    calibration = plan.calibration
-    places = plan.adapter.prompt_places(plan.model, inputs, mask)
-    if plan.adapter.own_positions and places is not None:
-        return (*_spread(places, placeholders, visual, calibration, moves, start), None)
-    own, packed = inputs.get("position_ids"), None
-    if own is not None:
-        own = own.expand_as(drop).to(drop.device)
-        packed = moves.take(compact_positions(own, drop), 0)
-    if calibration.positions == "compact":
-        return packed, None, packed
-    if places is not None:
-        found, last = _spread(places, placeholders, visual, calibration, moves, start)
-        return found[..., 0], last, packed
-    return (*_layout(calibration, visual, placeholders, moves, mask, own, start), packed)
-
-
-def _spread(
-    places: Tensor,
-    placeholders: Tensor,
-    visual: VisualTokens,
-    calibration: Calibration,
-    moves: Compaction,
-    start: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """[B, S, D] float32, places of an unreduced prompt for the shortened one; [B] its last one."""
-    found = spread_places(places, placeholders, visual.source_maps, visual.anchors, calibration)
-    positions, last = moves.take(found, 0.0), places.amax((1, 2)).to(found)
-    if start is None:
-        return positions, last
-    return positions + start[:, None, None], last + start
-
-
 def _joined_placeholders(found: list[Tensor], encoded: list[Encoded]) -> tuple[Tensor, Tensor]:
     """Placeholders of all kinds and the surplus ones among them, both [B, T] bool."""
     placeholders, drop = torch.zeros_like(found[0]), torch.zeros_like(found[0])
@@ -280,42 +228,6 @@ def _in_prompt_order(
     tokens = [one.token_id for one in encoded]
     images = prompt_images(tokens, full, counts, order, rows, visual.anchors)
     return visual, PromptImages(images, len(found[0]))
-
-
-def _layout(
-    calibration: Calibration,
-    visual: VisualTokens,
-    placeholders: Tensor,
-    moves: Compaction,
-    mask: Tensor | None,
-    own: Tensor | None,
-    start: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """[B, S] float32, positions that leave the text where it was without merging; [B] the last.
-
-    Args:
-        calibration: positions other than "compact".
-        visual: the visual tokens.
-        placeholders: [B, T] bool.
-        moves: where the columns went.
-        mask: [B, T] over the new columns, or None.
-        own: [B, T] the caller's positions, or None.
-        start: position of the first new column where the caller gave none.
-    """
-    whole = int(placeholders.sum()) == sum(visual.full_counts)
-    if own is not None and not whole:
-        # Written for the shortened prompt: there is no other layout to point back to.
-        return moves.take(own, 0).float(), None
-    if own is not None:
-        places = own[..., None].float()
-        found, last = _spread(places, placeholders, visual, calibration, moves, None)
-        return found[..., 0], last
-    attended = moves.valid if mask is None else moves.take(mask, 0) != 0
-    slots = moves.take(placeholders, False)
-    offsets = torch.cat(visual.positions(calibration.positions))
-    return unreduced_positions(
-        slots, attended | slots, visual.full_counts, visual.counts, offsets, start
-    )
 
 
 def other_arguments(

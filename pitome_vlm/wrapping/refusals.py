@@ -11,9 +11,71 @@ from transformers.cache_utils import DynamicCache
 from ..adapters.swap import is_swapped
 from ..releases import CACHE_NAME, EMBEDS_NEED_EMPTY_CACHE, HANDED_FEATURES, TRANSFORMERS
 from .generation import options_of
-from .kv_cache import cached_images
-from .merging import Merging
+from .kv_cache import CachedImages, cached_images, cached_length
+from .merging import CallPlan, Merging
 from .placeholders import all_placeholders
+from .positions import by_mask
+
+
+def check_cache(plan: CallPlan, cache: Any, placeholders: Tensor | None) -> None:
+    """Refuse a cache whose images were merged otherwise than they would be now.
+
+    Args:
+        plan: of this call.
+        cache: the caller's cache.
+        placeholders: [B, T] bool over the whole conversation, None where it is not at hand.
+
+    Raises:
+        ValueError: old and new count, or old and new calibration differ.
+    """
+    length, images, schedule = cached_length(cache), cached_images(cache), plan.schedule
+    if not length:
+        return
+    if images is not None:
+        cached = images.tokens_out
+    else:
+        # Filled by an unwrapped model, or by text alone: its columns are those of the prompt.
+        holds_image = placeholders is not None and bool(placeholders[:, :length].any())
+        cached = schedule.tokens_in if holds_image else schedule.tokens_out
+    advice = "start a new cache after changing the merge settings"
+    if cached != schedule.tokens_out:
+        raise ValueError(
+            f"{CACHE_NAME} holds images of {cached} visual tokens each, but the model now makes "
+            f"{schedule.tokens_out}; {advice}"
+        )
+    if images is None:
+        return
+    if images.calibration != plan.calibration:
+        raise ValueError(
+            f"{CACHE_NAME} was computed with {images.calibration}, but the model now uses "
+            f"{plan.calibration}; {advice}"
+        )
+    adaptive = images.config.is_adaptive or plan.config.is_adaptive
+    if adaptive and images.config != plan.config:
+        raise ValueError(
+            f"{CACHE_NAME} holds images merged with {images.config.summary()!r}, but the model "
+            f"now merges with {plan.config.summary()!r}; {advice}"
+        )
+
+
+def check_carrier(images: CachedImages, text_config: Any) -> None:
+    """Refuse a cache that was filled before the language model got another attention kernel.
+
+    Args:
+        images: what the cache remembers.
+        text_config: of the language model.
+
+    Raises:
+        ValueError: the kernel reads sizes in another way than the one that filled the cache.
+    """
+    name = text_config._attn_implementation
+    if images.calibration.is_active and by_mask(text_config) != (
+        images.calibration.carrier == "mask"
+    ):
+        raise ValueError(
+            f"{CACHE_NAME} was computed with {images.calibration}, which the attention "
+            f"implementation {name!r} does not read; start a new cache after changing it"
+        )
 
 
 def refuse_stale_inputs(model: Any, merging: Merging, call: dict[str, Any]) -> None:

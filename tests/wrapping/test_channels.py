@@ -258,6 +258,26 @@ def test_a_kernel_chosen_after_wrapping_is_named():
     flash.use(model, "sdpa").generate(**tiny_batch(), **GREEDY)
 
 
+@torch.no_grad()
+def test_a_cache_does_not_outlive_the_kernel_that_filled_it():
+    image, more = doubled(tiny_batch(images=(1,), texts=(5,))), torch.tensor([[5]])
+    for model in both():
+        cache = DynamicCache()
+        model(**image, **{CACHE_NAME: cache}, use_cache=True)
+        named = model.model.language_model.config._attn_implementation
+        other = "sdpa" if named == flash.NAME else flash.NAME
+        flash.use(model, other)
+        for wrap_again in (False, True):
+            if wrap_again:
+                pitome_vlm.wrap(model, keep=0.25)
+            with pytest.raises(
+                ValueError, match=f"was computed with log-size .*{other}.*new cache"
+            ):
+                model(input_ids=more, **{CACHE_NAME: cache})
+        # Words alone go on as ever.
+        model(input_ids=more, **{CACHE_NAME: DynamicCache()})
+
+
 def capped(config):
     config.attn_logit_softcapping = 30.0
 
