@@ -41,6 +41,8 @@ class Family:
         one_mask: the language model takes no masks by layer type.
         placeholders: kinds whose placeholder is named after another kind.
         shown: by kind, the argument that says which of its tokens the prompt shows.
+        unit: what has one count where `cells` is None: "tile", or "image" of which there are no
+            tiles.
     """
 
     model_types: tuple[str, ...]
@@ -57,6 +59,7 @@ class Family:
     one_mask: bool = False
     placeholders: Mapping[str, str] = dataclasses.field(default_factory=dict)
     shown: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unit: str = "tile"
 
 
 def square(tokens: int) -> Grid:
@@ -133,6 +136,21 @@ def rounded(pixels: Callable[[Any], int]) -> Cells:
     def cells(config: Any, size: tuple[int, int]) -> Grid:
         rows, columns = (max(1, round(side / pixels(config))) for side in size)
         return 1, rows, columns
+
+    return cells
+
+
+def fitted(pixels: Callable[[Any], int]) -> Cells:
+    """The same for Pixtral's processor: no side longer than the tower knows, cells rounded up."""
+
+    def cells(config: Any, size: tuple[int, int]) -> Grid:
+        longest = config.vision_config.image_size
+        shrink = max(1.0, *(side / longest for side in size))
+        rows, columns = (
+            -(-(math.floor(side / shrink) if shrink > 1 else side) // pixels(config))
+            for side in size
+        )
+        return 1, max(1, rows), max(1, columns)
 
     return cells
 
@@ -272,19 +290,19 @@ FAMILIES = (
         tiles_that_hold_something(lambda config: vit_tokens(config, config.scale_factor)),
         inputs={"image": ("pixel_values", "pixel_attention_mask")},
     ),
-    Family(("gemma3",), tiles(lambda config: config.mm_tokens_per_image)),
-    Family(("paligemma",), tiles(vit_tokens), first_place=1, one_mask=True),
+    Family(("gemma3",), tiles(lambda config: config.mm_tokens_per_image), unit="image"),
+    Family(("paligemma",), tiles(vit_tokens), first_place=1, one_mask=True, unit="image"),
     Family(
         ("mistral3",),
         image_sizes("image_sizes", _mistral_cell),
-        rounded(_mistral_cell),
+        fitted(_mistral_cell),
         {"image": ("pixel_values", "image_sizes", "vision_feature_layer")},
         patches=_mistral_patches,
     ),
     Family(
         ("lighton_ocr",),
         image_sizes("image_sizes", _mistral_cell),
-        rounded(_mistral_cell),
+        fitted(_mistral_cell),
         {"image": ("pixel_values", "image_sizes")},
         patches=_mistral_patches,
     ),
@@ -297,7 +315,7 @@ FAMILIES = (
         ("cohere2_vision",),
         tiles(lambda config: vit_tokens(config, config.downsample_factor)),
     ),
-    Family(("deepseek_vl",), tiles(vit_tokens)),
+    Family(("deepseek_vl",), tiles(vit_tokens), unit="image"),
     Family(
         ("video_llama_3",),
         _own_merge_sizes,

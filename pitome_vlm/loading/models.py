@@ -125,10 +125,12 @@ def load(
     placed = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
     extra = {"attn_implementation": attn_implementation, "quantization_config": quantised}
     extra |= {"dtype": plain, "allow_pickle": allow_pickle}
+    # First, because weights take long to read.
+    processor = _load_processor(name, source)
     model = load_weights(name, model_config, **source, **placed, **extra)
     check_quantised(model, language_model_only=ours)
     keep_unpackable(model)
-    processor = complete_processor(_load_processor(name, source), model)
+    processor = complete_processor(processor, model)
     if adapter is not None:
         model = adapter.attach(model, trainable=trainable)
     return (model if merging is None else wrap(model, config=merging)), processor
@@ -163,12 +165,14 @@ def complete_processor(processor: Any, model: Any) -> Any:
     recommends, the values are taken from the model.
 
     Args:
-        processor: of a LLaVA.
+        processor: of a LLaVA; others are left alone.
         model: the LLaVA itself.
 
     Returns:
         The same processor.
     """
+    if find_adapter(model).own_scatter:
+        return processor
     missing = [
         name
         for name in ("patch_size", "vision_feature_select_strategy")

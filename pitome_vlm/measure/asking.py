@@ -10,6 +10,7 @@ order.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -171,12 +172,43 @@ def encoded(
         )
     special = {} if special_tokens(processor, texts) else {"add_special_tokens": False}
     padding = {"padding": True, "padding_side": side} if len(texts) > 1 else {}
-    given = {"images": list(images)} if images else {}
-    batch = processor(text=list(texts), **given, **padding, **special, return_tensors="pt")
-    found = dict(batch)
-    # LLaVA's language models have no token types, and generation refuses what it does not know.
-    found.pop("token_type_ids", None)
+    options = {**padding, **special, "return_tensors": "pt"}
+    if not images:
+        found = dict(processor(text=list(texts), **options))
+    else:
+        try:
+            found = dict(processor(text=list(texts), images=list(images), **options))
+        except ValueError:
+            rows = _by_row(texts, images, image_token(processor))
+            if rows is None:
+                raise
+            # Idefics and Gemma 3 want the images of every row in a list of their own.
+            found = dict(processor(text=list(texts), images=rows, **options))
+    if not _marks_images(processor):
+        # LLaVA's language models have no token types, and generation refuses what it does not know.
+        found.pop("token_type_ids", None)
     return found
+
+
+def _by_row(
+    texts: Sequence[str], images: Sequence[Image.Image], token: str
+) -> list[list[Image.Image]] | None:
+    """The images of every text; None for one text, or where their numbers differ."""
+    counts = [text.count(token) for text in texts]
+    if len(texts) < 2 or sum(counts) != len(images):
+        return None
+    left = iter(images)
+    return [list(itertools.islice(left, count)) for count in counts]
+
+
+def _marks_images(processor: Any) -> bool:
+    """Whether token types come from the processor, which says with them where images are.
+
+    Gemma 3 lets the tokens of an image see each other by them.
+    """
+    names = list(getattr(processor, "model_input_names", ()))
+    own = list(getattr(tokenizer_of(processor), "model_input_names", ()))
+    return names.count("token_type_ids") > own.count("token_type_ids")
 
 
 def encoded_rows(

@@ -42,6 +42,7 @@ class Description:
         after: costs with merging, of the same prompt.
         calibration: what the language model is told about merged tokens.
         weights: bytes of the model's weights as loaded, quantised or not.
+        unit: "tile" where it is one tile of an image that is described.
     """
 
     config: MergeConfig
@@ -54,6 +55,7 @@ class Description:
     after: Costs
     calibration: Calibration
     weights: Weights
+    unit: str = "image"
 
     @property
     def summary(self) -> str:
@@ -65,7 +67,7 @@ class Description:
 
     @property
     def _thing(self) -> str:
-        return "video" if self.footprint.frames else "image"
+        return "video" if self.footprint.frames else self.unit
 
     def _of_size(self) -> str:
         if self.footprint.frames:
@@ -203,7 +205,7 @@ class Description:
         dtype = f" ({self.after.kv_dtype})"
         return [
             (
-                title + (dtype if name.startswith("kv_") else ""),
+                title.replace("image", self.unit) + (dtype if name.startswith("kv_") else ""),
                 show(getattr(self.before, name)),
                 show(getattr(self.after, name)),
                 f"{self.saved(name):.1f} %",
@@ -227,6 +229,10 @@ class Description:
             f"computed for one {self._thing}{self._of_size()}{most} and "
             f"{self.before.text_tokens} text tokens, batch 1; one multiply-add is 2 FLOP"
         )
+        if self.schedule.whole_tower and self.image_size is not None:
+            text += "; the size is that after the processor's resizing"
+        elif self.unit == "tile":
+            text += "; the processor cuts an image into tiles, each of which is merged on its own"
         return textwrap.wrap(text, _WIDTH)
 
 
@@ -264,7 +270,8 @@ def describe(
     schedule = planned_schedule(model, config)
     nothing = MergeConfig(keep=1.0)
     untouched = planned_schedule(model, nothing)
-    default = find_adapter(base_model(model)).default_image_size
+    adapter = find_adapter(base_model(model))
+    default = adapter.default_image_size
     size = None if frames else default and (image_size or default)
     shown: dict[str, Any] = {"image_size": size, "frames": frames}
     footprint, count = planned_count(model, config, **shown)
@@ -279,6 +286,8 @@ def describe(
         after=costs(model, schedule, text_tokens, config=config, **shown),
         calibration=planned(model, config).calibration,
         weights=weights_of(model),
+        # Where there is a size, an image of it is described.
+        unit="image" if default else adapter.counted_per,
     )
 
 

@@ -17,6 +17,7 @@ from ..loading.images import ImageError
 from ..loading.records import DataError
 from ..measure.asking import encoded_rows, image_token, prompt_text, special_tokens
 from ..wrapping.columns import IGNORED_LABEL
+from .alignment import answers_among_marks
 from .conversations import ASSISTANT, IMAGE_MARK, Conversation
 from .examples import Example
 
@@ -69,6 +70,10 @@ class Collator:
         self._tokenizer = tokenizer
         self._image_token = image_token(processor)
         self.image_id = int(tokenizer.convert_tokens_to_ids(self._image_token))
+        # Gemma 3 writes one token for an image into a text and others into its place.
+        self._visual = torch.tensor(
+            [self.image_id, int(getattr(tokenizer, "image_token_id", None) or self.image_id)]
+        )
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """[B, T] ids, mask and labels, and the pixels of the images of all rows, in order.
@@ -169,26 +174,30 @@ class Collator:
         """[T] labels of one padded row.
 
         The text is tokenised once more without images: there, characters and tokens correspond.
-        Both have the same tokens apart from placeholders.
+        Both have the same tokens apart from placeholders and what some families write around them.
         """
         plain = self._tokenizer(
             rendered.text, add_special_tokens=special, return_offsets_mapping=True
         )
-        words = [
+        tokens = [
             (token, any(first < end and last > start for start, end in rendered.answers))
             for token, (first, last) in zip(
                 plain["input_ids"], plain["offset_mapping"], strict=True
             )
-            if token != self.image_id
         ]
+        words = [one for one in tokens if one[0] != self.image_id]
         text = (ids != self.image_id) & (mask != 0)
-        if ids[text].tolist() != [token for token, _ in words]:
+        wanted: Tensor | None
+        if ids[text].tolist() == [token for token, _ in words]:
+            wanted = torch.zeros_like(text)
+            wanted[text] = torch.tensor([answer for _, answer in words], dtype=torch.bool)
+        else:
+            wanted = answers_among_marks(ids, mask, tokens, self._visual, self.image_id)
+        if wanted is None:
             raise DataError(
                 f"{where}: the processor tokenises the text differently with images than "
                 "without, so answers cannot be found in it"
             )
-        wanted = torch.zeros_like(text)
-        wanted[text] = torch.tensor([answer for _, answer in words], dtype=torch.bool)
         return ids.masked_fill(~wanted, IGNORED_LABEL)
 
     def cut(self, batch: dict[str, Tensor], examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -200,7 +209,8 @@ class Collator:
         width = batch["input_ids"].shape[1]
         if self.max_length is None or width <= self.max_length:
             return batch
-        beyond = batch["input_ids"][:, self.max_length :] == self.image_id
+        beyond = batch["input_ids"][:, self.max_length :]
+        beyond = torch.isin(beyond, self._visual)
         if bool(beyond.any()):
             row = int(beyond.any(1).nonzero()[0])
             raise DataError(

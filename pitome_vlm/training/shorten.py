@@ -33,9 +33,9 @@ def shorten(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         A new mapping with tensors [B, S]. Unchanged are: batches without images, batches of an
-        unwrapped model, with keep="auto" (the count depends on the pixels; use
-        `compact_inputs`), and the rare case that adjacent merged images have together as many
-        tokens as unmerged ones, so that the model could not tell them apart.
+        unwrapped model or of one that `can_shorten` denies (use `compact_inputs`), and the rare
+        case that adjacent merged images have together as many tokens as unmerged ones, so that the
+        model could not tell them apart.
 
     Raises:
         ValueError: placeholders and images do not match, or `position_ids` are given.
@@ -45,7 +45,7 @@ def shorten(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     if ids is None or not is_wrapped(model):
         return given
     base, merging = merging_of(model)
-    if not merging.has_pixels(given) or merging.config.is_adaptive:
+    if not merging.has_pixels(given) or not can_shorten(model):
         return given
     plan = merging.plan(base, given)
     if plan.is_identity():
@@ -77,6 +77,17 @@ def shorten(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     if mask is None and not bool(moves.valid.all()):
         short["attention_mask"] = moves.valid.long()
     return short
+
+
+def can_shorten(model: nn.Module) -> bool:
+    """Whether batches of a wrapped model can be shortened before images are encoded.
+
+    Not with keep="auto", where the count depends on the pixels; nor where the model places tokens
+    by the whole prompt (Qwen-VL), or its own forward puts features into it (docs/models.md).
+    """
+    _, merging = merging_of(model)
+    adapter = merging.adapter
+    return not (merging.config.is_adaptive or adapter.own_positions or adapter.own_scatter)
 
 
 class ShorteningCollator:

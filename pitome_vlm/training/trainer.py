@@ -20,7 +20,7 @@ from ..wrapping.columns import IGNORED_LABEL
 from ..wrapping.encode import compact_inputs, planned_schedule
 from ..wrapping.wrap import is_wrapped, merge_config, wrap, wrapped
 from .metrics import answer_metrics, most_likely
-from .shorten import shorten
+from .shorten import can_shorten, shorten
 
 # Outputs of LLaVA besides the logits; gathered over an evaluation they would fill the memory.
 NOT_GATHERED = [
@@ -113,8 +113,7 @@ class MergingTrainer(Trainer):
     def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
         batch = super()._prepare_inputs(inputs)
         compared = self.args.label_smoothing_factor or not self.model.training
-        if compared and merge_config(self.model).is_adaptive:
-            # The number of tokens an image keeps is only known once it is encoded.
+        if compared and not can_shorten(self.model):
             return compact_inputs(self.model, **batch)
         return shorten(self.model, batch)
 

@@ -182,7 +182,7 @@ class TestConfig:
     def test_other_model_is_refused_before_weights(self, folder):
         (folder / "config.json").write_text('{"model_type": "gpt2"}')
         (folder / WEIGHTS).write_bytes(b"would fail")
-        fails(TypeError, folder, "gpt2", "vipllava", path=folder)
+        fails(TypeError, folder, "gpt2", "docs/models.md", path=folder)
 
     def test_original_llava_package(self, folder):
         (folder / "config.json").write_text('{"model_type": "llava", "mm_vision_tower": "x"}')

@@ -1,0 +1,130 @@
+"""Commands on tiny checkpoints of families that are merged after the tower, by their processors."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import tiny_families
+from checkpoint_families import NEEDS_TORCHVISION, PROCESSORS, TORCHVISION, save_family
+from cli_runner import fails_in_one_line, run
+from PIL import Image
+from training_data import records, write_lines
+from transformers import AutoConfig, AutoProcessor
+
+import pitome_vlm
+from pitome_vlm.measure.asking import encoded, question_prompt
+
+RUNS = [name for name in PROCESSORS if TORCHVISION or name not in NEEDS_TORCHVISION]
+# Families of transformers that are not wrapped.
+FOREIGN = ("mllama", "blip-2", "llama4")
+QUESTION = "what colour is the circle ?"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    return {name: save_family(name, root / name) for name in PROCESSORS}
+
+
+def test_processors_that_cannot_be_loaded_are_one_line(folders, image):
+    for name in sorted(set(PROCESSORS) - set(RUNS)):
+        result = run("ask", "--model", folders[name], "--image", image, QUESTION)
+        fails_in_one_line(result, "the processor cannot be loaded")
+        assert "torchvision" in result.stderr.lower(), name
+
+
+def test_info_counts_what_the_processor_writes(folders):
+    draw = random.Random(0)
+    for name in RUNS:
+        processor = AutoProcessor.from_pretrained(folders[name])
+        placeholder = AutoConfig.from_pretrained(folders[name]).image_token_id
+        for _ in range(3):
+            width, height = draw.randint(33, 94), draw.randint(33, 94)
+            text = processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image"}]}], tokenize=False
+            )
+            batch = processor(
+                text=[text], images=[Image.new("RGB", (width, height))], return_tensors="pt"
+            )
+            seen = int((batch["input_ids"] == placeholder).sum())
+            size = f"{width}x{height}"
+            result = run("info", "--model", folders[name], "--image-size", size, "--json")
+            told = json.loads(result.stdout)
+            if told["image_size"] is None:
+                assert seen % told["tokens_in"] == 0, (name, size)
+            else:
+                assert seen == told["tokens_in"], (name, size)
+
+
+def test_what_has_no_size_is_said_to_be_a_tile_or_an_image(folders):
+    words = {"idefics3": "tile", "internvl": "tile", "gemma3": "image"}
+    for name, word in words.items():
+        text = run("info", "--model", folders[name], "--keep", 0.25).stdout
+        assert f"16 -> 4 visual tokens per {word}\n" in text
+        assert f"visual tokens per {word} " in text
+
+
+def test_ask_and_chat(folders, image):
+    for name in RUNS:
+        words = ["--model", folders[name], "--image", image, "--max-new-tokens", 3]
+        whole = run("ask", *words, "--keep", 1, QUESTION)
+        merged = run("ask", *words, "--image", image, "--keep", 0.5, QUESTION)
+        chat = run("chat", *words, "--keep", 0.5, text=f"{QUESTION}\nhow many ?\n/quit\n")
+        for result in (whole, merged, chat):
+            assert result.exit_code == 0, (name, result.stderr)
+            assert result.stdout.strip(), name
+
+
+def test_gemma_s_images_see_themselves(folders, image):
+    """Its processor's token types reach the model."""
+    processor = AutoProcessor.from_pretrained(folders["gemma3"])
+    batch = encoded(processor, [question_prompt(processor, QUESTION)], [Image.open(image)])
+    assert int(batch["token_type_ids"].sum()) == 16
+
+
+def test_bench_makes_up_images(folders, tmp_path):
+    for name in RUNS:
+        words = ["--keep", 0.5, "--repeats", 1, "--answer-tokens", 2, "--output", tmp_path / name]
+        result = run("bench", "--model", folders[name], *words, "--image-size", "48x64")
+        assert result.exit_code == 0, (name, result.stderr)
+
+
+@pytest.mark.slow
+def test_training_on_every_family(folders, image, tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", records(tmp_path, 8))
+    for name in RUNS:
+        words = ["--model", folders[name], "--data", data, "--output", tmp_path / name]
+        words += ["--keep", 0.5, "--batch-size", 2, "--val-fraction", 0.25]
+        result = run("train", *words)
+        assert result.exit_code == 0, (name, result.stderr)
+        model, _ = pitome_vlm.load(tmp_path / name)
+        targets = {key.split(".lora_")[0] for key in model.state_dict() if ".lora_" in key}
+        assert targets, name
+        assert not any("vis" in target for target in targets), name
+        asked = run("ask", "--model", tmp_path / name, "--image", image, QUESTION)
+        assert asked.exit_code == 0, (name, asked.stderr)
+
+
+def test_other_families_are_refused_before_weights_are_read(tmp_path):
+    for model_type in FOREIGN:
+        folder = tmp_path / model_type
+        AutoConfig.for_model(model_type).save_pretrained(folder)
+        for command in (["info"], ["ask", "--image", "none.png"]):
+            question = [QUESTION] * (command[0] == "ask")
+            result = run(*command, "--model", folder, "--keep", 0.5, *question)
+            assert result.exit_code == 2
+            if command[0] == "info":
+                fails_in_one_line(result, f"has model_type {model_type!r}, which is not supported")
+
+
+def test_budgets_are_checked_as_elsewhere(folders):
+    for name in folders:
+        for words, message in (
+            (["--keep", "2"], "keep must be in (0, 1]"),
+            (["--tokens", "99999"], "tokens must be in 1.."),
+            (["--algorithm", "visionzip", "--keep", "0.5"], "visionzip"),
+        ):
+            fails_in_one_line(run("info", "--model", folders[name], *words), message)
+    assert set(folders) <= set(tiny_families.FAMILIES)
