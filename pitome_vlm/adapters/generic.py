@@ -188,7 +188,7 @@ class GenericAdapter(Adapter):
         sides = (given, given) if isinstance(given, int) else tuple(given)
         values = torch.randn(n_images, 3, *sides, generator=generator)
         name = self.family.inputs["image"][0]
-        if len(self._grids(model, {name: values}, "image")) != n_images:
+        if len(self.family.grids(model.config, {name: values}, "image")) != n_images:
             values = values.view(rows, n_images // rows, *values.shape[1:])
         return {name: values}
 
