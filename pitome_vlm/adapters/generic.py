@@ -194,10 +194,18 @@ class GenericAdapter(Adapter):
 
     @override
     def footprints(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Footprint]]:
+        found = [
+            kind for kind, names in self.family.inputs.items() if inputs.get(names[0]) is not None
+        ]
+        if any(
+            kind in found and other in found for kind, other in self.family.placeholders.items()
+        ):
+            raise ValueError(
+                f"{type(model).__name__} has one placeholder for {' and '.join(found)}; pass them "
+                "in calls of their own (turns on one cache)"
+            )
         return {
-            kind: [item.footprint for item in self._items(model, inputs, kind)]
-            for kind, names in self.family.inputs.items()
-            if inputs.get(names[0]) is not None
+            kind: [item.footprint for item in self._items(model, inputs, kind)] for kind in found
         }
 
     def _shown(self, inputs: Mapping[str, Any], kind: str) -> Tensor | None:

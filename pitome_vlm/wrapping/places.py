@@ -10,7 +10,7 @@ from torch import Tensor
 from ..merge.tokens import VisualTokens
 from .columns import Compaction, compact_positions
 from .merging import CallPlan
-from .positions import Calibration, spread_places, unreduced_positions
+from .positions import Calibration, refuse_shortened, spread_places, unreduced_positions
 
 
 def prompt_positions(
@@ -29,6 +29,8 @@ def prompt_positions(
         `position_ids`, `last_position` and `packed_positions` of `CompactPrompt`.
     """
     calibration = plan.calibration
+    if plan.adapter.own_positions:
+        refuse_shortened(placeholders, visual.full_counts)
     places = plan.adapter.prompt_places(plan.model, inputs, mask)
     if plan.adapter.own_positions and places is not None:
         return (*_spread(places, placeholders, visual, calibration, moves, start), None)

@@ -179,6 +179,24 @@ def unreduced_positions(
     return positions + start.to(device)[:, None], last + start.to(device)
 
 
+def refuse_shortened(placeholders: Tensor, full_counts: list[int]) -> None:
+    """Refuse a prompt that has lost placeholders where places follow from the whole of it.
+
+    Args:
+        placeholders: [B, T] bool.
+        full_counts: tokens every image would have had.
+
+    Raises:
+        ValueError: there are more or fewer.
+    """
+    found, needed = int(placeholders.sum()), sum(full_counts)
+    if found != needed:
+        raise ValueError(
+            f"the prompt has {found} placeholders where {needed} are needed: this model's "
+            "positions follow from the whole prompt; pass it as the processor wrote it"
+        )
+
+
 def spread_places(
     places: Tensor,
     placeholders: Tensor,
@@ -202,12 +220,7 @@ def spread_places(
         ValueError: the placeholders were dropped before, so there is no layout to point back to.
     """
     lengths = [len(source) for source in source_maps]
-    if int(placeholders.sum()) != sum(lengths):
-        raise ValueError(
-            f"the prompt has {int(placeholders.sum())} placeholders where {sum(lengths)} are "
-            "needed: this model's positions follow from the whole prompt; pass it as the "
-            "processor wrote it"
-        )
+    refuse_shortened(placeholders, lengths)
     moved = []
     own_places = torch.split(places[placeholders.to(places.device)], lengths)
     for own, source, anchor in zip(own_places, source_maps, anchors, strict=True):

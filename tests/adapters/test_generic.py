@@ -211,6 +211,19 @@ def test_what_does_not_belong_to_the_pixels_is_named(family):
 
 
 @every_family
+def test_a_prompt_that_is_shortened_already(family):
+    """Places follow from the whole prompt."""
+    model, batch = family()
+    pitome_vlm.wrap(model, keep=0.3)
+    compact = pitome_vlm.compact_inputs(model, **batch)
+    given = {name: compact.get(name, value) for name, value in batch.items()}
+    given = {n: v for n, v in given.items() if n in compact or not n.endswith("type_ids")}
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"placeholders where .* are needed: this model's"):
+            call(**given)
+
+
+@every_family
 def test_gradients_reach_the_tower(family):
     model, batch = family()
     pitome_vlm.wrap(model, keep=0.3).train()

@@ -8,8 +8,10 @@ from refused_family import else_refused
 from tiny_families import FAMILIES
 from tiny_family import IMAGE, VIDEO
 from tiny_family_videos import family_videos, minicpm_videos
+from transformers import DynamicCache
 
 import pitome_vlm
+from pitome_vlm.releases import CACHE_NAME
 from pitome_vlm.wrapping.merging import CallPlan
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
@@ -57,6 +59,29 @@ def test_an_image_and_a_video_share_a_prompt():
         every_way_is_one(model, batch, [18, 18])
         ids = pitome_vlm.compact_inputs(model, **batch)["input_ids"]
         assert [int((ids == token).sum()) for token in (IMAGE, VIDEO)] == [8, 36]
+
+
+@else_refused("glm4v")
+@torch.no_grad()
+def test_kinds_with_one_placeholder_come_in_turns():
+    model, video = FAMILIES["glm4v"].model(), family_videos("glm4v")
+    image = FAMILIES["glm4v"].batch(images=(1,), texts=(0,))
+    pitome_vlm.wrap(model, keep=0.3)
+    with pytest.raises(ValueError, match=r"one placeholder for image and video; .*turns"):
+        model(**family_videos("glm4v", image=True))
+    for first, second in ((image, video), (video, image)):
+        whole = {
+            name: torch.cat([first[name], second[name]], 1)
+            for name in ("input_ids", "attention_mask", "mm_token_type_ids")
+        }
+        caches = [DynamicCache(), DynamicCache()]
+        for cache in caches:
+            model(**first, **{CACHE_NAME: cache}, use_cache=True)
+        answer = model.generate(**second | whole, **GREEDY, **{CACHE_NAME: caches[0]})
+        held = caches[1].get_seq_length() + second["input_ids"].shape[1]
+        mask = {"attention_mask": torch.ones(1, held, dtype=torch.long)}
+        step = model(**second | mask, **{CACHE_NAME: caches[1]})
+        assert int(step.logits[0, -1].argmax()) == int(answer[0, -4])
 
 
 @else_refused("video_llama_3")
