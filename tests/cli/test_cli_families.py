@@ -91,6 +91,14 @@ def test_bench_makes_up_images(folders, tmp_path):
         assert result.exit_code == 0, (name, result.stderr)
 
 
+def test_groups_made_after_the_tower_are_not_drawn(folders, image, tmp_path):
+    for name in RUNS:
+        words = ["--image", image, "--output", tmp_path / name]
+        result = run("visualize", "--model", folders[name], *words)
+        assert result.exit_code == 2
+        assert "which are made after its tower, are not drawn" in result.stderr, name
+
+
 @pytest.mark.slow
 def test_training_on_every_family(folders, image, tmp_path):
     data = write_lines(tmp_path / "data.jsonl", records(tmp_path, 8))
