@@ -40,7 +40,7 @@ def test_info_counts_what_the_processor_writes(folders):
     for name in RUNS:
         processor = AutoProcessor.from_pretrained(folders[name])
         placeholder = AutoConfig.from_pretrained(folders[name]).image_token_id
-        for _ in range(3):
+        for _ in range(2):
             width, height = draw.randint(33, 94), draw.randint(33, 94)
             text = processor.apply_chat_template(
                 [{"role": "user", "content": [{"type": "image"}]}], tokenize=False
@@ -66,6 +66,7 @@ def test_what_has_no_size_is_said_to_be_a_tile_or_an_image(folders):
         assert f"visual tokens per {word} " in text
 
 
+@pytest.mark.slow
 def test_ask_and_chat(folders, image):
     for name in RUNS:
         words = ["--model", folders[name], "--image", image, "--max-new-tokens", 3]
@@ -77,6 +78,12 @@ def test_ask_and_chat(folders, image):
             assert result.stdout.strip(), name
 
 
+def test_ask_on_tiles(folders, image):
+    words = ["--model", folders["idefics3"], "--image", image, "--max-new-tokens", 2]
+    result = run("ask", *words, "--keep", 0.5, QUESTION)
+    assert result.exit_code == 0, result.stderr
+
+
 def test_gemma_s_images_see_themselves(folders, image):
     """Its processor's token types reach the model."""
     processor = AutoProcessor.from_pretrained(folders["gemma3"])
@@ -84,6 +91,7 @@ def test_gemma_s_images_see_themselves(folders, image):
     assert int(batch["token_type_ids"].sum()) == 16
 
 
+@pytest.mark.slow
 def test_bench_makes_up_images(folders, tmp_path):
     for name in RUNS:
         words = ["--keep", 0.5, "--repeats", 1, "--answer-tokens", 2, "--output", tmp_path / name]
