@@ -130,15 +130,23 @@ def costs(
 def kv_bytes_per_token(
     base: Any, dtype: torch.dtype | None = None, config: MergeConfig | None = None
 ) -> int:
-    """Bytes of KV cache per token: layers x 2 x kv_heads x head_dim x bytes per element."""
+    """Bytes of KV cache per token: layers x 2 x kv_heads x head_dim x bytes per element.
+
+    Layers without attention hold nothing per token; compressed keys and values (MLA) are held once.
+    """
     text = base.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ["attention"] * text.num_hidden_layers
+    layers = sum("attention" in kind and "linear" not in kind for kind in kinds)
+    compressed = getattr(text, "kv_lora_rank", None)
+    if compressed is not None:
+        return int(layers * (compressed + text.qk_rope_head_dim) * kv_dtype(base, dtype).itemsize)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = head_dim(text)
     if config is not None:
         told = planned(base, config).calibration
         if told.size_bias and told.carrier == "channels":
             width = channel_width(width)
-    return int(text.num_hidden_layers * 2 * heads * width * kv_dtype(base, dtype).itemsize)
+    return int(layers * 2 * heads * width * kv_dtype(base, dtype).itemsize)
 
 
 def kv_dtype(base: Any, dtype: torch.dtype | None = None) -> torch.dtype:
