@@ -45,7 +45,7 @@ def test_an_id_is_shown_on_one_line_and_not_at_length():
         (b"\xff\xfe", "^x is not UTF-8 text"),
         ('{"a": 1}'.encode("utf-16"), "^x is not UTF-8 text.*save it as UTF-8"),
         (b"PAR1\x15\x04\x15\xbc", "^x is a Parquet file; it must be JSON or JSONL"),
-        (gzip.compress(b"{}"), "^x is compressed; it must be JSON or JSONL"),
+        (gzip.compress(b"{}", mtime=0), "^x is compressed; it must be JSON or JSONL"),
         (b"1\n" + b"9" * 5000, "^x line 2 cannot be read as JSON: Exceeds the limit"),
         (b"1\n" + b"[" * 100_000, "^x line 2 cannot be read as JSON: maximum recursion"),
         (b'{\n  "data": [1]\n}\n', "^x holds one JSON object over many lines"),
