@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -41,6 +42,15 @@ def slowdown():
 def strict_images(monkeypatch):
     """Undo what importing lmms-eval does to PIL in the whole process: accept cut-off images."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """An `Accelerator` settles precision for the whole process; the next test may want another."""
+    yield
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.hookimpl(wrapper=True)
