@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from .base import Adapter
-from .families import FAMILIES, Family, image_sizes, patch_grids, rounded, tiles
+from .families import FAMILIES
+from .family import Family, image_sizes, patch_grids, rounded, tiles
 from .generic import GenericAdapter
 from .hf_anyres import HFAnyResAdapter
 from .hf_llava import HFLlavaAdapter

@@ -23,7 +23,7 @@ from ..merge.tiles import PackedItem, merge_grids
 from ..merge.tokens import Encoded, HandedOver
 from ..releases import TRANSFORMERS, accepted, takes_features
 from .base import Adapter
-from .families import Family, vit_tokens
+from .family import Family, vit_tokens
 from .features import token_id
 from .grids import Grid, footprint_of, item_of, item_with_gaps, rope_places
 from .parts import ModelParts
