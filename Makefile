@@ -117,10 +117,11 @@ test-vllm: $(VLLM_VENV)/.ready ## the vLLM plugin, in an environment of its own
 test-vllm-old: $(VLLM_OLD_VENV)/.ready ## the same on vLLM 0.27, the release that Ray pins
 	TEST_BUDGET=0 OMP_NUM_THREADS=1 $(VLLM_OLD_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/vllm/engine
 
-bench-serving: $(VLLM_VENV)/.ready ## regenerate eval/results/serving/load
-	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m scripts.serving.load both --model demo \
-		--keep 1.0 0.25 --requests 300 --clients 4 --output eval/results/serving/load \
-		--vllm "--dtype float32 --max-model-len 400 --max-num-seqs 16 --block-size 32 --enforce-eager"
+bench-serving: $(VLLM_VENV)/.ready ## regenerate eval/results/serving/load (LLaVA-1.5's image size, random weights)
+	$(VLLM_VENV)/bin/python -m scripts.serving.random_llava /tmp/pitome_random_llava
+	VLLM_CPU_KVCACHE_SPACE=2 $(VLLM_VENV)/bin/python -m scripts.serving.load --model /tmp/pitome_random_llava \
+		--keep 1.0 0.25 --requests 24 --max-tokens 16 --ignore-eos --output eval/results/serving/load \
+		--vllm "--dtype float32 --max-model-len 1024 --max-num-seqs 32 --block-size 32 --enforce-eager"
 
 bench-demo: $(VENV)/.dev ## regenerate eval/results/demo (all held-out questions)
 	$(BIN)/python -m scripts.demo.benchmark --output eval/results/demo --readme README.md

@@ -34,7 +34,7 @@ from pitome_vlm.measure.demo_benchmark import (
 )
 
 from ..command import command_line
-from .load import chat, data_url, environment, httpx, server
+from .client import chat, data_url, environment, httpx, server
 
 SERVER = "--max-model-len 400 --max-num-seqs 16 --block-size 32 --max-num-batched-tokens 256"
 OFF = {"size_bias": False, "positions": "compact"}

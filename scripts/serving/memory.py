@@ -33,7 +33,7 @@ from tqdm import tqdm
 from pitome_vlm.demo import load_split
 
 from ..command import command_line
-from .load import chat, data_url, environment, httpx, server
+from .client import chat, data_url, environment, httpx, server
 
 KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 QUESTIONS = 60

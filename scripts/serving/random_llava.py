@@ -1,7 +1,7 @@
 """Save a LLaVA with random weights in any shape, for load tests without a download.
 
     python -m scripts.serving.random_llava /tmp/random --image-size 336 --patch-size 14
-    python -m scripts.serving.load both --model /tmp/random --keep 1.0 0.25 --output load
+    python -m scripts.serving.load --model /tmp/random --keep 1.0 0.25 -o load
 
 Answers are noise; what a server does with its time is not. Words and processor are the demo's.
 """
