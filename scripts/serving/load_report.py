@@ -99,7 +99,8 @@ def report(result: dict[str, Any]) -> str:
         f"Medians of {counted(result['rounds'], 'round')} in which the servers took turns, "
         f"{result['requests']} requests each, at least two per client; in brackets the "
         f"smallest and largest ratio of a round. Prompt tokens: {tokens}; "
-        f"{first['completion_tokens']:.0f} answer tokens. KV cache: the most in use at one time, of room for {first['kv_room']} tokens. "
+        f"{first['completion_tokens']:.0f} answer tokens. KV cache: the most in use at "
+        f"one time, of room for {first['kv_room']} tokens. "
         f"{machine['processor']}, {versions}, python {machine['python']}.",
         "",
         f"Command: `{result['command']}`",
