@@ -16,10 +16,11 @@ from torch import Tensor
 from ..common import whole_number
 from ..merge.counts import Footprint
 from ..merge.merge_pass import MergePass
-from ..merge.schedule import TowerShape
+from ..merge.schedule import Schedule, TowerShape
 from ..merge.tokens import Encoded
 from ..releases import accepted
 from .features import token_id
+from .inner_tower import Comparison
 from .parts import ModelParts
 from .tower import find_encoder_layers, install_tower, uninstall_tower
 
@@ -204,10 +205,25 @@ class Adapter(abc.ABC):
         del model, inputs, mask
         return None
 
-    def tower_flops(self, model: Any, footprint: Footprint) -> int | None:
-        """FLOPs of a tower that merging leaves alone; None where its layers are counted."""
-        del model, footprint
+    def tower_flops(
+        self, model: Any, footprint: Footprint, schedule: Schedule | None = None
+    ) -> int | None:
+        """FLOPs of a tower for one image of any size; None where layers are counted one by one.
+
+        Args:
+            model: the model.
+            footprint: the image.
+            schedule: what is merged in the tower, None for nothing.
+        """
+        del model, footprint, schedule
         return None
+
+    def tower_comparisons(
+        self, model: Any, footprint: Footprint, schedule: Schedule
+    ) -> list[Comparison]:
+        """What merging compares in a tower of `tower_flops`, which it leaves out."""
+        del model, footprint, schedule
+        return []
 
     def opening_token(self, model: Any) -> int | None:
         """The id that has to stand before every image's placeholders; None for none."""

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .grids import PIXELS, Grid, given, given_grids
 
@@ -37,6 +37,8 @@ class Family:
         one_mask: the language model takes no masks by layer type.
         placeholders: kinds whose placeholder is named after another kind.
         shown: by kind, the argument that says which of its tokens the prompt shows.
+        tower: how tokens merge inside the vision tower (`unit_tower.py`, `grid_tower.py`); None
+            where the tower is left alone. A tower without the parts that takes is left alone too.
         unit: what has one count where `cells` is None: "tile", or "image" of which there are no
             tiles.
     """
@@ -55,6 +57,7 @@ class Family:
     one_mask: bool = False
     placeholders: Mapping[str, str] = dataclasses.field(default_factory=dict)
     shown: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tower: Literal["units", "grid"] | None = None
     unit: str = "tile"
 
 

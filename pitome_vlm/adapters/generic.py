@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from ..merge.counts import Footprint
 from ..merge.merge_pass import MergePass
-from ..merge.schedule import TowerShape
+from ..merge.schedule import Schedule, TowerShape
 from ..merge.tiles import PackedItem, merge_grids
 from ..merge.tokens import Encoded, HandedOver
 from ..releases import TRANSFORMERS, accepted, takes_features
@@ -26,7 +26,11 @@ from .base import Adapter
 from .family import Family, vit_tokens
 from .features import token_id
 from .grids import Grid, footprint_of, item_of, item_with_gaps, rope_places
+from .inner_tower import Comparison, TowerKind, WholeTower
 from .parts import ModelParts
+
+# How tokens merge inside a tower, by `Family.tower`.
+TOWER_KINDS: dict[str | None, TowerKind] = {None: WholeTower()}
 
 _LANGUAGE_MODELS = ("language_model", "text_model")
 _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
@@ -77,21 +81,35 @@ class GenericAdapter(Adapter):
     @override
     def tower_shape(self, model: Any, **feature_options: Any) -> TowerShape:
         """The numbers of a typical image; budgets of others follow from their own footprint."""
-        full = self.footprint(model).full
-        return TowerShape(full, 0, 0, 1, 1, packed=True, projector_only=True)
+        full, kind = self.footprint(model).full, self._kind(model)
+        layers = kind.layers(self.parts(model).vision_tower)
+        return TowerShape(
+            *(full, 0, 0, layers or 1, layers or 1),
+            packed=True,
+            projector_only=not layers,
+            typical=True,
+            spread=kind.spread,
+            few=True,
+        )
+
+    def _kind(self, model: Any) -> TowerKind:
+        kind = TOWER_KINDS[self.family.tower]
+        known = kind.layers(self.parts(model).vision_tower)
+        return kind if known else TOWER_KINDS[None]
 
     @override
     def install(self, model: Any, *, inside_tower: bool) -> None:
-        # The tower is left alone.
         if not takes_features(model):
             raise TypeError(
                 f"merging in {type(model).__name__} needs a release of transformers whose forward "
                 f"takes mm_encoder_outputs (5.18 or later), found {TRANSFORMERS}"
             )
+        if inside_tower:
+            self._kind(model).install(self.parts(model).vision_tower)
 
     @override
     def uninstall(self, model: Any) -> None:
-        pass
+        self._kind(model).uninstall(self.parts(model).vision_tower)
 
     @override
     def text_config(self, model: Any) -> Any:
@@ -120,9 +138,14 @@ class GenericAdapter(Adapter):
         return self.family.grids(model.config, {name: torch.ones(1, 1, 1, 1, 1)}, "image")[0]
 
     @override
-    def tower_flops(self, model: Any, footprint: Footprint) -> int | None:
+    def tower_flops(
+        self, model: Any, footprint: Footprint, schedule: Schedule | None = None
+    ) -> int | None:
         """Patches through all linear layers and convolutions, and attention over every frame."""
         config, parts = model.config, self.parts(model)
+        own = self._kind(model).flops(parts.vision_tower, parts.vision_config, footprint, schedule)
+        if own is not None:
+            return own
         if self.family.patches is not None:
             patches = footprint.full * self.family.patches(config)
         else:
@@ -136,6 +159,15 @@ class GenericAdapter(Adapter):
         layers = max(len(m) for m in parts.vision_tower.modules() if isinstance(m, nn.ModuleList))
         frame = patches // max(1, footprint.frames)
         return total + 4 * patches * frame * _width(parts.vision_config) * layers
+
+    @override
+    def tower_comparisons(
+        self, model: Any, footprint: Footprint, schedule: Schedule
+    ) -> list[Comparison]:
+        parts = self.parts(model)
+        return self._kind(model).comparisons(
+            parts.vision_tower, parts.vision_config, footprint, schedule
+        )
 
     @override
     def placeholder_ids(self, model: Any) -> dict[str, int]:
@@ -226,15 +258,18 @@ class GenericAdapter(Adapter):
 
     @override
     def encode(self, model: Any, inputs: Mapping[str, Any], merge_pass: MergePass) -> list[Encoded]:
-        encoded = []
+        encoded: list[Encoded] = []
+        inner, tower = self._kind(model), self.parts(model).vision_tower
         for kind, names in self.family.inputs.items():
             if inputs.get(names[0]) is None:
                 continue
-            output = _read(_core(model), kind, {n: inputs[n] for n in names if n in inputs})
             items, shown = self._items(model, inputs, kind), self._shown(inputs, kind)
+            own = merge_pass.fresh() if encoded else merge_pass
+            with inner.encoding(tower, own, items) as found:
+                output = _read(_core(model), kind, {n: inputs[n] for n in names if n in inputs})
             footprints = [item.footprint for item in items]
             features = _by_image(getattr(output, self.family.field), footprints, kind, shown)
-            visual = merge_grids(features, items, merge_pass.fresh())
+            visual = merge_grids(features, items, own, inner.groups(found, items))
             handed = HandedOver(output, self.family.field, self.family.levels)
             if self.family.levels is not None:
                 levels = getattr(output, self.family.levels)

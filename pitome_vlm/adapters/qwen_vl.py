@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from ..merge.counts import Footprint
 from ..merge.merge_pass import MergePass
-from ..merge.schedule import TowerShape
+from ..merge.schedule import Schedule, TowerShape
 from ..merge.tiles import merge_grids
 from ..merge.tokens import Encoded
 from ..releases import accepted
@@ -61,7 +61,9 @@ class QwenVLAdapter(Adapter):
         """The numbers of a typical image; budgets of others follow from their own footprint."""
         layers = len(model.model.visual.blocks)
         full = self.footprint(model).full
-        return TowerShape(full, 0, 0, layers, layers, packed=True, projector_only=True)
+        return TowerShape(
+            full, 0, 0, layers, layers, packed=True, projector_only=True, typical=True
+        )
 
     @override
     def install(self, model: Any, *, inside_tower: bool) -> None:
@@ -146,7 +148,9 @@ class QwenVLAdapter(Adapter):
         return rope_places(model, self.placeholder_ids(model), inputs, mask)
 
     @override
-    def tower_flops(self, model: Any, footprint: Footprint) -> int | None:
+    def tower_flops(
+        self, model: Any, footprint: Footprint, schedule: Schedule | None = None
+    ) -> int | None:
         """Patches through all linear layers, and attention in windows or over the whole frame.
 
         All windows count as full ones, although the last of a row may be smaller.

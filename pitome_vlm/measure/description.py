@@ -169,7 +169,7 @@ class Description:
             steps = [f"{layer}: {a} -> {b}" for layer, a, b in self.tower_steps]
             of_a_tile = " of a tile" if self.schedule.packed else ""
             lines += _folded(f"patches{of_a_tile} by tower layer", steps)
-        if self.schedule.whole_tower:
+        if self.schedule.typical:
             lines.append(f"tokens after the tower: {self.count.full} -> {self.count.shown}")
         elif self.schedule.packed:
             tiles = f"{self.footprint.tiles} x {self.schedule.tower_out}"
@@ -178,13 +178,13 @@ class Description:
             steps = [f"{a} -> {b}" for a, b in self.projector_steps]
             lines += _folded("patches before the projector", steps)
         skipped = self.schedule.n_layers - len(self.after.layer_flops)
-        if skipped and not self.schedule.whole_tower:
+        if skipped and not self.schedule.typical:
             lines.append(f"tower layers left out (nothing reads their output): {skipped}")
         lines.append(f"calibration of the language model: {self.calibration}")
         return lines
 
     def _tiles(self) -> list[str]:
-        if not self.schedule.packed or self.schedule.whole_tower:
+        if not self.schedule.packed or self.schedule.typical:
             return []
         tiles, newlines = self.footprint.tiles, self.footprint.newlines
         return [
@@ -229,7 +229,7 @@ class Description:
             f"computed for one {self._thing}{self._of_size()}{most} and "
             f"{self.before.text_tokens} text tokens, batch 1; one multiply-add is 2 FLOP"
         )
-        if self.schedule.whole_tower and self.image_size is not None:
+        if self.schedule.typical and self.image_size is not None:
             text += "; the size is that after the processor's resizing"
         elif self.unit == "tile":
             text += "; the processor cuts an image into tiles, each of which is merged on its own"

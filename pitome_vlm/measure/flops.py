@@ -18,6 +18,7 @@ from torch import nn
 
 from ..adapters import find_adapter
 from ..adapters.features import feature_choice
+from ..adapters.inner_tower import Comparison
 from ..adapters.tower import find_encoder_layers
 from ..adapters.tower_tokens import has_class_token, patch_grid
 from ..adapters.wide_attention import head_dim
@@ -88,9 +89,10 @@ def tower_flops(
         both that merging adds.
     """
     adapter = find_adapter(base)
-    whole = None if footprint is None else adapter.tower_flops(base, footprint)
-    if whole is not None:
-        return (whole,), 0, 0
+    whole = None if footprint is None else adapter.tower_flops(base, footprint, schedule)
+    if footprint is not None and whole is not None:
+        compared = _compared_flops(adapter.tower_comparisons(base, footprint, schedule), config)
+        return (whole + compared,), 0, compared
     parts = adapter.parts(base)
     tower, vision = parts.vision_tower, parts.vision_config
     try:
@@ -116,6 +118,20 @@ def tower_flops(
         merging += compared
     head = _pooling_head_flops(tower, vision, lengths[len(blocks)])
     return tuple(flops), _embedding_flops(vision) + head, merging
+
+
+def _compared_flops(comparisons: list[Comparison], config: MergeConfig) -> int:
+    """FLOPs of comparing tokens in a tower that takes images of any size."""
+    algorithm, total = algorithms.get(config.algorithm), 0
+    by_keys = (config.metric or algorithm.metric) == "keys"
+    for one in comparisons:
+        width = one.key_width if by_keys else one.state_width
+        ctx = MergeContext(config, one.layer)
+        compared = similarity_flops(one.entering, one.leaving, width, algorithm, ctx)
+        if algorithm.needs_attention:
+            compared += attention_flops(one.entering, one.entering, one.state_width) // 2
+        total += one.times * compared
+    return total
 
 
 def tower_lengths(schedule: Schedule) -> list[int]:
@@ -199,7 +215,9 @@ def _packed_flops(base: Any, schedule: Schedule, config: MergeConfig, footprint:
     if algorithm.needs_attention:
         algorithm = algorithms.get(FINISHER)
     entering, width = cells, _text_width(base)
-    if schedule.tower:
+    if schedule.typical and not schedule.spread:
+        entering = max(patches, -(-cells * schedule.tower_out // schedule.tokens_in))
+    elif schedule.tower and not schedule.typical:
         entering = min(cells, footprint.tiles * schedule.tower_out)
     if footprint.frames and find_adapter(base).videos_pooled_first:
         width = base.config.vision_config.hidden_size

@@ -158,8 +158,9 @@ class Schedule:
             `tokens_out` is then the most. None where all have the same.
         packed: all counts are about one tile of several that are packed into one image
             afterwards; what comes out then depends on the image (`counts.count_tokens`).
-        whole_tower: the tower takes an image as it is and is run in full; the counts are those
-            of a typical image.
+        typical: the counts are those of a typical image; a tower that takes images of any size
+            merges every other one in proportion.
+        spread: groups end with the tower, which hands every token's place its group's value.
     """
 
     n_tokens: int
@@ -171,7 +172,8 @@ class Schedule:
     leading_kept: int = 0
     fewest: int | None = None
     packed: bool = False
-    whole_tower: bool = False
+    typical: bool = False
+    spread: bool = False
 
     @property
     def ladder(self) -> tuple[int, ...]:
@@ -227,6 +229,16 @@ def split_target(n_tokens: int, target: int, tower_share: float) -> int:
     return min(n_tokens, max(target, middle))
 
 
+def few_layers(n_layers: int) -> tuple[int, ...]:
+    """The layers after a quarter and after half of a tower of `n_layers`.
+
+    For towers whose merging costs more than their layers save when it is done in each: the earlier
+    half of the reduction saves three quarters of the layers, the later one half of them, and what
+    is merged has been through a quarter of the tower at least.
+    """
+    return tuple(sorted({max(0, n_layers // part - 1) for part in (4, 2)}))
+
+
 def merging_layers(used_layers: int, layers: Sequence[int] | None) -> tuple[int, ...]:
     """The tower layers that merge: all that are run, or the given ones among them.
 
@@ -259,6 +271,9 @@ class TowerShape:
         grid: (rows, columns), None where the mergeable tokens are no whole grid.
         packed: an image is several tiles, which are packed into one sequence after the projector.
         projector_only: tokens can be merged after the tower only.
+        typical: see `Schedule`.
+        spread: see `Schedule`.
+        few: where no layers are named, only `few_layers` merge instead of all that are run.
     """
 
     n_tokens: int
@@ -269,6 +284,9 @@ class TowerShape:
     grid: tuple[int, int] | None = None
     packed: bool = False
     projector_only: bool = False
+    typical: bool = False
+    spread: bool = False
+    few: bool = False
 
 
 def build_schedule(
@@ -290,7 +308,7 @@ def build_schedule(
         budget: what has to come out; `keep` and `tokens` count all visual tokens that reach the
             language model, a kept CLS included.
         stage: "tower", "projector" or "both".
-        layers: tower layers that merge, None for all that are run.
+        layers: tower layers that merge, None for those that the tower says.
         tower_share: see `MergeConfig`.
         projector_steps: see `MergeConfig`.
         one_step: reduce once, at the last merging layer.
@@ -300,6 +318,8 @@ def build_schedule(
     Raises:
         ValueError: the budget cannot be met, with the smallest or largest value that can.
     """
+    if layers is None and shape.few and not one_step:
+        layers = few_layers(shape.used_layers)
     tower_layers = merging_layers(shape.used_layers, layers) if stage != "projector" else ()
     if one_step:
         tower_layers = tower_layers[-1:]
@@ -340,7 +360,8 @@ def build_schedule(
         leading_kept=shape.leading_kept,
         fewest=None if fewest is None else max(1, _total(fewest, shape) - shape.leading_kept),
         packed=shape.packed,
-        whole_tower=shape.projector_only,
+        typical=shape.typical,
+        spread=shape.spread,
     )
 
 

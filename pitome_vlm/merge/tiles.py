@@ -185,21 +185,41 @@ def merge_packed(
     return _tokens(items, layouts, patches, separators)
 
 
+@dataclass(frozen=True)
+class CellGroups:
+    """What a tower made of the cells of an image.
+
+    Attributes:
+        labels: [L] int64, the group of every cell; only equality counts.
+        anchors: [L] bool, the cell that each group is named after.
+    """
+
+    labels: Tensor
+    anchors: Tensor
+
+
 def merge_grids(
-    features: Sequence[Tensor], items: Sequence[PackedItem], merge_pass: MergePass
+    features: Sequence[Tensor],
+    items: Sequence[PackedItem],
+    merge_pass: MergePass,
+    groups: Sequence[CellGroups] | None = None,
 ) -> VisualTokens:
     """The visual tokens of images (or videos) that need no packing: a cell is a token.
 
     Args:
         features: of every image [L, C].
         items: the images; their canvases hold the tokens in order, without separators.
-        merge_pass: what is asked for; the tower merged nothing.
+        merge_pass: what is asked for.
+        groups: what the tower made of every image, all of whose cells have their group's value;
+            None for nothing.
     """
     layouts, windows, separators = [], [], []
-    for item, values in zip(items, features, strict=True):
+    for index, (item, values) in enumerate(zip(items, features, strict=True)):
         layout = _plain_layout(item, values.device)
-        alone = torch.ones_like(layout.planes, dtype=torch.bool)
-        cut = _Cells(values, layout.cells, alone, layout)
+        labels, anchors = layout.cells, torch.ones_like(layout.cells, dtype=torch.bool)
+        if groups is not None:
+            labels, anchors = groups[index].labels, groups[index].anchors
+        cut = _Cells(values, labels, anchors, layout)
         windows.append(cut.windows(item, merge_pass.count(item.footprint), 0, merge_pass))
         layouts.append(layout)
         separators.append(thinned(values[:0], 0))

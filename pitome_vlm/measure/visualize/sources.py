@@ -80,7 +80,7 @@ def source_map(model: nn.Module, processor: Any, image: Image.Image) -> SourceMa
     """
     base, merging = merging_of(model)
     shape = merging.adapter.tower_shape(base)
-    if shape.projector_only:
+    if shape.typical:
         raise ValueError(
             f"the groups of a {type(base).__name__}, which are made after its tower, are not "
             "drawn; use a model that is merged inside the tower, such as LLaVA-1.5"

@@ -1,0 +1,160 @@
+"""What the generic adapter asks of a kind of vision tower in which tokens merge.
+
+A kind is named by a record (`Family.tower`) and knows nothing of families; whether a tower is of
+that kind is told by its parts. The last of its layers hands every place of the unmerged tower its
+group's value, so that the model's own code after it finds the shapes that it expects.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from typing_extensions import override
+
+from ..merge.counts import Footprint
+from ..merge.merge_pass import MergePass
+from ..merge.schedule import Schedule
+from ..merge.tiles import CellGroups, PackedItem
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Tokens that a layer compares with each other, for the count of FLOPs.
+
+    Attributes:
+        layer: its number, from 0.
+        entering: tokens of one set that is merged on its own.
+        leaving: tokens that are left of it.
+        times: sets.
+        key_width: channels of what tokens are compared by where that is attention keys.
+        state_width: the same for hidden states.
+    """
+
+    layer: int
+    entering: int
+    leaving: int
+    times: int
+    key_width: int
+    state_width: int
+
+
+class TowerKind(abc.ABC):
+    """How tokens merge in one kind of tower; without state.
+
+    `Schedule.tower` is in tokens of a typical image as the prompt shows them. A kind merges in
+    proportion, whatever its own tokens are and however many an image has.
+
+    Attributes:
+        spread: groups end with the tower, because its values are mixed afterwards. Otherwise
+            `groups` says what the tower merged, and merging goes on from there.
+    """
+
+    spread: bool = False
+
+    @abc.abstractmethod
+    def layers(self, tower: nn.Module) -> int:
+        """Layers that are run; 0 where a tower is not of this kind."""
+
+    @abc.abstractmethod
+    def install(self, tower: nn.Module) -> None:
+        """Let the layers merge where an encoding says so; all or nothing."""
+
+    @abc.abstractmethod
+    def uninstall(self, tower: nn.Module) -> None:
+        """Undo `install` completely; a no-op on an untouched tower."""
+
+    @abc.abstractmethod
+    def encoding(
+        self, tower: nn.Module, merge_pass: MergePass, items: Sequence[PackedItem]
+    ) -> contextlib.AbstractContextManager[MergePass]:
+        """Let a tower merge for the length of a block, in which the model reads its features.
+
+        Args:
+            tower: an installed one, unless `merge_pass` merges nothing in it.
+            merge_pass: what is asked for.
+            items: the images that are read, in order; every canvas is a frame (or tile) of tokens.
+
+        Returns:
+            The pass that holds the tower's plans afterwards.
+
+        Raises:
+            RuntimeError: the tower has to merge and is not installed.
+        """
+
+    def groups(self, merge_pass: MergePass, items: Sequence[PackedItem]) -> list[CellGroups] | None:
+        """What the tower merged, by image; None for nothing, or where groups end with it.
+
+        Args:
+            merge_pass: of `encoding`.
+            items: as there.
+        """
+        del merge_pass, items
+        return None
+
+    @abc.abstractmethod
+    def flops(
+        self, tower: nn.Module, config: Any, footprint: Footprint, schedule: Schedule | None
+    ) -> int | None:
+        """FLOPs of a tower for an image or video, without those of `comparisons`.
+
+        Args:
+            tower: the tower.
+            config: its configuration.
+            footprint: the image.
+            schedule: what is merged, None for nothing.
+
+        Returns:
+            None for a tower that is counted as a whole.
+        """
+
+    def comparisons(
+        self, tower: nn.Module, config: Any, footprint: Footprint, schedule: Schedule
+    ) -> list[Comparison]:
+        """What merging compares in the tower; arguments as for `flops`."""
+        del tower, config, footprint, schedule
+        return []
+
+
+class WholeTower(TowerKind):
+    """A tower that is left alone."""
+
+    @override
+    def layers(self, tower: nn.Module) -> int:
+        return 0
+
+    @override
+    def install(self, tower: nn.Module) -> None:
+        pass
+
+    @override
+    def uninstall(self, tower: nn.Module) -> None:
+        pass
+
+    @override
+    def encoding(
+        self, tower: nn.Module, merge_pass: MergePass, items: Sequence[PackedItem]
+    ) -> contextlib.AbstractContextManager[MergePass]:
+        return contextlib.nullcontext(merge_pass)
+
+    @override
+    def flops(
+        self, tower: nn.Module, config: Any, footprint: Footprint, schedule: Schedule | None
+    ) -> int | None:
+        return None
+
+
+def tokens_by_layer(schedule: Schedule | None, footprint: Footprint, n_layers: int) -> list[int]:
+    """Tokens of an image before the first layer of a tower and after each; None merges nothing."""
+    counts = {} if schedule is None else dict(schedule.tower)
+    lengths = [footprint.full]
+    for layer in range(n_layers):
+        if schedule is not None and layer in counts:
+            lengths.append(-(-footprint.full * counts[layer] // schedule.n_tokens))
+        else:
+            lengths.append(lengths[-1])
+    return lengths
