@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..merge.algorithm import log_size_bias
 from ..merge.merge_pass import MergePass
+from .layer_parts import CLIP_LIKE, LayerParts
 
 Heads = tuple[Tensor, Tensor, Tensor]
 
@@ -44,36 +45,43 @@ class LayerKernels:
 
 
 def merged_layer(
-    layer: Any, index: int, hidden: Tensor, merge_pass: MergePass, kernels: LayerKernels
+    layer: Any,
+    index: int,
+    hidden: Tensor,
+    merge_pass: MergePass,
+    kernels: LayerKernels,
+    names: LayerParts = CLIP_LIKE,
 ) -> Tensor:
     """A pre-norm encoder layer with its merge, where the pass touches it.
 
     Args:
-        layer: an encoder layer with `tower.LAYER_PARTS`.
+        layer: an encoder layer.
         index: its number in the tower, from 0.
         hidden: [B, N, C].
         merge_pass: the encoding this call belongs to.
         kernels: how the layer's attention is run.
+        names: of the layer's parts.
 
     Returns:
         [B, M, C].
     """
+    attention, mlp = getattr(layer, names.attention), getattr(layer, names.mlp)
+    norms = [getattr(layer, name) for name in names.norms]
     placement = merge_pass.config.placement
     # Not rounded to half precision here: that is up to the kernel.
     exact = torch.promote_types(hidden.dtype, torch.float32)
     bias = log_size_bias(merge_pass.attention_sizes(index), exact)
-    parts = kernels.project(layer.self_attn, layer.layer_norm1(hidden))
-    hidden = hidden + kernels.attend(layer.self_attn, parts, bias)
+    parts = kernels.project(attention, norms[0](hidden))
+    hidden = names.add(layer, 0, hidden, kernels.attend(attention, parts, bias))
     received = None
     if merge_pass.wants_attention(index):
-        local = attention_received(
-            parts[0], parts[1], bias, layer.self_attn.scale, merge_pass.has_class_token
-        )
+        scale = getattr(attention, names.scale)
+        local = attention_received(parts[0], parts[1], bias, scale, merge_pass.has_class_token)
         received = kernels.agree(local)
     if placement == "after_attention":
         metric = _compared(index, hidden, parts[1], merge_pass, kernels)
         hidden = merge_pass.merge_in_layer(index, hidden, metric, received)
-    hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+    hidden = names.add(layer, 1, hidden, mlp(norms[1](hidden)))
     if placement == "after_layer":
         metric = _compared(index, hidden, parts[1], merge_pass, kernels)
         hidden = merge_pass.merge_in_layer(index, hidden, metric, received)

@@ -1,4 +1,4 @@
-"""Merging inside the CLIP and SigLIP towers of transformers.
+"""Merging inside the vision towers of transformers whose layers `layer_parts.py` knows.
 
 Finds the layers, swaps their classes and runs their attention. What a layer does between its parts
 when it merges is in `merged_layer.py`.
@@ -7,6 +7,7 @@ when it merges is in `merged_layer.py`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import threading
 from collections.abc import Iterator
@@ -20,20 +21,13 @@ from transformers.utils import logging
 from ..merge.merge_pass import MergePass
 from ..merge.size_channels import WIDEST, channel_width, with_size_channels
 from ..releases import ADDS_ROW_MASK, FLASH, layers_return_tuples
+from .layer_parts import CLIP_LIKE, LayerParts, parts_of
 from .merged_layer import Heads, LayerKernels, merged_layer
 from .swap import BASE, base_class, swap_in, swap_out
 
 logger = logging.get_logger(__name__)
 
-LAYER_PARTS = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
-ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "out_proj", "head_dim", "scale")
-# All that a merging layer passes to attention. A layer that takes more (rotary positions, in MLCD)
-# would silently get less.
-ATTENTION_INPUTS = {
-    *("self", "hidden_states", "attention_mask", "causal_attention_mask"),
-    *("output_attentions", "kwargs"),
-}
-LAYER_ATTRIBUTES = ("_pitome_layer", "_pitome_slot", "_pitome_returns_tuple")
+LAYER_ATTRIBUTES = (*("_pitome_layer", "_pitome_slot", "_pitome_returns_tuple", "_pitome_parts"),)
 
 
 class TowerSlot:
@@ -74,10 +68,14 @@ class TowerSlot:
         TowerSlot.__init__(self)
 
 
-def find_encoder_layers(tower: nn.Module) -> list[nn.ModuleList]:
+def find_encoder_layers(tower: nn.Module, *, rotary: bool = False) -> list[nn.ModuleList]:
     """The tower's lists of transformer layers, by structure because paths differ by release.
 
     There is one, or several where peft trains a copy (`modules_to_save`).
+
+    Args:
+        tower: the vision tower.
+        rotary: layers that rotate by place count, too; whoever encodes has to know the places.
 
     Raises:
         TypeError: no list of layers with the parts a merge needs.
@@ -86,14 +84,14 @@ def find_encoder_layers(tower: nn.Module) -> list[nn.ModuleList]:
     found = [
         module
         for module in tower.modules()
-        if isinstance(module, nn.ModuleList) and len(module) and _is_mergeable(module[0])
+        if isinstance(module, nn.ModuleList) and len(module) and _is_mergeable(module[0], rotary)
     ]
     if not found:
         raise TypeError(
             f"vision tower {type(tower).__name__} is not supported inside the tower: looked for "
-            f"a ModuleList of layers with {', '.join(LAYER_PARTS)} whose self_attn has "
-            f"{', '.join(ATTENTION_PARTS)} and takes no position embeddings (CLIP and SigLIP); "
-            'merge after it with stage="projector" instead'
+            "a ModuleList of pre-norm layers built like those of CLIP and SigLIP (layer_norm1, "
+            "self_attn with q_proj, k_proj, v_proj, out_proj, layer_norm2, mlp), InternVL or "
+            'AIMv2; merge after it with stage="projector" instead'
         )
     if any(hasattr(layer, "_checkpoint_wrapped_module") for layers in found for layer in layers):
         raise RuntimeError(
@@ -103,14 +101,9 @@ def find_encoder_layers(tower: nn.Module) -> list[nn.ModuleList]:
     return found
 
 
-def _is_mergeable(layer: nn.Module) -> bool:
-    attention: Any = getattr(layer, "self_attn", None)
-    parts = all(hasattr(layer, part) for part in LAYER_PARTS) and all(
-        hasattr(attention, part) for part in ATTENTION_PARTS
-    )
-    return parts and ATTENTION_INPUTS.issuperset(
-        inspect.signature(base_class(attention).forward).parameters
-    )
+def _is_mergeable(layer: nn.Module, rotary: bool) -> bool:
+    parts = parts_of(layer)
+    return parts is not None and (rotary or not parts.rotary)
 
 
 class MergingLayer:
@@ -119,6 +112,7 @@ class MergingLayer:
     _pitome_layer: int
     _pitome_slot: tuple[TowerSlot]
     _pitome_returns_tuple: bool
+    _pitome_parts: LayerParts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Pass the active encoding to `forward` as an argument."""
@@ -150,7 +144,8 @@ class MergingLayer:
             return _as_returned(self, hidden_states)
         if not pitome_pass.touches(layer):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        merged = merged_layer(self, layer, hidden_states, pitome_pass, KERNELS)
+        names = self._pitome_parts
+        merged = merged_layer(self, layer, hidden_states, pitome_pass, kernels_of(names), names)
         return _as_returned(self, merged)
 
     def extra_repr(self) -> str:
@@ -159,26 +154,27 @@ class MergingLayer:
         return ", ".join(part for part in (own, f"pitome layer {self._pitome_layer}") if part)
 
 
-def _project(attention: Any, normed: Tensor) -> Heads:
+def _project(names: LayerParts, attention: Any, normed: Tensor) -> Heads:
     """Queries, keys and values of [B, N, C], each [B, heads, N, head_dim].
 
     From the live projections, so that LoRA and quantised layers are seen as they are, and once,
     so that what tokens are compared by is what attention uses.
     """
+    flat = [getattr(attention, name)(normed) for name in names.projections]
+    for index, name in enumerate(names.normed):
+        flat[index] = getattr(attention, name)(flat[index])
     shape = (*normed.shape[:-1], -1, attention.head_dim)
-    query, key, value = (
-        projection(normed).view(shape).transpose(1, 2)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
+    query, key, value = (part.view(shape).transpose(1, 2) for part in flat)
     return query, key, value
 
 
-def _attend(attention: Any, parts: Heads, bias: Tensor | None) -> Tensor:
+def _attend(names: LayerParts, attention: Any, parts: Heads, bias: Tensor | None) -> Tensor:
     """The layer's own attention, [B, N, C], with an additive bias [B, 1, 1, N] or None."""
     name, head_dim = attention.config._attn_implementation or "sdpa", parts[2].shape[-1]
+    scale, dropout = getattr(attention, names.scale), getattr(attention, names.dropout)
     if bias is not None and name not in ADDS_ROW_MASK:
         if _takes_channels(name, head_dim):
-            parts, bias = with_size_channels(*parts, bias, attention.scale), None
+            parts, bias = with_size_channels(*parts, bias, scale), None
         else:
             logger.warning_once(
                 f"attention implementation {name!r} takes no additive mask; vision layers after "
@@ -189,11 +185,13 @@ def _attend(attention: Any, parts: Heads, bias: Tensor | None) -> Tensor:
         attention,
         *parts,
         _mask(bias, name, parts[0].dtype),
-        scaling=attention.scale,
-        dropout=attention.dropout if attention.training else 0.0,
+        scaling=scale,
+        dropout=dropout if attention.training else 0.0,
         is_causal=False,
     )
-    merged: Tensor = attention.out_proj(output[..., :head_dim].flatten(2).contiguous())
+    merged: Tensor = output[..., :head_dim].flatten(2).contiguous()
+    for part in names.output:
+        merged = getattr(attention, part)(merged)
     return merged
 
 
@@ -217,7 +215,13 @@ def _kernel(attention: Any, name: str) -> Any:
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
-KERNELS = LayerKernels(_project, _attend)
+@functools.cache
+def kernels_of(names: LayerParts) -> LayerKernels:
+    """How attention of layers with these parts is run."""
+    return LayerKernels(functools.partial(_project, names), functools.partial(_attend, names))
+
+
+KERNELS = kernels_of(CLIP_LIKE)
 
 
 def _as_returned(layer: Any, hidden: Tensor) -> Any:
@@ -225,13 +229,14 @@ def _as_returned(layer: Any, hidden: Tensor) -> Any:
     return (hidden,) if layer._pitome_returns_tuple else hidden
 
 
-def install_tower(tower: nn.Module) -> None:
+def install_tower(tower: nn.Module, *, rotary: bool = False) -> None:
     """Put `MergingLayer` before every layer's class; all or nothing."""
-    lists, slot = find_encoder_layers(tower), TowerSlot()
+    lists, slot = find_encoder_layers(tower, rotary=rotary), TowerSlot()
     returns_tuple = layers_return_tuples(base_class(lists[0][0]))
     try:
         for layers in lists:
             for index, layer in enumerate(layers):
+                layer._pitome_parts = parts_of(layer)  # type: ignore[assignment]
                 swap_in(layer, MergingLayer)
                 layer._pitome_layer = index  # type: ignore[assignment]
                 layer._pitome_returns_tuple = returns_tuple  # type: ignore[assignment]

@@ -21,7 +21,12 @@ VARIABLE_GRID = ("pixtral",)
 
 def has_class_token(tower: nn.Module) -> bool:
     """Whether the tower puts a class token before the patches (CLIP does, SigLIP not)."""
-    return any(hasattr(module, "class_embedding") for module in tower.modules())
+    return any(
+        hasattr(module, "class_embedding")
+        # Pooling heads after the layers may have a token of that name, too.
+        or (name.rpartition(".")[2] == "embeddings" and hasattr(module, "cls_token"))
+        for name, module in tower.named_modules()
+    )
 
 
 def leading_tokens(tower: nn.Module, vision_config: Any) -> int:

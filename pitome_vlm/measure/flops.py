@@ -19,6 +19,7 @@ from torch import nn
 from ..adapters import find_adapter
 from ..adapters.features import feature_choice
 from ..adapters.inner_tower import Comparison
+from ..adapters.layer_parts import attention_of, mlp_of
 from ..adapters.tower import find_encoder_layers
 from ..adapters.tower_tokens import has_class_token, patch_grid
 from ..adapters.wide_attention import head_dim
@@ -110,9 +111,9 @@ def tower_flops(
             block, index, entering, leaving, schedule, config, has_class_token(tower)
         )
         flops.append(
-            entering * linear_flops(block.self_attn)
+            entering * linear_flops(attention_of(block))
             + attention_flops(entering, entering, vision.hidden_size)
-            + (leaving if inside else entering) * linear_flops(block.mlp)
+            + (leaving if inside else entering) * linear_flops(mlp_of(block))
             + compared
         )
         merging += compared
@@ -157,10 +158,11 @@ def _layer_merging(
     """FLOPs that merging adds to a layer of the tower; lengths include leading tokens."""
     if entering == leaving:
         return 0
-    algorithm, width = algorithms.get(config.algorithm), block.self_attn.embed_dim
+    algorithm, attention = algorithms.get(config.algorithm), attention_of(block)
+    width = attention.embed_dim
     by_keys = (config.metric or algorithm.metric) == "keys"
     ctx, n_leading = MergeContext(config, index, schedule.depth(index)), schedule.n_leading
-    metric = block.self_attn.head_dim if by_keys else width
+    metric = attention.head_dim if by_keys else width
     flops = similarity_flops(entering - n_leading, leaving - n_leading, metric, algorithm, ctx)
     if algorithm.needs_attention:
         asked = 1 if has_class else entering

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from tiny import IMAGE
@@ -13,6 +15,8 @@ from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
+    InternVLVisionConfig,
+    InternVLVisionModel,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -43,13 +47,19 @@ INSIDE = {
     "clip": CLIPVisionConfig(**SIZE, projection_dim=16),
     "siglip": SiglipVisionConfig(**SIZE),
     "chinese_clip": ChineseCLIPVisionConfig(**SIZE, projection_dim=16),
+    "aimv2": Aimv2VisionConfig(**SIZE),
 }
+# Transformers 4.57 cannot give the hidden states of this tower.
+if "kwargs" in inspect.signature(InternVLVisionModel.forward).parameters:
+    INSIDE["internvl"] = InternVLVisionConfig(
+        **SIZE, use_qk_norm=True, norm_type="rms_norm", layer_scale_init_value=0.5
+    )
+CLASSLESS = ("siglip", "aimv2")
 AFTER = {
     "dinov2": Dinov2Config(**SIZE),
     "dinov2_registers": Dinov2WithRegistersConfig(**SIZE),
     "vit": ViTConfig(**SIZE),
     "beit": BeitConfig(**SIZE),
-    "aimv2": Aimv2VisionConfig(**SIZE),
     # Rotary positions in its attention, otherwise built like CLIP.
     "mlcd": MLCDVisionConfig(**SIZE),
 }
@@ -105,7 +115,7 @@ def test_every_tower_merges_after_it_to_the_promised_count(name, strategy):
 @pytest.mark.parametrize("name", AFTER)
 def test_an_unknown_tower_is_refused_inside_with_what_was_looked_for(name):
     model = model_on(AFTER[name])
-    with pytest.raises(TypeError, match=r"layer_norm1.*q_proj.*no position embeddings.*projector"):
+    with pytest.raises(TypeError, match=r"layer_norm1.*q_proj.*InternVL.*projector"):
         pitome_vlm.wrap(model, keep=0.25, stage="tower")
     assert not is_wrapped(model)
 
@@ -122,13 +132,14 @@ def test_a_tower_without_a_promised_count_is_refused_by_name(name):
     ("name", "attention"),
     # Transformers 4.57 has no other implementation for Chinese CLIP.
     [
-        *[("clip", "sdpa"), ("clip", "eager"), ("siglip", "sdpa"), ("siglip", "eager")],
+        *[(name, kind) for name in ("clip", "siglip", "aimv2") for kind in ("sdpa", "eager")],
+        *[("internvl", kind) for kind in ("sdpa", "eager") if "internvl" in INSIDE],
         ("chinese_clip", "eager"),
     ],
 )
 def test_a_layer_that_merges_nothing_computes_what_its_class_does(name, attention):
     """The layers are rebuilt by hand, so every tower that is let in has to agree with itself."""
-    model = model_on(INSIDE[name], "default" if name != "siglip" else "full")
+    model = model_on(INSIDE[name], "full" if name in CLASSLESS else "default")
     model.model.vision_tower.set_attn_implementation(attention)
     pitome_vlm.wrap(model, keep=0.5, stage="tower")
     base, merging = merging_of(model)
@@ -151,7 +162,7 @@ def test_a_layer_that_merges_nothing_computes_what_its_class_does(name, attentio
 
 @pytest.mark.parametrize(("name", "strategy"), [("dinov2", "default"), ("aimv2", "full")])
 def test_tiles_merge_after_an_unknown_tower(name, strategy):
-    model = model_on(AFTER[name], strategy, kind="next")
+    model = model_on((INSIDE | AFTER)[name], strategy, kind="next")
     sizes = torch.tensor([[100, 180], [1, 50]])
     tiles = [5, 3]
     pixels = torch.randn(2, max(tiles), 3, 64, 64)
