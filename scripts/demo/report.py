@@ -31,6 +31,8 @@ BASELINES = {
     "ToFu": "tofu",
     "DiffRate": "diffrate",
     "VisionZip": "visionzip",
+    "VisPruner": "vispruner",
+    "SCOPE": "scope",
     "DivPrune": "divprune",
     "pool": "pool",
 }

@@ -13,8 +13,10 @@ from slow_reference import (
     diffrate_groups,
     divprune_choice,
     mlerp,
+    scope_choice,
     tome_groups,
     visionzip_groups,
+    vispruner_choice,
     weighted_mean,
     with_nearest,
 )
@@ -150,6 +152,41 @@ def test_divprune_is_greedy_max_min_diversity():
                 named_groups(plan, row), with_nearest(keys[row].tolist(), chosen, others)
             ), f"seed {seed}"
         assert torch.equal(plan.apply(keys)[0][0], keys[0, plan.kept[0]]), f"seed {seed}"
+
+
+def test_scope_is_greedy_coverage_times_attention():
+    for seed in range(24):
+        keys, attention, n_out = draw(seed)
+        power = (0.0, 1.0, 2.0)[seed % 3]
+        config = MergeConfig(keep=0.5, algorithm="scope", saliency=power)
+        plan = planned("scope", keys, n_out, cls_attention=attention, config=config)
+        for row in range(2):
+            chosen = scope_choice(keys[row].tolist(), attention[row].tolist(), n_out, power)
+            others = [i for i in range(keys.shape[1]) if i not in chosen]
+            assert same(
+                named_groups(plan, row), with_nearest(keys[row].tolist(), chosen, others)
+            ), f"seed {seed}, power {power}"
+
+
+def test_scope_takes_distinct_tokens_where_nothing_is_left_to_cover():
+    keys, attention = torch.ones(1, 12, 4), torch.rand(1, 12)
+    plan = planned("scope", keys, 7, cls_attention=attention)
+    assert len(set(plan.kept[0].tolist())) == 7
+    assert int(attention.argmax()) in plan.kept[0].tolist()
+
+
+def test_vispruner_keeps_important_and_diverse_tokens():
+    for seed in SEEDS:
+        keys, attention, n_out = draw(seed)
+        share = (0.5, 0.0, 1.0, 0.7)[seed % 4]
+        config = MergeConfig(keep=0.5, algorithm="vispruner", important=share)
+        plan = planned("vispruner", keys, n_out, cls_attention=attention, config=config)
+        for row in range(2):
+            chosen = vispruner_choice(keys[row].tolist(), attention[row].tolist(), n_out, share)
+            others = [i for i in range(keys.shape[1]) if i not in chosen]
+            assert same(
+                named_groups(plan, row), with_nearest(keys[row].tolist(), chosen, others)
+            ), f"seed {seed}"
 
 
 def test_divprune_takes_one_of_every_kind_before_a_second():

@@ -44,7 +44,7 @@ def assert_same(found, expected):
     assert found.dropped is None or torch.equal(found.dropped, expected.dropped)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     options=st.sampled_from(list(OPTIONS.values())),
     border=st.integers(4, 60),
@@ -192,7 +192,8 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 def test_no_tensor_of_a_large_plan_is_near_the_whole_matrix(options, at_projector):
     limits = PairLimits(whole_up_to=512, piece_bytes=2**17)
     keys = torch.randn(1, 1500, 8)
-    for n_out in (1400, 600):
+    # Scope goes over all pairs for every token that it takes, in the same memory each time.
+    for n_out in (40,) if options["algorithm"] == "scope" else (1400, 600):
         with Largest() as seen:
             plan = plan_of(keys, n_out, options, limits, at_projector=at_projector)
         assert plan.n_out == n_out

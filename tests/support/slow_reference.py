@@ -123,3 +123,34 @@ def divprune_choice(keys, n_out):
         left = [i for i in range(n) if i not in chosen]
         chosen.append(max(left, key=lambda i: min(distance[i][j] for j in chosen)))
     return chosen
+
+
+def scope_choice(keys, attention, n_out, power):
+    """Greedy choice by coverage gain times attention: the tokens in the order of choice."""
+    n = len(keys)
+    near = [[cosine(keys[i], keys[j]) for j in range(n)] for i in range(n)]
+    chosen = []
+
+    def coverage(tokens):
+        return sum(max([0.0] + [near[i][j] for i in tokens]) for j in range(n))
+
+    while len(chosen) < n_out:
+        left = [i for i in range(n) if i not in chosen]
+        now = coverage(chosen)
+        score = {i: (coverage([*chosen, i]) - now) * attention[i] ** power for i in left}
+        # Two tokens that cover only each other gain the same but for rounding.
+        chosen.append(next(i for i in left if score[i] >= max(score.values()) - 1e-12))
+    return chosen
+
+
+def vispruner_choice(keys, attention, n_out, important):
+    """The most attended tokens, and what is left of the others without duplicates."""
+    ranked = sorted(range(len(keys)), key=lambda i: -attention[i])
+    n_important = int(n_out * important)
+    chosen, rest = ranked[:n_important], ranked[n_important:]
+    while len(rest) > n_out - n_important:
+        ours, others = rest[::2], rest[1::2]
+        alike = {i: max((cosine(keys[i], keys[j]) for j in others), default=-2) for i in ours}
+        gone = min(8, len(rest) - (n_out - n_important), len(ours))
+        rest = sorted(ours, key=lambda i: -alike[i])[gone:] + others
+    return chosen + rest
