@@ -47,6 +47,7 @@ check_transformers(TRANSFORMERS)
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import ProcessorMixin
 
 # Before release 5 generate reads ids instead of embeddings once a cache holds something.
 EMBEDS_NEED_EMPTY_CACHE = int(TRANSFORMERS.split(".")[0]) < 5
@@ -161,6 +162,27 @@ def accepted(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict
 def takes_features(model: Any) -> bool:
     """Whether a model's forward takes features instead of pixels (from release 5.18 on)."""
     return HANDED_FEATURES in inspect.signature(model.forward).parameters
+
+
+def image_options(processor: Any, model_type: str) -> Mapping[str, Any]:
+    """What a processor passes to its image processor on its own, which goes before saved options.
+
+    Args:
+        processor: a processor, or an image processor alone, which leaves its class to be found by
+            the type of the model.
+        model_type: of the model.
+    """
+    if not isinstance(processor, ProcessorMixin):
+        known = importlib.import_module("transformers.models.auto.processing_auto")
+        name = known.PROCESSOR_MAPPING_NAMES.get(model_type) or ""
+        processor = known.processor_class_from_name(name)
+    try:
+        # Earlier releases of 5 note them in the other place.
+        noted = getattr(getattr(processor, "valid_processor_kwargs", None), "_defaults", {})
+        return {**getattr(processor, "images_kwargs", {}), **noted.get("images_kwargs", {})}
+    except ImportError:
+        # A class that needs a library which is not installed stands for itself.
+        return {}
 
 
 def vllm_config_checks() -> dict[str, Any] | None:

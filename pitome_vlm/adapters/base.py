@@ -43,6 +43,8 @@ class Adapter(abc.ABC):
         default_image_size: (height, width) in pixels of a typical image, used where only numbers
             are printed; None where every image is resized to one size.
         videos_pooled_first: videos are pooled and merged before the projector.
+        sized_by_processor: how many tokens an image of a size has depends on the options of its
+            processor, which the model's configuration does not hold.
         own_positions: the model places tokens by the grid of their image (`prompt_places`).
         own_scatter: the model's own forward puts visual tokens into a prompt of ids.
         first_place: position of a prompt's first token.
@@ -60,6 +62,7 @@ class Adapter(abc.ABC):
     feature_options: tuple[str, ...] = ()
     default_image_size: tuple[int, int] | None = None
     videos_pooled_first: bool = False
+    sized_by_processor: bool = False
     own_positions: bool = False
     own_scatter: bool = False
     first_place: int = 0
@@ -229,6 +232,11 @@ class Adapter(abc.ABC):
         """The id that has to stand before every image's placeholders; None for none."""
         del model
         return None
+
+    def image_marks(self, model: Any, ids: Tensor) -> dict[str, Tensor]:
+        """Arguments by which a processor says where in a prompt [B, T] of ids images are."""
+        del model, ids
+        return {}
 
     def random_images(
         self,

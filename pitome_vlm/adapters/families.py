@@ -14,6 +14,7 @@ from .family import (
     Family,
     fitted,
     image_sizes,
+    padded,
     patch_grids,
     rounded,
     square,
@@ -193,7 +194,7 @@ FAMILIES = (
     Family(
         ("kimi_k25",),
         _kimi_grids,
-        rounded(lambda c: c.vision_config.patch_size * c.vision_config.merge_kernel_size[0]),
+        padded(lambda c: c.vision_config.patch_size * c.vision_config.merge_kernel_size[0]),
         patches=lambda config: math.prod(config.vision_config.merge_kernel_size),
         inputs=PATCH_GRIDS,
     ),

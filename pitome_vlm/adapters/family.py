@@ -139,6 +139,16 @@ def rounded(pixels: Callable[[Any], int]) -> Cells:
     return cells
 
 
+def padded(pixels: Callable[[Any], int]) -> Cells:
+    """Images are padded so that a token stands for `pixels` x `pixels` of them."""
+
+    def cells(config: Any, size: tuple[int, int]) -> Grid:
+        rows, columns = (-(-side // pixels(config)) for side in size)
+        return 1, rows, columns
+
+    return cells
+
+
 def fitted(pixels: Callable[[Any], int]) -> Cells:
     """The same for Pixtral's processor: no side longer than the tower knows, cells rounded up."""
 

@@ -48,6 +48,7 @@ class GenericAdapter(Adapter):
 
     default_image_size: tuple[int, int] | None = (768, 1024)
     own_scatter = True
+    sized_by_processor = True
 
     def __init__(self, family: Family) -> None:
         self.family = family
@@ -199,13 +200,16 @@ class GenericAdapter(Adapter):
             made = self._random_tiles(model, len(ids), n_images, generator)
         else:
             raise TypeError(f"inputs of a {type(model).__name__} cannot be made up; pass your own")
-        if not self.one_mask:
-            # Where images are, for models that ask the processor.
-            kinds = (ids == self.placeholder_ids(model)["image"]).long()
-            made |= accepted(
-                model.forward, dict.fromkeys(("mm_token_type_ids", "token_type_ids"), kinds)
-            )
-        return made
+        return made | self.image_marks(model, ids)
+
+    @override
+    def image_marks(self, model: Any, ids: Tensor) -> dict[str, Tensor]:
+        if self.one_mask:
+            return {}
+        kinds = (ids == self.placeholder_ids(model)["image"]).long()
+        return accepted(
+            model.forward, dict.fromkeys(("mm_token_type_ids", "token_type_ids"), kinds)
+        )
 
     def _side(self, model: Any) -> int:
         """Patches along a side of a token."""

@@ -44,6 +44,7 @@ class QwenVLAdapter(Adapter):
     # A photo.
     default_image_size: tuple[int, int] | None = (768, 1024)
     own_positions = True
+    sized_by_processor = True
     place_inputs: tuple[str, ...] = PLACES
 
     @override
@@ -110,13 +111,17 @@ class QwenVLAdapter(Adapter):
         channels = getattr(vision, "in_channels", 3)
         width = channels * vision.temporal_patch_size * vision.patch_size**2
         patches = n_images * rows * columns * side**2
-        # What tells text from images in releases that do not look for the opening token.
-        kinds = (ids == self.placeholder_ids(model)["image"]).long()
         return {
             "pixel_values": torch.randn(patches, width, generator=generator),
             "image_grid_thw": torch.tensor([[1, rows * side, columns * side]] * n_images),
-            **accepted(model.forward, {"mm_token_type_ids": kinds}),
+            **self.image_marks(model, ids),
         }
+
+    @override
+    def image_marks(self, model: Any, ids: Tensor) -> dict[str, Tensor]:
+        # What tells text from images in releases that do not look for the opening token.
+        kinds = (ids == self.placeholder_ids(model)["image"]).long()
+        return accepted(model.forward, {"mm_token_type_ids": kinds})
 
     @override
     def footprints(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Footprint]]:

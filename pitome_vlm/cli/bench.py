@@ -132,12 +132,15 @@ def bench(
             configuration(config, layers=layers)
         budgets = _budgets(keep, tokens, algorithms)
         sizes = o.counts("batch", batch)
-        cases = [Case(number, text_tokens, answer_tokens, images, size) for number in sizes]
+        shown = (text_tokens, answer_tokens, images, size)
+        for number in sizes:
+            Case(number, *shown)
         if config is None:
             loaded = run.load_checkpoint(model or "", threads, loading)
         else:
             loaded = run.build_shape(config, layers, loading.dtype, loading.device, threads)
-        run.check_budgets(loaded.model, budgets, size)
+        cases = [Case(number, *shown, loaded.processor) for number in sizes]
+        run.check_budgets(loaded.model, budgets, cases[0])
         report, interrupted = run.timed(
             config or model or "",
             loaded,

@@ -28,7 +28,8 @@ from ..measure.bench.fits import tried_fit
 from ..measure.bench.memory import FORMULA, is_computable, out_of_memory
 from ..measure.bench.report import Fit
 from ..measure.provenance import provenance
-from ..wrapping.encode import planned_count, planned_schedule
+from ..measure.sizes import pieces_of, planned_total
+from ..wrapping.encode import planned_schedule
 from ..wrapping.wrap import unwrap
 from .options import Loading
 from .session import accelerator, checked_device, load_model
@@ -47,20 +48,22 @@ class Loaded:
         whole: the same at full depth, which may be on the meta device.
         depth: layers of `whole` divided by layers of `model`.
         notes: what a reader of the numbers has to know about it.
+        processor: of a checkpoint.
     """
 
     model: Any
     whole: Any
     depth: float = 1.0
     notes: list[str] = field(default_factory=list)
+    processor: Any = None
 
 
 def load_checkpoint(name: str, threads: int | None, loading: Loading) -> Loaded:
     """An unwrapped model from a checkpoint."""
     _use_threads(threads)
-    vlm, _ = load_model(name, **vars(loading))
+    vlm, processor = load_model(name, **vars(loading))
     vlm = unwrap(vlm).eval()
-    return Loaded(vlm, vlm)
+    return Loaded(vlm, vlm, processor=processor)
 
 
 def build_shape(
@@ -92,12 +95,13 @@ def _use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def check_budgets(vlm: Any, budgets: list[Budget], image_size: tuple[int, int] | None) -> None:
+def check_budgets(vlm: Any, budgets: list[Budget], case: Case) -> None:
     """Refuse a budget that does not fit the model before the first round."""
+    pieces = pieces_of(vlm, **case.shown)
     for budget in budgets:
         if budget.config is not None:
             planned_schedule(vlm, budget.config)
-            planned_count(vlm, budget.config, image_size=image_size)
+            planned_total(vlm, budget.config, pieces)
 
 
 def timed(

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import find_adapter
 from ..adapters.wide_attention import head_dim
 from ..common import whole_number
 from ..merge.config import MergeConfig
-from ..merge.counts import count_tokens
+from ..merge.counts import Footprint, count_tokens
 from ..merge.schedule import Schedule
 from ..merge.size_channels import channel_width
-from ..wrapping.encode import checked_size, planned, planned_schedule
+from ..wrapping.encode import planned, planned_schedule
 from ..wrapping.wrap import base_model, is_wrapped, merge_config, schedule_of
 from .flops import prefill_flops, projector_flops, tower_flops
+from .sizes import pieces_of
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def costs(
     config: MergeConfig | None = None,
     image_size: tuple[int, int] | None = None,
     frames: int | None = None,
+    image_processor: Any = None,
 ) -> Costs:
     """Costs of one prompt; nothing is run.
 
@@ -90,6 +91,7 @@ def costs(
         image_size: (height, width) of every image in pixels, None for a typical image; models
             that resize every image to one size ignore it.
         frames: the prompt shows videos of so many frames instead of images.
+        image_processor: is asked how many tokens an image of that size has (`pieces_of`).
 
     Raises:
         TypeError: not a supported model, or a count that is no whole number.
@@ -98,33 +100,44 @@ def costs(
     whole_number("text_tokens", text_tokens, 0)
     whole_number("images", images, 0)
     base: Any = base_model(model)
-    adapter = find_adapter(base)
-    size = None if image_size is None else checked_size(image_size)
-    footprint = adapter.footprint(base, image_size=size, frames=frames)
+    pieces = pieces_of(base, image_size=image_size, frames=frames, image_processor=image_processor)
     if config is None:
         config = merge_config(model) if is_wrapped(model) else MergeConfig(keep=1.0)
     if schedule is None:
         schedule = schedule_of(model) if is_wrapped(model) else planned_schedule(model, config)
-    layers, around, tower_merging = tower_flops(base, schedule, config, footprint)
-    projector, projector_merging = projector_flops(base, schedule, config, footprint)
-    together = config.frames_together
-    visual = count_tokens(schedule, config.budget, footprint, frames_together=together).out
-    tiles = footprint.tiles
+    towers = [_tower(base, schedule, config, piece) for piece in pieces]
+    projectors = [projector_flops(base, schedule, config, piece) for piece in pieces]
+    layers = tuple(sum(own) for own in zip(*(layers for layers, _, _ in towers), strict=True))
+    around = sum(one for _, one, _ in towers)
+    tower_merging = sum(one for _, _, one in towers)
+    projector, projector_merging = (sum(column) for column in zip(*projectors, strict=True))
+    joined = config.frames_together
+    visual = sum(
+        count_tokens(schedule, config.budget, piece, frames_together=joined).out for piece in pieces
+    )
     per_token = kv_bytes_per_token(base, dtype, None if schedule.is_identity else config)
     prompt = text_tokens + images * visual
     return Costs(
         images=images,
         text_tokens=text_tokens,
         visual_tokens=visual,
-        layer_flops=tuple(tiles * layer for layer in layers),
-        tower_flops=images * tiles * (sum(layers) + around),
+        layer_flops=layers,
+        tower_flops=images * (sum(layers) + around),
         projector_flops=images * projector,
-        merge_flops=images * (tiles * tower_merging + projector_merging),
+        merge_flops=images * (tower_merging + projector_merging),
         prefill_flops=prefill_flops(base, prompt),
         kv_bytes_per_image=visual * per_token,
         kv_bytes=prompt * per_token,
         kv_dtype=str(kv_dtype(base, dtype)).removeprefix("torch."),
     )
+
+
+def _tower(
+    base: Any, schedule: Schedule, config: MergeConfig, piece: Footprint
+) -> tuple[tuple[int, ...], int, int]:
+    """`tower_flops` of all tiles of a piece."""
+    layers, around, merging = tower_flops(base, schedule, config, piece)
+    return tuple(piece.tiles * one for one in layers), piece.tiles * around, piece.tiles * merging
 
 
 def kv_bytes_per_token(

@@ -15,14 +15,16 @@ from transformers import AutoModelForImageTextToText
 
 from ..adapters import find_adapter
 from ..loading.checkpoints import check_model_type, read_config
+from ..loading.image_processors import find_image_processor
 from ..loading.original import original_shapes
 from ..merge.config import DEFAULT_KEEP, MergeConfig
 from ..merge.counts import Footprint, TokenCount
 from ..merge.schedule import Schedule
-from ..wrapping.encode import planned, planned_count, planned_schedule
+from ..wrapping.encode import planned, planned_schedule
 from ..wrapping.positions import Calibration
 from ..wrapping.wrap import base_model, is_wrapped, merge_config
 from .accounting import Costs, costs
+from .sizes import asks_processor, pieces_of, planned_total
 from .tables import Table, bytes_text, flops_text
 from .weights import Weights, weights_of
 
@@ -34,7 +36,8 @@ class Description:
     Attributes:
         config: the merge options described.
         schedule: token counts of an image, or of a tile where images are cut into tiles.
-        footprint: tokens and tiles of the image described.
+        pieces: tokens and tiles of what is merged on its own in the image described: all of it,
+            or every tile.
         count: tokens of that image without and with merging.
         image_size: (height, width) of that image in pixels; None where all images have one size.
         wrapped: whether these options are in force; otherwise they are a plan.
@@ -43,11 +46,13 @@ class Description:
         calibration: what the language model is told about merged tokens.
         weights: bytes of the model's weights as loaded, quantised or not.
         unit: "tile" where it is one tile of an image that is described.
+        frames: of the video described; None for an image.
+        resized: whether sizes are those after the processor's resizing, which was not asked.
     """
 
     config: MergeConfig
     schedule: Schedule
-    footprint: Footprint
+    pieces: tuple[Footprint, ...]
     count: TokenCount
     image_size: tuple[int, int] | None
     wrapped: bool
@@ -56,6 +61,13 @@ class Description:
     calibration: Calibration
     weights: Weights
     unit: str = "image"
+    frames: int | None = None
+    resized: bool = False
+
+    @property
+    def footprint(self) -> Footprint:
+        """Of the first of `pieces`, which is all of the image where it is not cut into tiles."""
+        return self.pieces[0]
 
     @property
     def summary(self) -> str:
@@ -67,11 +79,11 @@ class Description:
 
     @property
     def _thing(self) -> str:
-        return "video" if self.footprint.frames else self.unit
+        return "video" if self.frames else self.unit
 
     def _of_size(self) -> str:
-        if self.footprint.frames:
-            return f" of {self.footprint.frames} frame{'s' * (self.footprint.frames > 1)}"
+        if self.frames:
+            return f" of {self.frames} frame{'s' * (self.frames > 1)}"
         if self.image_size is None:
             return ""
         height, width = self.image_size
@@ -127,8 +139,8 @@ class Description:
             "tokens_in": self.tokens_in,
             "tokens_out": self.tokens_out,
             "image_size": None if self.image_size is None else list(self.image_size),
-            "tiles": self.footprint.tiles,
-            "frames": self.footprint.frames or None,
+            "tiles": self.footprint.tiles if len(self.pieces) == 1 else len(self.pieces),
+            "frames": self.frames,
             "tower_steps": [list(step) for step in self.tower_steps],
             "projector_steps": [list(step) for step in self.projector_steps],
             "calibration": dataclasses.asdict(self.calibration),
@@ -184,6 +196,12 @@ class Description:
         return lines
 
     def _tiles(self) -> list[str]:
+        if self.frames and self.footprint.frames:
+            return [self._grids()]
+        if len(self.pieces) > 1:
+            sizes = sorted({piece.full for piece in self.pieces})
+            each = " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))
+            return [f"tiles of {each} tokens, each merged on its own: {len(self.pieces)}"]
         if not self.schedule.packed or self.schedule.typical:
             return []
         tiles, newlines = self.footprint.tiles, self.footprint.newlines
@@ -191,6 +209,15 @@ class Description:
             f"tiles of {self.schedule.tokens_in} patches: {tiles}, packed to "
             f"{self.footprint.full - newlines} patches and {newlines} newlines"
         ]
+
+    def _grids(self) -> str:
+        """How the frames of a video are merged."""
+        grids = self.footprint.frames
+        each = (self.footprint.full - self.footprint.newlines) // grids
+        window = min(self.config.frames_together, grids)
+        how = "each merged on its own" if window == 1 else f"{window} merged at a time"
+        of = "" if grids == self.frames else f" (one for {-(-(self.frames or 1) // grids)} frames)"
+        return f"grids of {each} tokens{of}, {how}: {grids}"
 
     def _table(self) -> list[str]:
         rows = [("", *_COLUMNS), *self._rows()]
@@ -205,7 +232,7 @@ class Description:
         dtype = f" ({self.after.kv_dtype})"
         return [
             (
-                title.replace("image", self.unit) + (dtype if name.startswith("kv_") else ""),
+                title.replace("image", self._thing) + (dtype if name.startswith("kv_") else ""),
                 show(getattr(self.before, name)),
                 show(getattr(self.after, name)),
                 f"{self.saved(name):.1f} %",
@@ -229,7 +256,7 @@ class Description:
             f"computed for one {self._thing}{self._of_size()}{most} and "
             f"{self.before.text_tokens} text tokens, batch 1; one multiply-add is 2 FLOP"
         )
-        if self.schedule.typical and self.image_size is not None:
+        if self.resized:
             text += "; the size is that after the processor's resizing"
         elif self.unit == "tile":
             text += "; the processor cuts an image into tiles, each of which is merged on its own"
@@ -248,6 +275,7 @@ def describe(
     config: MergeConfig | None = None,
     image_size: tuple[int, int] | None = None,
     frames: int | None = None,
+    image_processor: Any = None,
 ) -> Description:
     """What merging does to a model: tokens per layer, FLOPs and cache without and with it.
 
@@ -259,10 +287,14 @@ def describe(
         image_size: (height, width) of the image in pixels, for models whose number of tokens
             depends on it; None for a typical photo, 768 x 1024. Others ignore it.
         frames: describe a video of so many frames instead of an image.
+        image_processor: the model's processor, or the image processor in it. It is asked what it
+            makes of an image of that size, in tiles where it cuts images; without it, sizes are
+            those after its resizing.
 
     Raises:
         TypeError: not a supported model.
-        ValueError: `text_tokens` is negative, or the budget of `config` does not fit.
+        ValueError: `text_tokens` is negative, the budget of `config` does not fit, or the processor
+            refuses the size.
     """
     in_force = is_wrapped(model) and (config is None or config == merge_config(model))
     if config is None:
@@ -271,15 +303,20 @@ def describe(
     nothing = MergeConfig(keep=1.0)
     untouched = planned_schedule(model, nothing)
     adapter = find_adapter(base_model(model))
-    default = adapter.default_image_size
-    size = None if frames else default and (image_size or default)
-    shown: dict[str, Any] = {"image_size": size, "frames": frames}
-    footprint, count = planned_count(model, config, **shown)
+    asked = adapter.sized_by_processor and image_processor is not None and not frames
+    known = adapter.default_image_size or (image_size if asked else None)
+    size = None if frames or not known else image_size or known
+    shown: dict[str, Any] = {
+        "image_size": size,
+        "frames": frames,
+        "image_processor": image_processor,
+    }
+    pieces = pieces_of(model, **shown)
     return Description(
         config=config,
         schedule=schedule,
-        footprint=footprint,
-        count=count,
+        pieces=pieces,
+        count=planned_total(model, config, pieces),
         image_size=size,
         wrapped=in_force,
         before=costs(model, untouched, text_tokens, config=nothing, **shown),
@@ -287,7 +324,9 @@ def describe(
         calibration=planned(model, config).calibration,
         weights=weights_of(model),
         # Where there is a size, an image of it is described.
-        unit="image" if default else adapter.counted_per,
+        unit="image" if size else adapter.counted_per,
+        frames=frames,
+        resized=adapter.sized_by_processor and not asked and bool(size or frames),
     )
 
 
@@ -309,6 +348,8 @@ def from_config(
         image_size: see `describe`.
         frames: see `describe`.
 
+    Of a checkpoint of which the image processor can be loaded, it is asked as in `describe`.
+
     Raises:
         TypeError: not the config of a supported model.
         OSError: see `pitome_vlm.loading.checkpoints.read_config`.
@@ -326,8 +367,20 @@ def from_config(
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
     return describe(
-        model, text_tokens=text_tokens, config=merging, image_size=image_size, frames=frames
+        model,
+        text_tokens=text_tokens,
+        config=merging,
+        image_size=image_size,
+        frames=frames,
+        image_processor=_processor(model, config_or_path),
     )
+
+
+def _processor(model: nn.Module, path: Any) -> Any:
+    """The image processor of a checkpoint, where only that knows what an image becomes."""
+    if not isinstance(path, (str, os.PathLike)) or not asks_processor(model):
+        return None
+    return find_image_processor(path)
 
 
 def _folded(title: str, steps: list[str]) -> list[str]:

@@ -16,12 +16,12 @@ from .prompts import Budget, Case, inputs_for
 @torch.no_grad()
 def counted_over_formula(model: Any, budget: Budget, case: Case) -> float:
     """FLOPs of one prompt: PyTorch's count over the formula, between 0.99 and 1.01."""
-    size, words, images = case.image_size, case.text_tokens, case.images
-    inputs = inputs_for(model, Case(1, words, images=images, image_size=size))
+    words, images = case.text_tokens, case.images
+    inputs = inputs_for(model, Case(1, words, images=images, **case.shown))
     with installed(model, budget):
         counter = FlopCounterMode(display=False)
         # The CPU's fused attention kernel is unknown to the counter; the plain one is not.
         with counter, sdpa_kernel(SDPBackend.MATH):
             model(**inputs, logits_to_keep=1)
-        expected = costs(model, text_tokens=words, images=images, image_size=size).total_flops
+        expected = costs(model, text_tokens=words, images=images, **case.shown).total_flops
     return float(counter.get_total_flops()) / expected

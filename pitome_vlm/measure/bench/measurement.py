@@ -52,7 +52,7 @@ class Bench:
                     model,
                     text_tokens=case.text_tokens,
                     images=case.images,
-                    image_size=case.image_size,
+                    **case.shown,
                 )
             tokens = found.visual_tokens * case.images
             self.results.append(Phases(budget, case, tokens, found, depth=depth))

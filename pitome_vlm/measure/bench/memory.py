@@ -14,6 +14,7 @@ from ...wrapping.encode import planned_schedule
 from ...wrapping.wrap import base_model
 from ..accounting import kv_bytes_per_token
 from ..flops import tower_lengths
+from ..sizes import pieces_of
 from ..weights import weights_of
 from .measurement import answer, installed
 from .phases import Phases
@@ -114,12 +115,12 @@ def prompt_bytes(whole: Any, result: Phases, dtype: torch.dtype) -> int:
     # Residual, its norm, attention's output; gate, up and their product.
     prefill = prompt * (3 * text.hidden_size + 3 * text.intermediate_size) * dtype.itemsize
     prefill += text.vocab_size * 2 * 4  # logits are turned to float32
-    footprint = find_adapter(base).footprint(base, image_size=result.case.image_size)
+    tiles = sum(piece.tiles for piece in pieces_of(base, **result.case.shown))
     inner = getattr(vision, "intermediate_size", 4 * vision.hidden_size)
     schedule = planned_schedule(base, result.budget.config or MergeConfig(keep=1.0))
     # All hidden states of the tower are kept until features are read.
     lengths = tower_lengths(schedule)
     states = sum(lengths) * vision.hidden_size
     states += max(lengths) * (3 * vision.hidden_size + 2 * inner)
-    tower = states * footprint.tiles * result.case.images * dtype.itemsize
+    tower = states * tiles * result.case.images * dtype.itemsize
     return int(cache + max(prefill, tower))

@@ -217,6 +217,7 @@ def shown(value: float) -> str:
 def values(base: Phases, one: Phases) -> dict[str, Any]:
     """Everything about one budget in one case, as JSON values."""
     case = vars(one.case) | {"image_size": one.case.image_size and list(one.case.image_size)}
+    del case["image_processor"]
     found: dict[str, Any] = {
         "budget": one.budget.name,
         "config": None if one.budget.config is None else one.budget.config.to_dict(),
