@@ -159,6 +159,18 @@ def accepted(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict
     return {name: value for name, value in arguments.items() if name in known}
 
 
+def layer_configs(text_config: Any) -> list[Any]:
+    """The configuration of every layer of a language model.
+
+    Layers may have heads of their own number and width (Gemma 4); then the shared configuration
+    names neither.
+    """
+    count = int(text_config.num_hidden_layers)
+    if not getattr(text_config, "is_heterogeneous", False):
+        return [text_config] * count
+    return [text_config.per_layer_config[layer] for layer in range(count)]
+
+
 def takes_features(model: Any) -> bool:
     """Whether a model's forward takes features instead of pixels (from release 5.18 on)."""
     return HANDED_FEATURES in inspect.signature(model.forward).parameters

@@ -99,6 +99,31 @@ def _minicpm_grids(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Gr
     return [(1, h // side, w // side) for h, w in sizes]
 
 
+def _gemma4_cell(config: Any) -> int:
+    return int(config.vision_config.patch_size * config.vision_config.pooling_kernel_size)
+
+
+def _gemma4_grids(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
+    """Gemma 4: all images (frames) are filled up with patches whose place is (-1, -1)."""
+    name, pixels = f"{kind}_position_ids", inputs[PIXELS[kind]]
+    side, places = config.vision_config.pooling_kernel_size, inputs.get(name)
+    if places is None or places.shape[:2] != pixels.shape[:2]:
+        found = "missing" if places is None else f"of {list(places.shape[:2])} {kind}s and patches"
+        raise ValueError(
+            f"{name} are {found}, {PIXELS[kind]} of {list(pixels.shape[:2])}; pass both as the "
+            "processor returned them"
+        )
+    ends = (places.amax(1) + 1).tolist()
+    if kind == "image":
+        return [(1, rows // side, columns // side) for columns, rows in ends]
+    grids, start = [], 0
+    for frames in given(inputs, "num_frames_per_video", kind):
+        columns, rows = ends[start]
+        grids.append((int(frames), rows // side, columns // side))
+        start += int(frames)
+    return grids
+
+
 LAYER_CHOICE = ("vision_feature_layer", "vision_feature_select_strategy")
 PATCH_GRIDS = {
     "image": ("pixel_values", "image_grid_thw"),
@@ -152,6 +177,16 @@ FAMILIES = (
         inputs={"image": ("pixel_values", "pixel_attention_mask")},
     ),
     Family(("gemma3",), tiles(lambda config: config.mm_tokens_per_image), unit="image"),
+    Family(
+        ("gemma4",),
+        _gemma4_grids,
+        rounded(_gemma4_cell),
+        patches=lambda config: config.vision_config.pooling_kernel_size**2,
+        inputs={
+            "image": ("pixel_values", "image_position_ids"),
+            "video": ("pixel_values_videos", "video_position_ids", "num_frames_per_video"),
+        },
+    ),
     Family(("paligemma",), tiles(vit_tokens), first_place=1, one_mask=True, unit="image"),
     Family(
         ("mistral3",),

@@ -37,7 +37,7 @@ _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
 # Qwen's and GLM's are part of the tower.
 _PROJECTORS = (
     *("multi_modal_projector", "connector", "aligner", "projector", "vision_projection"),
-    *("mm_projector", "merger"),
+    *("mm_projector", "merger", "embed_vision"),
 )
 # Words in the names of a tower's modules that see merged patches.
 _AFTER_MERGING = ("merger", "downsample", "head_linear")

@@ -32,7 +32,7 @@ from ..merge.size_channels import (
     query_channels,
     with_size_channels,
 )
-from ..releases import CACHE_NAMES
+from ..releases import CACHE_NAMES, layer_configs
 from .swap import is_swapped, swap_in, swap_out
 
 # The argument of a pass that holds its `KeySizes`. Language models hand unknown arguments on to
@@ -186,9 +186,18 @@ def _attend(
 
 
 def head_dim(text_config: Any) -> int:
-    """Channels of one attention head of a language model."""
-    own = getattr(text_config, "head_dim", None)
-    return int(own or text_config.hidden_size // text_config.num_attention_heads)
+    """Channels of one attention head of a language model, the most where layers differ."""
+    return max(head_dims(text_config))
+
+
+def head_dims(text_config: Any) -> list[int]:
+    """Channels of one attention head in every layer of a language model."""
+    return [_head_dim(layer) for layer in layer_configs(text_config)]
+
+
+def _head_dim(config: Any) -> int:
+    own = getattr(config, "head_dim", None)
+    return int(own or config.hidden_size // config.num_attention_heads)
 
 
 def attention_layers(model: nn.Module, text_config: Any) -> list[nn.Module]:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.wide_attention import head_dim
+from ..adapters.wide_attention import head_dims
 from ..common import whole_number
 from ..merge.config import MergeConfig
 from ..merge.counts import Footprint, count_tokens
 from ..merge.schedule import Schedule
 from ..merge.size_channels import channel_width
+from ..releases import layer_configs
 from ..wrapping.encode import planned, planned_schedule
 from ..wrapping.wrap import base_model, is_wrapped, merge_config, schedule_of
 from .flops import prefill_flops, projector_flops, tower_flops
@@ -147,19 +148,24 @@ def kv_bytes_per_token(
 
     Layers without attention hold nothing per token; compressed keys and values (MLA) are held once.
     """
-    text = base.config.get_text_config()
+    text, itemsize = base.config.get_text_config(), kv_dtype(base, dtype).itemsize
     kinds = getattr(text, "layer_types", None) or ["attention"] * text.num_hidden_layers
-    layers = sum("attention" in kind and "linear" not in kind for kind in kinds)
+    # The last layers may read what earlier ones cached.
+    kinds = kinds[: len(kinds) - (getattr(text, "num_kv_shared_layers", None) or 0)]
+    cached = [n for n, kind in enumerate(kinds) if "attention" in kind and "linear" not in kind]
     compressed = getattr(text, "kv_lora_rank", None)
     if compressed is not None:
-        return int(layers * (compressed + text.qk_rope_head_dim) * kv_dtype(base, dtype).itemsize)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = head_dim(text)
+        return int(len(cached) * (compressed + text.qk_rope_head_dim) * itemsize)
+    layers, widths = layer_configs(text), head_dims(text)
     if config is not None:
         told = planned(base, config).calibration
         if told.size_bias and told.carrier == "channels":
-            width = channel_width(width)
-    return int(layers * 2 * heads * width * kv_dtype(base, dtype).itemsize)
+            widths = [channel_width(width) for width in widths]
+    return int(sum(2 * _kv_heads(layers[n]) * widths[n] for n in cached) * itemsize)
+
+
+def _kv_heads(layer: Any) -> int:
+    return int(getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads)
 
 
 def kv_dtype(base: Any, dtype: torch.dtype | None = None) -> torch.dtype:

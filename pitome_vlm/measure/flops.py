@@ -22,13 +22,14 @@ from ..adapters.inner_tower import Comparison
 from ..adapters.layer_parts import attention_of, mlp_of
 from ..adapters.tower import find_encoder_layers
 from ..adapters.tower_tokens import has_class_token, patch_grid
-from ..adapters.wide_attention import head_dim
+from ..adapters.wide_attention import head_dims
 from ..merge import algorithms
 from ..merge.algorithm import Algorithm, MergeContext
 from ..merge.budget import FINISHER
 from ..merge.config import MergeConfig
 from ..merge.counts import Footprint, count_tokens, newline_share, shared_out
 from ..merge.schedule import Schedule
+from ..releases import layer_configs
 
 
 def linear_flops(module: nn.Module) -> int:
@@ -251,12 +252,12 @@ def prefill_flops(base: Any, n_tokens: int) -> int:
     The original llava package computes logits for all n positions: n 2 W(lm_head) there.
     """
     text = base.config.get_text_config()
-    width = text.num_attention_heads * head_dim(text)
-    attention = attention_flops(n_tokens, n_tokens, width)
+    pairs = zip(layer_configs(text), head_dims(text), strict=True)
+    width = sum(layer.num_attention_heads * channels for layer, channels in pairs)
     parts = find_adapter(base).parts(base)
     return (
         n_tokens * sum(map(linear_flops, parts.language_model))
-        + int(text.num_hidden_layers) * attention
+        + attention_flops(n_tokens, n_tokens, width)
         + (n_tokens if parts.all_logits else 1) * linear_flops(base.get_output_embeddings())
     )
 

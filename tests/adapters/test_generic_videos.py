@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from refused_family import else_refused
-from tiny_families import FAMILIES
+from tiny_families import FAMILIES, GROUPS
 from tiny_family import IMAGE, VIDEO
-from tiny_family_videos import family_videos, minicpm_videos
+from tiny_family_videos import family_videos, gemma4_videos, minicpm_videos
 from transformers import DynamicCache
 
 import pitome_vlm
@@ -112,3 +112,17 @@ def test_frames_of_minicpm_are_merged_one_by_one():
         the_merging_path_is_the_model(model, batch)
         pitome_vlm.wrap(model, keep=0.25)
         every_way_is_one(model, batch, [count, count])
+
+
+@else_refused("gemma4")
+@torch.no_grad()
+def test_frames_of_gemma_4_share_a_budget():
+    for family in (FAMILIES["gemma4"], GROUPS["padded"]["gemma4, large"]):
+        model, batch = family.model(), gemma4_videos()
+        the_merging_path_is_the_model(model, batch)
+        for options, counts in (({}, [6, 14]), ({"temporal": True}, [6, 14])):
+            pitome_vlm.wrap(model, keep=0.5, **options)
+            every_way_is_one(model, batch, counts)
+        batch.pop("num_frames_per_video")
+        with pytest.raises(ValueError, match="num_frames_per_video is missing"):
+            model(**batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from refused_family import else_refused
-from tiny_families import FAMILIES
+from tiny_families import FAMILIES, GROUPS
 
 import pitome_vlm
 from pitome_vlm.releases import CACHE_NAME
@@ -12,8 +12,10 @@ from pitome_vlm.releases import CACHE_NAME
 
 @else_refused("qwen3_vl", "gemma3")
 def test_bytes_of_the_cache_are_what_is_held():
-    for name in ("qwen3_vl", "gemma3", "kimi_k25", "qwen3_5", "lfm2_vl"):
-        model, batch = FAMILIES[name](images=(1,), texts=(3,))
+    families = FAMILIES | GROUPS["padded"]
+    names = ("qwen3_vl", "gemma3", "gemma4", "gemma4, large", "kimi_k25", "qwen3_5", "lfm2_vl")
+    for name in names:
+        model, batch = families[name](images=(1,), texts=(3,))
         pitome_vlm.wrap(model, keep=0.3)
         with torch.no_grad():
             cache = model(**batch, use_cache=True)[CACHE_NAME]

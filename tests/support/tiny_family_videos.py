@@ -62,3 +62,23 @@ def minicpm_videos(*, frames: int = 2, mode: str = "16x"):
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     batch["target_sizes_videos"] = torch.tensor([[16, 24]] * frames, dtype=torch.int32)
     return batch | {"downsample_mode": mode}
+
+
+def gemma4_videos(*, frames: tuple[int, ...] = (2, 3)):
+    """Videos of Gemma 4 in one row, each frame of its own row of patches and filled up."""
+    generator = torch.Generator().manual_seed(3)
+    ids, places = [1, 5], []
+    for number, count in enumerate(frames):
+        height, width = ((6, 9), (9, 9))[number % 2]
+        for frame in range(count):
+            ids += [STAMPS + frame, START, *[VIDEO] * (height * width // 9), END]
+            row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+            own = torch.full((90, 2), -1)
+            own[: height * width] = torch.stack([column.flatten(), row.flatten()], -1)
+            places.append(own)
+    batch = {"input_ids": torch.tensor([[*ids, 11, 12]])}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["mm_token_type_ids"] = 2 * (batch["input_ids"] == VIDEO).long()
+    batch["video_position_ids"] = torch.stack(places)
+    batch["pixel_values_videos"] = torch.rand(sum(frames), 90, 48, generator=generator)
+    return batch | {"num_frames_per_video": torch.tensor(frames)}

@@ -66,6 +66,7 @@ TABLE = {
         *("Gemma3", {"size": {"height": 64, "width": 64}}, "Gemma3"),
         {"image_seq_length": 16, "full_image_sequence": MARK * 16, "images_kwargs": _PAN},
     ),
+    "gemma4": ("Gemma4", {"patch_size": 4, "max_soft_tokens": 70}, "Gemma4", {}),
     "paligemma": ("Siglip", _ONE, "PaliGemma", {"image_seq_length": 16}),
     "deepseek_vl": (
         *("DeepseekVL", _ONE | {"min_size": 14}),
@@ -143,7 +144,7 @@ def written(processor, size: tuple[int, int]) -> str:
 
 # Processors that say without an image how many tokens it has, separators not included.
 ANNOUNCED = ("qwen2_5_vl", "qwen3_vl", "glm4v", "glm46v", "video_llama_3", "kimi_k25", "paligemma")
-ANNOUNCED += ("lighton_ocr",)
+ANNOUNCED += ("lighton_ocr", "gemma4")
 # Those that say how many tiles it has.
 ANNOUNCED_TILES = ("internvl", "aya_vision", "cohere2_vision")
 
