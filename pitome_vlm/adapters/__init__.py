@@ -20,6 +20,7 @@ from .hf_video import HFNextVideoAdapter, HFVideoAdapter, HFVideoLlavaAdapter
 from .original_anyres import OriginalAnyResAdapter
 from .original_llava import OriginalLlavaAdapter
 from .qwen_vl import QwenVLAdapter
+from .refused import REFUSED
 
 __all__ = [
     "ADAPTERS",
@@ -106,7 +107,14 @@ def find_adapter(model: Any) -> Adapter:
             f"of type {model_type!r}, for instance a ...ForConditionalGeneration"
         )
     shown = f"{kind} (model_type {model_type!r})" if model_type else kind
-    raise TypeError(f"cannot wrap {shown}: {what_is_supported()}")
+    raise TypeError(f"cannot wrap {shown}: {why_not(model_type)}")
+
+
+def why_not(model_type: Any) -> str:
+    """Why models of a type cannot be wrapped, or, where nothing is known of it, which can."""
+    if model_type in REFUSED:
+        return f"{REFUSED[model_type]} (docs/models.md)"
+    return what_is_supported()
 
 
 def what_is_supported() -> str:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
-from ..adapters import model_types, what_is_supported
+from ..adapters import model_types, why_not
 from ..common import suggest
 from ..demo import DEMO, resolve
 from ..releases import RENAMES_TOWER_WEIGHTS
@@ -105,7 +105,7 @@ def check_model_type(model_type: Any, source: str) -> None:
     """
     if model_type not in model_types():
         raise TypeError(
-            f"{source} has model_type {model_type!r}, which is not supported: {what_is_supported()}"
+            f"{source} has model_type {model_type!r}, which is not supported: {why_not(model_type)}"
         )
 
 

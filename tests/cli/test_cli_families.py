@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import pytest
 import tiny_families
+import torch
 from checkpoint_families import NEEDS_TORCHVISION, PROCESSORS, TORCHVISION, save_family
 from cli_runner import fails_in_one_line, run
 from PIL import Image
@@ -14,11 +16,11 @@ from training_data import records, write_lines
 from transformers import AutoConfig, AutoProcessor
 
 import pitome_vlm
+from pitome_vlm.adapters import model_types
+from pitome_vlm.adapters.refused import REFUSED
 from pitome_vlm.measure.asking import encoded, question_prompt
 
 RUNS = [name for name in PROCESSORS if TORCHVISION or name not in NEEDS_TORCHVISION]
-# Families of transformers that are not wrapped.
-FOREIGN = ("mllama", "blip-2", "llama4")
 QUESTION = "what colour is the circle ?"
 
 
@@ -124,15 +126,32 @@ def test_training_on_every_family(folders, image, tmp_path):
 
 
 def test_other_families_are_refused_before_weights_are_read(tmp_path):
-    for model_type in FOREIGN:
+    for model_type, reason in REFUSED.items():
         folder = tmp_path / model_type
-        AutoConfig.for_model(model_type).save_pretrained(folder)
-        for command in (["info"], ["ask", "--image", "none.png"]):
-            question = [QUESTION] * (command[0] == "ask")
-            result = run(*command, "--model", folder, "--keep", 0.5, *question)
-            assert result.exit_code == 2
-            if command[0] == "info":
-                fails_in_one_line(result, f"has model_type {model_type!r}, which is not supported")
+        config = AutoConfig.for_model(model_type)
+        config.save_pretrained(folder)
+        assert model_type not in model_types()
+        where = f"has model_type {model_type!r}, which is not supported: {reason}"
+        fails_in_one_line(run("info", "--model", folder, "--keep", 0.5), where)
+        model = torch.nn.Module()
+        model.config = config
+        with pytest.raises(TypeError, match=f"^cannot wrap Module .*{re.escape(reason)}"):
+            pitome_vlm.wrap(model, keep=0.5)
+
+
+def test_every_command_refuses_them(tmp_path, image):
+    folder, out = tmp_path / "mllama", ["--output", tmp_path / "out"]
+    AutoConfig.for_model("mllama").save_pretrained(folder)
+    data = write_lines(tmp_path / "data.jsonl", records(tmp_path, 4))
+    for command in (
+        *(["info"], ["ask", "--image", image, QUESTION], ["chat", "--image", image], ["bench"]),
+        *(["visualize", "--image", image, *out], ["train", "--data", data, *out]),
+        ["verify", "--no-synthetic", *out],
+    ):
+        result = run(command[0], "--model", folder, *command[1:])
+        assert result.exit_code == 2, command
+        last = result.stderr.splitlines()[-1]
+        assert re.match(f"error: .*{REFUSED['mllama']}", last), command
 
 
 def test_budgets_are_checked_as_elsewhere(folders):
