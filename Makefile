@@ -108,7 +108,7 @@ $(VLLM_VENV)/.ready: pyproject.toml tests/vllm/engine/torchvision_on_cpu.py
 
 # transformers 5.10 and later lack a name that vLLM 0.27 imports, whatever its metadata says.
 $(VLLM_OLD_VENV)/.ready: pyproject.toml tests/vllm/engine/torchvision_on_cpu.py
-	$(call vllm_environment,$(VLLM_OLD_VENV),0.27.0,"transformers==5.9.0" "huggingface-hub<2")
+	$(call vllm_environment,$(VLLM_OLD_VENV),0.27.0,"transformers==5.9.0" "huggingface-hub<2" "ray[data]")
 
 # By file: tests of the server share one.
 test-vllm: $(VLLM_VENV)/.ready ## the vLLM plugin, in an environment of its own
