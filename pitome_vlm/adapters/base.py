@@ -187,6 +187,22 @@ class Adapter(abc.ABC):
             ValueError: an input is missing, or inputs do not belong together.
         """
 
+    def image_planes(self, model: Any, inputs: Mapping[str, Any]) -> list[tuple[Tensor, ...]]:
+        """Where the tokens of every image (or tile) of a call lie, for drawing.
+
+        Returns:
+            For every one of `footprints`, planes [rows, columns] int64 that cover it: the unmerged
+            token in every place.
+
+        Raises:
+            ValueError: they lie on no grid, or this family does not say.
+        """
+        del inputs
+        raise ValueError(
+            f"the visual tokens of a {type(model).__name__} form no grid that can be drawn on an "
+            "image"
+        )
+
     @abc.abstractmethod
     def encode(self, model: Any, inputs: Mapping[str, Any], merge_pass: MergePass) -> list[Encoded]:
         """Tower, merging and projector for all images and videos of a call.

@@ -239,6 +239,7 @@ FAMILIES = (
         lambda config, _: square(vit_tokens(config, 2)),
         patches=lambda _: 4,
         inputs={"image": ("pixel_values", "image_token_pooling", "image_grids")},
+        several_grids=True,
     ),
     Family(
         ("lfm2_vl",),

@@ -41,6 +41,7 @@ class Family:
             where the tower is left alone. A tower without the parts that takes is left alone too.
         unit: what has one count where `cells` is None: "tile", or "image" of which there are no
             tiles.
+        several_grids: the tokens of an image are those of several grids in a row.
     """
 
     model_types: tuple[str, ...]
@@ -59,6 +60,7 @@ class Family:
     shown: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tower: Literal["units", "grid"] | None = None
     unit: str = "tile"
+    several_grids: bool = False
 
 
 def square(tokens: int) -> Grid:

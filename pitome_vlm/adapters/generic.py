@@ -244,6 +244,12 @@ class GenericAdapter(Adapter):
             kind: [item.footprint for item in self._items(model, inputs, kind)] for kind in found
         }
 
+    @override
+    def image_planes(self, model: Any, inputs: Mapping[str, Any]) -> list[tuple[Tensor, ...]]:
+        if self.family.several_grids:
+            return super().image_planes(model, inputs)
+        return [item.canvases for item in self._items(model, inputs, "image")]
+
     def _shown(self, inputs: Mapping[str, Any], kind: str) -> Tensor | None:
         return inputs.get(self.family.shown.get(kind, ""))
 

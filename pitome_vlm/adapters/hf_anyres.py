@@ -7,6 +7,7 @@ resamples is found out by calling it, not written down again here.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -97,6 +98,23 @@ class HFAnyResAdapter(HFLlavaAdapter):
                 known[size, tiles] = _footprint(model, shape, size, tiles, options)
             found.append(known[size, tiles])
         return {"image": found}
+
+    @override
+    def image_planes(self, model: Any, inputs: Mapping[str, Any]) -> list[tuple[Tensor, ...]]:
+        """The overview, then the other tiles side by side without padding."""
+        grid = self.tower_shape(model, **self.options_of(inputs)).grid
+        assert grid is not None
+        cells = math.prod(grid)
+        planes: list[tuple[Tensor, ...]] = []
+        for footprint in self.footprints(model, inputs)["image"]:
+            overview = torch.arange(cells).view(grid)
+            if footprint.tiles == 1:
+                planes.append((overview,))
+                continue
+            # Every row ends in a newline.
+            rows = torch.arange(cells, footprint.full).view(footprint.newlines, -1)
+            planes.append((overview, rows[:, :-1]))
+        return planes
 
     @override
     def encode(self, model: Any, inputs: Mapping[str, Any], merge_pass: MergePass) -> list[Encoded]:

@@ -132,6 +132,10 @@ class QwenVLAdapter(Adapter):
         }
 
     @override
+    def image_planes(self, model: Any, inputs: Mapping[str, Any]) -> list[tuple[Tensor, ...]]:
+        return [item_of(grid, "image").canvases for grid in _grids(model, inputs, "image")]
+
+    @override
     def encode(self, model: Any, inputs: Mapping[str, Any], merge_pass: MergePass) -> list[Encoded]:
         encoded = []
         for name, kind in KINDS.items():

@@ -82,24 +82,45 @@ def _targets(folder: Path, images: list[str], kind: str, overwrite: bool) -> lis
 
 
 def _alone(model: Any, processor: Any, image: Image.Image, size: int) -> Image.Image:
-    from ..measure.visualize import overlay, source_map
+    from ..measure.visualize import strip
 
-    return overlay(image, source_map(model, processor, image), size=size)
+    figures = _figures(model, processor, image, size)
+    return figures[0][1] if len(figures) == 1 else strip(figures, height=size)
+
+
+def _figures(
+    model: Any, processor: Any, image: Image.Image, size: int
+) -> list[tuple[str, Image.Image]]:
+    """Every grid of the image, with what it is and its number of tokens."""
+    from ..measure.visualize import overlay, source_maps
+
+    return [
+        (
+            f"{part.title}{', ' * bool(part.title)}{part.groups.tokens} tokens",
+            overlay(part.image, part.groups, size=size),
+        )
+        for part in source_maps(model, processor, image)
+    ]
 
 
 def _compared(
     model: Any, processor: Any, image: Image.Image, names: list[str], size: int
 ) -> Image.Image:
-    """The image, and every algorithm at the number of tokens in force."""
-    from ..measure.visualize import overlay, source_map, strip
+    """The image, and every algorithm at the number of tokens in force.
+
+    A row for all of them; one for each where an image has several grids.
+    """
+    from ..measure.visualize import stack, strip
     from ..wrapping.wrap import merge_config, schedule_of, wrapped
 
     tokens, own = schedule_of(model).tokens_out, merge_config(model)
-    figures = [("image", image)]
+    rows = []
     for name in names:
         # The user's own options belong to the user's own algorithm only.
         config = own if name == own.algorithm else MergeConfig(tokens=tokens, algorithm=name)
         with wrapped(model, config=config):
-            groups = source_map(model, processor, image)
-        figures.append((f"{name}, {groups.tokens} tokens", overlay(image, groups, size=size)))
-    return strip(figures, height=size)
+            found = _figures(model, processor, image, size)
+        rows.append([(f"{name}, {caption}", figure) for caption, figure in found])
+    if all(len(row) == 1 for row in rows):
+        return strip([("image", image), *(figure for row in rows for figure in row)], height=size)
+    return stack([strip(row, height=size) for row in ([("image", image)], *rows)])

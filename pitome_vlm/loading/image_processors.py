@@ -54,17 +54,31 @@ def blank_inputs(
             f"an image of {width} x {height} pixels has {height * width:,} of them, at most "
             f"{most:,} are read; give a smaller size"
         )
-    prepare = getattr(processor, "image_processor", processor)
-    options = dict(image_options(processor, model_type))
     # Black tiles may count as padding.
     blank = Image.new("RGB", (width, height), "white")
+    return processed(processor, model_type, [[blank] * images] * rows)
+
+
+def processed(processor: Any, model_type: str, images: list[list[Image.Image]]) -> dict[str, Any]:
+    """What a processor makes of the images of every row, without any text.
+
+    Args:
+        processor: a processor, or the image processor in it.
+        model_type: of the model, whose processor passes options to its image processor.
+        images: of every row.
+
+    Raises:
+        ValueError: the processor refuses them.
+    """
+    prepare = getattr(processor, "image_processor", processor)
+    options = dict(image_options(processor, model_type)) | {"return_tensors": "pt"}
     try:
-        found = prepare(images=[[blank] * images] * rows, **options | {"return_tensors": "pt"})
+        return dict(prepare(images=images, **options))
     except MemoryError:
         raise
     except Exception as error:
         # Image processors fail in many ways at sizes that they cannot resize.
+        width, height = images[0][0].size
         raise ValueError(
             f"the image processor refuses an image of {width} x {height} pixels: {squeezed(error)}"
         ) from error
-    return dict(found)

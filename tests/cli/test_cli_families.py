@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoProcessor
 import pitome_vlm
 from pitome_vlm.adapters import model_types
 from pitome_vlm.adapters.refused import REFUSED
+from pitome_vlm.loading.checkpoints import read_config
 from pitome_vlm.measure.asking import encoded, question_prompt
 
 RUNS = [name for name in PROCESSORS if TORCHVISION or name not in NEEDS_TORCHVISION]
@@ -101,12 +102,19 @@ def test_bench_makes_up_images(folders, tmp_path):
         assert result.exit_code == 0, (name, result.stderr)
 
 
-def test_groups_made_after_the_tower_are_not_drawn(folders, image, tmp_path):
+def test_groups_of_any_grid_are_drawn(folders, image, tmp_path):
+    """Every tile next to the others; an algorithm that is compared gets a row of them."""
     for name in RUNS:
-        words = ["--image", image, "--output", tmp_path / name]
-        result = run("visualize", "--model", folders[name], *words)
-        assert result.exit_code == 2
-        assert "which are made after its tower, are not drawn" in result.stderr, name
+        out = tmp_path / name
+        words = ["--model", folders[name], "--image", image, "--output", out, "--size", 96]
+        result = run("visualize", *words, "--keep", 0.5)
+        assert result.exit_code == 0, (name, result.stderr)
+        compared = run("visualize", *words, "--keep", 0.5, "--algorithms", "random,pool")
+        assert compared.exit_code == 0, (name, compared.stderr)
+        alone, both = (Image.open(out / f"scene one-{word}.png") for word in ("merged", "compared"))
+        tiles = 1 + 4 * (name == "idefics3")
+        assert alone.width >= 96 * tiles, name
+        assert both.width >= 96 * tiles, name
 
 
 @pytest.mark.slow
@@ -132,7 +140,8 @@ def test_other_families_are_refused_before_weights_are_read(tmp_path):
         config.save_pretrained(folder)
         assert model_type not in model_types()
         where = f"has model_type {model_type!r}, which is not supported: {reason}"
-        fails_in_one_line(run("info", "--model", folder, "--keep", 0.5), where)
+        with pytest.raises(TypeError, match=re.escape(where)):
+            read_config(folder)
         model = torch.nn.Module()
         model.config = config
         with pytest.raises(TypeError, match=f"^cannot wrap Module .*{re.escape(reason)}"):

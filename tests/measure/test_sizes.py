@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_families import TORCHVISION
+from PIL import Image
 from refused_family import else_refused
 from tiny_families import FAMILIES
 from tiny_processors import (
@@ -22,10 +24,12 @@ from tiny_processors import (
 from tiny_qwen import qwen
 
 import pitome_vlm
+from pitome_vlm.adapters import find_adapter
 from pitome_vlm.loading.image_processors import blank_inputs
 from pitome_vlm.measure.accounting import costs
 from pitome_vlm.measure.bench import Case, inputs_for
 from pitome_vlm.measure.sizes import pieces_of
+from pitome_vlm.measure.visualize import source_maps
 
 KNOWN = [name for name in TABLE if TORCHVISION or name not in NEEDS_TORCHVISION]
 TILES = ("internvl", "idefics3", "gemma3", "ovis2", "minicpmv4_6")
@@ -133,3 +137,26 @@ def test_sizes_that_no_image_has():
         blank_inputs(processor, "qwen3_vl", (10_000, 10_000))
     with pytest.raises(ValueError, match=r"refuses an image of 9 x 8000 pixels: .*aspect ratio"):
         blank_inputs(processor, "qwen3_vl", (8000, 9))
+
+
+@else_refused("internvl", "qwen3_vl", "molmo2")
+def test_what_is_drawn():
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (250, 130, 3), np.uint8))
+    model = pitome_vlm.wrap(tiny("qwen3_vl"), keep=0.25)
+    (whole,) = source_maps(model, stand_in("qwen3_vl"), photo)
+    rows, columns = whole.groups.grid
+    pieces = pieces_of(model, image_size=(250, 130), image_processor=stand_in("qwen3_vl"))
+    assert rows > columns
+    assert rows * columns == pieces[0].full
+    assert whole.image.size == photo.size
+    model = pitome_vlm.wrap(tiny("internvl"), keep=0.25, algorithm="random")
+    tiles = source_maps(model, stand_in("internvl"), photo)
+    assert len(tiles) == len(told(model, (250, 130), stand_in("internvl")))
+    for tile in tiles:
+        assert tile.groups.seen.sum() == tile.groups.tokens == 4
+        assert sorted(tile.groups.groups[tile.groups.seen]) == [0, 1, 2, 3]
+    # The last tile is the whole image: normalisation is undone.
+    small = np.asarray(photo.resize((64, 64), Image.Resampling.BICUBIC), np.float32)
+    assert np.abs(np.asarray(tiles[-1].image, np.float32) - small).mean() < 3
+    with pytest.raises(ValueError, match="form no grid"):
+        find_adapter(tiny("molmo2")).image_planes(tiny("molmo2"), {})

@@ -20,7 +20,7 @@ from pitome_vlm.lmms.engine import Engine
 from pitome_vlm.lmms.requests import Call, Prompt
 from pitome_vlm.measure.accounting import costs
 from pitome_vlm.measure.description import from_config
-from pitome_vlm.measure.visualize import source_map
+from pitome_vlm.measure.visualize import source_map, source_maps
 from pitome_vlm.merge.config import MergeConfig
 from pitome_vlm.training import Collator, open_conversations, shorten, train
 from pitome_vlm.wrapping.encode import planned_count, prompt_images
@@ -210,7 +210,23 @@ def test_info_refuses_what_is_no_size(folder, size):
     assert "image-size must be WIDTHxHEIGHT" in found.stderr
 
 
-def test_images_of_tiles_are_refused_by_name():
-    model = pitome_vlm.wrap(anyres_checkpoint_model(), keep=0.25)
-    with pytest.raises(ValueError, match="cuts images into tiles"):
-        source_map(model, anyres_processor(), noise(90, 90))
+def test_the_overview_and_the_tiles_are_drawn():
+    """All patches of the packed image and no newline."""
+    model, processor = anyres_checkpoint_model(), anyres_processor()
+    for keep in (1.0, 0.25):
+        pitome_vlm.wrap(model, keep=keep)
+        overview, tiles = source_maps(model, processor, noise(180, 100))
+        assert (overview.title, tiles.title) == ("overview", "tiles")
+        assert overview.groups.grid == (6, 6)
+        inputs = processor.image_processor(images=noise(180, 100), return_tensors="pt")
+        with torch.no_grad():
+            visual = pitome_vlm.encode_images(model, **inputs)
+        assert overview.groups.tokens == visual.counts[0]
+        shown = [*overview.groups.groups.ravel(), *tiles.groups.groups.ravel()]
+        newlines = tiles.groups.grid[0]
+        assert len(shown) == visual.full_counts[0] - newlines
+        lines = (visual.features[0] == model.model.image_newline).all(1).nonzero()[:, 0].tolist()
+        assert lines
+        assert set(shown) == set(range(visual.counts[0])) - set(lines)
+    with pytest.raises(ValueError, match="has no square grid of one size; source_maps gives"):
+        source_map(model, processor, noise(90, 90))

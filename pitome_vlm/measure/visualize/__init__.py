@@ -6,17 +6,21 @@ Needs Pillow and numpy only.
 """
 
 from ..tables import Cell, Figure, Table, html_report
-from .drawing import overlay, strip
+from .drawing import overlay, stack, strip
+from .parts import Part, source_maps
 from .sources import SourceMap, seen_region, source_map
 
 __all__ = [
     "Cell",
     "Figure",
+    "Part",
     "SourceMap",
     "Table",
     "html_report",
     "overlay",
     "seen_region",
     "source_map",
+    "source_maps",
+    "stack",
     "strip",
 ]

@@ -176,6 +176,22 @@ def strip(
     return sheet
 
 
+def stack(images: Sequence[Image.Image]) -> Image.Image:
+    """Images one below the other, on white.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    if not images:
+        raise ValueError("stack needs at least one image, got none")
+    sheet = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
+    top = 0
+    for image in images:
+        sheet.paste(image, (0, top))
+        top += image.height
+    return sheet
+
+
 def _at_height(image: Image.Image, height: int) -> Image.Image:
     if image.height == height:
         return image

@@ -75,20 +75,15 @@ def source_map(model: nn.Module, processor: Any, image: Image.Image) -> SourceMa
         image: an image of any size and mode.
 
     Raises:
-        ValueError: the model is not wrapped or is merged after its tower, its tokens form no grid,
-            or its processor makes several tiles of an image.
+        ValueError: the model is not wrapped, its tokens form no grid, or its images have grids of
+            their own (`source_maps`).
     """
     base, merging = merging_of(model)
     shape = merging.adapter.tower_shape(base)
-    if shape.typical:
-        raise ValueError(
-            f"the groups of a {type(base).__name__}, which are made after its tower, are not "
-            "drawn; use a model that is merged inside the tower, such as LLaVA-1.5"
-        )
     if shape.packed:
         raise ValueError(
-            "this model cuts images into tiles, whose groups cannot be drawn on one image; use a "
-            "model that takes an image as one tile, such as LLaVA-1.5"
+            f"an image of a {type(base).__name__} has no square grid of one size; source_maps "
+            "gives the grids of such images"
         )
     if shape.grid is None:
         raise ValueError(
