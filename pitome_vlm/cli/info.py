@@ -34,6 +34,15 @@ TextTokens = Annotated[int, o.plain("Text tokens in the prompt.", "N", min=0)]
 Frames = Annotated[
     int | None, o.plain("Describe a video of N frames instead of an image.", "N", min=1)
 ]
+Temporal = Annotated[
+    bool,
+    o.plain(
+        "With --frames: merge consecutive frames with each other, as many as "
+        "`--option temporal_window=N` says.",
+        None,
+        "--temporal",
+    ),
+]
 ListAlgorithms = Annotated[
     bool,
     o.plain(
@@ -52,6 +61,7 @@ def info(
     text_tokens: TextTokens = 64,
     image_size: o.ImageSize = None,
     frames: Frames = None,
+    temporal: Temporal = False,
     list_algorithms: ListAlgorithms = False,
     as_json: o.AsJson = False,
     verbose: o.Verbose = False,
@@ -66,6 +76,9 @@ def info(
     """
     del list_algorithms  # handled by its callback, before anything else
     given = merging.given()
+    if temporal and frames is None:
+        raise ValueError("--temporal merges frames of a video; give their number with --frames")
+    given |= {"temporal": True} if temporal else {}
     size = o.image_size_of(image_size)
     with quiet(verbose):
         description, origin = _described(model, given, text_tokens, size, frames)

@@ -160,19 +160,33 @@ def only_local(
     if local_files_only or os.path.exists(text):
         return local_files_only
     name = existing(path)
-    try:
-        file_exists(name, "config.json", revision=revision)
-    except (HfHubHTTPError, ValueError):
-        return False  # the hub has answered, or it is no name; reading config.json will say so
-    except OfflineModeIsEnabled:
+    failure = hub_failure(name, "config.json", revision=revision)
+    if failure is None or isinstance(failure, OfflineModeIsEnabled):
+        return failure is not None
+    files = ("config.json", "adapter_config.json")
+    if any(isinstance(try_to_load_from_cache(name, f, revision=revision), str) for f in files):
         return True
+    raise _one_line(name, failure) from failure
+
+
+def hub_failure(name: str, file: str, **options: Any) -> Exception | None:
+    """Why the hub cannot be asked for a file; None where it answers. Asks once.
+
+    Libraries ask again and again, for many files, where there is no network.
+
+    Args:
+        name: of a repository.
+        file: in it.
+        **options: `revision`, `repo_type`.
+    """
+    try:
+        file_exists(name, file, **options)
+    except (HfHubHTTPError, ValueError):
+        return None  # it has answered, or it is no name; whoever reads the file will say so
     except Exception as error:
         # Releases of huggingface_hub differ in what they raise where there is no network.
-        files = ("config.json", "adapter_config.json")
-        if any(isinstance(try_to_load_from_cache(name, f, revision=revision), str) for f in files):
-            return True
-        raise _one_line(name, error) from error
-    return False
+        return error
+    return None
 
 
 def _looks_local(text: str) -> bool:

@@ -82,12 +82,11 @@ class Description:
         return "video" if self.frames else self.unit
 
     def _of_size(self) -> str:
-        if self.frames:
-            return f" of {self.frames} frame{'s' * (self.frames > 1)}"
+        text = f" of {self.frames} frame{'s' * (self.frames > 1)}" if self.frames else ""
         if self.image_size is None:
-            return ""
+            return text
         height, width = self.image_size
-        return f" of {width} x {height} pixels"
+        return f"{text} of {width} x {height} pixels"
 
     @property
     def tokens_in(self) -> int:
@@ -305,7 +304,9 @@ def describe(
     adapter = find_adapter(base_model(model))
     asked = adapter.sized_by_processor and image_processor is not None and not frames
     known = adapter.default_image_size or (image_size if asked else None)
-    size = None if frames or not known else image_size or known
+    # Frames of other families have one size.
+    one_size = not known or (frames and not adapter.sized_by_processor)
+    size = None if one_size else image_size or known
     shown: dict[str, Any] = {
         "image_size": size,
         "frames": frames,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common import require
+from ..loading.checkpoints import hub_failure, squeezed
 from ..loading.images import ImageError, locate
 from ..loading.records import DataError, check_source
 from .conversations import Conversation, parse
@@ -120,12 +121,28 @@ def load_dataset(path: Path, name: str, split: str) -> Any:
             return datasets.load_from_disk(str(path))
         if path.is_dir() and (path / "dataset_dict.json").is_file():
             return _one_split(datasets.load_from_disk(str(path)), name, split)
+        if not path.is_dir():
+            _check_reachable(name, Path(datasets.config.HF_DATASETS_CACHE))
         return datasets.load_dataset(name, split=split)
     except DataError:
         raise
     except (OSError, ValueError, KeyError) as error:
         message = " ".join(str(error).split())[:200]
         raise DataError(f"{name}: cannot be loaded as a dataset: {message}") from error
+
+
+def _check_reachable(name: str, cache: Path) -> None:
+    """Refuse a name that is in no cache where the hub cannot be asked.
+
+    Raises:
+        DataError: it cannot.
+    """
+    failure = hub_failure(name, "README.md", repo_type="dataset")
+    if failure is not None and not (cache / name.replace("/", "___")).is_dir():
+        raise DataError(
+            f"{name} is no file or folder, and as a dataset on the hub it can neither be asked for "
+            f"nor was it downloaded before: {squeezed(failure)}"
+        )
 
 
 def _one_split(splits: Any, name: str, split: str) -> Any:

@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from ..adapters import find_adapter
+from ..adapters.features import feature_choice
 from ..adapters.tower import find_encoder_layers
+from ..adapters.tower_tokens import feature_depth
 from ..common import require, whole_number
 from ..loading.quantization import allow_gradients
 from ..merge.config import MergeConfig
@@ -72,14 +74,8 @@ def target_modules(model: nn.Module, parts: tuple[str, ...] = ("language_model",
     """
     base: Any = base_model(model)
     adapter = find_adapter(base)
-    shape, modules = adapter.tower_shape(base), adapter.parts(base)
-    unread: set[nn.Module] = set()
-    if "vision_tower" in parts:
-        for layers in find_encoder_layers(modules.vision_tower):
-            unread |= {
-                module for layer in layers[shape.used_layers :] for module in layer.modules()
-            }
-            unread |= _outside(modules.vision_tower, layers)
+    modules = adapter.parts(base)
+    unread = _unread(base) if "vision_tower" in parts else set()
     patterns = []
     for part in parts:
         found = getattr(modules, part)
@@ -94,6 +90,39 @@ def target_modules(model: nn.Module, parts: tuple[str, ...] = ("language_model",
             raise ValueError(f"{part} has no linear layer that could get an adapter")
         patterns.append(_pattern(names, numbered=part == "vision_tower"))
     return "|".join(patterns)
+
+
+def _unread(base: Any) -> set[nn.Module]:
+    """Modules of the vision tower that the read features do not depend on.
+
+    Raises:
+        TypeError: the layers of a tower that LLaVA reads an inner layer of are unknown.
+    """
+    adapter = find_adapter(base)
+    tower = adapter.parts(base).vision_tower
+    try:
+        stacks = list(find_encoder_layers(tower))
+    except TypeError:
+        if adapter.own_scatter or adapter.own_positions:
+            return set()  # these read their towers' last layer, and what follows it
+        raise
+    unread: set[nn.Module] = set()
+    for layers in stacks:
+        for layer in layers[_used(base, len(layers)) :]:
+            unread |= set(layer.modules())
+        unread |= _outside(tower, layers)
+    return unread
+
+
+def _used(base: Any, n_layers: int) -> int:
+    """Layers of the tower up to the one whose features are read."""
+    adapter = find_adapter(base)
+    if not adapter.own_scatter:
+        return adapter.tower_shape(base).used_layers
+    try:
+        return max(feature_depth(feature_choice(base.config, {}).layer, n_layers))
+    except ValueError:
+        return n_layers  # the config names no layer: the last one is read
 
 
 def prepare(model: Any, options: LoraOptions | None = None) -> Any:

@@ -69,6 +69,25 @@ def test_what_has_no_size_is_said_to_be_a_tile_or_an_image(folders):
         assert f"visual tokens per {word} " in text
 
 
+def test_frames_are_counted_by_grid(folders):
+    """Qwen makes one grid of two frames."""
+    words = ["info", "--model", folders["qwen3_vl"], "--frames", 7, "--image-size", "64x32"]
+    text = run(*words).stdout
+    assert "128 -> 32 visual tokens per video of 7 frames of 64 x 32\npixels\n" in text
+    assert "grids of 32 tokens (one for 2 frames), each merged on its own: 4\n" in text
+    text = run(*words, "--temporal").stdout
+    assert "grids of 32 tokens (one for 2 frames), 4 merged at a time: 4\n" in text
+    fails_in_one_line(run(*words[:3], "--temporal"), "give their number with --frames")
+    fails_in_one_line(run("info", "--model", folders["gemma3"], "--frames", 2), "no videos")
+
+
+def test_graphs_of_towers_are_of_one_grid(folders, tmp_path):
+    words = ["--model", folders["gemma3"], "--no-synthetic", "--no-plot", "--output", tmp_path]
+    result = run("verify", *words)
+    assert result.exit_code == 2
+    assert "are not one grid of one size" in result.stderr.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_ask_and_chat(folders, image):
     for name in RUNS:

@@ -536,3 +536,24 @@ class TestShorten:
         assert torch.equal(
             batch["input_ids"].flatten()[short["marks"][kept]], short["input_ids"][kept]
         )
+
+
+def test_a_name_is_asked_for_once_where_there_is_no_network(monkeypatch, tmp_path):
+    asked = []
+
+    def no_network(name, file, **source):
+        asked.append((name, source))
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr("pitome_vlm.loading.checkpoints.file_exists", no_network)
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: {}["asked again"])
+    for name in ("some-org/no-such-data", "no-such-data"):
+        with pytest.raises(DataError, match=f"^{name} is no file or folder, and .*no route to"):
+            open_conversations(name)
+    assert asked == [(name, {"repo_type": "dataset"}) for name, _ in asked]
+    assert len(asked) == 2
+    # What was downloaded before is still found.
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    (tmp_path / "some-org___no-such-data").mkdir()
+    with pytest.raises(DataError, match="cannot be loaded as a dataset: 'asked again'"):
+        open_conversations("some-org/no-such-data")

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...adapters import find_adapter
 from ...merge.algorithm import Algorithm, MergeContext
 from ...merge.config import MergeConfig
 from ...merge.plan import MergePlan
-from ...wrapping.wrap import merging_of, wrapped
+from ...wrapping.wrap import base_model, merging_of, wrapped
 from .graph import SpectralChange, composed_groups, spectral_change, token_graph
 
 # Which algorithm runs to read the keys of the first merging layer does not matter: no merge comes
@@ -94,6 +96,12 @@ def recorded_merges(
             "give a fixed budget, for instance keep=0.25"
         )
     keys: dict[int, Tensor] = {}
+    base: Any = base_model(model)
+    if find_adapter(base).tower_shape(base).packed:
+        raise ValueError(
+            f"the patches of a {type(base).__name__}'s images are not one grid of one size, so "
+            "there is no one graph of them; use a LLaVA-1.5, or leave features out (--no-features)"
+        )
     with wrapped(model, config=config.replace(stage="tower")):
         base, merging = merging_of(model)
         schedule = merging.plan(base).schedule
@@ -101,11 +109,6 @@ def recorded_merges(
             raise ValueError(
                 f"the budget keeps all {schedule.tokens_in} visual tokens, so there is no merge to "
                 "look at; give a smaller one, for instance keep=0.25"
-            )
-        if schedule.packed:
-            raise ValueError(
-                "this model cuts an image into tiles, so there is no one graph of its patches; "
-                "use a LLaVA-1.5"
             )
         plan = merging.plan(base)
         recording = _recording(plan.algorithm, keys)
