@@ -2,9 +2,10 @@ r"""Ask vLLM servers the demo's held-out questions, and compare with the library
 
     python -m scripts.serving.accuracy --keep 0.5 0.25 --tokens 18 -o eval/results/serving/accuracy
 
-Every budget is served twice, calibrated and not, one server after the other. The library answers in
-float32 in this process; where a server answers something else, it is asked again with noise in the
-last bits of the pixels, which tells ties within rounding from mistakes.
+Every budget is served twice, calibrated and not, one server after the other; rows that the output
+already has are not measured again. The library answers in float32 in this process; where a server
+answers something else, it is asked again with noise in the last bits of the pixels, which tells
+ties within rounding from mistakes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from pitome_vlm import MergeConfig, wrapped
+from pitome_vlm.common import read_json, write_text
 from pitome_vlm.demo import Sample, checkpoint_path, load_split, scene_image
 from pitome_vlm.measure.asking import encoded, question_prompt
 from pitome_vlm.measure.demo_benchmark import (
@@ -115,15 +117,19 @@ def different(
     ]
 
 
-def measure(options: argparse.Namespace, library: Library) -> Iterator[dict[str, Any]]:
-    """One entry for every budget, with calibration and without, and every dtype."""
+def measure(
+    options: argparse.Namespace, library: Library, done: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """One entry for every budget, with calibration and without, and every dtype, but for `done`."""
+    known = [(row["budget"], row["calibrated"], row["dtype"]) for row in done]
     budgets: list[dict[str, Any]] = [{"keep": keep} for keep in options.keep]
     budgets += [{"tokens": tokens} for tokens in options.tokens]
     for budget in budgets:
         for off in ({}, OFF):
             config = MergeConfig(**budget, **off)
-            own = library.answers(config)
-            for dtype in options.dtype:
+            missing = [one for one in options.dtype if (budget, not off, one) not in known]
+            own = library.answers(config) if missing else []
+            for dtype in missing:
                 words = [f"--{name}={value}" for name, value in budget.items()]
                 words += [f"--option={name}={value}" for name, value in off.items()]
                 words += ["--dtype", dtype, *shlex.split(options.vllm)]
@@ -188,20 +194,24 @@ def main() -> None:
     parser.add_argument("-o", "--output", required=True, help="without suffix: .md and .json")
     options = parser.parse_args()
     library = Library(load_split("test", options.limit))
+    output = Path(options.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    stored = output.with_name(output.name + ".json")
+    earlier: dict[str, Any] = read_json(stored) if stored.exists() else {"rows": []}
     result: dict[str, Any] = {
         "command": command_line(),
         "machine": environment(),
         "questions": len(library.samples),
         "unmerged": row("", library.answers(MergeConfig(keep=1.0)), library.samples),
-        "rows": [],
+        "rows": earlier["rows"],
     }
-    output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for found in measure(options, library):
+    if earlier.get("questions", result["questions"]) != result["questions"]:
+        raise SystemExit(f"{stored} is about {earlier['questions']} questions; use another output")
+    for found in measure(options, library, list(result["rows"])):
         # After every one, because all of them take an hour.
         result["rows"].append(found)
-        output.with_name(output.name + ".json").write_text(json.dumps(result, indent=2) + "\n")
-        output.with_name(output.name + ".md").write_text(report(result))
+        write_text(stored, json.dumps(result, indent=2) + "\n")
+        write_text(output.with_name(output.name + ".md"), report(result))
     print(report(result))
 
 
