@@ -27,18 +27,12 @@ from .family import Family, vit_tokens
 from .features import token_id
 from .grids import Grid, footprint_of, item_of, item_with_gaps, rope_places
 from .inner_tower import Comparison, TowerKind, WholeTower
-from .parts import ModelParts
+from .parts import PROJECTORS, TOWERS, ModelParts
 
 # How tokens merge inside a tower, by `Family.tower`.
 TOWER_KINDS: dict[str | None, TowerKind] = {None: WholeTower()}
 
 _LANGUAGE_MODELS = ("language_model", "text_model")
-_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
-# Qwen's and GLM's are part of the tower.
-_PROJECTORS = (
-    *("multi_modal_projector", "connector", "aligner", "projector", "vision_projection"),
-    *("mm_projector", "merger", "embed_vision"),
-)
 # Words in the names of a tower's modules that see merged patches.
 _AFTER_MERGING = ("merger", "downsample", "head_linear")
 
@@ -75,8 +69,8 @@ class GenericAdapter(Adapter):
     @override
     def parts(self, model: Any) -> ModelParts:
         core = _core(model)
-        tower, language_model = _first(core, _TOWERS), _first(core, _LANGUAGE_MODELS)
-        projector = next((getattr(core, n) for n in _PROJECTORS if hasattr(core, n)), nn.Identity())
+        tower, language_model = _first(core, TOWERS), _first(core, _LANGUAGE_MODELS)
+        projector = next((getattr(core, n) for n in PROJECTORS if hasattr(core, n)), nn.Identity())
         return ModelParts(tower, model.config.vision_config, projector, (language_model,))
 
     @override

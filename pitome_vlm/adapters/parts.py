@@ -7,6 +7,14 @@ from typing import Any
 
 from torch import nn
 
+# Names of vision towers and of what follows them, in `model.model`.
+TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
+# Qwen's and GLM's are part of the tower.
+PROJECTORS = (
+    *("multi_modal_projector", "connector", "aligner", "projector", "vision_projection"),
+    *("mm_projector", "merger", "embed_vision"),
+)
+
 
 @dataclass(frozen=True)
 class ModelParts:

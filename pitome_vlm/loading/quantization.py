@@ -15,12 +15,15 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from ..adapters import find_adapter
+from ..adapters.parts import PROJECTORS, TOWERS
 from ..common import require
 from ..wrapping.peft_record import quantization_of
+from ..wrapping.wrap import base_model
 
 # Releases read these patterns differently (substring of the path, or anchored at its start), so
 # both spellings are given and the result is checked.
-UNQUANTISED = ("vision_tower", "multi_modal_projector")
+UNQUANTISED = (*TOWERS, *PROJECTORS)
 SKIPPED = ("lm_head", *UNQUANTISED, *(f"model.{name}" for name in UNQUANTISED))
 QUANTISED_CLASSES = ("Linear4bit", "Linear8bitLt")
 OFFLOADED = frozenset({"cpu", "disk"})
@@ -167,7 +170,8 @@ def check_quantised(model: nn.Module, *, language_model_only: bool = False) -> N
             "quantization_config, or load without quantisation"
         )
     wishes = list(config.llm_int8_skip_modules or ())
-    for wish in [*wishes, *(UNQUANTISED if language_model_only else ())]:
+    kept = _vision(model) if language_model_only else []
+    for wish in [*wishes, *kept]:
         wrong = [name for name in found if _is_part(name, wish)]
         if wrong:
             raise RuntimeError(
@@ -241,15 +245,26 @@ def keep_unpackable(model: nn.Module) -> int:
     return kept
 
 
+def _vision(model: nn.Module) -> list[str]:
+    """Paths of the vision tower and the projector."""
+    base = base_model(model)
+    parts = find_adapter(base).parts(base)
+    wanted = (*parts.towers, parts.projector)
+    return [name for name, module in base.named_modules() if any(module is one for one in wanted)]
+
+
 def _check_all_quantised(model: nn.Module, skipped: list[str]) -> None:
     placed = getattr(model, "hf_device_map", None) or {}
     accelerators = {str(place) for place in placed.values()} - OFFLOADED
     away = [name for name, place in placed.items() if accelerators and str(place) in OFFLOADED]
+    base = base_model(model)
+    roots = find_adapter(base).parts(base).language_model
+    inside = {module for root in roots for module in root.modules()}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or _is_quantised(module):
             continue
         exempt = any(_is_part(name, wish) for wish in skipped)
-        if "language_model" in name.split(".") and not exempt:
+        if module in inside and not exempt:
             if any(name == there or name.startswith(f"{there}.") for there in away):
                 continue
             raise RuntimeError(
