@@ -232,6 +232,7 @@ FAMILIES = (
         padded(lambda c: c.vision_config.patch_size * c.vision_config.merge_kernel_size[0]),
         patches=lambda config: math.prod(config.vision_config.merge_kernel_size),
         inputs=PATCH_GRIDS,
+        frames_per_grid=lambda config: config.vision_config.pos_emb_time,
     ),
     Family(
         ("molmo2",),

@@ -17,6 +17,10 @@ Grids = Callable[[Any, Mapping[str, Any], str], list[Grid]]
 Cells = Callable[[Any, tuple[int, int]], Grid]
 
 
+def _temporal_patch(config: Any) -> int:
+    return int(getattr(config.vision_config, "temporal_patch_size", 1))
+
+
 @dataclass(frozen=True)
 class Family:
     """What the generic adapter has to be told about a family of models.
@@ -41,6 +45,7 @@ class Family:
             where the tower is left alone. A tower without the parts that takes is left alone too.
         unit: what has one count where `cells` is None: "tile", or "image" of which there are no
             tiles.
+        frames_per_grid: by the configuration, frames of a video that share their tokens.
         several_grids: the tokens of an image are those of several grids in a row.
     """
 
@@ -60,6 +65,7 @@ class Family:
     shown: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tower: Literal["units", "grid"] | None = None
     unit: str = "tile"
+    frames_per_grid: Callable[[Any], int] = _temporal_patch
     several_grids: bool = False
 
 

@@ -121,7 +121,7 @@ class GenericAdapter(Adapter):
         self, model: Any, frames: int, size: tuple[int, int] | None, options: Mapping[str, Any]
     ) -> Footprint:
         _, rows, columns = self._typical(model, size)
-        step = getattr(model.config.vision_config, "temporal_patch_size", 1)
+        step = self.family.frames_per_grid(model.config)
         return footprint_of((-(-frames // step), rows, columns), "video")
 
     def _typical(self, model: Any, size: tuple[int, int] | None) -> Grid:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 # Names of vision towers and of what follows them, in `model.model`.
-TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
+TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower", "video_tower")
 # Qwen's and GLM's are part of the tower.
 PROJECTORS = (
     *("multi_modal_projector", "connector", "aligner", "projector", "vision_projection"),

@@ -149,10 +149,10 @@ def kv_bytes_per_token(
     Layers without attention hold nothing per token; compressed keys and values (MLA) are held once.
     """
     text, itemsize = base.config.get_text_config(), kv_dtype(base, dtype).itemsize
-    kinds = getattr(text, "layer_types", None) or ["attention"] * text.num_hidden_layers
     # The last layers may read what earlier ones cached.
-    kinds = kinds[: len(kinds) - (getattr(text, "num_kv_shared_layers", None) or 0)]
-    cached = [n for n, kind in enumerate(kinds) if "attention" in kind and "linear" not in kind]
+    own = int(text.num_hidden_layers) - (getattr(text, "num_kv_shared_layers", None) or 0)
+    without = {number for number, _ in layers_without_attention(text)}
+    cached = [number for number in range(own) if number not in without]
     compressed = getattr(text, "kv_lora_rank", None)
     if compressed is not None:
         return int(len(cached) * (compressed + text.qk_rope_head_dim) * itemsize)
@@ -162,6 +162,16 @@ def kv_bytes_per_token(
         if told.size_bias and told.carrier == "channels":
             widths = [channel_width(width) for width in widths]
     return int(sum(2 * _kv_heads(layers[n]) * widths[n] for n in cached) * itemsize)
+
+
+def layers_without_attention(text: Any) -> list[tuple[int, str]]:
+    """(number, kind) of a language model's layers that hold no keys and know no attention mask.
+
+    Args:
+        text: configuration of the language model.
+    """
+    kinds = enumerate(getattr(text, "layer_types", None) or ())
+    return [(n, kind) for n, kind in kinds if "attention" not in kind or "linear" in kind]
 
 
 def _kv_heads(layer: Any) -> int:

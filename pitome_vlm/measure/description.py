@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import os
 import textwrap
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..merge.schedule import Schedule
 from ..wrapping.encode import planned, planned_schedule
 from ..wrapping.positions import Calibration
 from ..wrapping.wrap import base_model, is_wrapped, merge_config
-from .accounting import Costs, costs
+from .accounting import Costs, costs, layers_without_attention
 from .sizes import asks_processor, pieces_of, planned_total
 from .tables import Table, bytes_text, flops_text
 from .weights import Weights, weights_of
@@ -47,6 +48,8 @@ class Description:
         weights: bytes of the model's weights as loaded, quantised or not.
         unit: "tile" where it is one tile of an image that is described.
         frames: of the video described; None for an image.
+        untold: "N KIND layers" of every kind of layers of the language model that no size bias
+            reaches.
         resized: whether sizes are those after the processor's resizing, which was not asked.
     """
 
@@ -63,6 +66,7 @@ class Description:
     unit: str = "image"
     frames: int | None = None
     resized: bool = False
+    untold: tuple[str, ...] = ()
 
     @property
     def footprint(self) -> Footprint:
@@ -192,6 +196,8 @@ class Description:
         if skipped and not self.schedule.typical:
             lines.append(f"tower layers left out (nothing reads their output): {skipped}")
         lines.append(f"calibration of the language model: {self.calibration}")
+        if self.untold and self.calibration.size_bias:
+            lines.append(f"not told sizes, for want of a mask: {', '.join(self.untold)}")
         return lines
 
     def _tiles(self) -> list[str]:
@@ -327,8 +333,14 @@ def describe(
         # Where there is a size, an image of it is described.
         unit="image" if size else adapter.counted_per,
         frames=frames,
+        untold=_untold(base_model(model)),
         resized=adapter.sized_by_processor and not asked and bool(size or frames),
     )
+
+
+def _untold(base: Any) -> tuple[str, ...]:
+    found = Counter(kind for _, kind in layers_without_attention(base.config.get_text_config()))
+    return tuple(f"{count} {kind} layer{'s' * (count > 1)}" for kind, count in found.items())
 
 
 def from_config(

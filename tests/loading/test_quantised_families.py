@@ -7,6 +7,7 @@ import torch
 from refused_family import else_refused
 from tiny_families import FAMILIES
 from tiny_qwen import qwen
+from tiny_video import video_model
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
@@ -48,6 +49,11 @@ def test_what_is_quantised(name, tmp_path):
     pitome_vlm.wrap(model, keep=0.3)
     with torch.no_grad():
         assert model(**family.batch(images=(1,), texts=(3,))).logits.isfinite().all()
+
+
+def test_two_towers_stay_as_they_are(tmp_path):
+    model = in_4_bits(video_model("video_llava"), tmp_path)
+    assert set(quantised_modules(model)) == expected(model)
 
 
 def test_qwen_s_tower_stays_as_it_is(tmp_path):

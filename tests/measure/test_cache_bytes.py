@@ -24,3 +24,15 @@ def test_bytes_of_the_cache_are_what_is_held():
         found = sum(one.numel() * one.element_size() for one in held) // cache.get_seq_length()
         costs = pitome_vlm.describe(model).after
         assert costs.kv_bytes_per_image == costs.visual_tokens * found, name
+
+
+@else_refused("qwen3_5", "lfm2_vl")
+def test_layers_that_no_size_bias_reaches_are_named():
+    for name, words in (("qwen3_5", "1 linear_attention layer"), ("lfm2_vl", "1 conv layer")):
+        model = pitome_vlm.wrap(FAMILIES[name].model(), keep=0.3)
+        line = f"not told sizes, for want of a mask: {words}\n"
+        assert line in str(pitome_vlm.describe(model)), name
+        pitome_vlm.wrap(model, keep=0.3, size_bias=False)
+        assert "not told sizes" not in str(pitome_vlm.describe(model)), name
+    told = pitome_vlm.describe(FAMILIES["gemma3"].model())
+    assert told.untold == ()

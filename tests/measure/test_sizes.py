@@ -160,3 +160,12 @@ def test_what_is_drawn():
     assert np.abs(np.asarray(tiles[-1].image, np.float32) - small).mean() < 3
     with pytest.raises(ValueError, match="form no grid"):
         find_adapter(tiny("molmo2")).image_planes(tiny("molmo2"), {})
+
+
+@else_refused("kimi_k25", "qwen3_vl")
+def test_frames_that_share_their_tokens():
+    """Kimi pools four frames, Qwen makes patches of two."""
+    for name, frames, grids in (("kimi_k25", 6, 2), ("qwen3_vl", 6, 3), ("gemma4", 6, 6)):
+        (video,) = pieces_of(tiny(name), image_size=(96, 48), frames=frames)
+        (image,) = pieces_of(tiny(name), image_size=(96, 48))
+        assert (video.frames, video.full) == (grids, grids * image.full), name

@@ -1,0 +1,116 @@
+"""The table of docs/models.md, from the adapters and their records.
+
+    python -m scripts.models_page
+
+writes it into the page.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from pitome_vlm.adapters import ADAPTERS, Adapter
+from pitome_vlm.adapters.generic import GenericAdapter
+from pitome_vlm.adapters.refused import REFUSED
+from pitome_vlm.releases import OLDEST_TRANSFORMERS
+
+PAGE = Path(__file__).resolve().parents[1] / "docs/models.md"
+BEGIN, END = "<!-- python -m scripts.models_page -->\n", "<!-- end -->\n"
+COLUMNS = (
+    *(
+        "class (... `ForConditionalGeneration`)",
+        "`model_type`",
+        "merges",
+        "images",
+        "`tokens=` per",
+    ),
+    *("places", "4-bit", "LoRA", "vLLM", "transformers", "commands run"),
+)
+# Which of the families with processors of their own the commands were run on, and how: in the
+# tests, or by hand with torchvision installed.
+TESTED = ("gemma3", "idefics3")
+BY_HAND = ("internvl", "smolvlm", "qwen3_vl", "glm4v", "mistral3")
+LLAVA = ("llava", "llava_next", "llava_onevision")
+
+
+def table() -> str:
+    """All model types that are wrapped, one row per record."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    lines += [
+        f"| {' | '.join(_row(adapter))} |" for adapter in ADAPTERS if adapter.calls != "original"
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def refusals() -> str:
+    """All that are refused, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in REFUSED.items():
+        by_reason.setdefault(reason, []).append(f"`{name}`")
+    return "".join(f"- {', '.join(names)}: {reason}.\n" for reason, names in by_reason.items())
+
+
+def filled(page: str) -> str:
+    """The page with both in their places."""
+    parts = page.split(BEGIN)
+    if len(parts) != 3:
+        raise ValueError(f"the page must have two places for tables, found {len(parts) - 1}")
+    texts = zip((table(), refusals()), parts[1:], strict=True)
+    filled_in = [BEGIN + text + END + part.partition(END)[2] for text, part in texts]
+    return "".join([parts[0], *filled_in])
+
+
+def _row(adapter: Adapter) -> list[str]:
+    kinds = adapter.pixel_inputs.values()
+    videos = "; videos" if "video" in kinds else ""
+    since = (5, 18) if adapter.own_scatter else OLDEST_TRANSFORMERS
+    first = adapter.model_types[0]
+    return [
+        ", ".join(dict.fromkeys(f"`{_class(name)}`" for name in adapter.model_types)),
+        ", ".join(f"`{name}`" for name in adapter.model_types),
+        _where(adapter),
+        _images(adapter) + videos,
+        adapter.counted_per,
+        "time, row, column" if adapter.own_positions else "order",
+        "yes",
+        "yes",
+        "yes" if first == "llava" else "no",
+        ".".join(map(str, since)),
+        _run(adapter),
+    ]
+
+
+def _class(model_type: str) -> str:
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type].removesuffix(
+        "ForConditionalGeneration"
+    )
+
+
+def _where(adapter: Adapter) -> str:
+    if isinstance(adapter, GenericAdapter):
+        return "after the tower" if adapter.family.tower is None else "in the tower and after it"
+    return "after the tower" if adapter.own_positions else "in the tower and after it"
+
+
+def _images(adapter: Adapter) -> str:
+    if adapter.default_image_size is not None:
+        return "any size" if adapter.counted_per == "image" else "any size, in tiles"
+    return "tiles of one size" if adapter.counted_per == "tile" else "one size"
+
+
+def _run(adapter: Adapter) -> str:
+    names = set(adapter.model_types)
+    if names & {*TESTED, *LLAVA}:
+        return "tests"
+    return "by hand" if names & set(BY_HAND) else "no"
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""docs/models.md shows the adapters as they are."""
+
+from __future__ import annotations
+
+import re
+
+from checkpoint_families import NEEDS_TORCHVISION, PROCESSORS
+from tiny_families import FAMILIES
+
+from pitome_vlm.adapters.families import FAMILIES as RECORDS
+from pitome_vlm.releases import OLDEST_TRANSFORMERS
+from scripts import models_page
+
+
+def test_the_page_is_current():
+    page = models_page.PAGE.read_text(encoding="utf-8")
+    assert models_page.filled(page) == page, "run `python -m scripts.models_page`"
+    assert len(page.splitlines()) <= 150
+
+
+def test_what_is_said_to_be_run_is_run():
+    assert set(models_page.TESTED) == set(PROCESSORS) - set(NEEDS_TORCHVISION)
+    assert set(models_page.BY_HAND) == set(NEEDS_TORCHVISION)
+    named = {name for record in RECORDS for name in record.model_types}
+    assert named == {name.split(",")[0] for name in FAMILIES}
+    assert re.search(rf"\b{'.'.join(map(str, OLDEST_TRANSFORMERS))}\b", models_page.table())
