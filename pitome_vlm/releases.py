@@ -171,6 +171,15 @@ def layer_configs(text_config: Any) -> list[Any]:
     return [text_config.per_layer_config[layer] for layer in range(count)]
 
 
+def dict_wanted(read: Callable[..., Any]) -> dict[str, bool]:
+    """What to pass a model's function for features, so that it returns an output with names.
+
+    Functions that take no further arguments (before release 5) return the features alone.
+    """
+    kinds = {one.kind for one in inspect.signature(read).parameters.values()}
+    return {"return_dict": True} if inspect.Parameter.VAR_KEYWORD in kinds else {}
+
+
 def takes_features(model: Any) -> bool:
     """Whether a model's forward takes features instead of pixels (from release 5.18 on)."""
     return HANDED_FEATURES in inspect.signature(model.forward).parameters
@@ -195,6 +204,24 @@ def image_options(processor: Any, model_type: str) -> Mapping[str, Any]:
     except ImportError:
         # A class that needs a library which is not installed stands for itself.
         return {}
+
+
+def rotary_at(rotary: Any, hidden: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """What a tower of Qwen's kind multiplies queries and keys by, at any places.
+
+    Args:
+        rotary: the tower's rotary embedding; before release 5 a table of whole places.
+        hidden: any states, for their device.
+        places: [S, 2] float32, row and column.
+
+    Returns:
+        Cosines and sines, each [S, head_dim].
+    """
+    if "position_ids" in inspect.signature(rotary.forward).parameters:
+        cos, sin = rotary(hidden, places)
+        return cos, sin
+    angles = (places[..., None] * rotary.inv_freq.to(places)).flatten(1).repeat(1, 2)
+    return angles.cos(), angles.sin()
 
 
 def vllm_config_checks() -> dict[str, Any] | None:

@@ -25,16 +25,19 @@ from .family import (
 from .grids import PIXELS, Grid, given, given_grids
 
 
-def _merge_size(config: Any) -> int:
+def merge_size(config: Any) -> int:
+    """Patches along a side of a token."""
     return int(config.vision_config.spatial_merge_size)
 
 
-def _merged_patches(config: Any) -> int:
-    return _merge_size(config) ** 2
+def merged_patches(config: Any) -> int:
+    """Patches of a token."""
+    return merge_size(config) ** 2
 
 
-def _merged_pixels(config: Any) -> int:
-    return int(config.vision_config.patch_size) * _merge_size(config)
+def merged_pixels(config: Any) -> int:
+    """Pixels along a side of a token."""
+    return int(config.vision_config.patch_size) * merge_size(config)
 
 
 def _mistral_cell(config: Any) -> int:
@@ -139,37 +142,40 @@ FAMILIES = (
     ),
     Family(
         ("qwen3_vl", "qwen3_vl_moe"),
-        patch_grids(_merge_size),
-        rounded(_merged_pixels),
+        patch_grids(merge_size),
+        rounded(merged_pixels),
         PATCH_GRIDS,
         ROPE,
         levels="deepstack_features",
-        patches=_merged_patches,
+        patches=merged_patches,
+        tower="units",
     ),
     Family(
         ("qwen3_5", "qwen3_5_moe"),
-        patch_grids(_merge_size),
-        rounded(_merged_pixels),
+        patch_grids(merge_size),
+        rounded(merged_pixels),
         PATCH_GRIDS,
         ROPE,
-        patches=_merged_patches,
+        patches=merged_patches,
+        tower="units",
     ),
     Family(
         ("glm4v", "glm4v_moe", "glm46v"),
-        patch_grids(_merge_size),
-        rounded(_merged_pixels),
+        patch_grids(merge_size),
+        rounded(merged_pixels),
         PATCH_GRIDS,
         ROPE,
-        patches=_merged_patches,
+        patches=merged_patches,
         placeholders={"video": "image"},
+        tower="units",
     ),
     Family(
         ("paddleocr_vl",),
-        patch_grids(_merge_size),
-        rounded(_merged_pixels),
+        patch_grids(merge_size),
+        rounded(merged_pixels),
         {"image": PATCH_GRIDS["image"]},
         ROPE,
-        patches=_merged_patches,
+        patches=merged_patches,
     ),
     Family(
         ("idefics3", "smolvlm"),

@@ -21,20 +21,24 @@ from ..merge.merge_pass import MergePass
 from ..merge.schedule import Schedule, TowerShape
 from ..merge.tiles import PackedItem, merge_grids
 from ..merge.tokens import Encoded, HandedOver
-from ..releases import TRANSFORMERS, accepted, takes_features
+from ..releases import TRANSFORMERS, accepted, dict_wanted, takes_features
 from .base import Adapter
 from .family import Family, vit_tokens
 from .features import token_id
 from .grids import Grid, footprint_of, item_of, item_with_gaps, rope_places
 from .inner_tower import Comparison, TowerKind, WholeTower
 from .parts import PROJECTORS, TOWERS, ModelParts
+from .unit_tower import UnitTower
 
 # How tokens merge inside a tower, by `Family.tower`.
-TOWER_KINDS: dict[str | None, TowerKind] = {None: WholeTower()}
+TOWER_KINDS: dict[str | None, TowerKind] = {None: WholeTower(), "units": UnitTower()}
 
 _LANGUAGE_MODELS = ("language_model", "text_model")
 # Words in the names of a tower's modules that see merged patches.
 _AFTER_MERGING = ("merger", "downsample", "head_linear")
+
+
+_ADAPTERS: dict[tuple[str, ...], GenericAdapter] = {}
 
 
 class GenericAdapter(Adapter):
@@ -46,6 +50,7 @@ class GenericAdapter(Adapter):
 
     def __init__(self, family: Family) -> None:
         self.family = family
+        _ADAPTERS.setdefault(family.model_types, self)
         self.model_types = family.model_types
         self.pixel_inputs = {names[0]: kind for kind, names in family.inputs.items()}
         names = tuple(name for own in family.inputs.values() for name in own)
@@ -57,6 +62,10 @@ class GenericAdapter(Adapter):
         if family.cells is None:
             self.default_image_size = None
             self.counted_per = family.unit
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Records hold functions; whoever reads a pickled model has them.
+        return _adapter_of, (self.model_types,)
 
     @override
     def matches(self, model: Any) -> bool:
@@ -94,7 +103,7 @@ class GenericAdapter(Adapter):
 
     @override
     def install(self, model: Any, *, inside_tower: bool) -> None:
-        if not takes_features(model):
+        if self.own_scatter and not takes_features(model):
             raise TypeError(
                 f"merging in {type(model).__name__} needs a release of transformers whose forward "
                 f"takes mm_encoder_outputs (5.18 or later), found {TRANSFORMERS}"
@@ -272,16 +281,17 @@ class GenericAdapter(Adapter):
             with inner.encoding(tower, own, items) as found:
                 output = _read(_core(model), kind, {n: inputs[n] for n in names if n in inputs})
             footprints = [item.footprint for item in items]
-            features = _by_image(getattr(output, self.family.field), footprints, kind, shown)
+            own_form = getattr(output, self.family.field, output)
+            features = _by_image(own_form, footprints, kind, shown)
             visual = merge_grids(features, items, own, inner.groups(found, items))
-            handed = HandedOver(output, self.family.field, self.family.levels)
-            if self.family.levels is not None:
-                levels = getattr(output, self.family.levels)
+            handed = None
+            if self.own_scatter:
+                handed = HandedOver(output, self.family.field, self.family.levels)
+                levels = getattr(output, self.family.levels) if self.family.levels else []
                 handed = handed.with_levels(
                     [visual.means(_by_image(level, footprints, kind, shown)) for level in levels]
-                )
-            token = self.placeholder_ids(model)[kind]
-            encoded.append(Encoded(kind, token, visual, handed.without_states()))
+                ).without_states()
+            encoded.append(Encoded(kind, self.placeholder_ids(model)[kind], visual, handed))
         return encoded
 
     @override
@@ -303,6 +313,15 @@ class GenericAdapter(Adapter):
         return counted[..., None].float()
 
 
+def _adapter_of(model_types: tuple[str, ...]) -> GenericAdapter:
+    if model_types not in _ADAPTERS:
+        raise ValueError(
+            f"the model was wrapped as one of {', '.join(model_types)}, of which nothing is known "
+            "here; call pitome_vlm.adapters.register() with its record before it is read"
+        )
+    return _ADAPTERS[model_types]
+
+
 def _core(model: Any) -> Any:
     return getattr(model, "model", model)
 
@@ -312,7 +331,8 @@ def _random_patches(
 ) -> dict[str, Tensor]:
     """Rows of patches and the grid of every image, as Qwen's processors make them."""
     patches = [(t, rows * side, columns * side) for t, rows, columns in grids]
-    width = 3 * vision.temporal_patch_size * vision.patch_size**2
+    channels = getattr(vision, "in_channels", 3)
+    width = channels * vision.temporal_patch_size * vision.patch_size**2
     count = sum(math.prod(grid) for grid in patches)
     values = torch.randn(count, width, generator=generator)
     return {"pixel_values": values, "image_grid_thw": torch.tensor(patches)}
@@ -331,7 +351,8 @@ def _read(core: Any, kind: str, inputs: dict[str, Any]) -> Any:
     """The output of a model's own function for features."""
     read = getattr(core, f"get_{kind}_features", None) or core.get_image_features
     given = {name: value for name, value in inputs.items() if value is not None}
-    return read(**accepted(read, given), return_dict=True)
+    # Releases before 5 return the features alone.
+    return read(**accepted(read, given), **dict_wanted(read))
 
 
 def _by_image(

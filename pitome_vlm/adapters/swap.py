@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -95,6 +96,17 @@ def _without_swap(cls: Any) -> Any:
     own = {"__dict__", "__weakref__", "forward"}
     body = {name: value for name, value in vars(cls).items() if name not in own}
     return type(cls)(cls.__name__, bases, body)
+
+
+def own_forward(module: Any, mixin: Any) -> Callable[..., Any]:
+    """The forward of a module without a mixin.
+
+    Also where the module was unwrapped while another library held on to the mixin's own.
+    """
+    if is_swapped(module):
+        found: Callable[..., Any] = super(mixin, module).forward
+        return found
+    return functools.partial(type(module).forward, module)
 
 
 def swap_in(module: nn.Module, mixin: Any) -> None:

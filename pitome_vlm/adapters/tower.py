@@ -8,26 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import logging
 
 from ..merge.merge_pass import MergePass
-from ..merge.size_channels import WIDEST, channel_width, with_size_channels
-from ..releases import ADDS_ROW_MASK, FLASH, layers_return_tuples
+from ..releases import layers_return_tuples
 from .layer_parts import CLIP_LIKE, LayerParts, parts_of
 from .merged_layer import Heads, LayerKernels, merged_layer
-from .swap import BASE, base_class, swap_in, swap_out
-
-logger = logging.get_logger(__name__)
-
-LAYER_ATTRIBUTES = (*("_pitome_layer", "_pitome_slot", "_pitome_returns_tuple", "_pitome_parts"),)
+from .own_attention import own_attention
+from .swap import base_class, own_forward, swap_in, swap_out
 
 
 class TowerSlot:
@@ -93,12 +85,21 @@ def find_encoder_layers(tower: nn.Module, *, rotary: bool = False) -> list[nn.Mo
             "self_attn with q_proj, k_proj, v_proj, out_proj, layer_norm2, mlp), InternVL or "
             'AIMv2; merge after it with stage="projector" instead'
         )
-    if any(hasattr(layer, "_checkpoint_wrapped_module") for layers in found for layer in layers):
+    refuse_checkpoint_wrapper(found)
+    return found
+
+
+def refuse_checkpoint_wrapper(lists: list[nn.ModuleList]) -> None:
+    """See that the layers of a tower are run with the arguments that a merge gives them.
+
+    Raises:
+        RuntimeError: they sit inside PyTorch's checkpoint wrapper.
+    """
+    if any(hasattr(layer, "_checkpoint_wrapped_module") for layers in lists for layer in layers):
         raise RuntimeError(
             "the vision layers are inside PyTorch's CheckpointWrapper, which re-runs them without "
             "their arguments; use model.gradient_checkpointing_enable() instead"
         )
-    return found
 
 
 def _is_mergeable(layer: nn.Module, rotary: bool) -> bool:
@@ -106,13 +107,11 @@ def _is_mergeable(layer: nn.Module, rotary: bool) -> bool:
     return parts is not None and (rotary or not parts.rotary)
 
 
-class MergingLayer:
-    """Mixin before an encoder layer's class; its own forward runs unless a pass is active."""
+class InTower:
+    """Mixin before the class of a part of a tower, which is told the encoding in progress."""
 
     _pitome_layer: int
     _pitome_slot: tuple[TowerSlot]
-    _pitome_returns_tuple: bool
-    _pitome_parts: LayerParts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Pass the active encoding to `forward` as an argument."""
@@ -120,6 +119,18 @@ class MergingLayer:
         if active is not None:
             kwargs["pitome_pass"] = active
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def extra_repr(self) -> str:
+        """Say in `print(model)` that merging is installed here."""
+        own = super().extra_repr()  # type: ignore[misc]
+        return ", ".join(part for part in (own, f"pitome layer {self._pitome_layer}") if part)
+
+
+class MergingLayer(InTower):
+    """Mixin before an encoder layer's class; its own forward runs unless a pass is active."""
+
+    _pitome_returns_tuple: bool
+    _pitome_parts: LayerParts
 
     def forward(
         self, hidden_states: Tensor, *args: Any, pitome_pass: MergePass | None = None, **kwargs: Any
@@ -132,26 +143,18 @@ class MergingLayer:
             pitome_pass: the encoding this call belongs to.
             **kwargs: what the tower passes to its layers.
         """
-        if not hasattr(type(self), BASE):
-            # Unwrapped while another library held on to this method.
-            own: Any = type(self).forward
-            return own(self, hidden_states, *args, **kwargs)
-        layer = self._pitome_layer
+        own = own_forward(self, MergingLayer)
         if pitome_pass is None:
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            return own(hidden_states, *args, **kwargs)
+        layer = self._pitome_layer
         if layer >= pitome_pass.schedule.used_layers:
             # Nobody reads the layers after the feature layer, so they are not computed.
             return _as_returned(self, hidden_states)
         if not pitome_pass.touches(layer):
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            return own(hidden_states, *args, **kwargs)
         names = self._pitome_parts
         merged = merged_layer(self, layer, hidden_states, pitome_pass, kernels_of(names), names)
         return _as_returned(self, merged)
-
-    def extra_repr(self) -> str:
-        """Say in `print(model)` that merging is installed here."""
-        own = super().extra_repr()  # type: ignore[misc]
-        return ", ".join(part for part in (own, f"pitome layer {self._pitome_layer}") if part)
 
 
 def _project(names: LayerParts, attention: Any, normed: Tensor) -> Heads:
@@ -170,49 +173,12 @@ def _project(names: LayerParts, attention: Any, normed: Tensor) -> Heads:
 
 def _attend(names: LayerParts, attention: Any, parts: Heads, bias: Tensor | None) -> Tensor:
     """The layer's own attention, [B, N, C], with an additive bias [B, 1, 1, N] or None."""
-    name, head_dim = attention.config._attn_implementation or "sdpa", parts[2].shape[-1]
     scale, dropout = getattr(attention, names.scale), getattr(attention, names.dropout)
-    if bias is not None and name not in ADDS_ROW_MASK:
-        if _takes_channels(name, head_dim):
-            parts, bias = with_size_channels(*parts, bias, scale), None
-        else:
-            logger.warning_once(
-                f"attention implementation {name!r} takes no additive mask; vision layers after "
-                "the first merge use 'sdpa' for proportional attention"
-            )
-            name = "sdpa"
-    output, _ = _kernel(attention, name)(
-        attention,
-        *parts,
-        _mask(bias, name, parts[0].dtype),
-        scaling=scale,
-        dropout=dropout if attention.training else 0.0,
-        is_causal=False,
-    )
-    merged: Tensor = output[..., :head_dim].flatten(2).contiguous()
+    output = own_attention(attention, parts, bias, scale, dropout)
+    merged: Tensor = output.flatten(2).contiguous()
     for part in names.output:
         merged = getattr(attention, part)(merged)
     return merged
-
-
-def _takes_channels(name: str, head_dim: int) -> bool:
-    """Whether an implementation computes softmax(q k) v for heads of more channels.
-
-    Flash kernels do. About others nothing is known: one that quantises its keys would lose the
-    channels.
-    """
-    return FLASH in name and channel_width(head_dim) <= WIDEST
-
-
-def _mask(bias: Tensor | None, name: str, dtype: torch.dtype) -> Tensor | None:
-    # PyTorch's kernels want the mask in the queries' dtype; plain addition takes the exact one.
-    return bias if bias is None or name == "eager" else bias.to(dtype)
-
-
-def _kernel(attention: Any, name: str) -> Any:
-    if name == "eager":
-        return inspect.getmodule(type(attention)).eager_attention_forward  # type: ignore[union-attr]
-    return ALL_ATTENTION_FUNCTIONS[name]
 
 
 @functools.cache
@@ -236,8 +202,9 @@ def install_tower(tower: nn.Module, *, rotary: bool = False) -> None:
     try:
         for layers in lists:
             for index, layer in enumerate(layers):
-                layer._pitome_parts = parts_of(layer)  # type: ignore[assignment]
+                parts = parts_of(layer)
                 swap_in(layer, MergingLayer)
+                layer._pitome_parts = parts  # type: ignore[assignment]
                 layer._pitome_layer = index  # type: ignore[assignment]
                 layer._pitome_returns_tuple = returns_tuple  # type: ignore[assignment]
                 # In a tuple, so that torch neither registers nor moves it.
@@ -250,10 +217,10 @@ def install_tower(tower: nn.Module, *, rotary: bool = False) -> None:
 def uninstall_tower(tower: nn.Module) -> None:
     """Give every layer its own class back; a no-op on an untouched tower."""
     for module in tower.modules():
-        if isinstance(module, MergingLayer):
+        if isinstance(module, InTower):
             swap_out(module)
-            for name in LAYER_ATTRIBUTES:
-                module.__dict__.pop(name, None)
+            for name in [name for name in module.__dict__ if name.startswith("_pitome_")]:
+                del module.__dict__[name]
 
 
 @contextlib.contextmanager
@@ -263,7 +230,7 @@ def encoding(tower: nn.Module, merge_pass: MergePass) -> Iterator[None]:
     Raises:
         RuntimeError: the tower has to merge but is not the one that was wrapped.
     """
-    layers = [module for module in tower.modules() if isinstance(module, MergingLayer)]
+    layers = [module for module in tower.modules() if isinstance(module, InTower)]
     if merge_pass.schedule.tower and not layers:
         raise RuntimeError(
             "the vision tower was replaced after wrap(); call pitome_vlm.wrap(model, ...) again"

@@ -106,12 +106,16 @@ class Description:
     def tower_steps(self) -> tuple[tuple[int, int, int], ...]:
         """(layer, patches before, patches after) of every merging tower layer, without CLS.
 
-        The patches are those of one tile where images are cut into tiles.
+        The patches are those of one tile where images are cut into tiles; in towers that take
+        images of any size they are the image's tokens as the prompt shows them.
         """
-        before = (self.schedule.n_tokens, *(count for _, count in self.schedule.tower))
+        schedule = self.schedule
+        if schedule.typical:
+            schedule = schedule.of_image(self.count.full, self.count.out)
+        before = (schedule.n_tokens, *(count for _, count in schedule.tower))
         return tuple(
             (layer, entering, leaving)
-            for (layer, leaving), entering in zip(self.schedule.tower, before, strict=False)
+            for (layer, leaving), entering in zip(schedule.tower, before, strict=False)
         )
 
     @property
@@ -182,8 +186,9 @@ class Description:
             return [*lines, "nothing is merged: the untouched code runs"]
         if self.tower_steps:
             steps = [f"{layer}: {a} -> {b}" for layer, a, b in self.tower_steps]
-            of_a_tile = " of a tile" if self.schedule.packed else ""
-            lines += _folded(f"patches{of_a_tile} by tower layer", steps)
+            what = "patches of a tile" if self.schedule.packed else "patches"
+            what = "tokens" if self.schedule.typical else what
+            lines += _folded(f"{what} by tower layer", steps)
         if self.schedule.typical:
             lines.append(f"tokens after the tower: {self.count.full} -> {self.count.shown}")
         elif self.schedule.packed:

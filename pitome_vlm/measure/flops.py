@@ -91,10 +91,12 @@ def tower_flops(
         both that merging adds.
     """
     adapter = find_adapter(base)
-    whole = None if footprint is None else adapter.tower_flops(base, footprint, schedule)
-    if footprint is not None and whole is not None:
-        compared = _compared_flops(adapter.tower_comparisons(base, footprint, schedule), config)
-        return (whole + compared,), 0, compared
+    if footprint is not None and schedule.typical:
+        own = schedule.of_image(footprint.full, _out(schedule, config, footprint))
+        whole = adapter.tower_flops(base, footprint, own)
+        if whole is not None:
+            compared = _compared_flops(adapter.tower_comparisons(base, footprint, own), config)
+            return (whole + compared,), 0, compared
     parts = adapter.parts(base)
     tower, vision = parts.vision_tower, parts.vision_config
     try:

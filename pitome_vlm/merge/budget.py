@@ -80,6 +80,7 @@ def schedule_for(
         one_step=algorithm.one_step,
         pairwise=algorithm.pairwise,
         fewest=Budget(keep=config.keep_range[0]) if config.is_adaptive else None,
+        after_layer=config.placement == "after_layer",
     )
     if algorithm.name == "none" and not schedule.is_identity:
         raise ValueError(

@@ -152,11 +152,14 @@ class MergePass:
             if cls_attention is not None:
                 received = cls_attention[:, n_leading:].detach()
                 context = dataclasses.replace(context, cls_attention=received)
-            self.plans[layer] = make_plan(self.algorithm, metric, self._after[layer], ctx=context)
+            self.plans[layer] = self._planned(layer, metric, context)
         merged, self.sizes[layer] = self.plans[layer].apply(
             hidden, before, weighted=self.config.weighted
         )
         return merged
+
+    def _planned(self, layer: int, metric: Tensor, context: MergeContext) -> MergePlan:
+        return make_plan(self.algorithm, metric, self._after[layer], ctx=context)
 
     def carry(self, state: Tensor, from_layer: int) -> Tensor:
         """Bring a shallower hidden state to the final count with the merges made after it.

@@ -7,6 +7,7 @@ a model.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 from collections.abc import Sequence
@@ -161,6 +162,7 @@ class Schedule:
         typical: the counts are those of a typical image; a tower that takes images of any size
             merges every other one in proportion.
         spread: groups end with the tower, which hands every token's place its group's value.
+        after_layer: tokens merge after a layer's MLP and not before it.
     """
 
     n_tokens: int
@@ -174,6 +176,7 @@ class Schedule:
     packed: bool = False
     typical: bool = False
     spread: bool = False
+    after_layer: bool = False
 
     @property
     def ladder(self) -> tuple[int, ...]:
@@ -208,6 +211,20 @@ class Schedule:
     def is_identity(self) -> bool:
         """True where nothing is merged, so that the untouched code path is taken."""
         return self.tokens_out == self.tokens_in and len(self.ladder) == 1
+
+    def of_image(self, full: int, out: int) -> Schedule:
+        """The same for another image than the typical one, in proportion.
+
+        Args:
+            full: its tokens before merging.
+            out: what it ends with.
+        """
+        last = self.tokens_out
+        tower = tuple((layer, min(full, -(-out * count // last))) for layer, count in self.tower)
+        ends = bool(tower) and tower[-1][1] == out
+        return dataclasses.replace(
+            self, n_tokens=full, tower=tower, projector=() if ends else (out,)
+        )
 
     def depth(self, layer: int) -> float:
         """Relative depth l / L of a layer, or of a step after the tower, in [0, 1]."""
@@ -300,6 +317,7 @@ def build_schedule(
     one_step: bool = False,
     pairwise: bool = True,
     fewest: Budget | None = None,
+    after_layer: bool = False,
 ) -> Schedule:
     """Lay a budget out over tower and projector.
 
@@ -314,6 +332,7 @@ def build_schedule(
         one_step: reduce once, at the last merging layer.
         pairwise: one step can at most halve the tokens.
         fewest: smallest budget of an image where every image has its own; `budget` is the largest.
+        after_layer: see `Schedule`.
 
     Raises:
         ValueError: the budget cannot be met, with the smallest or largest value that can.
@@ -362,6 +381,7 @@ def build_schedule(
         packed=shape.packed,
         typical=shape.typical,
         spread=shape.spread,
+        after_layer=after_layer,
     )
 
 

@@ -227,7 +227,7 @@ def test_kernels_that_cannot_add_give_way_to_sdpa(name, head_dim, monkeypatch):
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, name, refuse)
     said = []
-    monkeypatch.setattr("pitome_vlm.adapters.tower.logger.warning_once", said.append)
+    monkeypatch.setattr("pitome_vlm.adapters.own_attention.logger.warning_once", said.append)
     layer, (_, bias) = attention_layer("clip", 2, head_dim), inputs(8, torch.float32)
     x = torch.randn(2, 60, 2 * head_dim)
     torch.testing.assert_close(run(layer, x, bias, name), run(layer, x, bias, "sdpa"))

@@ -285,7 +285,7 @@ def test_flops_are_what_is_computed(family):
 def test_deeper_levels_are_merged_like_the_features():
     """Qwen3-VL adds further features of the same tokens to the states of its first layers."""
     model, batch = FAMILIES["qwen3_vl"]()
-    pitome_vlm.wrap(model, keep=0.3)
+    pitome_vlm.wrap(model, keep=0.3, stage="projector")
     asked = {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
     with torch.no_grad():
         visual = pitome_vlm.encode_images(model, **asked)

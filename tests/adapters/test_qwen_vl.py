@@ -96,7 +96,7 @@ def check_promise(model, grid):
     assert told.tokens_out == max(1, math.floor(0.25 * full + 0.5))
     assert lengths == [batch["input_ids"].shape[1] - full + told.tokens_out]
     assert "visual tokens per image" in str(told)
-    # The tower is run in full, on the image as it is.
+    # The tower takes the image as it is and runs all its layers.
     assert "not run" not in str(told)
     assert "tile" not in str(told)
 
@@ -189,10 +189,6 @@ def test_rows_answer_as_they_do_alone_on_either_side(shared, kind):
 def test_every_algorithm_that_fits_hits_the_count(shared, name):
     model = shared(qwen)
     config = MergeConfig(keep=0.3, algorithm=name)
-    if algorithms.get(name).needs_attention:
-        with pytest.raises(ValueError, match="ranks tokens by attention"):
-            pitome_vlm.wrap(model, config=config)
-        return
     pitome_vlm.wrap(model, config=config)
     grids = [SMALL, WIDE, TALL]
     visual = encode_images(model, pixels(grids), image_grid_thw=torch.tensor(grids))
@@ -246,8 +242,9 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            ({"keep": 0.5, "stage": "tower"}, "stage='tower' merges inside the vision tower"),
-            ({"ratio": 0.9}, "ratio=0.9 merges inside"),
+            ({"keep": 0.5, "stage": "tower", "layers": (3,)}, r"layers must be in 0..2"),
+            ({"keep": 0.5, "stage": "tower", "algorithm": "pool"}, "needs whole grids"),
+            ({"keep": 0.5, "algorithm": "visionzip", "stage": "projector"}, "ranks tokens by"),
             ({"keep": 0.5, "size_bias": False, "positions": "compact"}, "positions='compact'"),
         ],
     )

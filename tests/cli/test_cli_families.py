@@ -187,7 +187,7 @@ def test_budgets_are_checked_as_elsewhere(folders):
         for words, message in (
             (["--keep", "2"], "keep must be in (0, 1]"),
             (["--tokens", "99999"], "tokens must be in 1.."),
-            (["--algorithm", "visionzip", "--keep", "0.5"], "visionzip"),
+            (["--algorithm", "visionzip", "--option", "stage=projector"], "visionzip"),
         ):
             fails_in_one_line(run("info", "--model", folders[name], *words), message)
     assert set(folders) <= set(tiny_families.FAMILIES)
