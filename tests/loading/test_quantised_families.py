@@ -9,7 +9,6 @@ from tiny_families import FAMILIES
 from tiny_qwen import qwen
 from tiny_video import video_model
 from torch import nn
-from transformers import AutoModelForImageTextToText
 
 import pitome_vlm
 from pitome_vlm.adapters import find_adapter
@@ -24,8 +23,7 @@ from pitome_vlm.loading.quantization import (
 def in_4_bits(model, folder):
     model.save_pretrained(folder)
     config = quantization(load_in_4bit=True)
-    load = AutoModelForImageTextToText.from_pretrained
-    model = load(folder, quantization_config=config).eval()
+    model = type(model).from_pretrained(folder, quantization_config=config).eval()
     keep_unpackable(model)
     return model
 
