@@ -66,17 +66,20 @@ def _row(adapter: Adapter) -> list[str]:
     kinds = adapter.pixel_inputs.values()
     videos = "; videos" if "video" in kinds else ""
     since = (5, 18) if adapter.own_scatter else OLDEST_TRANSFORMERS
-    first = adapter.model_types[0]
+    types = ", ".join(f"`{name}`" for name in adapter.model_types)
+    if isinstance(adapter, GenericAdapter) and adapter.family.of_tower is not None:
+        types += f" on a tower of type `{adapter.family.of_tower}`"
+    served = adapter.model_types[0] == "llava" and not isinstance(adapter, GenericAdapter)
     return [
         ", ".join(dict.fromkeys(f"`{_class(name)}`" for name in adapter.model_types)),
-        ", ".join(f"`{name}`" for name in adapter.model_types),
+        types,
         _where(adapter),
         _images(adapter) + videos,
         adapter.counted_per,
         "time, row, column" if adapter.own_positions else "order",
         "yes",
         "yes",
-        "yes" if first == "llava" else "no",
+        "yes" if served else "no",
         ".".join(map(str, since)),
         _run(adapter),
     ]
@@ -102,7 +105,7 @@ def _images(adapter: Adapter) -> str:
 
 def _run(adapter: Adapter) -> str:
     names = set(adapter.model_types)
-    if names & {*TESTED, *LLAVA}:
+    if names & set(TESTED if isinstance(adapter, GenericAdapter) else LLAVA):
         return "tests"
     return "by hand" if names & set(BY_HAND) else "no"
 

@@ -36,7 +36,10 @@ __all__ = [
     "tiles",
 ]
 
+# Of two adapters of one model type the first that matches serves a model: one of a certain tower
+# comes before one of any.
 ADAPTERS: list[Adapter] = [
+    *(GenericAdapter(family) for family in FAMILIES if family.of_tower is not None),
     HFLlavaAdapter(),
     HFAnyResAdapter(),
     HFVideoAdapter(),
@@ -45,7 +48,7 @@ ADAPTERS: list[Adapter] = [
     OriginalLlavaAdapter(),
     OriginalAnyResAdapter(),
     QwenVLAdapter(),
-    *(GenericAdapter(family) for family in FAMILIES),
+    *(GenericAdapter(family) for family in FAMILIES if family.of_tower is None),
 ]
 
 

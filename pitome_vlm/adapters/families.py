@@ -20,6 +20,7 @@ from .family import (
     square,
     tiles,
     tiles_that_hold_something,
+    unhidden_tiles,
     vit_tokens,
 )
 from .grids import PIXELS, Grid, given, given_grids
@@ -38,6 +39,10 @@ def merged_patches(config: Any) -> int:
 def merged_pixels(config: Any) -> int:
     """Pixels along a side of a token."""
     return int(config.vision_config.patch_size) * merge_size(config)
+
+
+def _patch_size(config: Any) -> int:
+    return int(config.vision_config.patch_size)
 
 
 def _mistral_cell(config: Any) -> int:
@@ -106,10 +111,11 @@ def _gemma4_cell(config: Any) -> int:
     return int(config.vision_config.patch_size * config.vision_config.pooling_kernel_size)
 
 
-def _gemma4_grids(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
+def _gemma4_patches(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
     """Gemma 4: all images (frames) are filled up with patches whose place is (-1, -1)."""
+    del config
     name, pixels = f"{kind}_position_ids", inputs[PIXELS[kind]]
-    side, places = config.vision_config.pooling_kernel_size, inputs.get(name)
+    places = inputs.get(name)
     if places is None or places.shape[:2] != pixels.shape[:2]:
         found = "missing" if places is None else f"of {list(places.shape[:2])} {kind}s and patches"
         raise ValueError(
@@ -118,13 +124,20 @@ def _gemma4_grids(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Gri
         )
     ends = (places.amax(1) + 1).tolist()
     if kind == "image":
-        return [(1, rows // side, columns // side) for columns, rows in ends]
+        return [(1, rows, columns) for columns, rows in ends]
     grids, start = [], 0
     for frames in given(inputs, "num_frames_per_video", kind):
         columns, rows = ends[start]
-        grids.append((int(frames), rows // side, columns // side))
+        grids.append((int(frames), rows, columns))
         start += int(frames)
     return grids
+
+
+def _gemma4_grids(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
+    """The tokens of the same images."""
+    side = config.vision_config.pooling_kernel_size
+    patches = _gemma4_patches(config, inputs, kind)
+    return [(frames, rows // side, columns // side) for frames, rows, columns in patches]
 
 
 LAYER_CHOICE = ("vision_feature_layer", "vision_feature_select_strategy")
@@ -139,6 +152,7 @@ FAMILIES = (
         ("internvl",),
         tiles(lambda config: config.image_seq_length),
         inputs={"image": ("pixel_values", *LAYER_CHOICE)},
+        tower="grid",
     ),
     Family(
         ("qwen3_vl", "qwen3_vl_moe"),
@@ -181,8 +195,15 @@ FAMILIES = (
         ("idefics3", "smolvlm"),
         tiles_that_hold_something(lambda config: vit_tokens(config, config.scale_factor)),
         inputs={"image": ("pixel_values", "pixel_attention_mask")},
+        tower="grid",
+        tower_grids=unhidden_tiles,
     ),
-    Family(("gemma3",), tiles(lambda config: config.mm_tokens_per_image), unit="image"),
+    Family(
+        ("gemma3",), tiles(lambda config: config.mm_tokens_per_image), tower="grid", unit="image"
+    ),
+    Family(
+        ("paligemma",), tiles(vit_tokens), first_place=1, one_mask=True, tower="grid", unit="image"
+    ),
     Family(
         ("gemma4",),
         _gemma4_grids,
@@ -192,14 +213,17 @@ FAMILIES = (
             "image": ("pixel_values", "image_position_ids"),
             "video": ("pixel_values_videos", "video_position_ids", "num_frames_per_video"),
         },
+        tower="grid",
+        tower_grids=_gemma4_patches,
     ),
-    Family(("paligemma",), tiles(vit_tokens), first_place=1, one_mask=True, unit="image"),
     Family(
         ("mistral3",),
         image_sizes("image_sizes", _mistral_cell),
         fitted(_mistral_cell),
         {"image": ("pixel_values", "image_sizes", "vision_feature_layer")},
         patches=_mistral_patches,
+        tower="grid",
+        tower_grids=image_sizes("image_sizes", _patch_size),
     ),
     Family(
         ("lighton_ocr",),
@@ -207,17 +231,31 @@ FAMILIES = (
         fitted(_mistral_cell),
         {"image": ("pixel_values", "image_sizes")},
         patches=_mistral_patches,
+        tower="grid",
+        tower_grids=image_sizes("image_sizes", _patch_size),
+    ),
+    Family(
+        ("llava",),
+        image_sizes("image_sizes", _patch_size),
+        fitted(_patch_size),
+        {"image": ("pixel_values", "image_sizes", *LAYER_CHOICE)},
+        patches=lambda _: 1,
+        tower="grid",
+        tower_grids=image_sizes("image_sizes", _patch_size),
+        of_tower="pixtral",
     ),
     Family(
         ("aya_vision",),
         tiles(lambda config: vit_tokens(config, config.downsample_factor)),
         inputs={"image": ("pixel_values", *LAYER_CHOICE)},
+        tower="grid",
     ),
     Family(
         ("cohere2_vision",),
         tiles(lambda config: vit_tokens(config, config.downsample_factor)),
+        tower="grid",
     ),
-    Family(("deepseek_vl",), tiles(vit_tokens), unit="image"),
+    Family(("deepseek_vl",), tiles(vit_tokens), tower="grid", unit="image"),
     Family(
         ("video_llama_3",),
         _own_merge_sizes,
@@ -254,6 +292,8 @@ FAMILIES = (
         rounded(lambda config: config.vision_config.patch_size * config.downsample_factor),
         patches=lambda config: config.downsample_factor**2,
         inputs={"image": ("pixel_values", "spatial_shapes", "pixel_attention_mask")},
+        tower="grid",
+        tower_grids=image_sizes("spatial_shapes", lambda _: 1),
     ),
     Family(
         ("minicpmv4_6",),
@@ -268,5 +308,6 @@ FAMILIES = (
     Family(
         ("ovis2",),
         tiles(lambda config: vit_tokens(config, config.vision_config.hidden_stride)),
+        tower="grid",
     ),
 )

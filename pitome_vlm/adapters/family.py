@@ -27,6 +27,8 @@ class Family:
 
     Attributes:
         model_types: values of `config.model_type`.
+        of_tower: the same of the vision tower's configuration, where that tells a family from
+            another one; None for any.
         grids: of the images of a call.
         cells: of one image of a size; None where every image (or tile) has the same number of
             tokens.
@@ -37,6 +39,8 @@ class Family:
         levels: of the same, further features of the same tokens for deeper layers (deepstack).
         patches: by the configuration, patches of the tower that become one token; None where the
             tower sees square images of one size.
+        tower_grids: of the patches of images, where a tower in which they merge ("grid") takes
+            images of any size; None where all are as its configuration says.
         first_place: position of a prompt's first token.
         one_mask: the language model takes no masks by layer type.
         placeholders: kinds whose placeholder is named after another kind.
@@ -59,6 +63,7 @@ class Family:
     field: str = "pooler_output"
     levels: str | None = None
     patches: Callable[[Any], int] | None = None
+    tower_grids: Grids | None = None
     first_place: int = 0
     one_mask: bool = False
     placeholders: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -67,6 +72,7 @@ class Family:
     unit: str = "tile"
     frames_per_grid: Callable[[Any], int] = _temporal_patch
     several_grids: bool = False
+    of_tower: str | None = None
 
 
 def square(tokens: int) -> Grid:
@@ -101,6 +107,22 @@ def tiles_that_hold_something(tokens: Callable[[Any], int]) -> Grids:
         return [square(tokens(config))] * int(real.sum())
 
     return grids
+
+
+def unhidden_tiles(config: Any, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
+    """The patches of the same tiles.
+
+    Raises:
+        ValueError: a mask hides a part of a tile that holds something.
+    """
+    real = (inputs["pixel_values"] != 0).flatten(2).any(-1)
+    mask = inputs.get("pixel_attention_mask")
+    if mask is not None and not bool((mask[real.to(mask.device)] != 0).all()):
+        raise ValueError(
+            f"pixel_attention_mask hides a part of a tile of the {kind}s, which tokens that merge "
+            'in the tower would not respect; use stage="projector"'
+        )
+    return [square(vit_tokens(config))] * int(real.sum())
 
 
 def patch_grids(side: Callable[[Any], int]) -> Grids:

@@ -23,19 +23,23 @@ from ..merge.tiles import PackedItem, merge_grids
 from ..merge.tokens import Encoded, HandedOver
 from ..releases import TRANSFORMERS, accepted, dict_wanted, takes_features
 from .base import Adapter
-from .family import Family, vit_tokens
-from .features import token_id
+from .family import Family
+from .features import FEATURE_OPTIONS, token_id
+from .grid_tower import GridTower
 from .grids import Grid, footprint_of, item_of, item_with_gaps, rope_places
-from .inner_tower import Comparison, TowerKind, WholeTower
+from .inner_tower import Comparison, Reading, TowerKind, WholeTower
 from .parts import PROJECTORS, TOWERS, ModelParts
+from .tower_reading import depths_read, reading_of, reading_of_one, whole_flops
 from .unit_tower import UnitTower
 
 # How tokens merge inside a tower, by `Family.tower`.
-TOWER_KINDS: dict[str | None, TowerKind] = {None: WholeTower(), "units": UnitTower()}
+TOWER_KINDS: dict[str | None, TowerKind] = {
+    None: WholeTower(),
+    "units": UnitTower(),
+    "grid": GridTower(),
+}
 
 _LANGUAGE_MODELS = ("language_model", "text_model")
-# Words in the names of a tower's modules that see merged patches.
-_AFTER_MERGING = ("merger", "downsample", "head_linear")
 
 
 _ADAPTERS: dict[tuple[str, ...], GenericAdapter] = {}
@@ -56,6 +60,7 @@ class GenericAdapter(Adapter):
         names = tuple(name for own in family.inputs.values() for name in own)
         self.vision_inputs = (*dict.fromkeys(names), *family.places)
         self.place_inputs = family.places
+        self.feature_options = tuple(name for name in names if name in FEATURE_OPTIONS)
         self.own_positions = bool(family.places)
         self.first_place = family.first_place
         self.one_mask = family.one_mask
@@ -69,7 +74,10 @@ class GenericAdapter(Adapter):
 
     @override
     def matches(self, model: Any) -> bool:
-        return super().matches(model) and hasattr(_core(model), "get_image_features")
+        if not super().matches(model) or not hasattr(_core(model), "get_image_features"):
+            return False
+        tower = getattr(model.config, "vision_config", None)
+        return self.family.of_tower in (None, getattr(tower, "model_type", None))
 
     @override
     def is_same(self, other: Adapter) -> bool:
@@ -87,8 +95,11 @@ class GenericAdapter(Adapter):
         """The numbers of a typical image; budgets of others follow from their own footprint."""
         full, kind = self.footprint(model).full, self._kind(model)
         layers = kind.layers(self.parts(model).vision_tower)
+        used = 1
+        if layers:
+            used = max(depths_read(self.family, model.config, feature_options, layers))
         return TowerShape(
-            *(full, 0, 0, layers or 1, layers or 1),
+            *(full, 0, 0, layers or 1, used),
             packed=True,
             projector_only=not layers,
             typical=True,
@@ -145,33 +156,22 @@ class GenericAdapter(Adapter):
     def tower_flops(
         self, model: Any, footprint: Footprint, schedule: Schedule | None = None
     ) -> int | None:
-        """Patches through all linear layers and convolutions, and attention over every frame."""
-        config, parts = model.config, self.parts(model)
-        own = self._kind(model).flops(parts.vision_tower, parts.vision_config, footprint, schedule)
-        if own is not None:
-            return own
-        if self.family.patches is not None:
-            patches = footprint.full * self.family.patches(config)
-        else:
-            named = parts.vision_tower.named_parameters()
-            patches = vit_tokens(config) + any("cls_token" in name for name, _ in named)
-        total = 0
-        for name, module in parts.vision_tower.named_modules():
-            seen = footprint.full if any(word in name for word in _AFTER_MERGING) else patches
-            if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
-                total += 2 * module.weight.numel() * seen
-        layers = max(len(m) for m in parts.vision_tower.modules() if isinstance(m, nn.ModuleList))
-        frame = patches // max(1, footprint.frames)
-        return total + 4 * patches * frame * _width(parts.vision_config) * layers
+        inner, tower, reading = self._one(model, footprint)
+        found = inner.flops(tower, reading, footprint, schedule)
+        return whole_flops(self.family, tower, model.config, footprint) if found is None else found
 
     @override
     def tower_comparisons(
         self, model: Any, footprint: Footprint, schedule: Schedule
     ) -> list[Comparison]:
-        parts = self.parts(model)
-        return self._kind(model).comparisons(
-            parts.vision_tower, parts.vision_config, footprint, schedule
-        )
+        inner, tower, reading = self._one(model, footprint)
+        return inner.comparisons(tower, reading, footprint, schedule)
+
+    def _one(self, model: Any, footprint: Footprint) -> tuple[TowerKind, nn.Module, Reading]:
+        """How tokens merge in the tower, the tower, and how it reads one image."""
+        inner, tower = self._kind(model), self.parts(model).vision_tower
+        layers = inner.layers(tower)
+        return inner, tower, reading_of_one(self.family, model.config, footprint, layers)
 
     @override
     def placeholder_ids(self, model: Any) -> dict[str, int]:
@@ -278,7 +278,11 @@ class GenericAdapter(Adapter):
                 continue
             items, shown = self._items(model, inputs, kind), self._shown(inputs, kind)
             own = merge_pass.fresh() if encoded else merge_pass
-            with inner.encoding(tower, own, items) as found:
+            reading = Reading()
+            if own.schedule.tower:
+                n = inner.layers(tower)
+                reading = reading_of(self.family, model.config, inputs, kind, len(items), n)
+            with inner.encoding(tower, own, items, reading) as found:
                 output = _read(_core(model), kind, {n: inputs[n] for n in names if n in inputs})
             footprints = [item.footprint for item in items]
             own_form = getattr(output, self.family.field, output)
@@ -336,10 +340,6 @@ def _random_patches(
     count = sum(math.prod(grid) for grid in patches)
     values = torch.randn(count, width, generator=generator)
     return {"pixel_values": values, "image_grid_thw": torch.tensor(patches)}
-
-
-def _width(vision: Any) -> int:
-    return int(getattr(vision, "embed_dim", None) or vision.hidden_size)
 
 
 def _first(core: Any, names: tuple[str, ...]) -> nn.Module:

@@ -11,7 +11,6 @@ import abc
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from typing_extensions import override
@@ -20,6 +19,23 @@ from ..merge.counts import Footprint
 from ..merge.merge_pass import MergePass
 from ..merge.schedule import Schedule
 from ..merge.tiles import CellGroups, PackedItem
+from .grids import Grid
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a call reads a tower.
+
+    Attributes:
+        depths: numbers of layers after which states are read.
+        patches: (frames, rows, columns) of the patches of every image (or tile).
+        row: patches that the tower has a row for, of which an image fills as many as it has; 0
+            where nothing is filled up.
+    """
+
+    depths: tuple[int, ...] = ()
+    patches: tuple[Grid, ...] = ()
+    row: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +86,11 @@ class TowerKind(abc.ABC):
 
     @abc.abstractmethod
     def encoding(
-        self, tower: nn.Module, merge_pass: MergePass, items: Sequence[PackedItem]
+        self,
+        tower: nn.Module,
+        merge_pass: MergePass,
+        items: Sequence[PackedItem],
+        reading: Reading,
     ) -> contextlib.AbstractContextManager[MergePass]:
         """Let a tower merge for the length of a block, in which the model reads its features.
 
@@ -78,6 +98,7 @@ class TowerKind(abc.ABC):
             tower: an installed one, unless `merge_pass` merges nothing in it.
             merge_pass: what is asked for.
             items: the images that are read, in order; every canvas is a frame (or tile) of tokens.
+            reading: how they are read.
 
         Returns:
             The pass that holds the tower's plans afterwards.
@@ -98,13 +119,17 @@ class TowerKind(abc.ABC):
 
     @abc.abstractmethod
     def flops(
-        self, tower: nn.Module, config: Any, footprint: Footprint, schedule: Schedule | None
+        self,
+        tower: nn.Module,
+        reading: Reading,
+        footprint: Footprint,
+        schedule: Schedule | None,
     ) -> int | None:
         """FLOPs of a tower for an image or video, without those of `comparisons`.
 
         Args:
             tower: the tower.
-            config: its configuration.
+            reading: how the image is read.
             footprint: the image.
             schedule: what is merged, None for nothing.
 
@@ -113,10 +138,10 @@ class TowerKind(abc.ABC):
         """
 
     def comparisons(
-        self, tower: nn.Module, config: Any, footprint: Footprint, schedule: Schedule
+        self, tower: nn.Module, reading: Reading, footprint: Footprint, schedule: Schedule
     ) -> list[Comparison]:
         """What merging compares in the tower; arguments as for `flops`."""
-        del tower, config, footprint, schedule
+        del tower, reading, footprint, schedule
         return []
 
 
@@ -137,13 +162,21 @@ class WholeTower(TowerKind):
 
     @override
     def encoding(
-        self, tower: nn.Module, merge_pass: MergePass, items: Sequence[PackedItem]
+        self,
+        tower: nn.Module,
+        merge_pass: MergePass,
+        items: Sequence[PackedItem],
+        reading: Reading,
     ) -> contextlib.AbstractContextManager[MergePass]:
         return contextlib.nullcontext(merge_pass)
 
     @override
     def flops(
-        self, tower: nn.Module, config: Any, footprint: Footprint, schedule: Schedule | None
+        self,
+        tower: nn.Module,
+        reading: Reading,
+        footprint: Footprint,
+        schedule: Schedule | None,
     ) -> int | None:
         return None
 
@@ -158,3 +191,15 @@ def tokens_by_layer(schedule: Schedule | None, footprint: Footprint, n_layers: i
         else:
             lengths.append(lengths[-1])
     return lengths
+
+
+def weights(module: nn.Module) -> int:
+    """Weights of all linear layers and convolutions of a module."""
+    return sum(map(own_weights, module.modules()))
+
+
+def own_weights(module: nn.Module) -> int:
+    """Weights of a linear layer or convolution; 0 of any other module."""
+    if isinstance(module, nn.Linear):
+        return module.in_features * module.out_features
+    return module.weight.numel() if isinstance(module, (nn.Conv2d, nn.Conv3d)) else 0

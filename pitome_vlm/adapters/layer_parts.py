@@ -21,6 +21,7 @@ _INPUTS = {
     *("output_attentions", "kwargs"),
 }
 _ROTARY_INPUT = "position_embeddings"
+_PLACE_INPUTS = {_ROTARY_INPUT, "position_ids"}
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,12 @@ class LayerParts:
             to the residual: modules, or parameters it is multiplied by.
         projections: of the attention: queries, keys, values.
         normed: of the attention: what queries and keys go through before they are cut into heads.
+        heads_normed: of the attention: what heads of queries, keys and values go through.
         output: of the attention: what all heads together go through.
         scale: of the attention: factor of the logits.
         dropout: of the attention: probability.
-        rotary: queries and keys are rotated by the place of their patch.
+        rotary: queries and keys are turned by the place of their patch: 1 where all channels are
+            turned together, 2 where half of them is for each of the two axes; 0 for not at all.
     """
 
     norms: tuple[str, str] = ("layer_norm1", "layer_norm2")
@@ -47,10 +50,11 @@ class LayerParts:
     scaled: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     projections: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")
     normed: tuple[str, ...] = ()
+    heads_normed: tuple[str, ...] = ()
     output: tuple[str, ...] = ("out_proj",)
     scale: str = "scale"
     dropout: str = "dropout"
-    rotary: bool = False
+    rotary: int = 0
 
     def fit(self, layer: nn.Module) -> bool:
         """Whether a layer is built of these parts and no others."""
@@ -61,12 +65,12 @@ class LayerParts:
         if not own.issuperset(children | weights) or not all(hasattr(layer, name) for name in own):
             return False
         attention: Any = getattr(layer, self.attention)
-        names = (*self.projections, *self.normed, *self.output, self.scale, self.dropout)
+        names = (*self.projections, *self.normed, *self.heads_normed, *self.output)
         inputs = set(inspect.signature(base_class(attention).forward).parameters)
         return (
-            all(hasattr(attention, name) for name in (*names, "head_dim"))
-            and inputs <= _INPUTS | {_ROTARY_INPUT}
-            and (_ROTARY_INPUT in inputs) == self.rotary
+            all(hasattr(attention, name) for name in (*names, self.scale, self.dropout, "head_dim"))
+            and inputs <= _INPUTS | (_PLACE_INPUTS if self.rotary else set())
+            and (_ROTARY_INPUT in inputs) == bool(self.rotary)
         )
 
     def add(self, layer: Any, half: int, hidden: Tensor, change: Tensor) -> Tensor:
@@ -103,9 +107,18 @@ PIXTRAL = LayerParts(
     mlp="feed_forward",
     output=("o_proj",),
     scale="scaling",
-    rotary=True,
+    rotary=1,
 )
-LAYERS = (CLIP_LIKE, INTERNVL, AIMV2, PIXTRAL)
+GEMMA4 = LayerParts(
+    norms=("input_layernorm", "pre_feedforward_layernorm"),
+    scaled=(("post_attention_layernorm",), ("post_feedforward_layernorm",)),
+    heads_normed=("q_norm", "k_norm", "v_norm"),
+    output=("o_proj",),
+    scale="scaling",
+    dropout="attention_dropout",
+    rotary=2,
+)
+LAYERS = (CLIP_LIKE, INTERNVL, AIMV2, PIXTRAL, GEMMA4)
 
 
 def parts_of(layer: nn.Module) -> LayerParts | None:

@@ -22,81 +22,8 @@ from .layer_parts import CLIP_LIKE, LayerParts
 Heads = tuple[Tensor, Tensor, Tensor]
 
 
-def _alone(own: Tensor) -> Tensor:
+def _as_is(own: Any) -> Any:
     return own
-
-
-@dataclass(frozen=True)
-class LayerKernels:
-    """How a layer's own attention is run: in two steps, so that a merge can use what is between.
-
-    Attributes:
-        project: (attention, normed [B, N, C]) to queries, keys and values, each
-            [B, heads, N, head_dim].
-        attend: (attention, those three, additive bias [B, 1, 1, N], float32 or wider, or None) to
-            [B, N, C], the output projection included.
-        agree: averages a tensor over all processes that share the heads of one layer, because all
-            of them have to make the same plan.
-    """
-
-    project: Callable[[Any, Tensor], Heads]
-    attend: Callable[[Any, Heads, Tensor | None], Tensor]
-    agree: Callable[[Tensor], Tensor] = _alone
-
-
-def merged_layer(
-    layer: Any,
-    index: int,
-    hidden: Tensor,
-    merge_pass: MergePass,
-    kernels: LayerKernels,
-    names: LayerParts = CLIP_LIKE,
-) -> Tensor:
-    """A pre-norm encoder layer with its merge, where the pass touches it.
-
-    Args:
-        layer: an encoder layer.
-        index: its number in the tower, from 0.
-        hidden: [B, N, C].
-        merge_pass: the encoding this call belongs to.
-        kernels: how the layer's attention is run.
-        names: of the layer's parts.
-
-    Returns:
-        [B, M, C].
-    """
-    attention, mlp = getattr(layer, names.attention), getattr(layer, names.mlp)
-    norms = [getattr(layer, name) for name in names.norms]
-    placement = merge_pass.config.placement
-    # Not rounded to half precision here: that is up to the kernel.
-    exact = torch.promote_types(hidden.dtype, torch.float32)
-    bias = log_size_bias(merge_pass.attention_sizes(index), exact)
-    parts = kernels.project(attention, norms[0](hidden))
-    hidden = names.add(layer, 0, hidden, kernels.attend(attention, parts, bias))
-    received = None
-    if merge_pass.wants_attention(index):
-        scale = getattr(attention, names.scale)
-        local = attention_received(parts[0], parts[1], bias, scale, merge_pass.has_class_token)
-        received = kernels.agree(local)
-    if placement == "after_attention":
-        metric = _compared(index, hidden, parts[1], merge_pass, kernels)
-        hidden = merge_pass.merge_in_layer(index, hidden, metric, received)
-    hidden = names.add(layer, 1, hidden, mlp(norms[1](hidden)))
-    if placement == "after_layer":
-        metric = _compared(index, hidden, parts[1], merge_pass, kernels)
-        hidden = merge_pass.merge_in_layer(index, hidden, metric, received)
-    return hidden
-
-
-def _compared(
-    index: int, hidden: Tensor, key: Tensor, merge_pass: MergePass, kernels: LayerKernels
-) -> Tensor:
-    """The similarity metric for this layer, [B, N, D]; unused unless it merges."""
-    if not merge_pass.merges(index):
-        return hidden
-    # The keys averaged over heads (paper eq. 3; 64-d for CLIP-L). Hidden states are the same in all
-    # processes up to rounding, which may be enough to change the plan.
-    return kernels.agree(key.mean(1) if merge_pass.compares_keys else hidden)
 
 
 @torch.no_grad()
@@ -127,3 +54,82 @@ def attention_received(
             logits = logits + bias[:, 0].float()
         total += logits.softmax(-1).mean(1)
     return total / key.shape[1]
+
+
+@dataclass(frozen=True)
+class LayerKernels:
+    """How a layer's own attention is run: in two steps, so that a merge can use what is between.
+
+    Attributes:
+        project: (attention, normed [B, N, C]) to queries, keys and values, each
+            [B, heads, N, head_dim].
+        attend: (attention, those three, additive bias [B, 1, 1, N], float32 or wider, or None) to
+            [B, N, C], the output projection included.
+        turn: queries, keys and values to those that attend, where they are turned by place; tokens
+            are compared by keys that are not.
+        received: as `attention_received`.
+        agree: averages a tensor over all processes that share the heads of one layer, because all
+            of them have to make the same plan.
+    """
+
+    project: Callable[[Any, Tensor], Heads]
+    attend: Callable[[Any, Heads, Tensor | None], Tensor]
+    turn: Callable[[Heads], Heads] = _as_is
+    received: Callable[..., Tensor] = attention_received
+    agree: Callable[[Tensor], Tensor] = _as_is
+
+
+def merged_layer(
+    layer: Any,
+    index: int,
+    hidden: Tensor,
+    merge_pass: MergePass,
+    kernels: LayerKernels,
+    names: LayerParts = CLIP_LIKE,
+) -> Tensor:
+    """A pre-norm encoder layer with its merge, where the pass touches it.
+
+    Args:
+        layer: an encoder layer.
+        index: its number in the tower, from 0.
+        hidden: [B, N, C].
+        merge_pass: the encoding this call belongs to.
+        kernels: how the layer's attention is run.
+        names: of the layer's parts.
+
+    Returns:
+        [B, M, C].
+    """
+    attention, mlp = getattr(layer, names.attention), getattr(layer, names.mlp)
+    norms = [getattr(layer, name) for name in names.norms]
+    placement = merge_pass.config.placement
+    # Not rounded to half precision here: that is up to the kernel.
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    bias = log_size_bias(merge_pass.attention_sizes(index), exact)
+    parts = kernels.project(attention, norms[0](hidden))
+    turned = kernels.turn(parts)
+    hidden = names.add(layer, 0, hidden, kernels.attend(attention, turned, bias))
+    received = None
+    if merge_pass.wants_attention(index):
+        scale, has_class = getattr(attention, names.scale), merge_pass.has_class_token
+        local = kernels.received(turned[0], turned[1], bias, scale, has_class)
+        received = kernels.agree(local)
+    if placement == "after_attention":
+        metric = _compared(index, hidden, parts[1], merge_pass, kernels)
+        hidden = merge_pass.merge_in_layer(index, hidden, metric, received)
+    hidden = names.add(layer, 1, hidden, mlp(norms[1](hidden)))
+    if placement == "after_layer":
+        metric = _compared(index, hidden, parts[1], merge_pass, kernels)
+        hidden = merge_pass.merge_in_layer(index, hidden, metric, received)
+    return hidden
+
+
+def _compared(
+    index: int, hidden: Tensor, key: Tensor, merge_pass: MergePass, kernels: LayerKernels
+) -> Tensor:
+    """The similarity metric for this layer, [B, N, D]; unused unless it merges."""
+    if not merge_pass.merges(index):
+        return hidden
+    # The keys averaged over heads (paper eq. 3; 64-d for CLIP-L). Hidden states are the same in all
+    # processes up to rounding, which may be enough to change the plan.
+    return kernels.agree(key.mean(1) if merge_pass.compares_keys else hidden)

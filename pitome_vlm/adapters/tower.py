@@ -152,12 +152,14 @@ class MergingLayer(InTower):
             return _as_returned(self, hidden_states)
         if not pitome_pass.touches(layer):
             return own(hidden_states, *args, **kwargs)
-        names = self._pitome_parts
-        merged = merged_layer(self, layer, hidden_states, pitome_pass, kernels_of(names), names)
-        return _as_returned(self, merged)
+        return _as_returned(self, self._pitome_merged(hidden_states, pitome_pass))
+
+    def _pitome_merged(self, hidden: Tensor, merge_pass: MergePass) -> Tensor:
+        layer, names = self._pitome_layer, self._pitome_parts
+        return merged_layer(self, layer, hidden, merge_pass, kernels_of(names), names)
 
 
-def _project(names: LayerParts, attention: Any, normed: Tensor) -> Heads:
+def project(names: LayerParts, attention: Any, normed: Tensor) -> Heads:
     """Queries, keys and values of [B, N, C], each [B, heads, N, head_dim].
 
     From the live projections, so that LoRA and quantised layers are seen as they are, and once,
@@ -167,24 +169,31 @@ def _project(names: LayerParts, attention: Any, normed: Tensor) -> Heads:
     for index, name in enumerate(names.normed):
         flat[index] = getattr(attention, name)(flat[index])
     shape = (*normed.shape[:-1], -1, attention.head_dim)
-    query, key, value = (part.view(shape).transpose(1, 2) for part in flat)
+    heads = [part.view(shape) for part in flat]
+    for index, name in enumerate(names.heads_normed):
+        heads[index] = getattr(attention, name)(heads[index])
+    query, key, value = (part.transpose(1, 2) for part in heads)
     return query, key, value
 
 
 def _attend(names: LayerParts, attention: Any, parts: Heads, bias: Tensor | None) -> Tensor:
     """The layer's own attention, [B, N, C], with an additive bias [B, 1, 1, N] or None."""
     scale, dropout = getattr(attention, names.scale), getattr(attention, names.dropout)
-    output = own_attention(attention, parts, bias, scale, dropout)
-    merged: Tensor = output.flatten(2).contiguous()
+    return project_out(names, attention, own_attention(attention, parts, bias, scale, dropout))
+
+
+def project_out(names: LayerParts, attention: Any, heads: Tensor) -> Tensor:
+    """What attention returns, from its heads: [B, N, heads, D] to [B, N, C]."""
+    output = heads.flatten(2).contiguous()
     for part in names.output:
-        merged = getattr(attention, part)(merged)
-    return merged
+        output = getattr(attention, part)(output)
+    return output
 
 
 @functools.cache
 def kernels_of(names: LayerParts) -> LayerKernels:
     """How attention of layers with these parts is run."""
-    return LayerKernels(functools.partial(_project, names), functools.partial(_attend, names))
+    return LayerKernels(functools.partial(project, names), functools.partial(_attend, names))
 
 
 KERNELS = kernels_of(CLIP_LIKE)
@@ -195,15 +204,17 @@ def _as_returned(layer: Any, hidden: Tensor) -> Any:
     return (hidden,) if layer._pitome_returns_tuple else hidden
 
 
-def install_tower(tower: nn.Module, *, rotary: bool = False) -> None:
-    """Put `MergingLayer` before every layer's class; all or nothing."""
+def install_tower(
+    tower: nn.Module, mixin: type[MergingLayer] = MergingLayer, *, rotary: bool = False
+) -> None:
+    """Put a mixin before every layer's class; all or nothing."""
     lists, slot = find_encoder_layers(tower, rotary=rotary), TowerSlot()
     returns_tuple = layers_return_tuples(base_class(lists[0][0]))
     try:
         for layers in lists:
             for index, layer in enumerate(layers):
                 parts = parts_of(layer)
-                swap_in(layer, MergingLayer)
+                swap_in(layer, mixin)
                 layer._pitome_parts = parts  # type: ignore[assignment]
                 layer._pitome_layer = index  # type: ignore[assignment]
                 layer._pitome_returns_tuple = returns_tuple  # type: ignore[assignment]

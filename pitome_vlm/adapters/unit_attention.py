@@ -87,35 +87,45 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(attention: Any, heads: Heads, segments: Segmented, bias: Tensor | None) -> Tensor:
-    """Attention within every segment, the output projection included.
+    """`attend_within`, and the output projection of a block: [S, C]."""
+    dropout = getattr(attention, "attention_dropout", 0.0)
+    output = attend_within(attention, heads, segments, bias, attention.scaling, dropout)
+    projected: Tensor = attention.proj(output.flatten(1))
+    return projected
+
+
+def attend_within(
+    attention: Any,
+    heads: Heads,
+    segments: Segmented,
+    bias: Tensor | None,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """Attention within every segment.
 
     Args:
-        attention: the block's attention.
+        attention: the layer's attention.
         heads: queries, keys and values, each [S, H, D].
         segments: of the sequence.
         bias: [S] float32 or wider, added to the logits of every key; None for nothing.
+        scale: of the logits.
+        dropout: of the attention weights, where the layer is trained.
 
     Returns:
-        [S, C].
+        [S, H, D].
     """
-    more: dict[str, Any] = {
-        "scale": attention.scaling,
-        "dropout": getattr(attention, "attention_dropout", 0.0),
-    }
+    more: dict[str, Any] = {"scale": scale, "dropout": dropout}
     if takes_channels(implementation(attention), heads[2].shape[-1]):
         packed: Any = [one.transpose(0, 1)[None] for one in heads]
         row = None if bias is None else bias[None, None, None]
         cut: dict[str, Any] = {"cu_seq_lens_q": segments.ends, "cu_seq_lens_k": segments.ends}
         cut |= {"max_length_q": segments.longest, "max_length_k": segments.longest}
-        output = own_attention(attention, packed, row, **more, **cut)[0]
-    else:
-        parts = [
-            own_attention(attention, own, row, **more)
-            for own, row in _batched(heads, segments, bias)
-        ]
-        output = segments.joined(parts)
-    projected: Tensor = attention.proj(output.flatten(1))
-    return projected
+        return own_attention(attention, packed, row, **more, **cut)[0]
+    parts = [
+        own_attention(attention, own, row, **more) for own, row in _batched(heads, segments, bias)
+    ]
+    return segments.joined(parts)
 
 
 def _batched(
@@ -130,22 +140,22 @@ def _batched(
 
 
 def attention_by_unit(
-    attention: Any, heads: Heads, segments: Segmented, bias: Tensor | None, patches: int
+    heads: Heads, segments: Segmented, bias: Tensor | None, scale: float, patches: int
 ) -> Tensor:
     """How much attention every unit gets within its segment, averaged over heads and queries.
 
     Args:
-        attention: the block's attention.
         heads: queries, keys and values, each [S, H, D].
         segments: of the sequence.
-        bias: [S], see `attend`.
+        bias: [S], see `attend_within`.
+        scale: of the logits.
         patches: of a unit, neighbours in the sequence.
 
     Returns:
         [1, S / patches] float32; the units of a segment sum to one.
     """
     parts = [
-        attention_received(own[0], own[1], row, attention.scaling, False)
+        attention_received(own[0], own[1], row, scale, False)
         for own, row in _batched(heads, segments, bias)
     ]
     return segments.joined([part[..., None] for part in parts]).view(1, -1, patches).sum(-1)

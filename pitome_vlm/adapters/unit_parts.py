@@ -9,7 +9,7 @@ from torch import nn
 
 from ..merge.counts import Footprint
 from ..merge.schedule import Schedule
-from .inner_tower import Comparison, tokens_by_layer
+from .inner_tower import Comparison, tokens_by_layer, weights
 
 BLOCK_PARTS = ("norm1", "norm2", "attn", "mlp")
 ATTENTION_PARTS = ("qkv", "proj", "num_heads", "scaling")
@@ -57,15 +57,15 @@ def unit_flops(tower: Any, footprint: Footprint, schedule: Schedule | None) -> i
         if is_windowed(tower, index):
             together = min(together, window**2)
         keys = together * entering / footprint.full * side**2
-        total += _weights(block.attn) * entering * side**2
-        total += _weights(block.mlp) * (leaving if inside else entering) * side**2
+        total += weights(block.attn) * entering * side**2
+        total += weights(block.mlp) * (leaving if inside else entering) * side**2
         total += round(2 * entering * side**2 * keys * block.attn.qkv.in_features)
     for index, merger in mergers(tower):
-        total += _weights(merger) * lengths[index]
+        total += weights(merger) * lengths[index]
     rest = ((name, module) for name, module in tower.named_children() if name not in _WITH_LAYERS)
     for name, module in rest:
         seen = lengths[-1] if name == "downsample" else footprint.full * side**2
-        total += _weights(module) * seen
+        total += weights(module) * seen
     return 2 * total
 
 
@@ -83,17 +83,6 @@ def unit_comparisons(tower: Any, footprint: Footprint, schedule: Schedule) -> li
         Comparison(index, -(-lengths[index] // sets), -(-lengths[index + 1] // sets), sets, *widths)
         for index, _ in schedule.tower
     ]
-
-
-def _weights(module: nn.Module) -> int:
-    """Weights of all linear layers and convolutions of a module."""
-    total = 0
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            total += part.in_features * part.out_features
-        elif isinstance(part, (nn.Conv2d, nn.Conv3d)):
-            total += part.weight.numel()
-    return total
 
 
 def window_side(tower: Any) -> int:

@@ -27,7 +27,7 @@ from ..merge.schedule import Schedule
 from ..merge.segments import Frame, SegmentPass
 from ..merge.tiles import CellGroups, PackedItem
 from ..releases import rotary_at
-from .inner_tower import Comparison, TowerKind
+from .inner_tower import Comparison, Reading, TowerKind
 from .swap import own_forward, swap_in
 from .tower import InTower, TowerSlot, encoding, refuse_checkpoint_wrapper, uninstall_tower
 from .unit_attention import Segmented, attend, attention_by_unit, project
@@ -131,7 +131,8 @@ def _merged_block(block: Any, layer: int, hidden: Tensor, merge_pass: UnitPass) 
     hidden = hidden + attend(block.attn, heads, segments, bias)
     received = None
     if merge_pass.wants_attention(layer):
-        received = attention_by_unit(block.attn, heads, segments, bias, merge_pass.patches)
+        scale, patches = block.attn.scaling, merge_pass.patches
+        received = attention_by_unit(heads, segments, bias, scale, patches)
     if merge_pass.config.placement == "after_attention":
         hidden = _merge(layer, hidden, heads[1], received, merge_pass)
     hidden = hidden + block.mlp(block.norm2(hidden))
@@ -178,7 +179,11 @@ class UnitTower(TowerKind):
     @override
     @contextlib.contextmanager
     def encoding(
-        self, tower: nn.Module, merge_pass: MergePass, items: Sequence[PackedItem]
+        self,
+        tower: nn.Module,
+        merge_pass: MergePass,
+        items: Sequence[PackedItem],
+        reading: Reading,
     ) -> Iterator[MergePass]:
         if not merge_pass.schedule.tower:
             yield merge_pass
@@ -205,13 +210,13 @@ class UnitTower(TowerKind):
 
     @override
     def flops(
-        self, tower: nn.Module, config: Any, footprint: Footprint, schedule: Schedule | None
+        self, tower: nn.Module, reading: Reading, footprint: Footprint, schedule: Schedule | None
     ) -> int | None:
         return unit_flops(unit_towers(tower)[0], footprint, schedule)
 
     @override
     def comparisons(
-        self, tower: nn.Module, config: Any, footprint: Footprint, schedule: Schedule
+        self, tower: nn.Module, reading: Reading, footprint: Footprint, schedule: Schedule
     ) -> list[Comparison]:
         return unit_comparisons(unit_towers(tower)[0], footprint, schedule)
 

@@ -196,6 +196,8 @@ def projector_flops(
     if footprint is not None and (schedule.packed or footprint.frames):
         merging = _packed_flops(base, schedule, config, footprint)
         projected = footprint.tiles * schedule.tower_out
+        if schedule.typical:
+            projected = footprint.full
         if footprint.frames and find_adapter(base).videos_pooled_first:
             projected = _out(schedule, config, footprint)
         return merging + projected * linear_flops(projector), merging

@@ -102,4 +102,4 @@ def _mean_over_ranks(own: Tensor) -> Tensor:
 
 
 _KERNELS = LayerKernels(_project, _attend)
-_PARALLEL_KERNELS = LayerKernels(_project, _attend, _mean_over_ranks)
+_PARALLEL_KERNELS = LayerKernels(_project, _attend, agree=_mean_over_ranks)

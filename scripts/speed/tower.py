@@ -275,7 +275,7 @@ def missed(found: list[dict[str, Any]], gated: list[str]) -> list[str]:
 def markdown(found: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """The table."""
     lines = [
-        f"{about['cpu']} ({about['instructions']}), {about['threads']} thread(s), "
+        f"{about['hardware']} ({about['instructions']}), {about['threads']} thread(s), "
         f"{about['dtype']}, batch {about['batch']}, "
         f"{about['repeats']} rounds in turns, torch {about['torch']}, "
         f"transformers {about['transformers']}",

@@ -23,7 +23,6 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     MLCDVisionConfig,
-    PixtralVisionConfig,
     Siglip2VisionConfig,
     SiglipVisionConfig,
     ViTConfig,
@@ -64,7 +63,6 @@ AFTER = {
     "mlcd": MLCDVisionConfig(**SIZE),
 }
 NEITHER = {
-    "pixtral": PixtralVisionConfig(**SIZE, head_dim=8),
     # Packed patches of any image: LLaVA's classes cannot call it. Checkpoints of SigLIP2 for
     # one image size are siglip_vision_model.
     "siglip2": Siglip2VisionConfig(

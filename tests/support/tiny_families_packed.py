@@ -222,6 +222,21 @@ def collate_mistral3(rows):
     return {"pixel_values": values, "image_sizes": sizes}
 
 
+# Pixtral: the same in LLaVA's class, a token per patch.
+
+
+def build_pixtral():
+    config = hf.LlavaConfig(
+        vision_config=vision("pixtral", patch_size=8, image_size=64),
+        text_config=text("mistral", sliding_window=None),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        **UNTIED,
+    )
+    return hf.LlavaForConditionalGeneration(config)
+
+
 # LightOnOCR: Pixtral's tower without break tokens.
 
 
@@ -260,5 +275,6 @@ PACKED = {
     "video_llama_3": Family(build_video_llama_3, show_video_llama_3),
     "kimi_k25": Family(build_kimi_k25, show_kimi_k25),
     "mistral3": Family(build_mistral3, show_mistral3, collate=collate_mistral3),
+    "llava, pixtral": Family(build_pixtral, show_mistral3, collate=collate_mistral3),
     "lighton_ocr": Family(build_lighton_ocr, show_lighton_ocr, collate=collate_mistral3),
 }
