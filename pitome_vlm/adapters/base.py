@@ -217,6 +217,27 @@ class Adapter(abc.ABC):
             One entry per kind; every image has the count that `merge_pass.count` promises.
         """
 
+    def looked_at(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        """The pixels that decide about each image with adapt="pixels", by kind.
+
+        Returns:
+            One [F, 3, H, W] per image (F = 1; of one in tiles the overview) or video.
+
+        Raises:
+            ValueError: this family has no such pixels.
+        """
+        del inputs
+        raise ValueError(
+            f"adapt='pixels' is not available for {type(model).__name__}; use adapt='features' or "
+            "a fixed keep"
+        )
+
+    def select(
+        self, model: Any, inputs: Mapping[str, Any], kind: str, members: list[int]
+    ) -> dict[str, Any]:
+        """The inputs of some of the images of one kind, for families that have `looked_at`."""
+        raise NotImplementedError(f"{type(self).__name__}.select")
+
     def prompt_places(
         self, model: Any, inputs: Mapping[str, Any], mask: Tensor | None
     ) -> Tensor | None:

@@ -203,6 +203,14 @@ def tile_canvases(tiles_high: int, tiles_wide: int, grid: tuple[int, int]) -> tu
     return overview, cells.reshape(tiles_high * rows, tiles_wide * columns) + rows * columns
 
 
+def frame_canvases(
+    frames: int, grid: tuple[int, int]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The planes of a video whose frames have (rows, columns) patches, and the frame of each."""
+    cells = torch.arange(frames * grid[0] * grid[1]).view(frames, *grid)
+    return tuple(cells), tuple(range(frames))
+
+
 def checked_pixels(
     pixel_values: Any, layout: str, dims: tuple[int, ...], name: str = "pixel_values"
 ) -> Tensor:

@@ -32,6 +32,9 @@ from .features import (
 from .hf_llava import HFLlavaAdapter
 from .swap import base_class
 
+# Whether each of some selected images is cut into tiles, where their prompts no longer tell.
+TILED = "tiled"
+
 
 class HFAnyResAdapter(HFLlavaAdapter):
     """LlavaNextForConditionalGeneration, and the images of models that take videos as well.
@@ -117,6 +120,29 @@ class HFAnyResAdapter(HFLlavaAdapter):
         return planes
 
     @override
+    def looked_at(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        if inputs.get("pixel_values") is None:
+            return {}
+        tiles = [count for _, count in _sizes_and_tiles(model, inputs)]
+        flat = _flat_tiles(inputs["pixel_values"], tiles)
+        return {"image": [own[:1] for own in torch.split(flat, tiles)]}
+
+    @override
+    def select(
+        self, model: Any, inputs: Mapping[str, Any], kind: str, members: list[int]
+    ) -> dict[str, Any]:
+        tiles = [count for _, count in _sizes_and_tiles(model, inputs)]
+        flat = torch.split(_flat_tiles(inputs["pixel_values"], tiles), tiles)
+        chosen = {
+            **self.options_of(inputs),
+            "pixel_values": torch.cat([flat[one] for one in members]),
+            "image_sizes": torch.as_tensor(inputs["image_sizes"])[members],
+        }
+        if inputs.get("batch_num_images") is not None:
+            chosen[TILED] = [_alone(inputs)[one] for one in members]
+        return chosen
+
+    @override
     def encode(self, model: Any, inputs: Mapping[str, Any], merge_pass: MergePass) -> list[Encoded]:
         images, footprints = (
             _sizes_and_tiles(model, inputs),
@@ -167,10 +193,8 @@ def _sizes_and_tiles(model: Any, inputs: Mapping[str, Any]) -> list[tuple[tuple[
         )
     plain = [(int(height), int(width)) for height, width in torch.as_tensor(sizes).tolist()]
     alone = [True] * len(plain)
-    if inputs.get("batch_num_images") is not None:
-        # Several images in one prompt are one tile each.
-        numbers = torch.as_tensor(inputs["batch_num_images"]).flatten().tolist()
-        alone = [number == 1 for number in numbers for _ in range(number)]
+    if inputs.get("batch_num_images") is not None or TILED in inputs:
+        alone = _alone(inputs)
         if len(alone) != len(plain):
             raise ValueError(
                 f"batch_num_images counts {len(alone)} images, but image_sizes hold {len(plain)}"
@@ -182,6 +206,15 @@ def _sizes_and_tiles(model: Any, inputs: Mapping[str, Any]) -> list[tuple[tuple[
         (size, _tiles(model, size) if tiled else 1)
         for size, tiled in zip(plain, alone, strict=True)
     ]
+
+
+def _alone(inputs: Mapping[str, Any]) -> list[bool]:
+    """Whether every image is the only one of its prompt; several in one prompt are a tile each."""
+    if TILED in inputs:
+        known: list[bool] = inputs[TILED]
+        return known
+    numbers = torch.as_tensor(inputs["batch_num_images"]).flatten().tolist()
+    return [number == 1 for number in numbers for _ in range(number)]
 
 
 def _flat_tiles(pixel_values: Any, tiles: list[int]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from typing_extensions import override
 
 from ..merge.counts import Footprint
@@ -74,3 +75,16 @@ class HFLlavaAdapter(Adapter):
         features = read_features(parts.vision_tower, pixels, merge_pass, choice)
         visual = merged_images(features, parts.projector, merge_pass)
         return [Encoded("image", self.placeholder_ids(model)["image"], visual)]
+
+    @override
+    def looked_at(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        if inputs.get("pixel_values") is None:
+            return {}
+        pixels = checked_pixels(inputs["pixel_values"], "[images, 3, height, width]", (4,))
+        return {"image": list(pixels[:, None])}
+
+    @override
+    def select(
+        self, model: Any, inputs: Mapping[str, Any], kind: str, members: list[int]
+    ) -> dict[str, Any]:
+        return {**inputs, "pixel_values": inputs["pixel_values"][members]}

@@ -20,7 +20,7 @@ from ..merge.merge_pass import MergePass
 from ..merge.tiles import PackedItem, merge_packed
 from ..merge.tokens import Encoded, VisualTokens
 from .base import Adapter
-from .features import checked_pixels, feature_choice, read_features
+from .features import checked_pixels, feature_choice, frame_canvases, read_features
 from .hf_anyres import HFAnyResAdapter
 from .hf_llava import HFLlavaAdapter
 from .parts import ModelParts
@@ -35,12 +35,6 @@ def _frames_of(inputs: Mapping[str, Any]) -> tuple[Tensor, int, int]:
     """[videos x frames, 3, H, W], and how many videos of how many frames these are."""
     pixels = checked_pixels(inputs[VIDEOS], _LAYOUT, (5,), name=VIDEOS)
     return pixels.flatten(0, 1), pixels.shape[0], pixels.shape[1]
-
-
-def _grids(frames: int, grid: tuple[int, int]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """One plane per frame, and the frame of each."""
-    cells = torch.arange(frames * grid[0] * grid[1]).view(frames, *grid)
-    return tuple(cells), tuple(range(frames))
 
 
 def _merged_videos(
@@ -96,6 +90,22 @@ class HFVideoAdapter(HFAnyResAdapter):
         return super().footprints(model, inputs) | _video_footprints(self, model, inputs)
 
     @override
+    def looked_at(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        found = super().looked_at(model, inputs)
+        if inputs.get(VIDEOS) is not None:
+            _frames_of(inputs)
+            found["video"] = list(inputs[VIDEOS])
+        return found
+
+    @override
+    def select(
+        self, model: Any, inputs: Mapping[str, Any], kind: str, members: list[int]
+    ) -> dict[str, Any]:
+        if kind == "image":
+            return super().select(model, inputs, kind, members)
+        return {**self.options_of(inputs), VIDEOS: inputs[VIDEOS][members]}
+
+    @override
     def encode(self, model: Any, inputs: Mapping[str, Any], merge_pass: MergePass) -> list[Encoded]:
         encoded = []
         if inputs.get("pixel_values") is not None:
@@ -126,7 +136,7 @@ class HFVideoAdapter(HFAnyResAdapter):
         assert grid is not None
         features = read_features(self.parts(model).vision_tower, pixels, merge_pass, choice)
         footprint = self.footprints(model, {**inputs, "pixel_values": None})["video"][0]
-        return features, PackedItem(footprint, *_grids(frames, grid)), videos
+        return features, PackedItem(footprint, *frame_canvases(frames, grid)), videos
 
     def _pooled(self, model: Any, frames: Tensor) -> Tensor:
         """Frames [t, N, C] after the model's own pooling, [t, n, C]."""
@@ -236,6 +246,23 @@ class HFVideoLlavaAdapter(HFLlavaAdapter):
         visual = _merged_videos(features, item, videos, pack, merge_pass)
         projected = model.model.multi_modal_projector(torch.cat(visual.features))
         return dataclasses.replace(visual, features=list(torch.split(projected, visual.counts)))
+
+    @override
+    def looked_at(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        found = super().looked_at(model, self._named(inputs))
+        if inputs.get(VIDEOS) is not None:
+            _frames_of(inputs)
+            found["video"] = list(inputs[VIDEOS])
+        return found
+
+    @override
+    def select(
+        self, model: Any, inputs: Mapping[str, Any], kind: str, members: list[int]
+    ) -> dict[str, Any]:
+        if kind == "image":
+            named = self._named(inputs) | {VIDEOS: None}
+            return super().select(model, named, kind, members)
+        return {**self.options_of(inputs), VIDEOS: inputs[VIDEOS][members]}
 
     def _named(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs with images under one name.

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from . import options as o
-from .serve_args import Checkpoint, planned
+from .serve_args import Checkpoint, MaxKeep, planned
 from .terminal import quiet, say
 
 LongVerbose = Annotated[bool, o.plain("Print details to stderr.", None, "--verbose")]
@@ -21,6 +21,7 @@ def serve(
     context: typer.Context,
     model: Checkpoint,
     merging: o.FixedMerging = o.FixedMerging(),
+    max_keep: MaxKeep = None,
     verbose: LongVerbose = False,
 ) -> None:
     """Start vLLM's OpenAI-compatible server with merged visual tokens.
@@ -35,11 +36,11 @@ def serve(
         raise ValueError(f"PATH comes first: pitome-vlm serve PATH {model} ...")
     given = merging.given()
     with quiet(verbose):
-        plan = planned(model, given)
+        plan = planned(model, given, max_keep)
     from ..vllm.command import server_command, server_environment
     from .session import model_path
 
-    command = server_command(model_path(model), plan.config, context.args)
+    command = server_command(model_path(model), plan, context.args)
     environment = server_environment()
     say(str(plan))
     # This replaces the process, so that signals and the exit status are vLLM's own.

@@ -24,11 +24,21 @@ Checkpoint = Annotated[
         show_default=False,
     ),
 ]
+MaxKeep = Annotated[
+    float | None,
+    o.plain(
+        "Largest fraction of an image's visual tokens that a request may ask for "
+        "(by default what is kept anyway).",
+        None,
+        "--max-keep",
+    ),
+]
 
 
 def serve_args(
     model: Checkpoint,
     merging: o.FixedMerging = o.FixedMerging(),
+    max_keep: MaxKeep = None,
     as_json: Annotated[
         bool, o.plain("Print the bare JSON object, for LLM(hf_overrides=...).", None, "--json")
     ] = False,
@@ -43,35 +53,20 @@ def serve_args(
     """
     given = merging.given()
     with quiet(verbose):
-        plan = planned(model, given)
+        plan = planned(model, given, max_keep)
     from ..vllm.command import overrides_argument
-    from ..vllm.options import hf_overrides
 
     say(str(plan))
-    text = json.dumps(hf_overrides(plan.config)) if as_json else overrides_argument(plan.config)
+    text = json.dumps(plan.overrides()) if as_json else overrides_argument(plan)
     write(text, fold=False)
 
 
-def planned(model: str, merging: dict[str, Any]) -> PlannedServing:
+def planned(model: str, merging: dict[str, Any], max_keep: float | None) -> PlannedServing:
     """What a server would merge; wrong options are refused here, before anything is started."""
-    from ..vllm.options import plan_serving
+    from ..vllm.options import config_of, plan_serving
     from .session import model_path, planned_config, summary
 
     config, origin = planned_config(model, merging)
     if origin:
         say(f"Merging with {summary(config, origin)}")
-    return plan_serving(_config_of(model_path(model)), config)
-
-
-def _config_of(name: str) -> Any:
-    from transformers import AutoConfig
-
-    from ..loading.checkpoints import existing
-
-    # Not `read_config`: models that the library cannot wrap are refused with vLLM's reasons.
-    try:
-        return AutoConfig.from_pretrained(existing(name))
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise
-        raise ValueError(f"{name}: its config.json cannot be read: {error}") from error
+    return plan_serving(config_of(model_path(model)), config, max_keep=max_keep)

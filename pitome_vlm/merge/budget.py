@@ -1,4 +1,4 @@
-"""From a config and the numbers of a tower to a schedule; invalid combinations are refused.
+"""From a config and the numbers of a tower to a schedule and a pass; bad combinations are refused.
 
 Handles: configs and the registry of algorithms. Leaves to adapters: models; a tower is a
 `TowerShape` here.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from . import algorithms
 from .algorithm import Algorithm
 from .config import MergeConfig, Stage
+from .merge_pass import MergePass, Watch
 from .schedule import Budget, Schedule, TowerShape, build_schedule
 
 # Brings a packed image to its exact count where the algorithm works inside the tower only.
@@ -60,10 +61,11 @@ def schedule_for(
                 f"{option}={getattr(config, option)} has no effect at stage={stage!r}, where "
                 f"{algorithm.name!r} merges here; leave it out or name another stage"
             )
-    if config.is_adaptive and algorithm.one_step:
+    if config.is_adaptive and algorithm.one_step and not config.by_pixels:
         raise ValueError(
             f"algorithm {algorithm.name!r} reduces in one step, so it cannot stop where an image "
-            "stops being redundant; keep='auto' needs another algorithm, or give a fixed keep"
+            "stops being redundant; keep='auto' needs another algorithm or adapt='pixels', or give a "
+            "fixed keep"
         )
     if algorithm.needs_attention and stage != "tower":
         raise ValueError(
@@ -100,3 +102,23 @@ def schedule_for(
             'patch (vision_feature_select_strategy="default" on a tower without a class token)'
         )
     return schedule
+
+
+def new_pass(
+    config: MergeConfig,
+    schedule: Schedule,
+    grid: tuple[int, int] | None,
+    *,
+    watch: Watch | None = None,
+) -> MergePass:
+    """A fresh pass for one encoding.
+
+    Args:
+        config: the merge options.
+        schedule: of `schedule_for`.
+        grid: (rows, columns) of the patches, None where the tokens are no whole grid.
+        watch: see `MergePass`.
+    """
+    algorithm = algorithms.get(config.algorithm)
+    finisher = algorithms.get(FINISHER) if algorithm.needs_attention else None
+    return MergePass(config, schedule, algorithm, grid, finisher, watch=watch)

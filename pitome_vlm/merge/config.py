@@ -28,6 +28,7 @@ __all__ = [
     "FORMAT_VERSION",
     "PRESETS",
     "SHARED",
+    "Adapt",
     "MergeConfig",
     "Metric",
     "Placement",
@@ -45,6 +46,7 @@ Stage = Literal["tower", "projector", "both"]
 Metric = Literal["keys", "hidden"]
 Placement = Literal["after_attention", "after_layer"]
 Positions = Literal["compact", "mean", "median", "original"]
+Adapt = Literal["features", "pixels"]
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -59,8 +61,11 @@ class MergeConfig:
             "auto" for as few as each image's own redundancy allows.
         tokens: the same as a count per image, >= 1.
         ratio: the paper's r, fraction kept at every merging layer, in (0, 1].
-        quality: with keep="auto", share of the variance of an image's tokens that has to be left,
-            in [0, 1]; higher keeps more tokens.
+        adapt: with keep="auto", what decides an image's count: its "features" as the tower makes
+            them, or its "pixels" (the share of patches that differ from those next to them), with
+            which counts are known before the tower runs.
+        quality: with adapt="features", share of the variance of an image's tokens that has to be
+            left, in [0, 1]; higher keeps more tokens.
         keep_range: with keep="auto", the smallest and the largest fraction an image may keep.
         algorithm: name in the registry (`pitome_vlm.algorithms.available()`).
         stage: merge inside the vision tower, on the features the projector reads, or both. None
@@ -94,6 +99,7 @@ class MergeConfig:
     keep: float | Literal["auto"] | None
     tokens: int | None
     ratio: float | None
+    adapt: Adapt
     quality: float
     keep_range: tuple[float, float]
     algorithm: str
@@ -121,6 +127,7 @@ class MergeConfig:
         tokens: int | None = None,
         ratio: float | None = None,
         *,
+        adapt: Adapt = "features",
         quality: float = 0.8,
         keep_range: tuple[float, float] = (0.0625, 0.5),
         algorithm: str = DEFAULT_ALGORITHM,
@@ -181,6 +188,7 @@ class MergeConfig:
         if not isinstance(self.algorithm, str):
             raise TypeError(f"algorithm must be a name, got {self.algorithm!r}")
         check_choice("placement", self.placement, get_args(Placement))
+        check_choice("adapt", self.adapt, get_args(Adapt))
         for name, kind in (("stage", Stage), ("metric", Metric), ("positions", Positions)):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), get_args(kind))
@@ -212,6 +220,11 @@ class MergeConfig:
     def is_adaptive(self) -> bool:
         """Whether every image gets a count of its own."""
         return self.keep == "auto"
+
+    @property
+    def by_pixels(self) -> bool:
+        """Whether every image's own count follows from its pixels."""
+        return self.is_adaptive and self.adapt == "pixels"
 
     @property
     def budget(self) -> Budget:

@@ -23,6 +23,9 @@ from .counts import Footprint, TokenCount, count_tokens
 from .plan import MergePlan
 from .schedule import Budget, Schedule
 
+# Takes the name of a part of the work and returns a context manager to do it in.
+Watch = Callable[[str], contextlib.AbstractContextManager[Any]]
+
 
 @dataclass
 class MergePass:
@@ -53,7 +56,7 @@ class MergePass:
     projector_plans: list[MergePlan] = field(default_factory=list)
     adapted: list[Adapted] | None = None
     counted: Schedule | None = None
-    watch: Callable[[str], contextlib.AbstractContextManager[Any]] | None = None
+    watch: Watch | None = None
     _after: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The vLLM plugin: LLaVA with merged visual tokens in stock vLLM.
+"""The vLLM plugin: LLaVA and its relatives with merged visual tokens in stock vLLM.
 
 vLLM calls `register` in every process of every model, so nothing heavy is imported here. Without
 vLLM this package can be imported, and `options` and `command` work.
@@ -12,7 +12,9 @@ import os
 
 from .options import (
     ARCHITECTURE,
+    ARCHITECTURES,
     MEDIA_CONNECTOR,
+    TILED,
     PlannedServing,
     hf_overrides,
     plan_serving,
@@ -21,6 +23,7 @@ from .options import (
 
 __all__ = [
     "ARCHITECTURE",
+    "ARCHITECTURES",
     "PlannedServing",
     "hf_overrides",
     "plan_serving",
@@ -38,8 +41,10 @@ def register() -> None:
 
     if ARCHITECTURE in ModelRegistry.get_supported_archs():
         return
-    # A string, so that neither torch nor the model is imported before the model is asked for.
-    ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")
+    # Strings, so that neither torch nor a model is imported before it is asked for.
+    for model_type, architecture in ARCHITECTURES.items():
+        module = "tiled" if model_type in TILED else "model"
+        ModelRegistry.register_model(architecture, f"{__name__}.{module}:{architecture}")
     from ..releases import vllm_config_checks
 
     if vllm_config_checks() is None:

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 
 from ..merge.size_channels import query_channels
-from .options import UNCALIBRATED
+from .language_config import UNCALIBRATED
 
 
 class SizedAttention(Attention):

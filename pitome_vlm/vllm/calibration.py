@@ -20,20 +20,23 @@ from ..merge.config import Positions
 from ..merge.size_channels import key_channels
 from ..merge.tokens import VisualTokens
 from .attention import SizedAttention, attentions, check
-from .options import UNCALIBRATED, PlannedServing
+from .language_config import UNCALIBRATED
+from .options import PlannedServing
 from .rotary import StepTable
 
 # Numbers that travel with a visual token: its offset from its image's first place, its log size.
 NUMBERS = 2
 
 
-def with_numbers(features: Tensor, visual: VisualTokens, positions: Positions | None) -> Tensor:
-    """[B, n, C] features of images with the numbers of every token in channels after them."""
+def with_numbers(visual: VisualTokens, positions: Positions | None) -> list[Tensor]:
+    """[n_i, C] features of every image with the numbers of its tokens in channels after them."""
     # Positions that count what is left ask for no places.
     offsets = visual.positions(positions if positions in ("mean", "median") else "original")
-    logs = [sizes.log() for sizes in visual.sizes()]
-    numbers = torch.stack([torch.stack(offsets).float(), torch.stack(logs)], -1)
-    return torch.cat([features, numbers.contiguous().view(features.dtype)], -1)
+    found = []
+    for features, places, sizes in zip(visual.features, offsets, visual.sizes(), strict=True):
+        numbers = torch.stack([places, sizes.log()], -1)
+        found.append(torch.cat([features, numbers.contiguous().view(features.dtype)], -1))
+    return found
 
 
 class Calibration(nn.Module):

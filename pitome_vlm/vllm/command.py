@@ -13,9 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from ..loading.images import ImageLimits
-from ..merge.config import MergeConfig
 from . import CONNECTOR_VARIABLE
-from .options import MEDIA_CONNECTOR, hf_overrides
+from .options import MEDIA_CONNECTOR, PlannedServing
 
 OVERRIDES = "--hf-overrides"
 PIXEL_LIMIT = "VLLM_MAX_IMAGE_PIXELS"
@@ -23,26 +22,22 @@ PLUGINS = "VLLM_PLUGINS"
 PLUGIN = "pitome_vlm"
 
 
-def overrides_argument(config: MergeConfig) -> str:
-    """`--hf-overrides '{...}'` for a shell.
-
-    Raises:
-        ValueError: the config cannot be served.
-    """
-    return f"{OVERRIDES} {shlex.quote(json.dumps(hf_overrides(config)))}"
+def overrides_argument(plan: PlannedServing) -> str:
+    """`--hf-overrides '{...}'` for a shell."""
+    return f"{OVERRIDES} {shlex.quote(json.dumps(plan.overrides()))}"
 
 
-def server_command(model: str, config: MergeConfig, extra: Sequence[str] = ()) -> list[str]:
+def server_command(model: str, plan: PlannedServing, extra: Sequence[str] = ()) -> list[str]:
     """The words that start vLLM's OpenAI-compatible server.
 
     Args:
         model: folder or hub name of the checkpoint.
-        config: the merge options.
+        plan: what is merged.
         extra: further arguments for vLLM, as `vllm serve` takes them.
 
     Raises:
         ImportError: vLLM is not installed here.
-        ValueError: `extra` sets what is set here, or the config cannot be served.
+        ValueError: `extra` sets what is set here.
     """
     if importlib.util.find_spec("vllm") is None:
         raise ImportError(
@@ -58,7 +53,7 @@ def server_command(model: str, config: MergeConfig, extra: Sequence[str] = ()) -
                 f"{word.split('=')[0]} is set by this command; for further overrides start vLLM "
                 "itself with what `pitome-vlm serve-args` prints"
             )
-    own = [OVERRIDES, json.dumps(hf_overrides(config))]
+    own = [OVERRIDES, json.dumps(plan.overrides())]
     return [sys.executable, "-m", *_entry(model), *own, *extra]
 
 

@@ -1,63 +1,94 @@
 """From a merge config to vLLM's `--hf-overrides` and back; refuses what vLLM cannot do.
 
 vLLM itself need not be installed. Options travel as
-`hf_overrides={"architectures": [...], "pitome": {fields of MergeConfig}}`. vLLM hands them to every
-process as an attribute of the model's config, so that the process that counts tokens and those that
-merge them read the same options.
+`hf_overrides={"architectures": [...], "pitome": {fields of MergeConfig, max_keep}}`. vLLM hands
+them to every process as an attribute of the model's config, so that the process that counts tokens
+and those that merge them read the same options.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..common import check_range
 from ..merge.config import MergeConfig
 from ..merge.schedule import Schedule, TowerShape
+from .language_config import check_language_model
 
-ARCHITECTURE = "PiToMeLlavaForConditionalGeneration"
+if TYPE_CHECKING:
+    from ..merge.merge_pass import MergePass
+
+# The plugin's classes by the model's type; `model.py` and `tiled.py` define them.
+ARCHITECTURES = {
+    "llava": "PiToMeLlavaForConditionalGeneration",
+    "llava_next": "PiToMeLlavaNextForConditionalGeneration",
+    "llava_onevision": "PiToMeLlavaOnevisionForConditionalGeneration",
+}
+TILED = ("llava_next", "llava_onevision")
+ARCHITECTURE = ARCHITECTURES["llava"]
 OPTIONS_KEY = "pitome"
+MAX_KEEP = "max_keep"
 MEDIA_CONNECTOR = "pitome_vlm"
 # Class tokens before the patches, by the kind of tower that vLLM's LLaVA can have.
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
-# Rotary embeddings whose angles grow evenly with the position, so that places between two whole
-# ones can be had: names in the config of the language model.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "ntk")
-UNCALIBRATED = "size_bias=false and positions='compact'"
-# Language models whose attention logits are more than scaled products, by `model_type`.
-_OTHER_LOGITS = {
-    "gpt_oss": "its attention has sinks",
-    "bloom": "its attention has ALiBi slopes",
-    "mpt": "its attention has ALiBi slopes",
-}
-
 
 @dataclass(frozen=True)
 class PlannedServing:
-    """What a vLLM server does with the images of one model.
+    """What a vLLM server does with the images of one model, or of one request.
 
     Attributes:
+        model_type: of the model.
         config: the merge options in force, with `size_bias` and `positions` decided.
-        schedule: token counts of every image.
-        grid: (rows, columns) of the patches, None where the tokens are not a whole grid.
+        shape: numbers of the vision tower.
+        schedule: token counts of every image (or tile).
+        max_keep: largest fraction of an image's tokens that a request may ask for; None for what
+            `config` keeps.
     """
 
+    model_type: str
     config: MergeConfig
+    shape: TowerShape
     schedule: Schedule
-    grid: tuple[int, int] | None
+    max_keep: float | None = None
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(rows, columns) of the patches, None where the tokens are not a whole grid."""
+        return self.shape.grid
+
+    @property
+    def architecture(self) -> str:
+        """The plugin's class for the model."""
+        return ARCHITECTURES[self.model_type]
+
+    @property
+    def kept(self) -> float:
+        """The fraction of an image's tokens that is left."""
+        if isinstance(self.config.keep, float):
+            return self.config.keep
+        return self.schedule.tokens_out / self.schedule.tokens_in
+
+    @property
+    def merges(self) -> bool:
+        """Whether any request's images may be merged; otherwise nothing of vLLM is changed."""
+        return self.max_keep is not None or not self.schedule.is_identity
 
     @property
     def size_bias(self) -> bool:
         """Whether attention of the language model adds log sizes."""
-        return bool(self.config.size_bias) and not self.schedule.is_identity
+        return bool(self.config.size_bias) and self.merges
 
     @property
     def places(self) -> bool:
         """Whether tokens keep their unreduced positions."""
-        return self.config.positions != "compact" and not self.schedule.is_identity
+        return self.config.positions != "compact" and self.merges
 
     @property
     def is_calibrated(self) -> bool:
@@ -70,9 +101,33 @@ class PlannedServing:
         text = json.dumps(self.config.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def with_config(self, config: MergeConfig) -> PlannedServing:
+        """The plan for a request with options of its own.
+
+        Raises:
+            ValueError: the budget does not fit the model.
+        """
+        from ..merge.budget import schedule_for
+
+        schedule = schedule_for(config, self.shape)
+        return dataclasses.replace(self, config=config, schedule=schedule)
+
+    def new_pass(self) -> MergePass:
+        """A fresh pass for images that are encoded together."""
+        from ..merge.budget import new_pass
+
+        return new_pass(self.config, self.schedule, self.grid)
+
+    def overrides(self) -> dict[str, Any]:
+        """What `hf_overrides` returns."""
+        return _overrides(self.architecture, self.config, self.max_keep)
+
     def __str__(self) -> str:
         counts = f"{self.schedule.tokens_in} -> {self.schedule.tokens_out}"
-        return f"{self.config.summary()}: {counts} visual tokens per image"
+        unit = "tile" if self.shape.packed else "image"
+        text = f"{self.config.summary()}: {counts} visual tokens per {unit}"
+        most = f", up to keep={self.max_keep} on request"
+        return text if self.max_keep is None else text + most
 
 
 def served_config(config: MergeConfig) -> MergeConfig:
@@ -94,27 +149,66 @@ def served_config(config: MergeConfig) -> MergeConfig:
     return config.replace(size_bias=bias, positions=positions)
 
 
-def hf_overrides(config: MergeConfig) -> dict[str, Any]:
+def hf_overrides(
+    config: MergeConfig,
+    model: str | os.PathLike[str] | None = None,
+    *,
+    max_keep: float | None = None,
+) -> dict[str, Any]:
     """What `LLM(hf_overrides=...)` and `vllm serve --hf-overrides` take, in plain JSON values.
 
     Args:
         config: the merge options; written are those that differ from their defaults, the
             algorithm and the calibration.
+        model: folder or hub name of the checkpoint, whose config.json is read; None for one of
+            type `llava` (LLaVA-1.5).
+        max_keep: largest fraction of an image's tokens that a request may ask for, in (0, 1];
+            None for what the config itself keeps.
 
     Raises:
-        ValueError: see `served_config`.
+        ValueError: see `plan_serving`; without `model` only what `served_config` refuses.
+        TypeError: a model that is not supported.
     """
-    served = served_config(config)
-    values = json.loads(json.dumps({"algorithm": served.algorithm, **served.changed()}))
-    return {"architectures": [ARCHITECTURE], OPTIONS_KEY: values}
+    if model is not None:
+        return plan_serving(config_of(model), config, max_keep=max_keep).overrides()
+    return _overrides(ARCHITECTURE, served_config(config), _checked_max_keep(max_keep))
 
 
-def plan_serving(hf_config: Any, config: MergeConfig | None = None) -> PlannedServing:
+def _overrides(architecture: str, served: MergeConfig, max_keep: float | None) -> dict[str, Any]:
+    options = {"algorithm": served.algorithm, **served.changed()}
+    values = json.loads(json.dumps(options if max_keep is None else options | {MAX_KEEP: max_keep}))
+    return {"architectures": [architecture], OPTIONS_KEY: values}
+
+
+def config_of(model: str | os.PathLike[str]) -> Any:
+    """The config of a checkpoint, by folder or hub name.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    from ..loading.checkpoints import existing
+
+    # Not `read_config`: models that the library cannot wrap are refused with vLLM's reasons.
+    try:
+        return AutoConfig.from_pretrained(existing(str(model)))
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise
+        raise ValueError(f"{model}: its config.json cannot be read: {error}") from error
+
+
+def plan_serving(
+    hf_config: Any, config: MergeConfig | None = None, *, max_keep: float | None = None
+) -> PlannedServing:
     """Everything about a server's merging that is known before anything runs.
 
     Args:
         hf_config: the model's config; holds the options where `config` is None.
         config: the merge options, None to read what `--hf-overrides` brought.
+        max_keep: as in `hf_overrides`; ignored where `config` is None.
 
     Raises:
         TypeError: a model or a vision tower that is not supported, or an option of a wrong type.
@@ -123,72 +217,47 @@ def plan_serving(hf_config: Any, config: MergeConfig | None = None) -> PlannedSe
     """
     from ..merge.budget import schedule_for
 
-    served = served_config(_given(hf_config) if config is None else config)
-    shape = _tower_shape(hf_config)
-    plan = PlannedServing(served, schedule_for(served, shape), shape.grid)
+    if config is None:
+        config, max_keep = _given(hf_config)
+    served, shape = served_config(config), _tower_shape(hf_config)
+    schedule = schedule_for(served, shape)
+    most = _checked_max_keep(max_keep)
+    plan = PlannedServing(hf_config.model_type, served, shape, schedule, most)
+    if most is not None and most < plan.kept:
+        raise ValueError(
+            f"{MAX_KEEP} must be at least what is kept without a request's own budget "
+            f"({plan.kept:.4g}), got {most}"
+        )
     if plan.is_calibrated:
-        _check_language_model(hf_config.text_config, plan)
+        check_language_model(hf_config.text_config, size_bias=plan.size_bias, places=plan.places)
     return plan
 
 
-def _check_language_model(text_config: Any, plan: PlannedServing) -> None:
-    """Refuse language models whose attention or positions vLLM computes in another way.
-
-    Raises:
-        ValueError: this is one.
-    """
-    name = getattr(text_config, "model_type", "unknown")
-    reason = _OTHER_LOGITS.get(name) if plan.size_bias else None
-    if plan.size_bias and getattr(text_config, "attn_logit_softcapping", None):
-        reason = "its attention logits are capped after the bias"
-    if plan.size_bias and getattr(text_config, "alibi", False):
-        reason = "its attention has ALiBi slopes"
-    rotary = _rope_parameters(text_config)
-    if plan.places and not rotary:
-        reason = "it has no rotary positions, which places of merged tokens need"
-    for parameters in rotary if plan.places else ():
-        kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if kind not in ROPE_TYPES or "mrope_section" in parameters:
-            reason = (
-                f"its rope_type {kind!r} has no places between two positions (supported: "
-                f"{', '.join(ROPE_TYPES)})"
-            )
-    if plan.places and getattr(text_config, "llama_4_scaling", None):
-        reason = "it scales queries by their positions (llama_4_scaling)"
-    if reason is not None:
-        raise ValueError(
-            f"language model {name!r} cannot be calibrated in vLLM: {reason}; serve it with "
-            f"{UNCALIBRATED}"
-        )
+def _checked_max_keep(value: float | None) -> float | None:
+    if value is None:
+        return None
+    check_range(MAX_KEEP, value, 0, 1)
+    if value == 0:
+        raise ValueError(f"{MAX_KEEP} must be in (0, 1], got {value!r}")
+    return float(value)
 
 
-def _rope_parameters(text_config: Any) -> list[Mapping[str, Any]]:
-    """Parameters of every rotary embedding of a language model, by whatever release wrote them."""
-    found = getattr(text_config, "rope_parameters", None)
-    if found:
-        parts = list(found.values())
-        # One for each type of layer, or just one.
-        return parts if all(isinstance(part, Mapping) for part in parts) else [found]
-    scaling = getattr(text_config, "rope_scaling", None)
-    if scaling or getattr(text_config, "rope_theta", None) is not None:
-        return [scaling or {}]
-    return []
-
-
-def _given(hf_config: Any) -> MergeConfig:
+def _given(hf_config: Any) -> tuple[MergeConfig, float | None]:
     values = getattr(hf_config, OPTIONS_KEY, None)
     if values is None:
         raise ValueError(
-            f'hf_overrides chose {ARCHITECTURE} but hold no "{OPTIONS_KEY}" options; '
-            "`pitome-vlm serve-args PATH --keep 0.25` prints what to pass"
+            f'hf_overrides chose an architecture of pitome_vlm but hold no "{OPTIONS_KEY}" '
+            "options; `pitome-vlm serve-args PATH --keep 0.25` prints what to pass"
         )
     if not isinstance(values, Mapping):
         raise TypeError(
             f'hf_overrides["{OPTIONS_KEY}"] must be an object with fields of MergeConfig, got '
             f"{values!r}"
         )
+    options = dict(values)
+    max_keep = options.pop(MAX_KEEP, None)
     try:
-        return MergeConfig.from_dict(dict(values))
+        return MergeConfig.from_dict(options), max_keep
     except (TypeError, ValueError) as error:
         raise type(error)(f'hf_overrides["{OPTIONS_KEY}"]: {error}') from error
 
@@ -197,23 +266,26 @@ def _tower_shape(hf_config: Any) -> TowerShape:
     """Numbers of the vision tower as vLLM builds it.
 
     Raises:
-        TypeError: not a LLaVA, or a tower whose layers vLLM runs in another way.
+        TypeError: a model that the plugin does not serve, or a tower whose layers vLLM runs in
+            another way.
+        ValueError: a tile has no whole grid of patches.
     """
-    from ..adapters.features import feature_choice, shape_from_numbers
+    from ..adapters.features import feature_choice, shape_from_numbers, shape_of_tile
     from ..adapters.tower_tokens import patch_grid
 
     model_type = getattr(hf_config, "model_type", None)
-    if model_type != "llava":
+    if model_type not in ARCHITECTURES:
+        reason = "; vLLM has no ViP-LLaVA" if model_type == "vipllava" else ""
         raise TypeError(
-            f"cannot serve a model of type {model_type!r} with merged tokens; supported: llava "
-            "(LLaVA-1.5 and its fine-tunes in the format of transformers)" + _why_not(model_type)
+            f"cannot serve a model of type {model_type!r} with merged tokens; supported: "
+            f"{', '.join(ARCHITECTURES)} (in the format of transformers){reason}"
         )
     vision = hf_config.vision_config
     choice = feature_choice(hf_config, {})
     if not isinstance(choice.layer, int):
         raise TypeError(
-            f"vision_feature_layer={choice.layer} cannot be served: vLLM's LLaVA reads one "
-            "feature layer"
+            f"vision_feature_layer={choice.layer} cannot be served: the plugin reads one feature "
+            "layer"
         )
     if vision.model_type not in CLASS_TOKENS:
         raise TypeError(
@@ -221,14 +293,11 @@ def _tower_shape(hf_config: Any) -> TowerShape:
             f"{', '.join(CLASS_TOKENS)}"
         )
     special = CLASS_TOKENS[vision.model_type]
-    return shape_from_numbers(patch_grid(vision), vision.num_hidden_layers, choice, special)
-
-
-def _why_not(model_type: Any) -> str:
-    if model_type in ("llava_next", "llava_onevision"):
-        return (
-            "; its tiles are unpadded on the grid of whole patches, which merged tokens do not have"
-        )
-    if model_type == "vipllava":
-        return "; vLLM has no ViP-LLaVA"
-    return ""
+    shape = shape_from_numbers(patch_grid(vision), vision.num_hidden_layers, choice, special)
+    if model_type not in TILED:
+        return shape
+    return shape_of_tile(
+        shape,
+        'set vision_feature_select_strategy to "default" for a tower with a class token and to '
+        '"full" for one without',
+    )

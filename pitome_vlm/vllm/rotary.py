@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
-from .options import UNCALIBRATED
+from .language_config import UNCALIBRATED
 
 # Of cosines and sines of a table whose angles are rounded in float32, where they reach thousands.
 _TOLERANCE = 0.05

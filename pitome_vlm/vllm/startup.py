@@ -15,7 +15,8 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.v1.attention.selector import get_attn_backend
 
 from ..releases import vllm_config_checks
-from .options import ARCHITECTURE, UNCALIBRATED, plan_serving
+from .language_config import UNCALIBRATED
+from .options import ARCHITECTURES, OPTIONS_KEY, plan_serving
 
 logger = logging.getLogger("vllm.pitome_vlm")
 
@@ -25,7 +26,7 @@ WIDEST = 512
 DRAFTS_FROM_TEXT = ("ngram", "ngram_gpu", "suffix")
 
 
-class PiToMeLlavaConfig(VerifyAndUpdateConfig):
+class MergedConfig(VerifyAndUpdateConfig):
     """What vLLM asks before it builds the model."""
 
     @staticmethod
@@ -38,6 +39,17 @@ class PiToMeLlavaConfig(VerifyAndUpdateConfig):
         """
         model = vllm_config.model_config
         plan = plan_serving(model.hf_config)
+        if plan.architecture not in model.hf_config.architectures:
+            raise ValueError(
+                f"hf_overrides chose {model.hf_config.architectures[0]}, but a model of type "
+                f"{plan.model_type!r} is served by {plan.architecture}; give hf_overrides the "
+                "model as well, or take what `pitome-vlm serve-args PATH` prints"
+            )
+        if OPTIONS_KEY in (model.multimodal_config.mm_processor_kwargs or {}):
+            raise ValueError(
+                f'--mm-processor-kwargs holds "{OPTIONS_KEY}", which is for single requests; what '
+                "a server merges belongs into --hf-overrides"
+            )
         lora = vllm_config.lora_config
         if lora is not None and getattr(lora, "enable_tower_connector_lora", False):
             raise ValueError(
@@ -155,7 +167,8 @@ def smallest_head(vllm_config: Any, least: int) -> tuple[int, str] | None:
 
 
 def register_check() -> None:
-    """Let vLLM make the check for this plugin's architecture."""
+    """Let vLLM make the check for this plugin's architectures."""
     checks = vllm_config_checks()
     assert checks is not None
-    checks[ARCHITECTURE] = PiToMeLlavaConfig
+    for architecture in ARCHITECTURES.values():
+        checks[architecture] = MergedConfig

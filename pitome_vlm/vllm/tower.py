@@ -17,36 +17,26 @@ from vllm.distributed import (
 )
 
 from ..adapters.merged_layer import Heads, LayerKernels, merged_layer
-from ..merge import algorithms
 from ..merge.merge_pass import MergePass
-from .options import PlannedServing
 
 
-def encode(
-    tower: Any, pixel_values: Tensor, plan: PlannedServing, strategy: str
-) -> tuple[Tensor, MergePass]:
-    """Merged features as the projector reads them.
+def tower_features(
+    tower: Any, pixel_values: Tensor, merge_pass: MergePass, strategy: str
+) -> Tensor:
+    """Merged features as the tower leaves them.
 
     Args:
         tower: vLLM's CLIPVisionModel or SiglipVisionModel, built up to the feature layer.
         pixel_values: [images, 3, H, W].
-        plan: what to merge.
+        merge_pass: a fresh pass; holds the tower's plans afterwards.
         strategy: "default" cuts off the first token, "full" keeps it.
 
     Returns:
-        [images, tokens_out, C], and the pass that merged them.
+        [images, M, C], the same in every process where merging goes on after the tower.
     """
-    merge_pass = MergePass(
-        config=plan.config,
-        schedule=plan.schedule,
-        algorithm=algorithms.get(plan.config.algorithm),
-        grid=plan.grid,
-    )
     hidden = _run(tower.vision_model, pixel_values, merge_pass)
     features = hidden[:, 1:] if strategy == "default" else hidden
-    if plan.schedule.projector and tower.vision_model.encoder.layers[0].self_attn.tp_size > 1:
-        features = _mean_over_ranks(features)
-    return torch.stack(merge_pass.merge_features(features)), merge_pass
+    return mean_over_ranks(features) if merge_pass.schedule.projector else features
 
 
 def _run(vision: Any, pixel_values: Tensor, merge_pass: MergePass) -> Tensor:
@@ -86,6 +76,11 @@ def _attend(attention: Any, parts: Heads, bias: Tensor | None) -> Tensor:
         output = output.transpose(1, 2).flatten(2)
     projected: Tensor = attention.out_proj(output)[0]
     return projected
+
+
+def mean_over_ranks(own: Tensor) -> Tensor:
+    """The mean over all processes of a tensor that each of them has; the tensor if it is one."""
+    return own if get_tensor_model_parallel_world_size() == 1 else _mean_over_ranks(own)
 
 
 def _mean_over_ranks(own: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def _encoded(base: Any, merging: Merging, inputs: dict[str, Any], kind: str) -> 
 
 
 def visual_token_counts(model: nn.Module, pixel_values: Tensor, **inputs: Any) -> list[int]:
-    """Visual tokens of every image of a wrapped model; the tower is run where images differ.
+    """Visual tokens of every image of a wrapped model; the tower is run where features decide.
 
     Args:
         model: a wrapped model.
@@ -153,7 +153,7 @@ def visual_token_counts(model: nn.Module, pixel_values: Tensor, **inputs: Any) -
         ValueError: the model is not wrapped, or an input is missing.
     """
     base, merging = merging_of(model)
-    if not merging.config.is_adaptive:
+    if merging.config.by_pixels or not merging.config.is_adaptive:
         plan = merging.plan(base, inputs | {merging.image_input: pixel_values})
         return [count.out for count in plan.counts()["image"]]
     with torch.no_grad():
@@ -162,7 +162,7 @@ def visual_token_counts(model: nn.Module, pixel_values: Tensor, **inputs: Any) -
 
 @torch.no_grad()
 def prompt_images(model: nn.Module, inputs: Mapping[str, Any]) -> list[PromptImage]:
-    """Row, full and merged count of every image of a batch; run only where images differ.
+    """Row, full and merged count of every image of a batch; run only where features decide.
 
     Args:
         model: a wrapped model.
@@ -175,7 +175,7 @@ def prompt_images(model: nn.Module, inputs: Mapping[str, Any]) -> list[PromptIma
     if not merging.has_pixels(inputs):
         return []
     plan = merging.plan(base, inputs)
-    if merging.config.is_adaptive:
+    if merging.config.is_adaptive and not merging.config.by_pixels:
         encoded = plan.encode(inputs.get(IMAGE_CACHE))
         counts = {
             one.kind: list(zip(one.visual.full_counts, one.visual.counts, strict=True))

@@ -9,28 +9,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..adapters import Adapter
 from ..adapters.tower import encoding
+from ..adapters.tower_tokens import patch_grid
 from ..merge import algorithms
 from ..merge.algorithm import Algorithm
-from ..merge.budget import FINISHER, schedule_for
+from ..merge.budget import new_pass, schedule_for
 from ..merge.config import MergeConfig
 from ..merge.counts import TokenCount
-from ..merge.merge_pass import MergePass
+from ..merge.merge_pass import MergePass, Watch
+from ..merge.pixels import keep_of
 from ..merge.schedule import Schedule, TowerShape
-from ..merge.tokens import Encoded
+from ..merge.tokens import Encoded, VisualTokens
 from .image_cache import IMAGE_CACHE, ImageCache
 from .masks import Masks
 from .positions import Calibration, resolve
 
 # The attribute of a wrapped model that holds its `Merging`.
 STATE = "_pitome"
-# Takes the name of a part of the work and returns a context manager to do it in.
-Watch = Callable[[str], contextlib.AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ class Merging:
         names = (*adapter.vision_inputs, *adapter.feature_options)
         inputs = {name: call[name] for name in names if call.get(name) is not None}
         algorithm = algorithms.get(self.config.algorithm)
+        if self.config.by_pixels:
+            adapter.looked_at(model, {})  # refused here where it is not available
         shape = adapter.tower_shape(model, **adapter.options_of(inputs))
         return CallPlan(
             model=model,
@@ -153,15 +155,8 @@ class CallPlan:
 
     def new_pass(self) -> MergePass:
         """A fresh pass for one encoding."""
-        finisher = algorithms.get(FINISHER) if self.algorithm.needs_attention else None
-        return MergePass(
-            config=self.config,
-            schedule=self.schedule,
-            algorithm=self.algorithm,
-            grid=self.shape.grid,
-            finisher=finisher,
-            watch=self.merging.watch,
-        )
+        watch = self.merging.watch
+        return new_pass(self.config, self.schedule, self.shape.grid, watch=watch)
 
     def counts(self) -> dict[str, list[TokenCount]]:
         """Tokens of everything the call brings, by kind; nothing is run.
@@ -169,11 +164,26 @@ class CallPlan:
         Raises:
             ValueError: an input is missing.
         """
+        footprints = self.adapter.footprints(self.model, self.inputs)
+        if self.config.by_pixels:
+            return {
+                kind: [
+                    self.with_keep(keep).new_pass().count(footprint)
+                    for keep, footprint in zip(keeps_of(self)[kind], found, strict=True)
+                ]
+                for kind, found in footprints.items()
+            }
         merge_pass = self.new_pass()
         return {
             kind: [merge_pass.count(footprint) for footprint in found]
-            for kind, found in self.adapter.footprints(self.model, self.inputs).items()
+            for kind, found in footprints.items()
         }
+
+    def with_keep(self, keep: float) -> CallPlan:
+        """The plan of a call whose images all keep a fixed fraction."""
+        merging = dataclasses.replace(self.merging, config=self.config.replace(keep=keep))
+        schedule = schedule_for(merging.config, self.shape, self.algorithm)
+        return dataclasses.replace(self, merging=merging, schedule=schedule)
 
     def is_identity(self) -> bool:
         """Whether the call's images all keep all their tokens, so that nothing has to be done."""
@@ -194,6 +204,8 @@ class CallPlan:
         def run() -> list[Encoded]:
             watch = self.merging.watch
             with contextlib.nullcontext() if watch is None else watch("encode"):
+                if self.config.by_pixels:
+                    return encode_by_pixels(self)
                 return self.adapter.encode(self.model, self.inputs, self.new_pass())
 
         if cache is None:
@@ -221,3 +233,35 @@ class CallPlan:
                 for tower in self.adapter.parts(self.model).towers:
                     stack.enter_context(encoding(tower, merge_pass))
             yield
+
+
+def keeps_of(plan: CallPlan) -> dict[str, list[float]]:
+    """With adapt="pixels", the fraction of its tokens that each image of a call keeps, by kind.
+
+    Raises:
+        ValueError: the model's family has no pixels to look at.
+    """
+    grid = patch_grid(plan.adapter.parts(plan.model).vision_config)
+    seen = plan.adapter.looked_at(plan.model, plan.inputs)
+    return {
+        kind: [keep_of(one, grid, plan.config.keep_range) for one in pixels]
+        for kind, pixels in seen.items()
+    }
+
+
+def encode_by_pixels(plan: CallPlan) -> list[Encoded]:
+    """With adapt="pixels", the visual tokens of a call; images of one budget go together."""
+    encoded = []
+    for kind, keeps in keeps_of(plan).items():
+        parts, order = [], []
+        for keep in dict.fromkeys(keeps):
+            members = [index for index, own in enumerate(keeps) if own == keep]
+            chosen = plan.adapter.select(plan.model, plan.inputs, kind, members)
+            own = plan.with_keep(keep)
+            (found,) = plan.adapter.encode(plan.model, chosen, own.new_pass())
+            parts.append(found.visual)
+            order += members
+        back = sorted(range(len(order)), key=order.__getitem__)
+        visual = VisualTokens.joined(parts, back)
+        encoded.append(dataclasses.replace(found, visual=visual))
+    return encoded

@@ -18,9 +18,10 @@ from ..adapters.swap import is_swapped, swap_in, swap_out
 from ..adapters.wide_attention import install_wide, uninstall_wide
 from ..merge.budget import stage_of
 from ..merge.config import CONFIG_NAME, MergeConfig
+from ..merge.merge_pass import Watch
 from ..merge.schedule import Schedule
 from .forward import WrappedLlava
-from .merging import STATE, Merging, Watch
+from .merging import STATE, Merging
 from .original import WrappedOriginalLlava
 from .peft import WrappedPeft, can_remember
 

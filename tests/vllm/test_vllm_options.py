@@ -13,13 +13,21 @@ from types import SimpleNamespace
 
 import pytest
 from tiny import KINDS, tiny_model
+from tiny_anyres import anyres_model
 from typer.testing import CliRunner
 
 from pitome_vlm import MergeConfig
 from pitome_vlm.cli import app
 from pitome_vlm.demo import checkpoint_path
-from pitome_vlm.vllm import ARCHITECTURE, hf_overrides, plan_serving, served_config
+from pitome_vlm.vllm import (
+    ARCHITECTURE,
+    ARCHITECTURES,
+    hf_overrides,
+    plan_serving,
+    served_config,
+)
 from pitome_vlm.vllm.command import overrides_argument, server_command, server_environment
+from pitome_vlm.vllm.options import config_of
 from pitome_vlm.wrapping.encode import planned, planned_schedule
 
 SERVED = ("clip", "clip_full", "siglip", "siglip_default")
@@ -156,7 +164,31 @@ def test_models_that_vllm_runs_otherwise_are_refused(kind):
         plan_serving(tiny_model(kind).config, MergeConfig(keep=0.25))
 
 
-@pytest.mark.parametrize("model_type", ["llava_next", "llava_onevision", "qwen2_vl"])
+TILED_KINDS = ("next", "next_siglip", "onevision", "onevision_resampled")
+
+
+@pytest.mark.parametrize("kind", TILED_KINDS)
+def test_tiled_models_are_counted_as_in_the_library(kind, tmp_path):
+    model, config = anyres_model(kind), MergeConfig(keep=0.25)
+    plan = plan_serving(model.config, config)
+    assert plan.schedule == planned_schedule(model, config)
+    assert "visual tokens per tile" in str(plan)
+    model.config.save_pretrained(tmp_path)
+    overrides = hf_overrides(config, tmp_path)
+    assert overrides == plan.overrides()
+    assert overrides["architectures"] == [ARCHITECTURES[model.config.model_type]]
+
+
+def test_tiles_without_a_whole_grid_are_refused():
+    config = anyres_model("next").config
+    config.vision_feature_select_strategy = "full"
+    with pytest.raises(ValueError, match="a tile has 65 visual tokens"):
+        plan_serving(config, MergeConfig(keep=0.25))
+    with pytest.raises(TypeError, match=r"vision_feature_layer=\[-2, 3\] cannot be served"):
+        plan_serving(anyres_model("next_list").config, MergeConfig(keep=0.25))
+
+
+@pytest.mark.parametrize("model_type", ["llava_next_video", "video_llava", "qwen2_vl"])
 def test_other_families_are_refused(model_type):
     with pytest.raises(TypeError, match=f"'{model_type}'.*supported: llava"):
         plan_serving(SimpleNamespace(model_type=model_type), MergeConfig(keep=0.25))
@@ -183,10 +215,14 @@ def test_salt_tells_budgets_and_calibrations_apart():
     assert plan_serving(config, MergeConfig(keep=0.25)).salt == plans[0].salt
 
 
+def demo_plan():
+    return plan_serving(config_of(checkpoint_path()), MergeConfig(keep=0.25))
+
+
 def test_serve_args_can_be_pasted_into_a_shell():
     result = run("serve-args", "demo", "--keep", 0.25)
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.strip() == overrides_argument(MergeConfig(keep=0.25))
+    assert result.stdout.strip() == overrides_argument(demo_plan())
     flag, value = shlex.split(result.stdout)
     assert flag == "--hf-overrides"
     assert json.loads(value) == {
@@ -235,10 +271,10 @@ def test_bad_options_are_one_line(command, words, message):
 
 
 def test_other_checkpoints_are_refused_in_one_line(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llava_next"}')
+    (tmp_path / "config.json").write_text('{"model_type": "vipllava"}')
     result = run("serve-args", tmp_path, "--keep", 0.5)
     assert result.exit_code == 2
-    assert "'llava_next'" in result.stderr
+    assert "'vipllava'" in result.stderr
     assert run("serve-args", tmp_path / "nothing").exit_code == 2
 
 
@@ -261,11 +297,11 @@ def pretend_installed(monkeypatch, distribution):
 )
 def test_the_server_is_vllm_s_own(monkeypatch, distribution, entry):
     pretend_installed(monkeypatch, distribution)
-    config = MergeConfig(keep=0.25)
-    words = server_command("PATH", config, ["--port", "80", "-tp", "2"])
+    plan = demo_plan()
+    words = server_command("PATH", plan, ["--port", "80", "-tp", "2"])
     assert words[:2] == [sys.executable, "-m"]
     assert words[2 : 2 + len(entry)] == entry
-    assert words[2 + len(entry) : -4] == ["--hf-overrides", json.dumps(hf_overrides(config))]
+    assert words[2 + len(entry) : -4] == ["--hf-overrides", json.dumps(plan.overrides())]
     assert words[-4:] == ["--port", "80", "-tp", "2"]
 
 
@@ -279,7 +315,7 @@ def test_the_server_is_vllm_s_own(monkeypatch, distribution, entry):
 def test_what_is_decided_here_cannot_be_given_twice(monkeypatch, word):
     pretend_installed(monkeypatch, "vllm")
     with pytest.raises(ValueError, match="is set by this command"):
-        server_command("PATH", MergeConfig(keep=0.25), [word])
+        server_command("PATH", demo_plan(), [word])
 
 
 def test_words_for_vllm_arrive_as_they_were_typed(monkeypatch):
@@ -308,7 +344,7 @@ def test_words_for_vllm_arrive_as_they_were_typed(monkeypatch):
 def test_without_vllm_the_way_out_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install vllm.*serve-args"):
-        server_command("PATH", MergeConfig(keep=0.25))
+        server_command("PATH", demo_plan())
 
 
 def test_the_environment_of_the_user_wins():

@@ -104,9 +104,13 @@ def engine(tmp_path):
         several=False,
         preempted=False,
         second_runner=False,
+        max_keep=None,
         env=None,
         **options,
     ):
+        own = {}
+        if config is not None:
+            own["hf_overrides"] = hf_overrides(config, path, max_keep=max_keep)
         job = {
             "engine": {
                 "model": path,
@@ -115,7 +119,11 @@ def engine(tmp_path):
                 "max_model_len": 400,
                 "max_num_seqs": 4,
                 "limit_mm_per_prompt": {"image": 2},
-                **({"hf_overrides": hf_overrides(config)} if config is not None else {}),
+                **(
+                    {"hf_overrides": hf_overrides(config, path, max_keep=max_keep)}
+                    if config is not None
+                    else {}
+                ),
                 **options,
             },
             "requests": requests,

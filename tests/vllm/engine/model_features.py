@@ -14,7 +14,7 @@ def features_of(options, pixels, model):
     for one in options:
         model._plan = plan_serving(model.config, MergeConfig.from_dict(one))
         with torch.inference_mode():
-            whole = model.embed_multimodal(pixel_values=pixels)
+            whole = torch.stack(list(model.embed_multimodal(pixel_values=pixels)))
             # Without what the language model is told about them.
             found.append(whole[..., : model.config.text_config.hidden_size].float().clone())
     model._plan = own

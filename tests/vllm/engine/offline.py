@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from model_features import features_of
 from PIL import Image
+from served_tiled import frames_of
 
 
 def generate(llm, job):
@@ -28,7 +29,12 @@ def generate(llm, job):
     requests = []
     for request in job["requests"]:
         images = [Image.open(path).convert("RGB") for path in request["images"]]
-        own = {"multi_modal_data": {"image": images}} if images else {}
+        data = {"image": images} if images else {}
+        if request.get("frames"):
+            data["video"] = frames_of(request["frames"])
+        own = {"multi_modal_data": data} if data else {}
+        if request.get("pitome"):
+            own["mm_processor_kwargs"] = {"pitome": request["pitome"]}
         requests.append({"prompt": request["prompt"], **own})
     passes, names = [], image_names(llm)
     plain = [(None, None)] * job["passes"]

@@ -171,18 +171,20 @@ def reference(
     adapter: str | None = None,
     tokens: int = ANSWER_TOKENS,
 ):
-    """The library's own greedy answers: [(prompt tokens, answer)]."""
+    """The library's own greedy answers: [(prompt tokens, answer)].
+
+    A request's own budget is in `pitome`.
+    """
     model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(path)
     if adapter is not None:
         add_adapter(model, adapter)
-    saved = 0
-    if config is not None:
-        pitome_vlm.wrap(model, config=config)
-        schedule = schedule_of(model)
-        saved = schedule.tokens_in - schedule.tokens_out
-    found = []
+    saved, found = 0, []
     for request in requests:
+        if config is not None:
+            pitome_vlm.wrap(model, config=config.replace(**request.get("pitome", {})))
+            schedule = schedule_of(model)
+            saved = schedule.tokens_in - schedule.tokens_out
         images = [Image.open(name).convert("RGB") for name in request["images"]]
         batch = processor(images=images or None, text=request["prompt"], return_tensors="pt")
         length = batch["input_ids"].shape[1]

@@ -14,6 +14,8 @@ from pitome_vlm import MergeConfig
 
 def test_demo_with_chunked_prefill_and_prefix_cache(engine, demo, requests):
     config = MergeConfig(keep=0.25)
+    # The first image again, with less of it.
+    requests = [*requests, {**requests[0], "pitome": {"tokens": 18}}]
     passes, features = engine(
         demo,
         requests,
@@ -34,6 +36,8 @@ def test_demo_with_chunked_prefill_and_prefix_cache(engine, demo, requests):
         # Only text is answered as before.
         assert found[3] == expected[3]
         assert all(found[number] != expected[number] for number in range(3))
+    names = [one["image_names"] for one in passes[0]]
+    assert names[0] == names[2] != names[4]
 
 
 def test_keep_everything_is_stock_vllm(engine, demo, requests):

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from served_models import environment
 from transformers import AutoProcessor, LlavaForConditionalGeneration
+from vllm.version import __version_tuple__
 
 import pitome_vlm
 from pitome_vlm.demo import checkpoint_path, load_split, scene_image
@@ -29,7 +30,9 @@ from pitome_vlm.measure.demo_benchmark import Setting, ask, run
 from pitome_vlm.vllm import served_config
 from scripts.serving.memory import KERNELS, as_url, broken_urls, held
 
-KEEP = 0.25
+KEEP, MAX_KEEP = 0.25, 0.5
+# Later releases ask the server's owner whether requests may have options for the processor.
+TRUSTED = ["--trust-request-mm-kwargs"] if __version_tuple__ >= (0, 32) else []
 ANSWER_TOKENS = 3
 QUESTIONS = 60
 # (width, height); the processor brings all of them to one size.
@@ -55,6 +58,7 @@ def server(tmp_path_factory):
     words += ["--port", str(port), "--dtype", "float32", "--enforce-eager"]
     words += ["--max-model-len", "400", "--max-num-seqs", "16", "--served-model-name", "demo"]
     words += ["--limit-mm-per-prompt", '{"image": 1}', "--mm-processor-cache-gb", "0.05"]
+    words += ["--max-keep", str(MAX_KEEP), *TRUSTED]
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -99,6 +103,10 @@ def body(urls, question):
     }
 
 
+def with_budget(request, asked):
+    return {**request, "mm_processor_kwargs": {"pitome": asked}}
+
+
 @pytest.fixture(scope="module")
 def library():
     """The model without a wrapper, its processor, and the config as it is served."""
@@ -141,6 +149,8 @@ def broken(questions):
     }
     found["two images"] = body([good, good], "how many stars are there?")
     found["a long prompt"] = body([good], "star " * 500)
+    for asked in ({"keep": 0.6}, {"keep": 0}, {"tokens": "all"}, {"algorithm": "tome"}, 0.5):
+        found[f"budget {asked}"] = with_budget(body([good], "how many?"), asked)
     return found
 
 
@@ -201,8 +211,15 @@ def test_a_thousand_requests_some_broken(server, questions, mixed, broken):
     assert httpx.get(f"{address}/health").status_code == 200
 
 
-def test_tokens_are_counted_after_merging(server, questions):
-    usage = post(server[0], questions[0][0]).json()["usage"]
-    asked = questions[0][0]["messages"][0]["content"][1]["text"]
-    alone = post(server[0], body([], asked)).json()["usage"]
-    assert usage["prompt_tokens"] - alone["prompt_tokens"] == 36
+def test_tokens_are_counted_after_merging_by_the_budget_of_each_request(server, questions):
+    request = questions[0][0]
+    asked = request["messages"][0]["content"][1]["text"]
+    alone = post(server[0], body([], asked)).json()["usage"]["prompt_tokens"]
+    budgets = {None: 36, "keep 0.5": 72, "tokens 9": 9}
+    for budget, expected in budgets.items():
+        word, _, value = (budget or "").partition(" ")
+        own = with_budget(request, {word: float(value)}) if word else request
+        usage = post(server[0], own).json()["usage"]["prompt_tokens"]
+        assert usage - alone == expected
+    # Once more, now that the image is cached with other budgets.
+    assert post(server[0], request).json()["usage"]["prompt_tokens"] - alone == 36

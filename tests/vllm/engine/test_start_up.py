@@ -12,7 +12,7 @@ pytest.importorskip("vllm.version", reason="make test-vllm builds an environment
 
 from served_models import environment
 
-from pitome_vlm.vllm import ARCHITECTURE
+from pitome_vlm.vllm import ARCHITECTURE, ARCHITECTURES
 
 BAD_OVERRIDES = """
 import json, sys
@@ -33,7 +33,7 @@ CHANGED = """
 import copy, json, sys
 from types import SimpleNamespace
 from vllm.engine.arg_utils import EngineArgs
-from pitome_vlm.vllm.startup import PiToMeLlavaConfig
+from pitome_vlm.vllm.startup import MergedConfig
 
 
 def config(**pitome):
@@ -58,6 +58,7 @@ changes = [
     ("speculative_config", drafts("eagle3")),
     ("speculative_config", drafts("ngram")),
     ("model_config.multimodal_config", {"enable_mm_embeds": True}),
+    ("model_config.multimodal_config", {"mm_processor_kwargs": {"pitome": {"keep": 0.1}}}),
 ]
 found = []
 for name, change in changes:
@@ -75,7 +76,7 @@ for name, change in changes:
                 setattr(value, field, new)
         setattr(holder, part, value)
         try:
-            PiToMeLlavaConfig.verify_and_update_config(made)
+            MergedConfig.verify_and_update_config(made)
         except ValueError as error:
             answers.append(str(error))
         else:
@@ -94,6 +95,7 @@ REFUSED = [
     "--speculative-config method=eagle3 cannot be combined with calibration: ",
     "",
     "--enable-mm-embeds cannot be combined with calibration: ",
+    '--mm-processor-kwargs holds "pitome", which is for single requests',
 ]
 
 
@@ -113,6 +115,9 @@ def test_what_calibration_changes_in_vllm_and_what_it_refuses(demo):
     for message, (calibrated, plain) in zip(REFUSED, found, strict=True):
         assert calibrated.startswith(message)
         assert bool(calibrated) == bool(message)
+        if "--mm-processor-kwargs" in message:
+            assert plain == calibrated
+            continue
         assert not message or "size_bias=false and positions='compact'" in calibrated
         assert plain == ""
 
@@ -123,6 +128,11 @@ def test_bad_options_stop_a_plain_vllm_before_it_loads_anything(demo):
         "keep must be in (0, 1]": {"pitome": {"keep": 0}},
         "keep='auto' cannot be served": {"pitome": {"keep": "auto"}},
         "pitome-vlm serve-args": {},
+        "a model of type 'llava' is served by PiToMeLlavaForConditionalGeneration": {
+            "architectures": [ARCHITECTURES["llava_next"]],
+            "pitome": {"keep": 0.25},
+        },
+        "max_keep must be at least": {"pitome": {"keep": 0.25, "max_keep": 0.1}},
         "vision_feature_layer=[1, 2] cannot be served": {
             "pitome": {"keep": 0.25},
             "vision_feature_layer": [1, 2],

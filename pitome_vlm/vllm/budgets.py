@@ -1,0 +1,95 @@
+"""The budget of one request: `mm_processor_kwargs={"pitome": {"keep": 0.5}}`.
+
+What a request asks for is checked against what the server was started with, because memory was set
+aside for that. The budget then travels with every image of the request, next to its pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .options import MAX_KEEP, OPTIONS_KEY, PlannedServing
+
+# What a request may name; the algorithm only to say which one it expects.
+_WORDS = ("keep", "tokens", "algorithm")
+
+
+def requested(plan: PlannedServing, asked: Any) -> PlannedServing:
+    """The plan for one request.
+
+    Args:
+        plan: the server's.
+        asked: the request's options, None for none.
+
+    Raises:
+        ValueError: an option that a request cannot have, a budget that is out of range or above
+            the server's, or another algorithm than the server's.
+    """
+    if asked is None:
+        return plan
+    name = f'mm_processor_kwargs["{OPTIONS_KEY}"]'
+    if not isinstance(asked, Mapping):
+        raise ValueError(f"{name} must be an object such as {{'keep': 0.25}}, got {asked!r:.100}")
+    unknown = [word for word in asked if word not in _WORDS]
+    if unknown:
+        raise ValueError(
+            f"{name} may hold {', '.join(_WORDS)}, got {unknown[0]!r:.100}; everything else is "
+            "decided when the server starts"
+        )
+    budget = {word: value for word, value in asked.items() if word != "algorithm"}
+    algorithm = asked.get("algorithm", plan.config.algorithm)
+    if algorithm != plan.config.algorithm:
+        raise ValueError(
+            f"{name}: algorithm must be this server's, {plan.config.algorithm!r}, got "
+            f"{algorithm!r:.100}"
+        )
+    if not budget:
+        return plan
+    if len(budget) > 1:
+        raise ValueError(f"{name}: give keep or tokens, not both")
+    try:
+        found = plan.with_config(plan.config.replace(**budget))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    _check_most(plan, found, name, budget)
+    return found
+
+
+def _check_most(
+    plan: PlannedServing, found: PlannedServing, name: str, budget: dict[str, Any]
+) -> None:
+    most = plan.kept if plan.max_keep is None else plan.max_keep
+    ((word, value),) = budget.items()
+    if not plan.merges and not found.schedule.is_identity:
+        raise ValueError(
+            f"{name}: {word}={value!r:.100}, but this server was started with keep=1, which leaves "
+            f"vLLM as it is; start it with {MAX_KEEP}=1 to allow smaller budgets"
+        )
+    if found.kept > most:
+        raise ValueError(
+            f"{name}: {word}={value!r:.100} keeps {found.kept:.4g} of an image's visual tokens, "
+            f"this server at most {most:.4g}; ask for less, or start it with a larger {MAX_KEEP}"
+        )
+
+
+def largest(plan: PlannedServing) -> dict[str, Any] | None:
+    """The largest budget that a request may ask for, None for the server's own."""
+    return None if plan.max_keep is None else {"keep": plan.max_keep}
+
+
+def as_numbers(plan: PlannedServing, full: int) -> Tensor:
+    """What travels with an image: (tokens without merging, keep or 0, tokens or 0), [3] float64."""
+    keep, tokens = plan.config.keep or 0.0, plan.config.tokens or 0
+    return torch.tensor([full, keep, tokens], dtype=torch.float64)
+
+
+def from_numbers(plan: PlannedServing, keep: float, tokens: float) -> PlannedServing:
+    """The plan that `as_numbers` was made of."""
+    if (keep, tokens) == (plan.config.keep or 0.0, plan.config.tokens or 0):
+        return plan
+    changes = {"tokens": int(tokens)} if tokens else {"keep": keep}
+    return plan.with_config(plan.config.replace(**changes))

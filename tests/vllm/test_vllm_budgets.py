@@ -1,0 +1,127 @@
+"""A budget per request, without vLLM: what is allowed, and how it travels."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+from tiny import tiny_model
+from tiny_anyres import anyres_model
+from typer.testing import CliRunner
+
+from pitome_vlm import MergeConfig
+from pitome_vlm.cli import app
+from pitome_vlm.vllm import hf_overrides, plan_serving
+from pitome_vlm.vllm.budgets import as_numbers, from_numbers, largest, requested
+
+
+@pytest.fixture(scope="module")
+def model_config():
+    return tiny_model().config
+
+
+def plan_of(model_config, max_keep=None, **options):
+    """As a server sees it: after JSON, as an attribute of the model's config."""
+    config = copy.deepcopy(model_config)
+    overrides = hf_overrides(MergeConfig(**{"keep": 0.25, **options}), max_keep=max_keep)
+    config.pitome = json.loads(json.dumps(overrides))["pitome"]
+    return plan_serving(config)
+
+
+def test_a_request_s_budget_is_the_config_with_that_budget(model_config):
+    plan = plan_of(model_config, max_keep=0.5, algorithm="tome", layers=[1, 3])
+    assert requested(plan, None) is plan
+    assert requested(plan, {}) is plan
+    assert requested(plan, {"algorithm": "tome"}) is plan
+    for asked, tokens in (({"keep": 0.5}, 72), ({"keep": 0.1}, 14), ({"tokens": 20}, 20)):
+        found = requested(plan, asked)
+        assert found.config == plan.config.replace(**asked)
+        assert found.schedule.tokens_out == tokens
+        assert found.salt != plan.salt
+        assert (found.size_bias, found.places) == (plan.size_bias, plan.places)
+    # The same budget has the same name, however it came about.
+    assert requested(plan, {"keep": 0.25}).salt == plan.salt
+
+
+def test_what_travels_with_an_image_leads_back_to_its_budget(model_config):
+    for own in ({}, {"keep": None, "tokens": 30}, {"keep": None, "ratio": 0.8}):
+        plan = plan_of(model_config, max_keep=1.0, **own)
+        for asked in (None, {"keep": 1 / 3}, {"keep": 1.0}, {"tokens": 7}):
+            found = requested(plan, asked)
+            full, *budget = as_numbers(found, 144).tolist()
+            assert full == 144
+            assert from_numbers(plan, *budget) == found
+
+
+REFUSED = [
+    (0.5, "must be an object"),
+    ({"keep": 0.6}, "keep=0.6 keeps 0.6 of .* this server at most 0.5.*max_keep"),
+    ({"tokens": 73}, "tokens=73 keeps 0.5069 of"),
+    ({"keep": 0}, r"keep must be in \(0, 1\]"),
+    ({"keep": "much"}, "keep must be a number"),
+    ({"tokens": 1000}, "tokens must be in 1..144"),
+    ({"tokens": 2.5}, "tokens must be a whole number"),
+    ({"keep": 0.2, "tokens": 5}, "not both"),
+    ({"ratio": 0.9}, "may hold keep, tokens, algorithm, got 'ratio'"),
+    ({"keep": 0.2, "seed": 1}, "got 'seed'"),
+    ({"keep": 0.2, "algorithm": "tome"}, "must be this server's, 'pitome_plus', got 'tome'"),
+]
+
+
+@pytest.mark.parametrize(("asked", "message"), REFUSED, ids=str)
+def test_what_a_request_cannot_have_is_one_line(model_config, asked, message):
+    with pytest.raises(ValueError, match=message) as error:
+        requested(plan_of(model_config, max_keep=0.5), asked)
+    text = str(error.value)
+    assert text.startswith('mm_processor_kwargs["pitome"]')
+    assert "\n" not in text
+
+
+def test_without_a_maximum_requests_may_ask_for_less(model_config):
+    plan = plan_of(model_config)
+    assert largest(plan) is None
+    assert requested(plan, {"keep": 0.2}).schedule.tokens_out == 29
+    with pytest.raises(ValueError, match=r"at most 0.25"):
+        requested(plan, {"keep": 0.26})
+
+
+def test_a_server_that_merges_nothing_is_left_as_it_is_unless_requests_may_ask(model_config):
+    plan = plan_of(model_config, keep=1.0)
+    assert not plan.merges
+    assert requested(plan, {"keep": 1.0}).schedule.is_identity
+    with pytest.raises(ValueError, match=r"keep=1, which leaves vLLM as it is.*max_keep=1"):
+        requested(plan, {"keep": 0.5})
+    open_plan = plan_of(model_config, keep=1.0, max_keep=1.0)
+    assert open_plan.is_calibrated
+    assert largest(open_plan) == {"keep": 1.0}
+    assert requested(open_plan, {"keep": 0.5}).schedule.tokens_out == 72
+
+
+@pytest.mark.parametrize(
+    ("max_keep", "message"),
+    [(0, r"max_keep must be in \(0, 1\]"), (1.5, "max_keep must be in"), (0.2, "at least .*0.25")],
+)
+def test_bad_maxima_stop_the_server(model_config, max_keep, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of(model_config, max_keep=max_keep)
+
+
+def test_counts_of_tiled_images_follow_the_same_fraction():
+    plan = plan_serving(anyres_model("next").config, MergeConfig(keep=0.25), max_keep=0.5)
+    assert requested(plan, {"keep": 0.5}).kept == 0.5
+    assert requested(plan, {"tokens": 32}).kept == 0.5
+    with pytest.raises(ValueError, match=r"tokens=33 keeps 0.5156"):
+        requested(plan, {"tokens": 33})
+
+
+def test_the_command_line_takes_a_maximum():
+    words = ["serve-args", "demo", "--keep", "0.25", "--max-keep", "0.5", "--json"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["pitome"]["max_keep"] == 0.5
+    assert "up to keep=0.5 on request" in result.stderr
+    words[5] = "0.1"
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert "max_keep must be at least" in result.stderr
