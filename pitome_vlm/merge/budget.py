@@ -64,8 +64,8 @@ def schedule_for(
     if config.is_adaptive and algorithm.one_step and not config.by_pixels:
         raise ValueError(
             f"algorithm {algorithm.name!r} reduces in one step, so it cannot stop where an image "
-            "stops being redundant; keep='auto' needs another algorithm or adapt='pixels', or give a "
-            "fixed keep"
+            "stops being redundant; keep='auto' needs another algorithm or adapt='pixels', or give "
+            "a fixed keep"
         )
     if algorithm.needs_attention and stage != "tower":
         raise ValueError(

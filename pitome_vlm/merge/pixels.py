@@ -35,7 +35,7 @@ def distinct_share(pixels: Tensor, grid: tuple[int, int]) -> float:
     plain = pixels[..., : rows * high, : columns * wide].float()
     low, top = plain.amin(), plain.amax()
     levels = ((plain - low) * (LEVELS / (top - low).clamp(min=1e-12))).round().to(torch.int32)
-    patches = levels.unflatten(-2, (rows, high)).unflatten(-1, (columns, wide))
+    patches = levels.reshape(*levels.shape[:2], rows, high, columns, wide)
     patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
     most = TOLERANCE * patches.shape[-1]
     down = (patches[:, 1:] - patches[:, :-1]).abs().sum(-1) <= most

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .options import MAX_KEEP, OPTIONS_KEY, PlannedServing
+from .options import MAX_KEEP, OPTIONS_KEY, PlannedServing, served_config
 
 # What a request may name; the algorithm only to say which one it expects.
 _WORDS = ("keep", "tokens", "algorithm")
@@ -52,7 +52,7 @@ def requested(plan: PlannedServing, asked: Any) -> PlannedServing:
     if len(budget) > 1:
         raise ValueError(f"{name}: give keep or tokens, not both")
     try:
-        found = plan.with_config(plan.config.replace(**budget))
+        found = plan.with_config(served_config(plan.config.replace(**budget)))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
     _check_most(plan, found, name, budget)
@@ -78,18 +78,24 @@ def _check_most(
 
 def largest(plan: PlannedServing) -> dict[str, Any] | None:
     """The largest budget that a request may ask for, None for the server's own."""
-    return None if plan.max_keep is None else {"keep": plan.max_keep}
+    if plan.max_keep is None and not plan.config.by_pixels:
+        return None
+    return {"keep": plan.kept if plan.max_keep is None else plan.max_keep}
 
 
 def as_numbers(plan: PlannedServing, full: int) -> Tensor:
     """What travels with an image: (tokens without merging, keep or 0, tokens or 0), [3] float64."""
-    keep, tokens = plan.config.keep or 0.0, plan.config.tokens or 0
-    return torch.tensor([full, keep, tokens], dtype=torch.float64)
+    return torch.tensor([full, *_numbers(plan)], dtype=torch.float64)
 
 
 def from_numbers(plan: PlannedServing, keep: float, tokens: float) -> PlannedServing:
     """The plan that `as_numbers` was made of."""
-    if (keep, tokens) == (plan.config.keep or 0.0, plan.config.tokens or 0):
+    if not plan.config.is_adaptive and (keep, tokens) == _numbers(plan):
         return plan
     changes = {"tokens": int(tokens)} if tokens else {"keep": keep}
     return plan.with_config(plan.config.replace(**changes))
+
+
+def _numbers(plan: PlannedServing) -> tuple[float, float]:
+    budget = plan.config.budget
+    return budget.keep or 0.0, budget.tokens or 0.0

@@ -22,6 +22,8 @@ from ..merge.schedule import Schedule, TowerShape
 from .language_config import check_language_model
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..merge.merge_pass import MergePass
 
 # The plugin's classes by the model's type; `model.py` and `tiled.py` define them.
@@ -48,6 +50,7 @@ class PlannedServing:
         config: the merge options in force, with `size_bias` and `positions` decided.
         shape: numbers of the vision tower.
         schedule: token counts of every image (or tile).
+        patches: (rows, columns) of the tower's patches.
         max_keep: largest fraction of an image's tokens that a request may ask for; None for what
             `config` keeps.
     """
@@ -56,6 +59,7 @@ class PlannedServing:
     config: MergeConfig
     shape: TowerShape
     schedule: Schedule
+    patches: tuple[int, int]
     max_keep: float | None = None
 
     @property
@@ -70,9 +74,9 @@ class PlannedServing:
 
     @property
     def kept(self) -> float:
-        """The fraction of an image's tokens that is left."""
-        if isinstance(self.config.keep, float):
-            return self.config.keep
+        """The fraction of an image's tokens that is left, at most where images differ."""
+        if self.config.budget.keep is not None:
+            return self.config.budget.keep
         return self.schedule.tokens_out / self.schedule.tokens_in
 
     @property
@@ -112,6 +116,15 @@ class PlannedServing:
         schedule = schedule_for(config, self.shape)
         return dataclasses.replace(self, config=config, schedule=schedule)
 
+    def for_pixels(self, pixels: Tensor) -> PlannedServing:
+        """The plan for one image (or video), [F, 3, H, W]; another one only with keep="auto"."""
+        if not self.config.by_pixels:
+            return self
+        from ..merge.pixels import keep_of
+
+        keep = keep_of(pixels, self.patches, self.config.keep_range)
+        return self.with_config(self.config.replace(keep=keep))
+
     def new_pass(self) -> MergePass:
         """A fresh pass for images that are encoded together."""
         from ..merge.budget import new_pass
@@ -123,7 +136,7 @@ class PlannedServing:
         return _overrides(self.architecture, self.config, self.max_keep)
 
     def __str__(self) -> str:
-        counts = f"{self.schedule.tokens_in} -> {self.schedule.tokens_out}"
+        counts = f"{self.schedule.tokens_in} -> {self.schedule.counts_out}"
         unit = "tile" if self.shape.packed else "image"
         text = f"{self.config.summary()}: {counts} visual tokens per {unit}"
         most = f", up to keep={self.max_keep} on request"
@@ -133,20 +146,15 @@ class PlannedServing:
 def served_config(config: MergeConfig) -> MergeConfig:
     """A config as vLLM carries it out: the same merges, `size_bias` and `positions` decided.
 
-    Raises:
-        ValueError: it asks for what vLLM cannot do; the message says what to write instead.
+    keep="auto" follows the pixels: vLLM has to know counts before the tower runs.
     """
     # Late, because it imports torch, which a process that only registers the model does not need.
     from ..merge import algorithms
     from ..merge.places import told
 
-    if config.is_adaptive:
-        raise ValueError(
-            "keep='auto' cannot be served: vLLM has to know the number of visual tokens before "
-            "it sees the image; give a fixed keep or tokens"
-        )
     bias, positions = told(config, wanted=algorithms.get(config.algorithm).calibrated)
-    return config.replace(size_bias=bias, positions=positions)
+    adapt = "pixels" if config.is_adaptive else config.adapt
+    return config.replace(size_bias=bias, positions=positions, adapt=adapt)
 
 
 def hf_overrides(
@@ -166,7 +174,7 @@ def hf_overrides(
             None for what the config itself keeps.
 
     Raises:
-        ValueError: see `plan_serving`; without `model` only what `served_config` refuses.
+        ValueError: see `plan_serving`; without `model` only what is out of range by itself.
         TypeError: a model that is not supported.
     """
     if model is not None:
@@ -215,6 +223,7 @@ def plan_serving(
         ValueError: options that are missing, out of range, that do not fit the model, or that
             vLLM cannot carry out.
     """
+    from ..adapters.tower_tokens import patch_grid
     from ..merge.budget import schedule_for
 
     if config is None:
@@ -222,7 +231,8 @@ def plan_serving(
     served, shape = served_config(config), _tower_shape(hf_config)
     schedule = schedule_for(served, shape)
     most = _checked_max_keep(max_keep)
-    plan = PlannedServing(hf_config.model_type, served, shape, schedule, most)
+    patches = patch_grid(hf_config.vision_config)
+    plan = PlannedServing(hf_config.model_type, served, shape, schedule, patches, most)
     if most is not None and most < plan.kept:
         raise ValueError(
             f"{MAX_KEEP} must be at least what is kept without a request's own budget "

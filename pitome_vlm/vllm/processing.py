@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 from vllm.multimodal.parse import EmbeddingItems
 
@@ -100,16 +101,22 @@ class MergedProcessor(Processor):
         items = mm_items.get(update.modality)
         if not items or isinstance(items, EmbeddingItems):
             return update
-        merge_pass, written = self._plan.new_pass(), []
+        written = []
         for index, item in enumerate(out_mm_kwargs[update.modality]):
             whole = update.replacement(index)
             footprint = self.footprint(update.modality, len(whole), items, index)
-            written.append(whole[: merge_pass.count(footprint).out])
+            plan = self._plan.for_pixels(self.looked_at(item))
+            written.append(whole[: plan.new_pass().count(footprint).out])
             # On the CPU, where vLLM asks for positions.
             field = MultiModalBatchedField(keep_on_cpu=True)
-            numbers = as_numbers(self._plan, len(whole))
+            numbers = as_numbers(plan, len(whole))
             item[OPTIONS_KEY] = MultiModalFieldElem(data=numbers, field=field)
         return dataclasses.replace(update, replacement=written.__getitem__)
+
+    def looked_at(self, item: Any) -> Tensor:
+        """[F, 3, H, W] of an image or video, what its count follows from with keep="auto"."""
+        pixels: Tensor = item["pixel_values"].data
+        return pixels[None]
 
     def footprint(self, modality: str, full: int, items: Any, index: int) -> Footprint:
         """What vLLM makes of one item, as far as counting needs it.

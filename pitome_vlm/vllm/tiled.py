@@ -43,6 +43,14 @@ class TiledProcessor(MergedProcessor):
     """Mixin: images of any size, and videos."""
 
     @override
+    def looked_at(self, item: Any) -> Tensor:
+        if "pixel_values_videos" in item:
+            frames: Tensor = item["pixel_values_videos"].data
+            return frames
+        overview: Tensor = item["pixel_values"].data[:1]
+        return overview
+
+    @override
     def footprint(self, modality: str, full: int, items: Any, index: int) -> Footprint:
         # For counting it is enough that there are newlines.
         if modality == "video":

@@ -6,12 +6,14 @@ import copy
 import json
 
 import pytest
+import torch
 from tiny import tiny_model
 from tiny_anyres import anyres_model
 from typer.testing import CliRunner
 
 from pitome_vlm import MergeConfig
 from pitome_vlm.cli import app
+from pitome_vlm.merge.pixels import keep_of
 from pitome_vlm.vllm import hf_overrides, plan_serving
 from pitome_vlm.vllm.budgets import as_numbers, from_numbers, largest, requested
 
@@ -105,6 +107,26 @@ def test_a_server_that_merges_nothing_is_left_as_it_is_unless_requests_may_ask(m
 def test_bad_maxima_stop_the_server(model_config, max_keep, message):
     with pytest.raises(ValueError, match=message):
         plan_of(model_config, max_keep=max_keep)
+
+
+def test_budgets_that_follow_the_pixels(model_config):
+    """A fraction for each image, the one that the library takes; memory for the largest."""
+    plan = plan_of(model_config, keep="auto", keep_range=(0.1, 0.5))
+    assert largest(plan) == {"keep": 0.5}
+    side = model_config.vision_config.image_size
+    pixels = torch.ones(1, 3, side, side)
+    pixels[:, :, : side // 4] = torch.randn(3, side // 4, side)
+    found = plan.for_pixels(pixels)
+    assert found.config.keep == keep_of(pixels, plan.patches, (0.1, 0.5))
+    assert 0.25 <= found.config.keep < 0.3
+    _, *budget = as_numbers(found, 144).tolist()
+    assert from_numbers(plan, *budget) == found
+    # A request may ask for a fixed budget, and of another server for one by pixels.
+    assert requested(plan, {"keep": 0.2}).for_pixels(pixels).config.keep == 0.2
+    other = requested(plan_of(model_config, max_keep=0.5), {"keep": "auto"})
+    assert other.for_pixels(pixels).config.keep == keep_of(pixels, plan.patches, (0.0625, 0.5))
+    with pytest.raises(ValueError, match=r"keep='auto' keeps 0.5 of .* at most 0.25"):
+        requested(plan_of(model_config), {"keep": "auto"})
 
 
 def test_counts_of_tiled_images_follow_the_same_fraction():

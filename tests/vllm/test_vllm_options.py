@@ -97,9 +97,13 @@ def test_nothing_is_calibrated_where_nothing_is_merged():
     assert not plan.is_calibrated
 
 
-def test_adaptive_budgets_are_refused():
-    with pytest.raises(ValueError, match=r"keep='auto' cannot be served.*fixed keep"):
-        hf_overrides(MergeConfig(keep="auto"))
+def test_adaptive_budgets_follow_the_pixels():
+    config = MergeConfig(keep="auto", keep_range=(0.1, 0.5))
+    assert hf_overrides(config)["pitome"]["adapt"] == "pixels"
+    plan = plan_serving(with_overrides(tiny_model().config, hf_overrides(config)))
+    assert plan.config.by_pixels
+    assert plan.kept == 0.5
+    assert "144 -> 14 to 72 visual tokens" in str(plan)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +261,6 @@ def test_serve_args_takes_what_was_saved_with_the_checkpoint(tmp_path):
     ("words", "message"),
     [
         (("--keep", "0"), "keep must be in (0, 1]"),
-        (("--keep", "auto"), "keep='auto' cannot be served"),
         (("--algorithm", "tomee"), "unknown algorithm 'tomee'"),
         (("--keep", "0.5", "--tokens", "3"), "exactly one of keep, tokens, ratio"),
     ],

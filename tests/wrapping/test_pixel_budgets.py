@@ -1,4 +1,4 @@
-"""adapt="pixels": every image gets the tokens that a fixed budget, read off its pixels, gives it."""
+"""adapt="pixels": an image gets the tokens of a fixed budget, which is read off its pixels."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from transformers import (
 import pitome_vlm
 from pitome_vlm.demo import scene_image
 from pitome_vlm.demo.processor import BOS, EOS, IMAGE, PAD, build_processor, vocabulary
-from pitome_vlm.wrapping.encode import planned_count
+from pitome_vlm.wrapping.encode import prompt_images
 
 TILE, PATCH = 64, 8
 PINS = [[64, 128], [128, 64], [128, 128], [64, 192], [192, 64]]
@@ -170,19 +170,14 @@ def reference_tiled(path, requests, config, *, tokens: int = ANSWER_TOKENS):
     for request in requests:
         own = config
         if config is not None:
-            own = config.replace(**request["pitome"]) if request.get("pitome") else config
+            own = config.replace(adapt="pixels", **request.get("pitome") or {})
             pitome_vlm.wrap(model, config=own)
         images = [Image.open(name).convert("RGB") for name in request["images"]]
         videos = {"videos": [frames_of(request["frames"])]} if request.get("frames") else {}
         batch = processor(
             images=images or None, text=request["prompt"], return_tensors="pt", **videos
         )
-        saved = 0
-        if own is not None:
-            counts = [planned_count(model, own, image_size=one.size[::-1]) for one in images]
-            if videos:
-                counts.append(planned_count(model, own, frames=len(request["frames"])))
-            saved = sum(count.full - count.out for _, count in counts)
+        saved = sum(one.full - one.out for one in prompt_images(model, batch)) if own else 0
         length = batch["input_ids"].shape[1]
         output = model.generate(
             **batch, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens

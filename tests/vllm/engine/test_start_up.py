@@ -126,7 +126,6 @@ def test_bad_options_stop_a_plain_vllm_before_it_loads_anything(demo):
     cases = {
         "unknown algorithm 'tomee'": {"pitome": {"keep": 0.25, "algorithm": "tomee"}},
         "keep must be in (0, 1]": {"pitome": {"keep": 0}},
-        "keep='auto' cannot be served": {"pitome": {"keep": "auto"}},
         "pitome-vlm serve-args": {},
         "a model of type 'llava' is served by PiToMeLlavaForConditionalGeneration": {
             "architectures": [ARCHITECTURES["llava_next"]],

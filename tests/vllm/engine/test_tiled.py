@@ -20,7 +20,7 @@ CHUNKS = {"llava_next": 64, "llava_onevision": 180}
 CONFIG, MAX_KEEP = MergeConfig(keep=0.25), {"llava_next": 1.0, "llava_onevision": 0.5}
 BUDGETS = {
     "llava_next": [None, {"keep": 1.0}, {"tokens": 20}, {"keep": 1 / 3}],
-    "llava_onevision": [None, {"keep": 0.5}, {"tokens": 9}, {"keep": 0.1}],
+    "llava_onevision": [None, {"keep": 0.5}, {"tokens": 9}, {"keep": "auto"}],
 }
 
 
