@@ -62,7 +62,7 @@ class MergeConfig:
         tokens: the same as a count per image, >= 1.
         ratio: the paper's r, fraction kept at every merging layer, in (0, 1].
         adapt: with keep="auto", what decides an image's count: its "features" as the tower makes
-            them, or its "pixels" (the share of patches that differ from those next to them), with
+            them, or its "pixels" (the share of patches that are unlike those next to them), with
             which counts are known before the tower runs.
         quality: with adapt="features", share of the variance of an image's tokens that has to be
             left, in [0, 1]; higher keeps more tokens.

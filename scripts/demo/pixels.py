@@ -171,7 +171,7 @@ def pages_table(images: dict[str, Image.Image]) -> str:
         share, keep = distinct_share(pixels, GRID), keep_of(pixels, GRID, RANGE)
         tokens = MergeConfig(keep=keep).budget.target(GRID[0] * GRID[1])
         rows.append([name, f"{100 * share:.0f} %", f"{keep:.3f}", f"{tokens}"])
-    return markdown_table(["drawn", "patches unlike their neighbours", "keep", "of 576"], rows)
+    return markdown_table(["drawn", "patches that say something", "keep", "of 576"], rows)
 
 
 def demo_table(outcomes: list[Outcome], samples: list[Any]) -> str:
@@ -229,8 +229,8 @@ def main() -> None:
         f"`{command_line()}`",
         "## Drawn pages, 336 x 336 pixels in 24 x 24 patches",
         pages_table(images).rstrip(),
-        f"keep_range is {RANGE}; a patch counts as like a neighbour where their grey levels differ "
-        "by at most 5 of 255 on average.",
+        f"keep_range is {RANGE}. A patch says something where it is like less than two of its "
+        "neighbours: where grey levels differ by at most 5 of 255 on average, patches are alike.",
         "## The bundled model, validation split",
         demo_table(outcomes, samples).rstrip(),
         f"95 % intervals resample images. {facts_line}.",

@@ -42,8 +42,9 @@ def answer(rows: list[dict[str, Any]], options: argparse.Namespace) -> list[dict
 
 def processor(options: argparse.Namespace) -> Any:
     """Copies of the model that Ray feeds."""
+    path = str(checkpoint_path()) if options.model == "demo" else options.model
     engine = {
-        "hf_overrides": hf_overrides(MergeConfig(keep=options.keep)),
+        "hf_overrides": hf_overrides(MergeConfig(keep=options.keep), path),
         "limit_mm_per_prompt": {"image": 1},
         "max_model_len": options.max_model_len,
         "dtype": options.dtype,
@@ -56,7 +57,7 @@ def processor(options: argparse.Namespace) -> Any:
     if options.wheel:
         settings["runtime_env"] = {"pip": [options.wheel]}
     config = vLLMEngineProcessorConfig(
-        model_source=str(checkpoint_path()) if options.model == "demo" else options.model,
+        model_source=path,
         engine_kwargs=engine,
         # Engine metrics go through Ray Serve, which is not needed otherwise.
         log_engine_metrics=False,

@@ -177,7 +177,7 @@ def reference_tiled(path, requests, config, *, tokens: int = ANSWER_TOKENS):
         batch = processor(
             images=images or None, text=request["prompt"], return_tensors="pt", **videos
         )
-        saved = sum(one.full - one.out for one in prompt_images(model, batch)) if own else 0
+        saved = sum(one.full - one.count for one in prompt_images(model, batch)) if own else 0
         length = batch["input_ids"].shape[1]
         output = model.generate(
             **batch, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens

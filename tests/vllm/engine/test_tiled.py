@@ -24,6 +24,17 @@ BUDGETS = {
 }
 
 
+# In two processes one of them, in one the other.
+PARALLEL = {
+    "llava_next": {
+        "several": True,
+        "tensor_parallel_size": 2,
+        "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    },
+    "llava_onevision": {},
+}
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return save_images(tmp_path_factory.mktemp("tiled_images"))
@@ -46,6 +57,7 @@ def test_answers_are_the_library_s(engine, images, tmp_path, kind):
         max_model_len=1400,
         block_size=32,
         enable_prefix_caching=True,
+        **PARALLEL[kind],
     )
     expected = reference_tiled(path, requests, CONFIG)
     check_varied(expected)
