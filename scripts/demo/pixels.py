@@ -230,7 +230,8 @@ def main() -> None:
         "## Drawn pages, 336 x 336 pixels in 24 x 24 patches",
         pages_table(images).rstrip(),
         f"keep_range is {RANGE}. A patch says something where it is like less than two of its "
-        "neighbours: where grey levels differ by at most 5 of 255 on average, patches are alike.",
+        "neighbours (alike: grey levels differ by at most 5 of 255 on average). It is worth a "
+        "token, and so are 16 of the others.",
         "## The bundled model, validation split",
         demo_table(outcomes, samples).rstrip(),
         f"95 % intervals resample images. {facts_line}.",

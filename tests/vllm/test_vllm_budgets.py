@@ -118,7 +118,7 @@ def test_budgets_that_follow_the_pixels(model_config):
     pixels[:, :, : side // 4] = torch.randn(3, side // 4, side)
     found = plan.for_pixels(pixels)
     assert found.config.keep == keep_of(pixels, plan.patches, (0.1, 0.5))
-    assert 0.25 <= found.config.keep < 0.3
+    assert 0.29 <= found.config.keep < 0.34
     _, *budget = as_numbers(found, 144).tolist()
     assert from_numbers(plan, *budget) == found
     # A request may ask for a fixed budget, and of another server for one by pixels.

@@ -67,12 +67,14 @@ def test_shares_become_one_of_a_few_fractions():
     fractions = kept_fractions(RANGE)
     assert (fractions[0], fractions[-1], len(fractions)) == (*RANGE, 13)
     assert kept_fractions((0.25, 0.25)) == [0.25]
-    for share, expected in ((0.0, 0.1), (0.05, 0.1), (0.61, 0.6), (1.0, 0.6)):
+    for share, expected in ((0.0, 0.1), (0.61, 0.6), (1.0, 0.6)):
         assert keep_of(image(share)[None], (12, 12), RANGE) == pytest.approx(expected)
     for share in (0.2, 0.3, 0.4):
         real = distinct_share(image(share)[None], (12, 12))
+        # A token for every patch that says something, and for sixteen of the others.
+        wanted = real + (1 - real) / 16
         found = keep_of(image(share)[None], (12, 12), RANGE)
-        assert real <= found < real * (6 ** (1 / 12)) * 1.001
+        assert wanted <= found < wanted * (6 ** (1 / 12)) * 1.001
 
 
 def check_like_fixed(model, vision, keeps, kind="image", **options):

@@ -37,7 +37,7 @@ ANSWER_TOKENS = 3
 QUESTIONS = 60
 # (width, height); the processor brings all of them to one size.
 SIZES = [(640, 480), (97, 333), (1500, 200), (33, 33), (1024, 1024), (7, 300), (501, 499)]
-START_SECONDS = 240
+START_SECONDS = 600
 # oneDNN keeps a compiled kernel for every shape of a matrix product, 1024 of them if nobody says
 # otherwise, and a server grows by them whatever it serves (eval/results/serving/memory.md). With
 # few of them the server stays where it is after some thousand requests. What a thousand more may
