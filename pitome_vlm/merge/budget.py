@@ -109,6 +109,7 @@ def new_pass(
     schedule: Schedule,
     grid: tuple[int, int] | None,
     *,
+    algorithm: Algorithm | None = None,
     watch: Watch | None = None,
 ) -> MergePass:
     """A fresh pass for one encoding.
@@ -117,8 +118,9 @@ def new_pass(
         config: the merge options.
         schedule: of `schedule_for`.
         grid: (rows, columns) of the patches, None where the tokens are no whole grid.
+        algorithm: the one that the config names, None to look it up.
         watch: see `MergePass`.
     """
-    algorithm = algorithms.get(config.algorithm)
+    algorithm = algorithm or algorithms.get(config.algorithm)
     finisher = algorithms.get(FINISHER) if algorithm.needs_attention else None
     return MergePass(config, schedule, algorithm, grid, finisher, watch=watch)

@@ -156,7 +156,8 @@ class CallPlan:
     def new_pass(self) -> MergePass:
         """A fresh pass for one encoding."""
         watch = self.merging.watch
-        return new_pass(self.config, self.schedule, self.shape.grid, watch=watch)
+        own = self.algorithm
+        return new_pass(self.config, self.schedule, self.shape.grid, algorithm=own, watch=watch)
 
     def counts(self) -> dict[str, list[TokenCount]]:
         """Tokens of everything the call brings, by kind; nothing is run.
