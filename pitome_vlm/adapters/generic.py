@@ -29,6 +29,7 @@ from .grid_tower import GridTower
 from .grids import Grid, footprint_of, item_of, item_with_gaps, rope_places
 from .inner_tower import Comparison, Reading, TowerKind, WholeTower
 from .parts import PROJECTORS, TOWERS, ModelParts
+from .random_inputs import random_pixels
 from .tower_reading import depths_read, reading_of, reading_of_one, whole_flops
 from .unit_tower import UnitTower
 
@@ -188,21 +189,8 @@ class GenericAdapter(Adapter):
         image_size: tuple[int, int] | None,
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
-        names, config = self.family.inputs["image"], model.config
-        size = image_size or self.default_image_size
-        grids = [self._typical(model, size)] * n_images
-        if "image_grid_thw" in names and hasattr(config.vision_config, "temporal_patch_size"):
-            made = _random_patches(config.vision_config, self._side(model), grids, generator)
-        elif "image_sizes" in names:
-            cell = self._side(model) * config.vision_config.patch_size
-            _, rows, columns = grids[0]
-            shape = rows * cell, columns * cell
-            values = torch.randn(n_images, 3, *shape, generator=generator)
-            made = {"pixel_values": values, "image_sizes": torch.tensor([shape] * n_images)}
-        elif self.family.cells is None:
-            made = self._random_tiles(model, len(ids), n_images, generator)
-        else:
-            raise TypeError(f"inputs of a {type(model).__name__} cannot be made up; pass your own")
+        grid = self._typical(model, image_size or self.default_image_size)
+        made = random_pixels(self.family, model, grid, (len(ids), n_images), generator)
         return made | self.image_marks(model, ids)
 
     @override
@@ -213,23 +201,6 @@ class GenericAdapter(Adapter):
         return accepted(
             model.forward, dict.fromkeys(("mm_token_type_ids", "token_type_ids"), kinds)
         )
-
-    def _side(self, model: Any) -> int:
-        """Patches along a side of a token."""
-        assert self.family.patches is not None
-        return math.isqrt(self.family.patches(model.config))
-
-    def _random_tiles(
-        self, model: Any, rows: int, n_images: int, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """One tile for every image, row by row where the family wants it so."""
-        given = model.config.vision_config.image_size
-        sides = (given, given) if isinstance(given, int) else tuple(given)
-        values = torch.randn(n_images, 3, *sides, generator=generator)
-        name = self.family.inputs["image"][0]
-        if len(self.family.grids(model.config, {name: values}, "image")) != n_images:
-            values = values.view(rows, n_images // rows, *values.shape[1:])
-        return {name: values}
 
     @override
     def footprints(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Footprint]]:
@@ -328,18 +299,6 @@ def _adapter_of(model_types: tuple[str, ...]) -> GenericAdapter:
 
 def _core(model: Any) -> Any:
     return getattr(model, "model", model)
-
-
-def _random_patches(
-    vision: Any, side: int, grids: list[Grid], generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Rows of patches and the grid of every image, as Qwen's processors make them."""
-    patches = [(t, rows * side, columns * side) for t, rows, columns in grids]
-    channels = getattr(vision, "in_channels", 3)
-    width = channels * vision.temporal_patch_size * vision.patch_size**2
-    count = sum(math.prod(grid) for grid in patches)
-    values = torch.randn(count, width, generator=generator)
-    return {"pixel_values": values, "image_grid_thw": torch.tensor(patches)}
 
 
 def _first(core: Any, names: tuple[str, ...]) -> nn.Module:
