@@ -5,8 +5,10 @@ time by the clock. Random weights of real widths, fewer layers; nothing is downl
 
     python -m scripts.speed.inner_towers --model siglip --output eval/results/performance/avx2
 
-`siglip` is SigLIP-so400m under SmolVLM's projector: 27 x 27 patches of 384 pixels, 81 tokens. The
-order of the rows is drawn anew in every round.
+`siglip` is SigLIP-so400m under SmolVLM's projector: 27 x 27 patches of 384 pixels, 81 tokens.
+`qwen2_5_vl` is Qwen2.5-VL's tower, every fourth block of which attends to the whole image of 640 x
+480 pixels and the others within windows: 46 x 34 patches, 391 tokens. The order of the rows is drawn
+anew in every round.
 """
 
 from __future__ import annotations
@@ -45,8 +47,12 @@ WORDS = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hid
 WORDS |= {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64}
 
 
-def siglip(layers: int) -> tuple[Any, dict[str, torch.Tensor]]:
-    """SigLIP-so400m's width under SmolVLM's projector, and an image."""
+# A model, an image, and its (height, width) where that matters.
+Case = tuple[Any, dict[str, torch.Tensor], tuple[int, int] | None]
+
+
+def siglip(layers: int) -> Case:
+    """SigLIP-so400m's width under SmolVLM's projector."""
     vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16}
     vision |= {"num_hidden_layers": layers, "image_size": 384, "patch_size": 14}
     config = transformers.SmolVLMConfig(
@@ -56,10 +62,25 @@ def siglip(layers: int) -> tuple[Any, dict[str, torch.Tensor]]:
         image_token_id=127,
     )
     model = transformers.SmolVLMForConditionalGeneration(config)
-    return model, {"pixel_values": torch.randn(1, 1, 3, 384, 384)}
+    return model, {"pixel_values": torch.randn(1, 1, 3, 384, 384)}, None
 
 
-MODELS: dict[str, Callable[[int], tuple[Any, dict[str, torch.Tensor]]]] = {"siglip": siglip}
+def qwen2_5_vl(layers: int) -> Case:
+    """The widths of Qwen2.5-VL-7B's tower."""
+    vision = {"hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "depth": layers}
+    vision |= {"out_hidden_size": 64, "fullatt_block_indexes": [*range(3, layers, 4)]}
+    rope = {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e4}
+    config = transformers.Qwen2_5_VLConfig(
+        vision_config=vision, text_config=WORDS | {"rope_parameters": rope}, image_token_id=127
+    )
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    rows, columns = 34, 46
+    values = torch.randn(rows * columns, 3 * 2 * 14 * 14)
+    inputs = {"pixel_values": values, "image_grid_thw": torch.tensor([[1, rows, columns]])}
+    return model, inputs, (rows * 14, columns * 14)
+
+
+MODELS: dict[str, Callable[[int], Case]] = {"siglip": siglip, "qwen2_5_vl": qwen2_5_vl}
 
 
 @torch.no_grad()
@@ -96,22 +117,24 @@ def measure(model: Any, inputs: dict[str, torch.Tensor], options: argparse.Names
     return found
 
 
-def summary(model: Any, rounds: dict[str, list[float]]) -> list[dict[str, Any]]:
+def summary(
+    model: Any, rounds: dict[str, list[float]], size: tuple[int, int] | None
+) -> list[dict[str, Any]]:
     """Medians; ratios are medians of the ratios within a round."""
-    whole, found = costs(model).tower_flops, []
+    whole, found = costs(model, image_size=size).tower_flops, []
     for name, config in ROWS.items():
         pairs = zip(rounds[name], rounds["unmerged"], strict=True)
         low, middle, high = statistics.quantiles((own / base for own, base in pairs), n=4)
         if config is not None:
             pitome_vlm.wrap(model, config=config)
-        steps = pitome_vlm.describe(model).tower_steps if config else ()
+        steps = pitome_vlm.describe(model, image_size=size).tower_steps if config else ()
         found.append(
             {
                 "name": name,
                 "tower_ms": statistics.median(rounds[name]),
                 "time_ratio": middle,
                 "time_ratio_iqr": [low, high],
-                "flops_ratio": costs(model).tower_flops / whole,
+                "flops_ratio": costs(model, image_size=size).tower_flops / whole,
                 "steps": [list(step) for step in steps],
             }
         )
@@ -158,13 +181,14 @@ def main(say: Callable[[str], Any] = print) -> None:
         parser.error(f"--repeats must be at least 2 (quartiles are shown), got {options.repeats}")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    model, inputs = MODELS[options.model](options.layers)
+    model, inputs, size = MODELS[options.model](options.layers)
     dtype = getattr(torch, options.dtype)
     model = model.to(dtype).eval()
     inputs = {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
     rounds = measure(model, inputs, options)
     given = {name: value for name, value in vars(options).items() if name != "output"}
-    about, found = {"command": command_line(), **provenance(), **given}, summary(model, rounds)
+    about = {"command": command_line(), **provenance(), **given}
+    found = summary(model, rounds, size)
     text = markdown(found, about)
     say(text)
     if options.output is not None:

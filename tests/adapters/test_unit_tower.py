@@ -126,6 +126,15 @@ def test_is_what_a_slow_tower_computes(name, kind):
         assert relative(seen["features"], expected) < 2e-5
         for one, two in zip(seen["levels"], levels, strict=True):
             assert relative(one, two) < 2e-5
+        if kind == "image" and options == {"stage": "tower"}:
+            # Nothing is left to merge, so that tokens are named as in the tower.
+            named = torch.arange(sum(tokens.full_counts))
+            for _, kept in plans.values():
+                named = named[kept[0]]
+            cells = named if order is None else order[named]
+            starts = torch.tensor([0, *tokens.full_counts]).cumsum(0)
+            found = [one + start for one, start in zip(tokens.anchors, starts, strict=False)]
+            assert torch.equal(torch.cat(found), cells.sort().values)
         # Every token is the size-weighted mean of the groups that it was made of.
         own = expected.split([math.prod(grid) // 4 for grid in grids])
         for values, feature, source in zip(own, tokens.features, tokens.source_maps, strict=True):
