@@ -6,9 +6,9 @@ time by the clock. Random weights of real widths, fewer layers; nothing is downl
     python -m scripts.speed.inner_towers --model siglip --output eval/results/performance/avx2
 
 `siglip` is SigLIP-so400m under SmolVLM's projector: 27 x 27 patches of 384 pixels, 81 tokens.
-`qwen2_5_vl` is Qwen2.5-VL's tower, every fourth block of which attends to the whole image of 640 x
-480 pixels and the others within windows: 46 x 34 patches, 391 tokens. The order of the rows is drawn
-anew in every round.
+`qwen2_5_vl` is Qwen2.5-VL's tower, every fourth block of which attends to the whole image of
+640 x 480 pixels and the others within windows: 46 x 34 patches, 391 tokens. The order of the rows
+is drawn anew in every round.
 """
 
 from __future__ import annotations
