@@ -144,15 +144,27 @@ class Similarity:
         # Two tokens that cover only each other gain the same, computed in two ways.
         eps = self.n_tokens * torch.finfo(self._unit.dtype).eps
         rounding = eps * worth.amax(-1, keepdim=True)
+        covered, taken = torch.zeros_like(worth), torch.zeros_like(worth, dtype=torch.bool)
+        chosen = []
+        for _ in range(n_out):
+            # No gain is negative, so what is taken is never chosen again.
+            score = (self._gain(covered) * worth).masked_fill_(taken, -1.0)
+            largest = (score >= score.amax(-1, keepdim=True) - rounding) & ~taken
+            choice = largest.to(torch.int8).argmax(-1, keepdim=True)
+            taken.scatter_(1, choice, True)
+            covered = torch.maximum(covered, self._between(choice, self.tokens())[:, 0])
+            chosen.append(choice)
+        return torch.cat(chosen, 1)
+
+    def _gain(self, covered: Tensor) -> Tensor:
+        """By how much every token is closer to all tokens than `covered`, together: [B, N]."""
         if not self._in_pieces:
-            return _most_covering(self._whole, n_out, worth, rounding)
-        gains = self.by_row(lambda rows, _: rows.clamp_(min=0).sum(-1))
-        most = max(1, self._piece_bytes // (self.n_tokens * self._unit.element_size()))
-        chosen = [
-            _lazily_covering(*image, n_out, most)
-            for image in zip(self._unit, gains * worth, worth, rounding[:, 0], strict=True)
-        ]
-        return torch.stack(chosen)
+            return (self._whole - covered[:, None]).clamp_(min=0).sum(-1)
+        found = torch.empty_like(covered)
+        for image, first, rows in self._row_pieces():
+            closer = rows[0].sub_(covered[image]).clamp_(min=0)
+            found[image, first : first + len(closer)] = closer.sum(-1)
+        return found
 
     def _between(self, side_a: Tensor, side_b: Tensor) -> Tensor:
         """Cosines of tokens [B, a] with tokens [B, b]: [B, a, b]."""
@@ -227,52 +239,3 @@ def _farthest_first(distance: Tensor, n_out: int) -> Tensor:
         choice = to_chosen.argmax(-1)[:, None]
         chosen.append(choice)
     return torch.cat(chosen, 1)
-
-
-def _most_covering(whole: Tensor, n_out: int, worth: Tensor, rounding: Tensor) -> Tensor:
-    """`Similarity.most_covering` on all cosines [B, N, N]."""
-    covered, taken = torch.zeros_like(worth), torch.zeros_like(worth, dtype=torch.bool)
-    chosen = []
-    for _ in range(n_out):
-        gain = (whole - covered[:, None]).clamp_(min=0).sum(-1)
-        # No gain is negative, so what is taken is never chosen again.
-        score = (gain * worth).masked_fill_(taken, -1.0)
-        largest = (score >= score.amax(-1, keepdim=True) - rounding) & ~taken
-        choice = largest.to(torch.int8).argmax(-1, keepdim=True)
-        taken.scatter_(1, choice, True)
-        covered = torch.maximum(covered, take_tokens(whole, choice)[:, 0])
-        chosen.append(choice)
-    return torch.cat(chosen, 1)
-
-
-def _lazily_covering(
-    unit: Tensor, score: Tensor, worth: Tensor, rounding: Tensor, n_out: int, most: int
-) -> Tensor:
-    """The same for one image, with few cosines at once: gains only ever fall.
-
-    So an old score is a bound, and only tokens whose bound is among the largest are looked at.
-
-    Args:
-        unit: [N, D].
-        score: [N], with nothing chosen yet.
-        worth: [N].
-        rounding: [], scores that differ by less are equal.
-        n_out: 1..N.
-        most: rows of cosines at once.
-    """
-    covered, chosen = torch.zeros_like(worth), []
-    old = torch.zeros_like(worth, dtype=torch.bool)
-    for _ in range(n_out):
-        largest = score >= score.max() - rounding
-        while bool((largest & old).any()):
-            looked = score.masked_fill(~old, -2.0).topk(min(most, int(old.sum()))).indices
-            closer = (unit[looked] @ unit.T).sub_(covered).clamp_(min=0)
-            score[looked], old[looked] = closer.sum(-1) * worth[looked], False
-            largest = score >= score.max() - rounding
-        choice = largest.to(torch.int8).argmax()
-        chosen.append(choice)
-        covered = torch.maximum(covered, unit @ unit[choice])
-        # What is chosen is never among the largest again.
-        score[choice] = -1.0
-        old = score >= 0
-    return torch.stack(chosen)

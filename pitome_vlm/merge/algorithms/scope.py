@@ -9,6 +9,8 @@ none), to the power `saliency`. Chosen one by one, the largest score first.
 Different: a token that nothing similar was chosen for counts as covered by zero, so that opposite
 tokens cover nothing; dropped tokens are counted in the size of their nearest survivor, so that
 sizes add up to all patches.
+
+Every choice goes over all pairs, so it is for towers of up to a few thousand tokens.
 """
 
 from __future__ import annotations

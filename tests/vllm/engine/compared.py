@@ -17,8 +17,11 @@ EVERY_ALGORITHM = [
     {"algorithm": "tome", "keep": 0.5, "placement": "after_layer", "layers": [1, 3]},
     {"algorithm": "pitome", "keep": 0.5, "proportional_attention": False, "weighted": False},
 ]
-# Of 16 options times 48 images; see `check_features`.
+# Of 17 options times 48 images; see `check_features`.
 MOST_TIES = 12
+# VisPruner removes duplicates in the order of their similarity, and the equal patches of a drawn
+# scene are all similar to the last bit; of 48 images.
+MOST_TIES_OF_VISPRUNER = 8
 
 
 def answers(outputs):
@@ -56,4 +59,6 @@ def check_features(found, path, options):
                 number,
             )
         ties += [(config["algorithm"], number) for number in different]
-    assert len(ties) <= MOST_TIES, ties
+    of_vispruner = [one for one in ties if one[0] == "vispruner"]
+    assert len(of_vispruner) <= MOST_TIES_OF_VISPRUNER, ties
+    assert len(ties) - len(of_vispruner) <= MOST_TIES, ties
