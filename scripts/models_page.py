@@ -15,6 +15,7 @@ from pitome_vlm.adapters import ADAPTERS, Adapter
 from pitome_vlm.adapters.generic import GenericAdapter
 from pitome_vlm.adapters.refused import REFUSED
 from pitome_vlm.releases import OLDEST_TRANSFORMERS
+from pitome_vlm.vllm.options import ARCHITECTURES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/models.md"
 BEGIN, END = "<!-- python -m scripts.models_page -->\n", "<!-- end -->\n"
@@ -69,7 +70,6 @@ def _row(adapter: Adapter) -> list[str]:
     types = ", ".join(f"`{name}`" for name in adapter.model_types)
     if isinstance(adapter, GenericAdapter) and adapter.family.of_tower is not None:
         types += f" on a tower of type `{adapter.family.of_tower}`"
-    served = adapter.model_types[0] == "llava" and not isinstance(adapter, GenericAdapter)
     return [
         ", ".join(dict.fromkeys(f"`{_class(name)}`" for name in adapter.model_types)),
         types,
@@ -79,7 +79,7 @@ def _row(adapter: Adapter) -> list[str]:
         "time, row, column" if adapter.own_positions else "order",
         "yes",
         "yes",
-        "yes" if served else "no",
+        _served(adapter),
         ".".join(map(str, since)),
         _run(adapter),
     ]
@@ -95,6 +95,15 @@ def _where(adapter: Adapter) -> str:
     if isinstance(adapter, GenericAdapter):
         return "after the tower" if adapter.family.tower is None else "in the tower and after it"
     return "after the tower" if adapter.own_positions else "in the tower and after it"
+
+
+def _served(adapter: Adapter) -> str:
+    if isinstance(adapter, GenericAdapter):
+        return "no"
+    served = [name for name in adapter.model_types if name in ARCHITECTURES]
+    if len(served) < len(adapter.model_types):
+        return ", ".join(f"`{name}`" for name in served) or "no"
+    return "yes"
 
 
 def _images(adapter: Adapter) -> str:
