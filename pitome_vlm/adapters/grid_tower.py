@@ -245,7 +245,10 @@ class GridTower(TowerKind):
         lengths, special = _lengths(tower, reading, schedule), int(has_class_token(tower))
         widths = attention.head_dim, _width(attention)
         return [
-            Comparison(layer, lengths[layer] - special, lengths[layer + 1] - special, 1, *widths)
+            Comparison(
+                *(layer, lengths[layer] - special, lengths[layer + 1] - special, 1, *widths),
+                ranking=2 * lengths[layer] ** 2 * widths[1],
+            )
             for layer, _ in schedule.tower
         ]
 

@@ -49,6 +49,8 @@ class Comparison:
         times: sets.
         key_width: channels of what tokens are compared by where that is attention keys.
         state_width: the same for hidden states.
+        ranking: FLOPs of the attention logits that rank the tokens of all sets, where an algorithm
+            asks for them.
     """
 
     layer: int
@@ -57,6 +59,7 @@ class Comparison:
     times: int
     key_width: int
     state_width: int
+    ranking: int = 0
 
 
 class TowerKind(abc.ABC):

@@ -21,6 +21,10 @@ from .layer_parts import CLIP_LIKE, LayerParts
 
 Heads = tuple[Tensor, Tensor, Tensor]
 
+# Queries whose attention is computed in one piece for all images; of more, so many logits of one
+# image and head at a time. By length alone, so that batching changes no answer.
+WHOLE_UP_TO, PIECE = 4096, 2**24
+
 
 def _as_is(own: Any) -> Any:
     return own
@@ -47,13 +51,19 @@ def attention_received(
         [B, N] float32, rows sum to one.
     """
     query = query[:, :, :1] if has_class_token else query
-    total = torch.zeros(key.shape[0], key.shape[2], dtype=torch.float32, device=key.device)
-    for head in range(key.shape[1]):
-        logits = (query[:, head] @ key[:, head].transpose(1, 2)).float() * scale
-        if bias is not None:
-            logits = logits + bias[:, 0].float()
-        total += logits.softmax(-1).mean(1)
-    return total / key.shape[1]
+    (batch, heads, length), asked = key.shape[:3], query.shape[2]
+    total = torch.zeros(batch, length, dtype=torch.float32, device=key.device)
+    whole = asked <= WHOLE_UP_TO
+    together, rows = (batch, asked) if whole else (1, max(1, PIECE // length))
+    for first in range(0, batch, together):
+        some = slice(first, first + together)
+        for head in range(heads):
+            for own in torch.split(query[some, head], rows, 1):
+                logits = (own @ key[some, head].mT).float() * scale
+                if bias is not None:
+                    logits = logits + bias[some, 0].float()
+                total[some] += logits.softmax(-1).sum(1) / asked
+    return total / heads
 
 
 @dataclass(frozen=True)

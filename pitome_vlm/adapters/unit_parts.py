@@ -47,19 +47,14 @@ def mergers(tower: Any) -> Iterator[tuple[int, nn.Module]]:
 
 def unit_flops(tower: Any, footprint: Footprint, schedule: Schedule | None) -> int:
     """FLOPs of a tower, without comparisons; all windows count as full ones."""
-    side, window = tower.spatial_merge_size, window_side(tower)
-    lengths = tokens_by_layer(schedule, footprint, len(tower.blocks))
+    side, lengths = tower.spatial_merge_size, _lengths(tower, footprint, schedule)
     inside = schedule is None or not schedule.after_layer
     total = 0
     for index, block in enumerate(tower.blocks):
         entering, leaving = lengths[index], lengths[index + 1]
-        together = footprint.full / max(1, footprint.frames)
-        if is_windowed(tower, index):
-            together = min(together, window**2)
-        keys = together * entering / footprint.full * side**2
         total += weights(block.attn) * entering * side**2
         total += weights(block.mlp) * (leaving if inside else entering) * side**2
-        total += round(2 * entering * side**2 * keys * block.attn.qkv.in_features)
+        total += _logits(tower, index, footprint, entering)
     for index, merger in mergers(tower):
         total += weights(merger) * lengths[index]
     rest = ((name, module) for name, module in tower.named_children() if name not in _WITH_LAYERS)
@@ -72,17 +67,45 @@ def unit_flops(tower: Any, footprint: Footprint, schedule: Schedule | None) -> i
 def unit_comparisons(tower: Any, footprint: Footprint, schedule: Schedule) -> list[Comparison]:
     """Units that merging compares, in sets of a frame or window."""
     attention, units = tower.blocks[0].attn, tower.spatial_merge_size**2
-    lengths = tokens_by_layer(schedule, footprint, len(tower.blocks))
-    sets = max(1, footprint.frames)
-    window = window_side(tower)
-    if window:
-        sets *= -(-footprint.full // (sets * window**2))
+    lengths, sets = _lengths(tower, footprint, schedule), _sets(tower, footprint)
     width = attention.qkv.in_features
     widths = width // attention.num_heads, width * units
     return [
-        Comparison(index, -(-lengths[index] // sets), -(-lengths[index + 1] // sets), sets, *widths)
+        Comparison(
+            index,
+            -(-lengths[index] // sets),
+            -(-lengths[index + 1] // sets),
+            sets,
+            *widths,
+            # Of the two products of an attention the first.
+            ranking=_logits(tower, index, footprint, lengths[index]),
+        )
         for index, _ in schedule.tower
     ]
+
+
+def _sets(tower: Any, footprint: Footprint) -> int:
+    """Sets of units that are merged on their own: frames, or full windows of frames."""
+    frames, window = max(1, footprint.frames), window_side(tower)
+    return frames * -(-footprint.full // (frames * window**2)) if window else frames
+
+
+def _lengths(tower: Any, footprint: Footprint, schedule: Schedule | None) -> list[int]:
+    """Units before the first block and after each; one at least is left of every set."""
+    fewest = min(footprint.full, _sets(tower, footprint))
+    lengths = tokens_by_layer(schedule, footprint, len(tower.blocks))
+    return [max(fewest, length) for length in lengths]
+
+
+def _logits(tower: Any, layer: int, footprint: Footprint, units: int) -> int:
+    """FLOPs of one of the two products of a block's attention, whose patches are of `units`."""
+    patches, together = tower.spatial_merge_size**2, footprint.full / max(1, footprint.frames)
+    if is_windowed(tower, layer):
+        together = min(together, window_side(tower) ** 2)
+    keys = together * units / footprint.full * patches
+    width: int = tower.blocks[layer].attn.qkv.in_features
+    found: int = round(2 * units * patches * keys * width)
+    return found
 
 
 def window_side(tower: Any) -> int:

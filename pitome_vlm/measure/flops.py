@@ -131,10 +131,9 @@ def _compared_flops(comparisons: list[Comparison], config: MergeConfig) -> int:
     for one in comparisons:
         width = one.key_width if by_keys else one.state_width
         ctx = MergeContext(config, one.layer)
-        compared = similarity_flops(one.entering, one.leaving, width, algorithm, ctx)
+        total += one.times * similarity_flops(one.entering, one.leaving, width, algorithm, ctx)
         if algorithm.needs_attention:
-            compared += attention_flops(one.entering, one.entering, one.state_width) // 2
-        total += one.times * compared
+            total += one.ranking
     return total
 
 

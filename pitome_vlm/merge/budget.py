@@ -72,6 +72,12 @@ def schedule_for(
             f"algorithm {algorithm.name!r} ranks tokens by attention in the vision tower, so stage "
             f"must be 'tower', got {stage!r}"
         )
+    if config.is_adaptive and algorithm.needs_attention and not shape.packed:
+        raise ValueError(
+            f"algorithm {algorithm.name!r} ranks tokens by attention in the vision tower, so it "
+            "cannot go on after it until an image stops being redundant; keep='auto' needs another "
+            "algorithm, or give a fixed keep"
+        )
     schedule = build_schedule(
         shape,
         config.budget,

@@ -142,14 +142,14 @@ class Similarity:
             [B, n_out] int64, distinct; ties go to the earlier token.
         """
         # Two tokens that cover only each other gain the same, computed in two ways.
-        eps = self.n_tokens * torch.finfo(self._unit.dtype).eps
-        rounding = eps * worth.amax(-1, keepdim=True)
+        # Of each by its own worth: what is little next to the largest worth is still not equal.
+        rounding = self.n_tokens * torch.finfo(self._unit.dtype).eps * worth
         covered, taken = torch.zeros_like(worth), torch.zeros_like(worth, dtype=torch.bool)
         chosen = []
         for _ in range(n_out):
             # No gain is negative, so what is taken is never chosen again.
             score = (self._gain(covered) * worth).masked_fill_(taken, -1.0)
-            largest = (score >= score.amax(-1, keepdim=True) - rounding) & ~taken
+            largest = (score + rounding >= score.amax(-1, keepdim=True)) & ~taken
             choice = largest.to(torch.int8).argmax(-1, keepdim=True)
             taken.scatter_(1, choice, True)
             covered = torch.maximum(covered, self._between(choice, self.tokens())[:, 0])

@@ -9,6 +9,8 @@ from tiny import duplicated_image, tiny_batch, tiny_model
 
 import pitome_vlm
 from pitome_vlm import MergeConfig
+from pitome_vlm.adapters import merged_layer
+from pitome_vlm.adapters.merged_layer import attention_received
 from pitome_vlm.measure.visualize import source_map
 from pitome_vlm.merge.algorithm import Algorithm
 from pitome_vlm.merge.merge_pass import MergePass
@@ -61,6 +63,22 @@ def test_is_the_models_own_attention(shared, kind, attention, layer):
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, row[:, leading:], atol=1e-5, rtol=0)
     assert ours.std() > 1e-4  # the oracle can tell tokens apart
+
+
+def test_long_images_are_ranked_in_pieces(monkeypatch):
+    """The attention of 16,000 patches of a Qwen tower would take a gigabyte for every head."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(3, 2, 50, 8, generator=generator) for _ in range(2))
+    bias = torch.rand(3, 1, 1, 50, generator=generator)
+    whole = attention_received(query, key, bias, 0.3, False)
+    monkeypatch.setattr(merged_layer, "WHOLE_UP_TO", 40)
+    monkeypatch.setattr(merged_layer, "PIECE", 7 * 50)
+    most, softmax = [], torch.Tensor.softmax
+    monkeypatch.setattr(
+        torch.Tensor, "softmax", lambda own, dim: most.append(own.numel()) or softmax(own, dim)
+    )
+    torch.testing.assert_close(attention_received(query, key, bias, 0.3, False), whole)
+    assert max(most) == 7 * 50
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])

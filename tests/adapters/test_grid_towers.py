@@ -213,8 +213,9 @@ def test_the_costs_are_what_is_computed(name):
     model.set_attn_implementation("eager")
     batch = family.batch(images=(1,), texts=(3,))
     inputs = pixels_of(model, batch)
-    for stage in ("both", "tower", "projector"):
-        pitome_vlm.wrap(model, keep=0.25, stage=stage)
+    for stage in ("both", "tower", "projector", "ranked"):
+        own = {"algorithm": "diffrate"} if stage == "ranked" else {"stage": stage}
+        pitome_vlm.wrap(model, keep=0.25, **own)
         with FlopCounterMode(display=False) as counter:
             visual = pitome_vlm.encode_images(model, **inputs)
         count = costs(model, image_size=_size(model, inputs))

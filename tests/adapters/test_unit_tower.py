@@ -370,8 +370,11 @@ def test_flops_are_what_is_computed(name, placement, monkeypatch):
         {"keep": 1.0},
         {"keep": 0.25, "stage": "tower"},
         {"keep": 0.5, "layers": (0, 1)},
+        {"keep": 0.01, "layers": (0, 1)},  # A unit is left of every window.
+        {"keep": 0.5, "algorithm": "diffrate"},  # Ranks by attention between all patches.
+        {"keep": 0.5, "algorithm": "vispruner"},
     ):
-        config = MergeConfig(**options, algorithm="tome", placement=placement)
+        config = MergeConfig(**{"algorithm": "tome"} | options, placement=placement)
         pitome_vlm.wrap(model, config=config)
         base, merging = merging_of(model)
         plan = merging.plan(base, inputs)

@@ -23,7 +23,7 @@ from slow_reference import (
 
 from pitome_vlm import MergeConfig
 from pitome_vlm.merge import algorithms
-from pitome_vlm.merge.algorithm import MergeContext, make_plan
+from pitome_vlm.merge.algorithm import MergeContext, PairLimits, make_plan
 from pitome_vlm.merge.algorithms.visionzip import contextual_count
 from pitome_vlm.merge.plan import MergePlan
 
@@ -166,6 +166,20 @@ def test_scope_is_greedy_coverage_times_attention():
             assert same(
                 named_groups(plan, row), with_nearest(keys[row].tolist(), chosen, others)
             ), f"seed {seed}, power {power}"
+
+
+def test_scope_tells_tokens_of_little_attention_apart():
+    """Most attention of a tower goes to few tokens; the others are no ties for that."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 200, 16, generator=generator, dtype=torch.float64)
+    attention = (3 * torch.randn(1, 200, generator=generator, dtype=torch.float64)).softmax(-1)
+    for power, limits in product((1.0, 4.0, 10.0), (None, PairLimits(8, 2**16))):
+        config = MergeConfig(keep=0.5, algorithm="scope", saliency=power)
+        exact, single = (
+            planned("scope", one, 60, cls_attention=seen, config=config, pairs=limits).kept
+            for one, seen in ((keys, attention), (keys.float(), attention.float()))
+        )
+        assert len(set(exact[0].tolist()) & set(single[0].tolist())) >= 58, (power, limits)
 
 
 def test_scope_takes_distinct_tokens_where_nothing_is_left_to_cover():

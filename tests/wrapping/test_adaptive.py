@@ -157,6 +157,8 @@ def test_what_does_not_fit_is_named():
     model = tiny_model()
     with pytest.raises(ValueError, match=r"'pool' reduces in one step.*keep='auto' needs another"):
         pitome_vlm.wrap(model, keep="auto", algorithm="pool")
+    with pytest.raises(ValueError, match=r"'diffrate' ranks.*keep='auto' needs another algorithm"):
+        pitome_vlm.wrap(model, keep="auto", algorithm="diffrate")
     with pytest.raises(TypeError, match=r"keep must be a number in .* or 'auto', got 'lots'"):
         pitome_vlm.wrap(model, keep="lots")
     with pytest.raises(ValueError, match=r"quality must be in \[0, 1\], got 2"):

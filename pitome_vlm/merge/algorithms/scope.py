@@ -46,7 +46,9 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     """Keep `n_out`, 1..N, tokens of the largest score; `ctx` must carry the attention."""
     similarity = Similarity(keys, ctx.pairs)
     power = ctx.own(ScopeOptions).saliency
-    worth = ctx.required_attention().to(torch.promote_types(keys.dtype, torch.float32)) ** power
+    worth = ctx.required_attention().to(torch.promote_types(keys.dtype, torch.float32))
+    # In units of the largest, so that a high power of a small share is not rounded to zero.
+    worth = (worth / worth.amax(-1, keepdim=True)) ** power
     chosen = similarity.most_covering(n_out, worth)
     return keep_only(similarity, chosen, complement(chosen, keys.shape[1]))
 
