@@ -120,7 +120,7 @@ test-vllm-old: $(VLLM_OLD_VENV)/.ready ## the same on vLLM 0.27, the release tha
 bench-serving: $(VLLM_VENV)/.ready ## regenerate eval/results/serving/load (LLaVA-1.5's image size, random weights)
 	$(VLLM_VENV)/bin/python -m scripts.serving.random_llava /tmp/pitome_random_llava
 	VLLM_CPU_KVCACHE_SPACE=2 $(VLLM_VENV)/bin/python -m scripts.serving.load --model /tmp/pitome_random_llava \
-		--keep 1.0 0.25 --requests 24 --max-tokens 16 --ignore-eos --output eval/results/serving/load \
+		--keep 1.0 0.25 --clients 1 2 4 8 16 --requests 20 --max-tokens 16 --ignore-eos --output eval/results/serving/load \
 		--vllm "--dtype float32 --max-model-len 1024 --max-num-seqs 32 --block-size 32 --enforce-eager"
 
 bench-demo: $(VENV)/.dev ## regenerate eval/results/demo (all held-out questions)
