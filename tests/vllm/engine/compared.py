@@ -17,10 +17,10 @@ EVERY_ALGORITHM = [
     {"algorithm": "tome", "keep": 0.5, "placement": "after_layer", "layers": [1, 3]},
     {"algorithm": "pitome", "keep": 0.5, "proportional_attention": False, "weighted": False},
 ]
-# Of 17 options times 48 images; see `check_features`.
+# Of 15 options times 48 images; see `check_features`.
 MOST_TIES = 12
 # VisPruner removes duplicates in the order of their similarity, and the equal patches of a drawn
-# scene are all similar to the last bit; of 48 images.
+# scene are all similar to the last bit; of its 48.
 MOST_TIES_OF_VISPRUNER = 8
 
 
