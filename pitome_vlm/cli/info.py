@@ -12,7 +12,7 @@ from . import options as o
 from .terminal import quiet, say, show_table, write, write_json
 
 if TYPE_CHECKING:
-    from ..measure.description import Description
+    from ..measure.described import Description
 
 
 def _list_algorithms(wanted: bool) -> None:

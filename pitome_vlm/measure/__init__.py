@@ -8,7 +8,8 @@ from ..common import lazy_names
 
 if TYPE_CHECKING:
     from .accounting import Costs, costs
-    from .description import Description, describe, from_config
+    from .described import Description
+    from .description import describe, from_config
     from .timing import Timing, time_prefill
 
 __all__ = ["Costs", "Description", "Timing", "costs", "describe", "from_config", "time_prefill"]
@@ -16,6 +17,6 @@ __all__ = ["Costs", "Description", "Timing", "costs", "describe", "from_config",
 __getattr__ = lazy_names(
     __name__,
     dict.fromkeys(("Costs", "costs"), "accounting")
-    | dict.fromkeys(("Description", "describe", "from_config"), "description")
+    | {"Description": "described", "describe": "description", "from_config": "description"}
     | dict.fromkeys(("Timing", "time_prefill"), "timing"),
 )
