@@ -124,7 +124,9 @@ def test_version():
     ],
     ids=str,
 )
-def test_bad_command_lines(words, message):
+def test_bad_command_lines(words, message, tmp_path, monkeypatch):
+    # Where nobody has run a command before, whose files would be found first.
+    monkeypatch.chdir(tmp_path)
     fails_in_one_line(run(*words), message)
 
 
