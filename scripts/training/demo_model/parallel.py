@@ -133,14 +133,17 @@ class Optimiser:
 
 
 class Clock:
-    """How much of a stage's time is used up, agreed between ranks, across restarts."""
+    """How much of a stage's processor time is used up, agreed between ranks, across restarts.
+
+    Processor time, so that a run next to other work makes as many steps as one alone.
+    """
 
     def __init__(self, minutes: float, ranks: int, spent: float = 0.0) -> None:
-        self.total, self.ranks, self.begin = minutes * 60, ranks, time.time() - spent
+        self.total, self.ranks, self.begin = minutes * 60, ranks, time.process_time() - spent
 
     def spent(self) -> float:
         """Seconds used so far."""
-        return time.time() - self.begin
+        return time.process_time() - self.begin
 
     def fraction(self) -> float:
         """The used part of the time, the same number on every rank."""

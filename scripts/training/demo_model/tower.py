@@ -198,7 +198,7 @@ def train_tower(
     rates: tuple[float, float],
     seed: int = 0,
 ) -> None:
-    """Train the tower for `minutes` of wall-clock time; resumes from tower.pt if it is there."""
+    """Train the tower for `minutes` of processor time; resumes from tower.pt if it exists."""
     rank, _ = parallel.start()
     torch.manual_seed(seed)
     tower = build_model(**sizes).model.vision_tower
