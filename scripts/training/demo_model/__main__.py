@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=__package__, description=__doc__.split("\n")[0])
     parser.add_argument("stage", choices=(*STAGES, "all"))
     parser.add_argument("--folder", type=Path, required=True, help="data, logs and checkpoints")
-    parser.add_argument("--minutes", type=float, help="of processor time for the stage, instead of the default")
+    parser.add_argument("--minutes", type=float, help="processor time of the stage")
     parser.add_argument("--ranks", type=int, default=2, help="processes that train together")
     parser.add_argument("--port", type=int, default=29_611, help="where they meet")
     parser.add_argument("--target", type=Path, help="where export writes; FOLDER/checkpoint")

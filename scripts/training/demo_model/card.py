@@ -106,7 +106,7 @@ def _recipe(folder: Path, stage: str, notes: str) -> str:
     lines.append(
         f"""
 `python -m scripts.training.demo_model all --folder DIR`: data seed {SEED}, weights seeds 0 (tower)
-and 1 (language), two single-thread float32 processes, stopped by wall-clock time, so a repeat
+and 1 (language), two single-thread float32 processes, stopped by time, so a repeat
 gives a similar, not an identical model.
 
 {textwrap.fill(notes, 99)}

@@ -223,7 +223,7 @@ def train_language(
     grounding_layer: int = 3,
     seed: int = 0,
 ) -> None:
-    """Train `stage` ("language": tower frozen; "joint": everything) for `minutes` of processor time."""
+    """Train `stage` ("language": tower frozen; "joint": all) for `minutes` of processor time."""
     rank, _ = parallel.start()
     torch.manual_seed(seed + 1)
     trained = open_stage(folder, stage, sizes, grounding_layer)
