@@ -15,7 +15,7 @@ from pitome_vlm.adapters import ADAPTERS, Adapter
 from pitome_vlm.adapters.generic import GenericAdapter
 from pitome_vlm.adapters.refused import REFUSED
 from pitome_vlm.releases import OLDEST_TRANSFORMERS
-from pitome_vlm.vllm.options import ARCHITECTURES
+from pitome_vlm.vllm import ARCHITECTURES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/models.md"
 BEGIN, END = "<!-- python -m scripts.models_page -->\n", "<!-- end -->\n"

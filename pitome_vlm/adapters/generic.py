@@ -94,11 +94,22 @@ class GenericAdapter(Adapter):
     @override
     def tower_shape(self, model: Any, **feature_options: Any) -> TowerShape:
         """The numbers of a typical image; budgets of others follow from their own footprint."""
-        full, kind = self.footprint(model).full, self._kind(model)
-        layers = kind.layers(self.parts(model).vision_tower)
+        layers = self._kind(model).layers(self.parts(model).vision_tower)
+        return self.shape_from_config(model.config, layers, **feature_options)
+
+    def shape_from_config(self, config: Any, layers: int, **feature_options: Any) -> TowerShape:
+        """The same without a model.
+
+        Args:
+            config: of the model.
+            layers: of its tower, 0 where tokens merge after it only.
+            **feature_options: as for `tower_shape`.
+        """
+        full = footprint_of(self._typical(config, self.default_image_size), "image").full
+        kind = TOWER_KINDS[self.family.tower if layers else None]
         used = 1
         if layers:
-            used = max(depths_read(self.family, model.config, feature_options, layers))
+            used = max(depths_read(self.family, config, feature_options, layers))
         return TowerShape(
             *(full, 0, 0, layers or 1, used),
             packed=True,
@@ -135,23 +146,23 @@ class GenericAdapter(Adapter):
     def image_footprint(
         self, model: Any, size: tuple[int, int] | None, options: Mapping[str, Any]
     ) -> Footprint:
-        return footprint_of(self._typical(model, size), "image")
+        return footprint_of(self._typical(model.config, size), "image")
 
     @override
     def video_footprint(
         self, model: Any, frames: int, size: tuple[int, int] | None, options: Mapping[str, Any]
     ) -> Footprint:
-        _, rows, columns = self._typical(model, size)
+        _, rows, columns = self._typical(model.config, size)
         step = self.family.frames_per_grid(model.config)
         return footprint_of((-(-frames // step), rows, columns), "video")
 
-    def _typical(self, model: Any, size: tuple[int, int] | None) -> Grid:
+    def _typical(self, config: Any, size: tuple[int, int] | None) -> Grid:
         if self.family.cells is not None:
             assert size is not None
-            return self.family.cells(model.config, size)
+            return self.family.cells(config, size)
         # One tile, whatever its size.
         name = self.family.inputs["image"][0]
-        return self.family.grids(model.config, {name: torch.ones(1, 1, 1, 1, 1)}, "image")[0]
+        return self.family.grids(config, {name: torch.ones(1, 1, 1, 1, 1)}, "image")[0]
 
     @override
     def tower_flops(
@@ -189,7 +200,7 @@ class GenericAdapter(Adapter):
         image_size: tuple[int, int] | None,
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
-        grid = self._typical(model, image_size or self.default_image_size)
+        grid = self._typical(model.config, image_size or self.default_image_size)
         made = random_pixels(self.family, model, grid, (len(ids), n_images), generator)
         return made | self.image_marks(model, ids)
 

@@ -11,15 +11,13 @@ import logging
 import os
 
 from .options import (
-    ARCHITECTURE,
-    ARCHITECTURES,
     MEDIA_CONNECTOR,
-    TILED,
     PlannedServing,
     hf_overrides,
     plan_serving,
     served_config,
 )
+from .served import ARCHITECTURE, ARCHITECTURES, SERVED
 
 __all__ = [
     "ARCHITECTURE",
@@ -42,9 +40,10 @@ def register() -> None:
     if ARCHITECTURE in ModelRegistry.get_supported_archs():
         return
     # Strings, so that neither torch nor a model is imported before it is asked for.
-    for model_type, architecture in ARCHITECTURES.items():
-        module = "tiled" if model_type in TILED else "model"
-        ModelRegistry.register_model(architecture, f"{__name__}.{module}:{architecture}")
+    for one in SERVED.values():
+        ModelRegistry.register_model(
+            one.architecture, f"{__name__}.{one.module}:{one.architecture}"
+        )
     from ..releases import vllm_config_checks
 
     if vllm_config_checks() is None:

@@ -20,25 +20,16 @@ from ..common import check_range
 from ..merge.config import MergeConfig
 from ..merge.schedule import Schedule, TowerShape
 from .language_config import check_language_model
+from .served import ARCHITECTURE, ARCHITECTURES, served_as
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..merge.merge_pass import MergePass
 
-# The plugin's classes by the model's type; `model.py` and `tiled.py` define them.
-ARCHITECTURES = {
-    "llava": "PiToMeLlavaForConditionalGeneration",
-    "llava_next": "PiToMeLlavaNextForConditionalGeneration",
-    "llava_onevision": "PiToMeLlavaOnevisionForConditionalGeneration",
-}
-TILED = ("llava_next", "llava_onevision")
-ARCHITECTURE = ARCHITECTURES["llava"]
 OPTIONS_KEY = "pitome"
 MAX_KEEP = "max_keep"
 MEDIA_CONNECTOR = "pitome_vlm"
-# Class tokens before the patches, by the kind of tower that vLLM's LLaVA can have.
-CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ class PlannedServing:
         config: the merge options in force, with `size_bias` and `positions` decided.
         shape: numbers of the vision tower.
         schedule: token counts of every image (or tile).
-        patches: (rows, columns) of the tower's patches.
+        patches: (rows, columns) of the tower's patches, None where images differ.
         max_keep: largest fraction of an image's tokens that a request may ask for; None for what
             `config` keeps.
     """
@@ -59,7 +50,7 @@ class PlannedServing:
     config: MergeConfig
     shape: TowerShape
     schedule: Schedule
-    patches: tuple[int, int]
+    patches: tuple[int, int] | None
     max_keep: float | None = None
 
     @property
@@ -118,7 +109,7 @@ class PlannedServing:
 
     def for_pixels(self, pixels: Tensor) -> PlannedServing:
         """The plan for one image (or video), [F, 3, H, W]; another one only with keep="auto"."""
-        if not self.config.by_pixels:
+        if not self.config.by_pixels or self.patches is None:
             return self
         from ..merge.pixels import keep_of
 
@@ -223,15 +214,15 @@ def plan_serving(
         ValueError: options that are missing, out of range, that do not fit the model, or that
             vLLM cannot carry out.
     """
-    from ..adapters.tower_tokens import patch_grid
     from ..merge.budget import schedule_for
 
     if config is None:
         config, max_keep = _given(hf_config)
-    served, shape = served_config(config), _tower_shape(hf_config)
+    model, served = served_as(hf_config), served_config(config)
+    shape = model.shape(hf_config)
     schedule = schedule_for(served, shape)
     most = _checked_max_keep(max_keep)
-    patches = patch_grid(hf_config.vision_config)
+    patches = None if model.patches is None else model.patches(hf_config)
     plan = PlannedServing(hf_config.model_type, served, shape, schedule, patches, most)
     if most is not None and most < plan.kept:
         raise ValueError(
@@ -270,44 +261,3 @@ def _given(hf_config: Any) -> tuple[MergeConfig, float | None]:
         return MergeConfig.from_dict(options), max_keep
     except (TypeError, ValueError) as error:
         raise type(error)(f'hf_overrides["{OPTIONS_KEY}"]: {error}') from error
-
-
-def _tower_shape(hf_config: Any) -> TowerShape:
-    """Numbers of the vision tower as vLLM builds it.
-
-    Raises:
-        TypeError: a model that the plugin does not serve, or a tower whose layers vLLM runs in
-            another way.
-        ValueError: a tile has no whole grid of patches.
-    """
-    from ..adapters.features import feature_choice, shape_from_numbers, shape_of_tile
-    from ..adapters.tower_tokens import patch_grid
-
-    model_type = getattr(hf_config, "model_type", None)
-    if model_type not in ARCHITECTURES:
-        reason = "; vLLM has no ViP-LLaVA" if model_type == "vipllava" else ""
-        raise TypeError(
-            f"cannot serve a model of type {model_type!r} with merged tokens; supported: "
-            f"{', '.join(ARCHITECTURES)} (in the format of transformers){reason}"
-        )
-    vision = hf_config.vision_config
-    choice = feature_choice(hf_config, {})
-    if not isinstance(choice.layer, int):
-        raise TypeError(
-            f"vision_feature_layer={choice.layer} cannot be served: the plugin reads one feature "
-            "layer"
-        )
-    if vision.model_type not in CLASS_TOKENS:
-        raise TypeError(
-            f"vision tower {vision.model_type!r} cannot be served with merged tokens; supported: "
-            f"{', '.join(CLASS_TOKENS)}"
-        )
-    special = CLASS_TOKENS[vision.model_type]
-    shape = shape_from_numbers(patch_grid(vision), vision.num_hidden_layers, choice, special)
-    if model_type not in TILED:
-        return shape
-    return shape_of_tile(
-        shape,
-        'set vision_feature_select_strategy to "default" for a tower with a class token and to '
-        '"full" for one without',
-    )

@@ -16,7 +16,8 @@ from vllm.v1.attention.selector import get_attn_backend
 
 from ..releases import vllm_config_checks
 from .language_config import UNCALIBRATED
-from .options import ARCHITECTURES, OPTIONS_KEY, plan_serving
+from .options import OPTIONS_KEY, plan_serving
+from .served import ARCHITECTURES
 
 logger = logging.getLogger("vllm.pitome_vlm")
 

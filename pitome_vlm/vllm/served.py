@@ -1,0 +1,110 @@
+"""Which models the plugin serves: their classes here, and the numbers of their vision towers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..merge.schedule import TowerShape
+
+# Class tokens before the patches, by the kind of tower that vLLM's LLaVA can have.
+CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+
+
+@dataclass(frozen=True)
+class Served:
+    """One model of vLLM.
+
+    Attributes:
+        architecture: the plugin's class.
+        module: of this package, where it is.
+        shape: from the model's config to the numbers of its tower.
+        patches: the same to (rows, columns) of an image's patches; None where images of any size
+            have as many as they like.
+    """
+
+    architecture: str
+    module: str
+    shape: Callable[[Any], TowerShape]
+    patches: Callable[[Any], tuple[int, int]] | None
+
+
+def square_shape(hf_config: Any) -> TowerShape:
+    """Numbers of a tower of CLIP's kind as vLLM builds it.
+
+    Raises:
+        TypeError: a tower whose layers vLLM runs in another way.
+    """
+    # Late, here and below: a process that only registers models needs neither torch nor a model.
+    from ..adapters.features import feature_choice, shape_from_numbers
+    from ..adapters.tower_tokens import patch_grid
+
+    vision = hf_config.vision_config
+    choice = feature_choice(hf_config, {})
+    if not isinstance(choice.layer, int):
+        raise TypeError(
+            f"vision_feature_layer={choice.layer} cannot be served: the plugin reads one feature "
+            "layer"
+        )
+    if vision.model_type not in CLASS_TOKENS:
+        raise TypeError(
+            f"vision tower {vision.model_type!r} cannot be served with merged tokens; supported: "
+            f"{', '.join(CLASS_TOKENS)}"
+        )
+    special = CLASS_TOKENS[vision.model_type]
+    return shape_from_numbers(patch_grid(vision), vision.num_hidden_layers, choice, special)
+
+
+def tile_shape(hf_config: Any) -> TowerShape:
+    """The same of a model that cuts images into tiles.
+
+    Raises:
+        TypeError: as `square_shape`.
+        ValueError: a tile has no whole grid of patches.
+    """
+    from ..adapters.features import shape_of_tile
+
+    return shape_of_tile(
+        square_shape(hf_config),
+        'set vision_feature_select_strategy to "default" for a tower with a class token and to '
+        '"full" for one without',
+    )
+
+
+def square_patches(hf_config: Any) -> tuple[int, int]:
+    """(rows, columns) of the patches of an image or tile."""
+    from ..adapters.tower_tokens import patch_grid
+
+    return patch_grid(hf_config.vision_config)
+
+
+SERVED = {
+    "llava": Served("PiToMeLlavaForConditionalGeneration", "model", square_shape, square_patches),
+    "llava_next": Served(
+        "PiToMeLlavaNextForConditionalGeneration", "tiled", tile_shape, square_patches
+    ),
+    "llava_onevision": Served(
+        "PiToMeLlavaOnevisionForConditionalGeneration", "tiled", tile_shape, square_patches
+    ),
+}
+# The plugin's classes by the model's type.
+ARCHITECTURES = {model_type: one.architecture for model_type, one in SERVED.items()}
+ARCHITECTURE = ARCHITECTURES["llava"]
+
+
+def served_as(hf_config: Any) -> Served:
+    """How a model is served, by its config.
+
+    Raises:
+        TypeError: it is not.
+    """
+    model_type = getattr(hf_config, "model_type", None)
+    if model_type not in SERVED:
+        reason = "; vLLM has no ViP-LLaVA" if model_type == "vipllava" else ""
+        raise TypeError(
+            f"cannot serve a model of type {model_type!r} with merged tokens; supported: "
+            f"{', '.join(SERVED)} (in the format of transformers){reason}"
+        )
+    return SERVED[model_type]
