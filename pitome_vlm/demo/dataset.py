@@ -1,4 +1,4 @@
-"""The demo's train, validation and test questions, regenerated from seeds.
+"""The demo's questions, regenerated from seeds: train, val, test, structured_val, structured_test.
 
 Nothing is stored: a scene is a function of its split and number.
 
@@ -18,13 +18,26 @@ from PIL import Image
 from pitome_vlm.demo.drawing import draw_scene
 from pitome_vlm.demo.questions import QUESTION_TYPES, Question, questions_of_type
 from pitome_vlm.demo.scenes import CANONICAL_SIZE, KINDS, Scene, layout_hash, sample_scene
+from pitome_vlm.demo.structured import STRUCTURED_KINDS, sample_structured
 
-SPLIT_SCENES = {"train": 60_000, "val": 400, "test": 400}
+SPLIT_SCENES = {
+    "train": 60_000,
+    "val": 400,
+    "test": 400,
+    "structured_val": 400,
+    "structured_test": 400,
+}
 QUESTIONS_PER_SCENE = 6
 MAX_PER_TYPE = 3
 SEED = 20_240
 
-_BUCKETS = {"train": (0, 1, 2, 3, 4, 5), "val": (6,), "test": (7,)}
+_BUCKETS = {
+    "train": (0, 1, 2, 3, 4, 5),
+    "val": (6,),
+    "test": (7,),
+    "structured_val": (6,),
+    "structured_test": (7,),
+}
 # The kinds that need most practice come more often in training; val and test are even.
 _TRAIN_KINDS = (
     "scattered",
@@ -38,6 +51,13 @@ _TRAIN_KINDS = (
     "redundant",
     "digits",
 )
+_KINDS = {
+    "train": _TRAIN_KINDS,
+    "val": KINDS,
+    "test": KINDS,
+    "structured_val": STRUCTURED_KINDS,
+    "structured_test": STRUCTURED_KINDS,
+}
 
 
 @dataclass(frozen=True)
@@ -63,12 +83,13 @@ def _check(split: str, scene_id: int | None = None) -> None:
 def scene(scene_id: int, split: str) -> Scene:
     """The description of one scene of a split."""
     _check(split, scene_id)
-    kinds = _TRAIN_KINDS if split == "train" else KINDS
+    sample = sample_structured if split.startswith("structured") else sample_scene
+    kinds = _KINDS[split]
     kind = kinds[scene_id % len(kinds)]
     attempt = 0
     while True:
         rng = random.Random(f"{SEED}/{split}/{scene_id}/{attempt}")
-        candidate = sample_scene(rng, kind)
+        candidate = sample(rng, kind)
         if layout_hash(candidate) % 8 in _BUCKETS[split]:
             return candidate
         attempt += 1
@@ -113,7 +134,7 @@ def scene_questions(
 
 
 def load_split(name: str, limit: int | None = None) -> list[Sample]:
-    """The samples of split `name` ("train", "val" or "test"), the first `limit` of them.
+    """The samples of split `name`, one of `SPLIT_SCENES`, the first `limit` of them.
 
     The same call gives the same list in every process; a limit gives a prefix of it.
     """

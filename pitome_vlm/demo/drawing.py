@@ -86,9 +86,39 @@ def _texture(background: Background, noise: np.random.RandomState) -> FloatArray
             (CANONICAL_SIZE, CANONICAL_SIZE), Image.Resampling.BICUBIC
         )
         texture = (np.asarray(cloud, np.float32) / 255 - 0.5) * (60.0 * background.strength)
+    elif background.kind in _STRUCTURED:
+        texture = _STRUCTURED[background.kind](background, noise)
     else:
         texture = np.zeros_like(rows)
     return texture.astype(np.float32)
+
+
+def _ruled(background: Background, noise: np.random.RandomState) -> FloatArray:
+    """Dark lines between the cells of a table."""
+    rows, columns = _grid()
+    line = (columns % background.period < 2) | (rows % background.period < 2)
+    return np.where(line, np.float32(-70), np.float32(0))
+
+
+def _motif(background: Background, noise: np.random.RandomState) -> FloatArray:
+    """One small random pattern, again and again."""
+    period = background.period
+    motif = noise.normal(0, 22 * background.strength, (period // 4, period // 4))
+    tile = np.kron(motif, np.ones((4, 4)))
+    repeats = -(-CANONICAL_SIZE // period)
+    return np.tile(tile, (repeats, repeats))[:CANONICAL_SIZE, :CANONICAL_SIZE].astype(np.float32)
+
+
+def _regions(background: Background, noise: np.random.RandomState) -> FloatArray:
+    """Flat regions of different shades; a pixel belongs to the nearest of `period` centres."""
+    rows, columns = _grid()
+    centres = noise.uniform(0, CANONICAL_SIZE, (background.period, 2))
+    shades = noise.uniform(-32, 32, background.period) * background.strength
+    distances = [(rows - y) ** 2 + (columns - x) ** 2 for y, x in centres]
+    return shades[np.argmin(distances, axis=0)].astype(np.float32)
+
+
+_STRUCTURED = {"ruled": _ruled, "motif": _motif, "regions": _regions}
 
 
 def _draw_background(background: Background) -> Image.Image:

@@ -59,7 +59,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """A whole image as a description; `kind` is one of `KINDS`."""
+    """A whole image as a description; `kind` is one of `KINDS` or of `STRUCTURED_KINDS`."""
 
     kind: str
     background: Background
@@ -115,10 +115,10 @@ def _free(candidate: SceneObject, placed: list[SceneObject]) -> bool:
     )
 
 
-def _place(
+def place(
     rng: random.Random, template: SceneObject, placed: list[SceneObject], tries: int = 60
 ) -> bool:
-    """Append `template` at a random free position; False when none was found."""
+    """Append `template` to `placed` at a random free position; False if none was found."""
     low, high = template.radius + _EDGE, CANONICAL_SIZE - 1 - template.radius - _EDGE
     for _ in range(tries):
         candidate = replace(template, x=rng.randint(low, high), y=rng.randint(low, high))
@@ -146,13 +146,13 @@ def _fill(
     shapes = rng.sample(SHAPES, rng.randint(2, 5))
     for _ in range(count):
         thing = _thing(rng, rng.choice(shapes), rng.choice(colours), rng.choice(sizes))
-        _place(rng, thing, placed)
+        place(rng, thing, placed)
 
 
 def _scattered(rng: random.Random) -> list[SceneObject]:
     placed: list[SceneObject] = []
     if rng.random() < 0.5:
-        _place(rng, _digit(rng, rng.choice(COLOURS)), placed)
+        place(rng, _digit(rng, rng.choice(COLOURS)), placed)
     _fill(rng, placed, rng.randint(3, 7) - len(placed), ("small", "medium", "large"))
     return placed
 
@@ -171,7 +171,7 @@ def _identical(rng: random.Random) -> list[SceneObject]:
     top = rng.randint(margin, CANONICAL_SIZE - 1 - margin - rows * pitch)
     placed = [replace(block, x=left + c * pitch, y=top + r * pitch) for c, r in cells]
     if rng.random() < 0.3:
-        _place(rng, _digit(rng, rng.choice(COLOURS)), placed)
+        place(rng, _digit(rng, rng.choice(COLOURS)), placed)
     _fill(
         rng, placed, min(rng.randint(1, 3), MAX_OBJECTS - len(placed)), ("small", "medium", "large")
     )
@@ -197,14 +197,14 @@ def _block_cells(rng: random.Random, count: int) -> list[tuple[int, int]]:
 def _digits(rng: random.Random) -> list[SceneObject]:
     placed: list[SceneObject] = []
     for colour in rng.sample(COLOURS, rng.randint(1, 4)):
-        _place(rng, _digit(rng, colour), placed)
+        place(rng, _digit(rng, colour), placed)
     _fill(rng, placed, rng.randint(2, 4), ("small", "medium", "large"))
     return placed
 
 
 def _tiny(rng: random.Random) -> list[SceneObject]:
     placed: list[SceneObject] = []
-    _place(rng, _thing(rng, rng.choice(SHAPES), rng.choice(COLOURS), "tiny"), placed)
+    place(rng, _thing(rng, rng.choice(SHAPES), rng.choice(COLOURS), "tiny"), placed)
     if rng.random() < 0.5:
         _fill(rng, placed, 1, ("medium", "large"))
     return placed
@@ -213,7 +213,7 @@ def _tiny(rng: random.Random) -> list[SceneObject]:
 def _crowded(rng: random.Random) -> list[SceneObject]:
     placed: list[SceneObject] = []
     if rng.random() < 0.4:
-        _place(rng, _digit(rng, rng.choice(COLOURS)), placed)
+        place(rng, _digit(rng, rng.choice(COLOURS)), placed)
     _fill(rng, placed, rng.randint(8, MAX_OBJECTS) - len(placed), ("small", "small", "medium"))
     return placed
 
@@ -222,7 +222,7 @@ def _redundant(rng: random.Random) -> list[SceneObject]:
     placed: list[SceneObject] = []
     for _ in range(rng.randint(1, 2)):
         thing = _thing(rng, rng.choice(SHAPES), rng.choice(COLOURS), "large")
-        _place(rng, replace(thing, radius=rng.randint(20, 34)), placed)
+        place(rng, replace(thing, radius=rng.randint(20, 34)), placed)
     return placed
 
 

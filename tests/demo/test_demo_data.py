@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from demo_fingerprint import fingerprint
 from PIL import Image
 
 from pitome_vlm import demo
-from pitome_vlm.demo import drawing, processor, questions, scenes
+from pitome_vlm.demo import dataset, drawing, processor, questions, scenes, structured
 from pitome_vlm.measure import demo_benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +27,11 @@ SINGULAR = {plural: noun for noun, plural in questions.PLURALS.items()}
 @pytest.fixture(scope="module")
 def test_samples() -> list[demo.Sample]:
     return demo.load_split("test")
+
+
+@pytest.fixture(scope="module")
+def structured_samples() -> list[demo.Sample]:
+    return demo.load_split("structured_val")
 
 
 def test_another_process_gets_the_same_data_without_torch() -> None:
@@ -108,9 +114,12 @@ def relation(text: str, a: scenes.SceneObject, b: scenes.SceneObject) -> str:
     return "yes" if sides[asked[0]] else "no"
 
 
-def test_answers_are_right(test_samples: list[demo.Sample]) -> None:
-    for sample in test_samples:
-        assert recount(demo.scene(sample.scene_id, "test"), sample) == sample.answer, sample
+def test_answers_are_right(
+    test_samples: list[demo.Sample], structured_samples: list[demo.Sample]
+) -> None:
+    for split, samples in (("test", test_samples), ("structured_val", structured_samples)):
+        for sample in samples:
+            assert recount(demo.scene(sample.scene_id, split), sample) == sample.answer, sample
 
 
 def test_splits_are_large_and_even(test_samples: list[demo.Sample]) -> None:
@@ -122,6 +131,28 @@ def test_splits_are_large_and_even(test_samples: list[demo.Sample]) -> None:
     assert set(types) == set(questions.QUESTION_TYPES)
     assert min(kinds.values()) >= 350
     assert min(types.values()) >= 200
+
+
+def test_structured_scenes_are_even_too(structured_samples: list[demo.Sample]) -> None:
+    assert len(structured_samples) >= 2390
+    kinds = Counter(s.kind for s in structured_samples)
+    types = Counter(s.question_type for s in structured_samples)
+    assert set(kinds) == set(structured.STRUCTURED_KINDS)
+    assert set(types) == set(questions.QUESTION_TYPES)
+    assert min(kinds.values()) >= 470
+    assert min(types.values()) >= 260
+
+
+def test_towers_are_piles_of_touching_blocks() -> None:
+    for scene_id in range(0, 100, 5):
+        scene = demo.scene(scene_id, "structured_test")
+        assert scene.kind == "towers"
+        blocks = [o for o in scene.objects if o.radius == scene.objects[0].radius]
+        assert len(blocks) >= 2
+        for block in blocks[:-1]:
+            steps = {(abs(block.x - o.x), abs(block.y - o.y)) for o in blocks if o is not block}
+            pitch = 2 * block.radius + 1
+            assert {(0, pitch), (pitch, 0)} & steps, scene
 
 
 def test_answers_are_balanced(test_samples: list[demo.Sample]) -> None:
@@ -138,14 +169,15 @@ def test_answers_are_balanced(test_samples: list[demo.Sample]) -> None:
 def test_splits_share_no_layout() -> None:
     hashes = {
         split: {scenes.layout_hash(demo.scene(i, split)) for i in range(400)}
-        for split in ("train", "val", "test")
+        for split in dataset.SPLIT_SCENES
     }
-    assert not hashes["train"] & hashes["val"]
-    assert not hashes["train"] & hashes["test"]
-    assert not hashes["val"] & hashes["test"]
+    for one, other in itertools.combinations(hashes, 2):
+        assert not hashes[one] & hashes[other], (one, other)
     assert {h % 8 for h in hashes["train"]} == {0, 1, 2, 3, 4, 5}
-    assert {h % 8 for h in hashes["val"]} == {6}
-    assert {h % 8 for h in hashes["test"]} == {7}
+    for split in ("val", "structured_val"):
+        assert {h % 8 for h in hashes[split]} == {6}
+    for split in ("test", "structured_test"):
+        assert {h % 8 for h in hashes[split]} == {7}
 
 
 def test_layout_hash_ignores_order_and_background_only() -> None:
@@ -162,7 +194,7 @@ def test_limit_gives_a_prefix(test_samples: list[demo.Sample]) -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="split must be one of train, val, test, got 'dev'"):
+    with pytest.raises(ValueError, match="split must be one of train, val, test, struct.* got 'dev'"):
         demo.load_split("dev")
     with pytest.raises(ValueError, match=r"scene_id must be in 0\.\.399 .* got 400"):
         demo.scene_image(400, "test")
@@ -172,14 +204,17 @@ def test_wrong_arguments_are_named() -> None:
         demo.scene_image(0, "test", 5000)
     with pytest.raises(ValueError, match=r"kind must be one of .* got 'busy'"):
         scenes.sample_scene(random.Random(0), "busy")
+    with pytest.raises(ValueError, match=r"kind must be one of towers, .* got 'busy'"):
+        structured.sample_structured(random.Random(0), "busy")
     with pytest.raises(ValueError, match=r"question_type must be one of .* got 'why'"):
         questions.questions_of_type(demo.scene(0, "test"), "why", random.Random(0))
 
 
-@pytest.mark.parametrize("kind", scenes.KINDS)
+@pytest.mark.parametrize("kind", (*scenes.KINDS, *structured.STRUCTURED_KINDS))
 def test_every_kind_draws_inside_the_image(kind: str) -> None:
+    sample = scenes.sample_scene if kind in scenes.KINDS else structured.sample_structured
     for seed in range(30):
-        scene = scenes.sample_scene(random.Random(seed), kind)
+        scene = sample(random.Random(seed), kind)
         assert 1 <= len(scene.objects) <= scenes.MAX_OBJECTS
         seen = drawing.object_map(scene)
         assert set(np.unique(seen)) == set(range(len(scene.objects) + 1))
