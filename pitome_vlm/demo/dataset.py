@@ -27,6 +27,7 @@ SPLIT_SCENES = {
     "structured_val": 400,
     "structured_test": 400,
 }
+HELD_OUT = tuple(split for split in SPLIT_SCENES if split != "train")
 QUESTIONS_PER_SCENE = 6
 MAX_PER_TYPE = 3
 SEED = 20_240

@@ -93,7 +93,7 @@ def _texture(background: Background, noise: np.random.RandomState) -> FloatArray
     return texture.astype(np.float32)
 
 
-def _ruled(background: Background, noise: np.random.RandomState) -> FloatArray:
+def _ruled(background: Background, _noise: np.random.RandomState) -> FloatArray:
     """Dark lines between the cells of a table."""
     rows, columns = _grid()
     line = (columns % background.period < 2) | (rows % background.period < 2)

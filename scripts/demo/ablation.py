@@ -28,7 +28,7 @@ from tqdm import tqdm
 from pitome_vlm import MergeConfig, algorithms
 from pitome_vlm.common import markdown_table, write_text
 from pitome_vlm.demo import checkpoint_path, load_split
-from pitome_vlm.demo.dataset import SPLIT_SCENES
+from pitome_vlm.demo.dataset import HELD_OUT, SPLIT_SCENES
 from pitome_vlm.measure.demo_benchmark import Setting, concatenate, difference_interval
 from pitome_vlm.measure.provenance import provenance
 from pitome_vlm.merge import Algorithm, MergeContext, MergePlan
@@ -121,7 +121,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--split", choices=("val", "test"), default="val")
+    parser.add_argument("--split", choices=HELD_OUT, default="val")
     parser.add_argument("--limit", type=int, help="first questions only")
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--model", type=Path, default=None, help="another checkpoint folder")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import pitome_vlm
 from pitome_vlm import MergeConfig
 from pitome_vlm.demo import checkpoint_path, load_split
-from pitome_vlm.demo.dataset import SPLIT_SCENES
+from pitome_vlm.demo.dataset import HELD_OUT, SPLIT_SCENES
 from pitome_vlm.measure.demo_benchmark import Setting, batches, concatenate, run
 from pitome_vlm.measure.description import describe
 from pitome_vlm.measure.provenance import provenance
@@ -120,7 +120,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--split", choices=("val", "test"), default="test")
+    parser.add_argument("--split", choices=HELD_OUT, default="test")
     parser.add_argument("--limit", type=int, help="first questions only, for a quick look")
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--model", type=Path, default=None, help="another checkpoint folder")
