@@ -81,6 +81,7 @@ def run(
     split: str,
     batch_size: int = 48,
     advance: Callable[[int], object] | None = None,
+    answers_of: Callable[[Any, Any, dict[str, Tensor]], list[str]] = ask,
 ) -> list[Outcome]:
     """Ask questions of a split under every setting.
 
@@ -94,6 +95,7 @@ def run(
         split: where the images come from; "val" for choosing, "test" for reporting.
         batch_size: questions at a time.
         advance: called with the number of questions after every batch of a setting.
+        answers_of: how the wrapped model, its processor and a batch become answers.
 
     Returns:
         One outcome per setting.
@@ -104,7 +106,7 @@ def run(
         for index, setting in enumerate(settings):
             with wrapped(model, config=setting.config):
                 tokens[index] += visual_token_counts(model, batch["pixel_values"])
-                answers[index] += ask(model, processor, batch)
+                answers[index] += answers_of(model, processor, batch)
             if advance:
                 advance(len(batch["input_ids"]))
     truth = np.array([sample.answer for sample in samples])

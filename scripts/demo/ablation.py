@@ -6,20 +6,22 @@
 Every row is the default `MergeConfig` with one thing changed, at 1/2, 1/4, 1/8 and 1/16 of the
 tokens; both together ("calibration") is crossed in full, because each part alone hurts. Differences
 are paired with the default on the same questions, intervals resample images. A run that was
-stopped resumes with the missing rows. Writes ablation_<split>.json and .md.
+stopped resumes with the missing rows. Writes ablation_<split>.json and .md. `--model FOLDER
+--model-name NAME` takes another checkpoint that answers the same questions.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -29,16 +31,20 @@ from pitome_vlm import MergeConfig, algorithms
 from pitome_vlm.common import markdown_table, write_text
 from pitome_vlm.demo import checkpoint_path, load_split
 from pitome_vlm.demo.dataset import HELD_OUT, SPLIT_SCENES
-from pitome_vlm.measure.demo_benchmark import Setting, concatenate, difference_interval
-from pitome_vlm.measure.provenance import provenance
+from pitome_vlm.measure.demo_benchmark import Setting, ask, concatenate, difference_interval
+from pitome_vlm.measure.provenance import checkpoint_fingerprint, provenance
 from pitome_vlm.merge import Algorithm, MergeContext, MergePlan
 from pitome_vlm.merge.algorithms.pitome import EnergyOptions, energies
 from pitome_vlm.merge.matching import keep_only
 from pitome_vlm.merge.similarity import Similarity
 
+from ..command import command_line
+from . import spread
 from .benchmark import load_model, measure_part
 
 BUDGETS = (72, 36, 18, 9)
+# How a model is asked: an option of rows, not of `MergeConfig`.
+ASK = "ask"
 # (what is varied, its value, the options that differ from the default)
 ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("default", "pitome_plus, hidden states, calibrated", {}),
@@ -48,6 +54,12 @@ ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("calibration", "original positions alone", {"size_bias": False, "positions": "original"}),
     ("calibration", "size bias, original positions", {"size_bias": True, "positions": "original"}),
     ("calibration", "size bias, median positions", {"size_bias": True, "positions": "median"}),
+    ("calibration", "size and distance, mean positions", {ASK: spread.ask}),
+    (
+        "calibration",
+        "size and distance, median positions",
+        {"size_bias": True, "positions": "median", ASK: spread.ask},
+    ),
     ("metric", "keys", {"metric": "keys"}),
     ("proportional attention", "off", {"proportional_attention": False}),
     ("means", "unweighted", {"weighted": False}),
@@ -108,13 +120,23 @@ def prepare(path: Path) -> tuple[Any, Any]:
     return load_model(path)
 
 
-def settings() -> Iterator[tuple[str, Setting]]:
-    """Every cell of the table with the key it is stored under; the unreduced model first."""
-    yield "unreduced", Setting("no reduction", BASELINE)
+class Cell(NamedTuple):
+    """One number of the table: the key it is stored under, the options and how to ask."""
+
+    key: str
+    setting: Setting
+    answers_of: Callable[..., list[str]]
+
+
+def cells() -> Iterator[Cell]:
+    """Every cell of the table; the unreduced model first."""
+    yield Cell("unreduced", Setting("no reduction", BASELINE), ask)
     for group, value, options in ROWS:
+        chosen = {name: option for name, option in options.items() if name != ASK}
         for tokens in BUDGETS:
-            config = MergeConfig.from_dict({"tokens": tokens, **options})
-            yield f"{group}/{value}/{tokens}", Setting(f"{group}: {value}", config)
+            config = MergeConfig.from_dict({"tokens": tokens, **chosen})
+            setting = Setting(f"{group}: {value}", config)
+            yield Cell(f"{group}/{value}/{tokens}", setting, options.get(ASK, ask))
 
 
 def arguments() -> argparse.Namespace:
@@ -125,52 +147,85 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="first questions only")
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--model", type=Path, default=None, help="another checkpoint folder")
+    parser.add_argument("--model-name", help="how to call it in the report")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--rows", type=int, default=8, help="cells measured between two saves")
     parser.add_argument("--rewrite", action="store_true", help="the table again, without a run")
     return parser.parse_args()
 
 
+def started(wanted: argparse.Namespace, stored: Path, same: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run left, or nothing yet.
+
+    Args:
+        wanted: the command line.
+        stored: file of the results.
+        same: facts that must not differ between rows; those an old file does not name are taken
+            to agree.
+
+    Raises:
+        SystemExit: they differ.
+    """
+    if not stored.is_file():
+        return {"cells": {}, "minutes": 0.0}
+    results: dict[str, Any] = json.loads(stored.read_text())
+    for name, value in same.items():
+        found = results["provenance"].get(name, value)
+        if found != value:
+            raise SystemExit(
+                f"{stored} was made with {name} {found}, not {value}; give the same --model and "
+                f"--limit, or another --output than {wanted.output}"
+            )
+    return results
+
+
 def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
     """Measure the cells that are not stored yet, saving after every few."""
     split, size = wanted.split, wanted.batch_size
     path, samples = wanted.model or checkpoint_path(), load_split(split, wanted.limit)
-    results: dict[str, Any] = {"cells": {}, "minutes": 0.0}
-    if stored.is_file():
-        results = json.loads(stored.read_text())
-        if results["provenance"]["questions"] != len(samples):
-            raise SystemExit(
-                f"{stored} holds {results['provenance']['questions']} questions per cell, not "
-                f"{len(samples)}; give the same --limit, or another --output"
-            )
-    todo = [cell for cell in settings() if cell[0] not in results["cells"]]
+    same = {"questions": len(samples), "checkpoint": checkpoint_fingerprint(str(path))}
+    results = started(wanted, stored, same)
+    todo = [cell for cell in cells() if cell.key not in results["cells"]]
+    pieces = [
+        list(found[begin : begin + wanted.rows])
+        for _, group in itertools.groupby(todo, key=lambda cell: cell.answers_of)
+        for found in [list(group)]
+        for begin in range(0, len(found), wanted.rows)
+    ]
     parts = [samples[i : i + size] for i in range(0, len(samples), size)]
     context = multiprocessing.get_context("spawn")
     with context.Pool(wanted.jobs, initializer=prepare, initargs=(path,)) as pool:
-        for begin in tqdm(range(0, len(todo), wanted.rows), unit="save"):
-            cells, start = todo[begin : begin + wanted.rows], time.time()
+        for piece in tqdm(pieces, unit="save"):
+            start = time.time()
             worker = functools.partial(
-                measure_part, settings=[s for _, s in cells], split=split, batch_size=size
+                measure_part,
+                settings=[cell.setting for cell in piece],
+                split=split,
+                batch_size=size,
+                answers_of=piece[0].answers_of,
             )
             outcomes = concatenate(list(pool.imap(worker, parts)))
-            for (key, setting), outcome in zip(cells, outcomes, strict=True):
+            for cell, outcome in zip(piece, outcomes, strict=True):
                 correct = "".join("01"[int(right)] for right in outcome.correct)
-                results["cells"][key] = {
-                    "config": setting.config.to_dict(),
+                results["cells"][cell.key] = {
+                    "config": cell.setting.config.to_dict(),
                     "tokens": outcome.tokens,
                     "correct": correct,
                 }
             results["minutes"] += (time.time() - start) / 60
-            facts = provenance(
-                prepare(path)[0],
-                split=split,
-                questions=len(samples),
-                scenes=SPLIT_SCENES[split],
-                batch_size=size,
-            )
-            results["provenance"] = facts | {"processes": wanted.jobs, "cores": os.cpu_count()}
+            results["provenance"] = facts_of(wanted, prepare(path)[0], same)
             write_text(stored, json.dumps(results, separators=(",", ":")) + "\n")
     return results
+
+
+def facts_of(wanted: argparse.Namespace, model: Any, same: dict[str, Any]) -> dict[str, Any]:
+    """What the numbers of a run depend on."""
+    split, size = wanted.split, wanted.batch_size
+    facts = provenance(model, split=split, scenes=SPLIT_SCENES[split], batch_size=size, **same)
+    facts |= {"processes": wanted.jobs, "cores": os.cpu_count()}
+    if wanted.model_name:
+        facts |= {"model": wanted.model_name, "command": command_line()}
+    return facts
 
 
 def table(results: dict[str, Any]) -> str:
@@ -202,14 +257,16 @@ def table(results: dict[str, Any]) -> str:
 def report(results: dict[str, Any]) -> str:
     """The whole page."""
     facts = results["provenance"]
-    shown = ", ".join(f"{name} {value}" for name, value in facts.items())
+    standard = (
+        f"python -m scripts.demo.ablation --split {facts['split']} --output eval/results/ablation"
+    )
+    shown = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "command")
     text = [
         f"# Ablation on the demo {facts['split']} split",
         "",
-        f"Made by `python -m scripts.demo.ablation --split {facts['split']} --output "
-        "eval/results/ablation`. The first rows are percent right; every other row is its "
-        "difference to the default in points, with the 95 % interval of the paired difference "
-        "(bootstrap over images). An interval that holds 0 shows no difference.",
+        f"Made by `{facts.get('command', standard)}`. The first rows are percent right; every "
+        "other row is its difference to the default in points, with the 95 % interval of the "
+        "paired difference (bootstrap over images). An interval that holds 0 shows no difference.",
         "",
         table(results),
         "",
