@@ -115,7 +115,8 @@ def _regions(background: Background, noise: np.random.RandomState) -> FloatArray
     centres = noise.uniform(0, CANONICAL_SIZE, (background.period, 2))
     shades = noise.uniform(-32, 32, background.period) * background.strength
     distances = [(rows - y) ** 2 + (columns - x) ** 2 for y, x in centres]
-    return shades[np.argmin(distances, axis=0)].astype(np.float32)
+    nearest: FloatArray = shades[np.argmin(distances, axis=0)].astype(np.float32)
+    return nearest
 
 
 _STRUCTURED = {"ruled": _ruled, "motif": _motif, "regions": _regions}

@@ -17,7 +17,7 @@ from ..demo.dataset import Sample, scene_image
 from ..merge.config import MergeConfig
 from ..wrapping.encode import visual_token_counts
 from ..wrapping.wrap import wrapped
-from . import asking
+from . import asking, resize
 from .stats import Interval, mean_interval
 
 # One word and the end token; a second word would be a wrong answer anyway.
@@ -26,10 +26,22 @@ ANSWER_TOKENS = 3
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of a comparison: a method as people write it, and its merge options."""
+    """One row of a comparison.
+
+    Attributes:
+        name: of the method, as people write it.
+        config: its merge options.
+        resize: images are scaled down to about so many tokens instead, and nothing is merged.
+    """
 
     name: str
     config: MergeConfig
+    resize: int | None = None
+
+    @property
+    def budget(self) -> int | None:
+        """Visual tokens that were asked for, if a number was."""
+        return self.resize or self.config.tokens
 
 
 @dataclass
@@ -114,6 +126,19 @@ def run(
         Outcome(setting, _average(counts), given, np.array(given) == truth)
         for setting, counts, given in zip(settings, tokens, answers, strict=True)
     ]
+
+
+def _answered(
+    model: Any, processor: Any, batch: dict[str, Tensor], setting: Setting
+) -> tuple[list[int], list[str]]:
+    """Tokens per image and answers of one batch under one setting."""
+    if setting.resize is not None:
+        smaller, count = resize.shrunk(model, batch, setting.resize)
+        with resize.any_image_size(model):
+            return [count] * len(batch["pixel_values"]), ask(model, processor, smaller)
+    with wrapped(model, config=setting.config):
+        counts = visual_token_counts(model, batch["pixel_values"])
+        return counts, ask(model, processor, batch)
 
 
 def _average(counts: Sequence[float]) -> float:

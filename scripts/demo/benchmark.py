@@ -38,6 +38,7 @@ from .report import (
     CALIBRATED,
     RANDOM_SEEDS,
     RECOMMENDED,
+    RESIZE,
     TIMED_BATCH,
     TIMED_ROUNDS,
     from_raw,
@@ -48,6 +49,8 @@ from .report import (
     table,
     update_readme,
 )
+
+NO_MERGING = MergeConfig(keep=1.0, algorithm="none")
 
 
 def methods(tokens: int) -> list[Setting]:
@@ -64,6 +67,7 @@ def methods(tokens: int) -> list[Setting]:
     for seed in RANDOM_SEEDS:
         config = MergeConfig(tokens=tokens, algorithm="random", seed=seed, **CALIBRATED)
         settings.append(Setting("random", config))
+    settings.append(Setting(RESIZE, NO_MERGING, resize=tokens))
     return settings
 
 
@@ -74,7 +78,7 @@ def cost_rows(model: Any, processor: Any, split: str, budgets: list[int]) -> lis
     round warms up.
     """
     batch = next(batches(processor, load_split(split, TIMED_BATCH), split, TIMED_BATCH))
-    settings = [Setting(BASELINE, MergeConfig(keep=1.0, algorithm="none"))]
+    settings = [Setting(BASELINE, NO_MERGING)]
     settings += [Setting(RECOMMENDED, MergeConfig(tokens=tokens)) for tokens in budgets]
     times: list[list[float]] = [[] for _ in settings]
     rows: list[dict[str, Any]] = [{} for _ in settings]
@@ -137,7 +141,7 @@ def arguments() -> argparse.Namespace:
 def measure(wanted: argparse.Namespace) -> dict[str, Any]:
     """The content of results.json, from a run."""
     path, split, size = wanted.model or checkpoint_path(), wanted.split, wanted.batch_size
-    settings = [Setting(BASELINE, MergeConfig(keep=1.0, algorithm="none"))]
+    settings = [Setting(BASELINE, NO_MERGING)]
     settings += [setting for tokens in wanted.budgets for setting in methods(tokens)]
     start, samples = time.time(), load_split(split, wanted.limit)
     parts = [samples[i : i + size] for i in range(0, len(samples), size)]

@@ -23,6 +23,7 @@ from pitome_vlm.measure.demo_benchmark import (
 )
 
 BASELINE = "none"
+RESIZE = "resize (smaller image)"
 BUDGETS = (72, 36, 18, 9)
 RECOMMENDED = "pitome_plus (default)"
 # Baselines as named by their authors and in the registry.
@@ -46,11 +47,20 @@ MARKERS = ("<!-- table:begin -->", "<!-- table:end -->")
 
 @dataclass
 class Row:
-    """Outcomes that share a line of the table: one, or the seeds of a random method."""
+    """Outcomes that share a line of the table: one, or the seeds of a random method.
+
+    `tokens` is the budget; a smaller image may have a few tokens more.
+    """
 
     name: str
     tokens: int
     outcomes: list[Outcome]
+
+    @property
+    def shown_tokens(self) -> str:
+        """The budget, and what it became if that differs."""
+        seen = self.outcomes[0].tokens
+        return f"{self.tokens}" if seen == self.tokens else f"{self.tokens} ({seen})"
 
     @property
     def correct(self) -> np.ndarray:
@@ -62,7 +72,7 @@ def rows_of(outcomes: list[Outcome]) -> list[Row]:
     """One row per method and budget, in the order measured."""
     rows: dict[tuple[str, int], Row] = {}
     for outcome in outcomes:
-        key = (outcome.setting.name, outcome.tokens)
+        key = (outcome.setting.name, outcome.setting.budget or outcome.tokens)
         rows.setdefault(key, Row(*key, [])).outcomes.append(outcome)
     return list(rows.values())
 
@@ -79,7 +89,7 @@ def table(samples: list[Any], rows: list[Row]) -> str:
     lines = []
     for row in rows:
         low, high = accuracy_interval(samples, row.correct)
-        cells = [f"{row.tokens}", row.name, f"{100 * row.correct.mean():.1f}"]
+        cells = [row.shown_tokens, row.name, f"{100 * row.correct.mean():.1f}"]
         cells.append(f"{low:.1f} to {high:.1f}")
         if row is base:
             cells += ["", ""]
@@ -143,6 +153,29 @@ def breakdown(samples: list[Any], rows: list[Row], attribute: str, title: str) -
     return [f"## By {title}", "", shown, ""]
 
 
+def hard_questions(rows: list[Row]) -> list[str]:
+    """Accuracy on the questions that a smaller image of the same tokens gets wrong (VTC-Bench)."""
+    found = {(row.name, row.tokens): row.correct for row in rows}
+    budgets = budgets_of(rows)
+    if any((RESIZE, tokens) not in found for tokens in budgets):
+        return []
+    unreduced = next(row for row in rows if row.name == BASELINE).correct
+    # What the unreduced model gets wrong, too, says nothing about a method.
+    hard = {t: (found[RESIZE, t] == 0) & (unreduced == 1) for t in budgets}
+    names = dict.fromkeys(row.name for row in rows)
+    lines = [
+        [name, *(f"{100 * found[name, t][hard[t]].mean():.1f}" for t in budgets)]
+        for name in names
+        if name not in (BASELINE, RESIZE)
+    ]
+    columns = [f"{t} tokens ({hard[t].sum()} questions)" for t in budgets]
+    note = (
+        "Percent right among the questions that the unreduced model answers right and an image "
+        "scaled down to the same number of tokens gets wrong: those that need the detail."
+    )
+    return ["## Hard questions only", "", markdown_table(["method", *columns], lines), "", note, ""]
+
+
 def cost_table(costs: list[dict[str, Any]], dtype: str) -> list[str]:
     """What `cost_rows` found."""
     base = costs[0]
@@ -191,6 +224,7 @@ def report(
         "",
     ]
     parts = kept_share(samples, rows) + against_recommended(samples, rows)
+    parts += hard_questions(rows)
     parts += cost_table(costs, facts["dtype"])
     parts += breakdown(samples, rows, "question_type", "question type")
     parts += breakdown(samples, rows, "kind", "kind of scene")
@@ -307,6 +341,7 @@ def raw(
                 "tokens": outcome.tokens,
                 "accuracy": round(outcome.accuracy, 3),
                 "config": outcome.setting.config.to_dict(),
+                "resize": outcome.setting.resize,
                 "answers": outcome.answers,
             }
             for outcome in outcomes
@@ -322,7 +357,8 @@ def from_raw(results: dict[str, Any]) -> tuple[list[Sample], list[Row]]:
     for one in results["outcomes"]:
         if one["config"]["algorithm"] not in algorithms.available():
             continue  # measured with an algorithm that the package no longer has
-        setting = Setting(one["method"], MergeConfig.from_dict(one["config"]))
+        config = MergeConfig.from_dict(one["config"])
+        setting = Setting(one["method"], config, one.get("resize"))
         correct = np.array(one["answers"]) == truth
         outcomes.append(Outcome(setting, one["tokens"], one["answers"], correct))
     return samples, rows_of(outcomes)
