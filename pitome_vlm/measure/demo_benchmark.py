@@ -22,6 +22,8 @@ from .stats import Interval, mean_interval
 
 # One word and the end token; a second word would be a wrong answer anyway.
 ANSWER_TOKENS = 3
+# From a model, its processor and a batch to one answer per question.
+Answers = Callable[[Any, Any, dict[str, Tensor]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def run(
     split: str,
     batch_size: int = 48,
     advance: Callable[[int], object] | None = None,
-    answers_of: Callable[[Any, Any, dict[str, Tensor]], list[str]] = ask,
+    answers_of: Answers = ask,
 ) -> list[Outcome]:
     """Ask questions of a split under every setting.
 
@@ -116,9 +118,9 @@ def run(
     tokens: list[list[int]] = [[] for _ in settings]
     for batch in batches(processor, samples, split, batch_size):
         for index, setting in enumerate(settings):
-            with wrapped(model, config=setting.config):
-                tokens[index] += visual_token_counts(model, batch["pixel_values"])
-                answers[index] += answers_of(model, processor, batch)
+            counts, given = _answered(model, processor, batch, setting, answers_of)
+            tokens[index] += counts
+            answers[index] += given
             if advance:
                 advance(len(batch["input_ids"]))
     truth = np.array([sample.answer for sample in samples])
@@ -129,16 +131,16 @@ def run(
 
 
 def _answered(
-    model: Any, processor: Any, batch: dict[str, Tensor], setting: Setting
+    model: Any, processor: Any, batch: dict[str, Tensor], setting: Setting, answers_of: Answers
 ) -> tuple[list[int], list[str]]:
     """Tokens per image and answers of one batch under one setting."""
     if setting.resize is not None:
         smaller, count = resize.shrunk(model, batch, setting.resize)
         with resize.any_image_size(model):
-            return [count] * len(batch["pixel_values"]), ask(model, processor, smaller)
+            return [count] * len(batch["pixel_values"]), answers_of(model, processor, smaller)
     with wrapped(model, config=setting.config):
         counts = visual_token_counts(model, batch["pixel_values"])
-        return counts, ask(model, processor, batch)
+        return counts, answers_of(model, processor, batch)
 
 
 def _average(counts: Sequence[float]) -> float:
