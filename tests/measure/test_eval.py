@@ -292,13 +292,22 @@ def task_manager():
 
 
 def test_suites_are_lmms_eval_configs_of_known_tasks(task_manager):
-    assert set(suites.available()) == {"demo", "quick", "llava15-paper", "llava15-peers"}
+    llava15 = ["192", "128", "64"]
+    budgets = {
+        "demo": ["72", "36", "18", "9"],
+        "llava-next-peers": ["640", "320", "160"],
+        "llava15-paper": llava15,
+        "llava15-peers": llava15,
+        "quick": llava15,
+        "qwen25vl-ocr": ["keep=0.25", "keep=0.1"],
+        "qwen3vl": ["keep=0.5", "keep=0.25", "keep=0.125"],
+        "refcoco": llava15,
+    }
+    assert suites.available() == sorted(budgets)
     for name in suites.available():
         suite = suites.read_suite(name)
         assert set(suite.tasks) <= set(task_manager.all_subtasks), name
-        budgets = [setting.config.tokens for setting in suite.settings]
-        expected = [72, 36, 18, 9] if name == "demo" else [192, 128, 64]
-        assert budgets == [None, *expected]
+        assert [setting.budget for setting in suite.settings] == ["", *budgets[name]]
         assert (ROOT / "eval" / "suites" / f"{name}.yaml").samefile(suites.SUITES / f"{name}.yaml")
 
 
