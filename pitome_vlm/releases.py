@@ -53,6 +53,8 @@ from transformers.processing_utils import ProcessorMixin
 EMBEDS_NEED_EMPTY_CACHE = int(TRANSFORMERS.split(".")[0]) < 5
 # Before release 5 checkpoints of some towers had other names for their weights.
 RENAMES_TOWER_WEIGHTS = int(TRANSFORMERS.split(".")[0]) >= 5
+# Before release 5 the models around SigLIP's encoder record its states, and not the encoder.
+STATES_RECORDED_AROUND = () if RENAMES_TOWER_WEIGHTS else ("siglip", "siglip_vision_model")
 # Attention implementations that add a float mask to the logits: one of [B, 1, Q, K], and one whose
 # single row serves all queries, [B, 1, 1, K] (flex attention looks masks up by query). Flash
 # kernels read a mask as padding only; they are recognised by this word, as in transformers,

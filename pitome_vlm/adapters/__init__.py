@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 
 from .base import Adapter
+from .encoder import ENCODER_ADAPTER
+from .encoders import why_no_encoder
 from .families import FAMILIES
 from .family import Family, image_sizes, patch_grids, rounded, tiles
 from .generic import GenericAdapter
@@ -104,6 +106,12 @@ def find_adapter(model: Any) -> Adapter:
                 return adapter
     kind = type(model).__name__
     model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if isinstance(model, nn.Module) and model_type not in model_types():
+        if ENCODER_ADAPTER.matches(model):
+            return ENCODER_ADAPTER
+        why = why_no_encoder(model)
+        if why is not None:
+            raise TypeError(f"cannot wrap {kind}: {why}")
     if model_type in model_types():
         raise TypeError(
             f"cannot wrap {kind} alone: it lacks parts that merging needs; pass the whole model "

@@ -118,7 +118,8 @@ class GridPass(UnitPass):
 class GridLayer(MergingLayer):
     """Mixin before the class of an encoder layer of a grid tower."""
 
-    def _pitome_merged(self, hidden: Tensor, merge_pass: MergePass) -> Tensor:
+    def _pitome_merged(self, hidden: Tensor, merge_pass: MergePass, angles: Any) -> Tensor:
+        del angles  # of the patches in their rows; here they follow from the places of groups
         layer, names = self._pitome_layer, self._pitome_parts
         assert isinstance(merge_pass, GridPass)
         hidden = merge_pass.entering(layer, hidden)
@@ -131,7 +132,7 @@ def _attend(
     names: LayerParts, segments: Segmented, attention: Any, heads: Heads, bias: Tensor | None
 ) -> Tensor:
     """Attention within images: heads [1, H, M, D] and bias [1, 1, 1, M] to [1, M, C]."""
-    scale, dropout = getattr(attention, names.scale), getattr(attention, names.dropout)
+    scale, dropout = names.scale_of(attention), names.dropout_of(attention)
     flat = _flat(heads)
     found = attend_within(attention, flat, segments, _row(bias), scale, dropout)
     return project_out(names, attention, found[None])
@@ -158,10 +159,11 @@ def _row(bias: Tensor | None) -> Tensor | None:
 def _turned(axes: int, cos: Tensor, sin: Tensor, heads: Heads) -> Heads:
     """Queries and keys [1, H, M, D] turned to their places, [M, D]."""
     query, key, value = heads
-    return _rotated(query, axes, cos, sin), _rotated(key, axes, cos, sin), value
+    return rotated(query, axes, cos, sin), rotated(key, axes, cos, sin), value
 
 
-def _rotated(x: Tensor, axes: int, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(x: Tensor, axes: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """[..., D] turned by angles, [..., D], of which every axis has a part of the channels."""
     parts = []
     for part in x.chunk(axes, -1):
         first, second = part.chunk(2, -1)
@@ -233,7 +235,7 @@ class GridTower(TowerKind):
         for layer, entering, leaving in zip(layers, lengths, lengths[1:], strict=False):
             attention = attention_of(layer)
             total += weights(attention) * entering + 2 * entering**2 * _width(attention)
-            total += weights(mlp_of(layer)) * (leaving if inside else entering)
+            total += sum(map(weights, mlp_of(layer))) * (leaving if inside else entering)
         around = (module for module in tower.modules() if module not in inner)
         return 2 * (total + sum(map(own_weights, around)) * lengths[0])
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..merge.algorithm import log_size_bias
 from ..merge.merge_pass import MergePass
-from .layer_parts import CLIP_LIKE, LayerParts
+from .layer_parts import CLIP_LIKE, LayerParts, reach
 
 Heads = tuple[Tensor, Tensor, Tensor]
 
@@ -110,8 +110,8 @@ def merged_layer(
     Returns:
         [B, M, C].
     """
-    attention, mlp = getattr(layer, names.attention), getattr(layer, names.mlp)
-    norms = [getattr(layer, name) for name in names.norms]
+    attention = reach(layer, names.attention)
+    norms = [reach(layer, name) for name in names.norms]
     placement = merge_pass.config.placement
     # Not rounded to half precision here: that is up to the kernel.
     exact = torch.promote_types(hidden.dtype, torch.float32)
@@ -121,13 +121,13 @@ def merged_layer(
     hidden = names.add(layer, 0, hidden, kernels.attend(attention, turned, bias))
     received = None
     if merge_pass.wants_attention(index):
-        scale, has_class = getattr(attention, names.scale), merge_pass.has_class_token
+        scale, has_class = names.scale_of(attention), merge_pass.has_class_token
         local = kernels.received(turned[0], turned[1], bias, scale, has_class)
         received = kernels.agree(local)
     if placement == "after_attention":
         metric = _compared(index, hidden, parts[1], merge_pass, kernels)
         hidden = merge_pass.merge_in_layer(index, hidden, metric, received)
-    hidden = names.add(layer, 1, hidden, mlp(norms[1](hidden)))
+    hidden = names.add(layer, 1, hidden, names.through_mlp(layer, norms[1](hidden)))
     if placement == "after_layer":
         metric = _compared(index, hidden, parts[1], merge_pass, kernels)
         hidden = merge_pass.merge_in_layer(index, hidden, metric, received)

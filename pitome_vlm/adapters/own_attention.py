@@ -60,8 +60,13 @@ def own_attention(
 
 
 def implementation(attention: Any) -> str:
-    """The name of a layer's attention implementation."""
-    return attention.config._attn_implementation or "sdpa"
+    """The name of a layer's attention implementation.
+
+    Layers that compute attention themselves (BLIP) count as those of PyTorch's function.
+    """
+    name: str = attention.config._attn_implementation or "sdpa"
+    own = name != "eager" or hasattr(inspect.getmodule(type(attention)), "eager_attention_forward")
+    return name if own else "sdpa"
 
 
 def takes_channels(name: str, head_dim: int) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..merge.merge_pass import MergePass
 from ..releases import layers_return_tuples
-from .layer_parts import CLIP_LIKE, LayerParts, parts_of
+from .layer_parts import CLIP_LIKE, LAYERS, LayerParts, parts_of, reach
 from .merged_layer import Heads, LayerKernels, merged_layer
 from .own_attention import own_attention
 from .swap import base_class, own_forward, swap_in, swap_out
@@ -60,7 +60,9 @@ class TowerSlot:
         TowerSlot.__init__(self)
 
 
-def find_encoder_layers(tower: nn.Module, *, rotary: bool = False) -> list[nn.ModuleList]:
+def find_encoder_layers(
+    tower: nn.Module, *, rotary: bool = False, known: tuple[LayerParts, ...] = LAYERS
+) -> list[nn.ModuleList]:
     """The tower's lists of transformer layers, by structure because paths differ by release.
 
     There is one, or several where peft trains a copy (`modules_to_save`).
@@ -68,6 +70,7 @@ def find_encoder_layers(tower: nn.Module, *, rotary: bool = False) -> list[nn.Mo
     Args:
         tower: the vision tower.
         rotary: layers that rotate by place count, too; whoever encodes has to know the places.
+        known: kinds of layers that count.
 
     Raises:
         TypeError: no list of layers with the parts a merge needs.
@@ -76,7 +79,9 @@ def find_encoder_layers(tower: nn.Module, *, rotary: bool = False) -> list[nn.Mo
     found = [
         module
         for module in tower.modules()
-        if isinstance(module, nn.ModuleList) and len(module) and _is_mergeable(module[0], rotary)
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and _is_mergeable(module[0], rotary, known)
     ]
     if not found:
         raise TypeError(
@@ -102,8 +107,8 @@ def refuse_checkpoint_wrapper(lists: list[nn.ModuleList]) -> None:
         )
 
 
-def _is_mergeable(layer: nn.Module, rotary: bool) -> bool:
-    parts = parts_of(layer)
+def _is_mergeable(layer: nn.Module, rotary: bool, known: tuple[LayerParts, ...]) -> bool:
+    parts = parts_of(layer, known)
     return parts is not None and (rotary or not parts.rotary)
 
 
@@ -152,9 +157,11 @@ class MergingLayer(InTower):
             return _as_returned(self, hidden_states)
         if not pitome_pass.touches(layer):
             return own(hidden_states, *args, **kwargs)
-        return _as_returned(self, self._pitome_merged(hidden_states, pitome_pass))
+        angles = kwargs.get("position_embeddings")
+        return _as_returned(self, self._pitome_merged(hidden_states, pitome_pass, angles))
 
-    def _pitome_merged(self, hidden: Tensor, merge_pass: MergePass) -> Tensor:
+    def _pitome_merged(self, hidden: Tensor, merge_pass: MergePass, angles: Any) -> Tensor:
+        del angles
         layer, names = self._pitome_layer, self._pitome_parts
         return merged_layer(self, layer, hidden, merge_pass, kernels_of(names), names)
 
@@ -165,28 +172,31 @@ def project(names: LayerParts, attention: Any, normed: Tensor) -> Heads:
     From the live projections, so that LoRA and quantised layers are seen as they are, and once,
     so that what tokens are compared by is what attention uses.
     """
-    flat = [getattr(attention, name)(normed) for name in names.projections]
+    flat = [reach(attention, name)(normed) for name in names.projections]
+    if len(flat) == 1:
+        flat = list(flat[0].chunk(3, -1))
     for index, name in enumerate(names.normed):
-        flat[index] = getattr(attention, name)(flat[index])
-    shape = (*normed.shape[:-1], -1, attention.head_dim)
+        flat[index] = reach(attention, name)(flat[index])
+    shape = (*normed.shape[:-1], -1, reach(attention, names.head_dim))
     heads = [part.view(shape) for part in flat]
     for index, name in enumerate(names.heads_normed):
-        heads[index] = getattr(attention, name)(heads[index])
+        heads[index] = reach(attention, name)(heads[index])
     query, key, value = (part.transpose(1, 2) for part in heads)
     return query, key, value
 
 
 def _attend(names: LayerParts, attention: Any, parts: Heads, bias: Tensor | None) -> Tensor:
     """The layer's own attention, [B, N, C], with an additive bias [B, 1, 1, N] or None."""
-    scale, dropout = getattr(attention, names.scale), getattr(attention, names.dropout)
-    return project_out(names, attention, own_attention(attention, parts, bias, scale, dropout))
+    scale, dropout = names.scale_of(attention), names.dropout_of(attention)
+    own = reach(attention, names.kernel)
+    return project_out(names, attention, own_attention(own, parts, bias, scale, dropout))
 
 
 def project_out(names: LayerParts, attention: Any, heads: Tensor) -> Tensor:
     """What attention returns, from its heads: [B, N, heads, D] to [B, N, C]."""
     output = heads.flatten(2).contiguous()
     for part in names.output:
-        output = getattr(attention, part)(output)
+        output = reach(attention, part)(output)
     return output
 
 
@@ -205,15 +215,19 @@ def _as_returned(layer: Any, hidden: Tensor) -> Any:
 
 
 def install_tower(
-    tower: nn.Module, mixin: type[MergingLayer] = MergingLayer, *, rotary: bool = False
+    tower: nn.Module,
+    mixin: type[MergingLayer] = MergingLayer,
+    *,
+    rotary: bool = False,
+    known: tuple[LayerParts, ...] = LAYERS,
 ) -> None:
     """Put a mixin before every layer's class; all or nothing."""
-    lists, slot = find_encoder_layers(tower, rotary=rotary), TowerSlot()
+    lists, slot = find_encoder_layers(tower, rotary=rotary, known=known), TowerSlot()
     returns_tuple = layers_return_tuples(base_class(lists[0][0]))
     try:
         for layers in lists:
             for index, layer in enumerate(layers):
-                parts = parts_of(layer)
+                parts = parts_of(layer, known)
                 swap_in(layer, mixin)
                 layer._pitome_parts = parts  # type: ignore[assignment]
                 layer._pitome_layer = index  # type: ignore[assignment]
@@ -232,6 +246,13 @@ def uninstall_tower(tower: nn.Module) -> None:
             swap_out(module)
             for name in [name for name in module.__dict__ if name.startswith("_pitome_")]:
                 del module.__dict__[name]
+
+
+def is_encoding(tower: nn.Module) -> bool:
+    """Whether the layers of a tower belong to an encoding right now, in this thread."""
+    layers = (module for module in tower.modules() if isinstance(module, InTower))
+    first = next(layers, None)
+    return first is not None and first._pitome_slot[0].active is not None
 
 
 @contextlib.contextmanager

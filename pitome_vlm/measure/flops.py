@@ -116,7 +116,7 @@ def tower_flops(
         flops.append(
             entering * linear_flops(attention_of(block))
             + attention_flops(entering, entering, vision.hidden_size)
-            + (leaving if inside else entering) * linear_flops(mlp_of(block))
+            + (leaving if inside else entering) * sum(map(linear_flops, mlp_of(block)))
             + compared
         )
         merging += compared

@@ -50,6 +50,8 @@ def schedule_for(
                 'stage="projector" with keep or tokens'
             )
         stage = "projector"
+    if shape.tower_only:
+        stage = _inside_only(config)
     if algorithm.one_step and stage == "both":
         raise ValueError(
             f"algorithm {algorithm.name!r} reduces in one step, so stage must be 'tower' or "
@@ -102,12 +104,32 @@ def schedule_for(
             f"{stage!r}"
         )
     gridless = shape.grid is None and not shape.packed
+    if algorithm.needs_grid and gridless and shape.tower_only and not schedule.is_identity:
+        raise ValueError(
+            f"algorithm {algorithm.name!r} needs the whole patch grid, but this encoder reads its "
+            "patches in random order"
+        )
     if algorithm.needs_grid and gridless and not schedule.is_identity:
         raise ValueError(
             f"algorithm {algorithm.name!r} needs the whole patch grid, but this model drops one "
             'patch (vision_feature_select_strategy="default" on a tower without a class token)'
         )
     return schedule
+
+
+def _inside_only(config: MergeConfig) -> Stage:
+    """The stage of an encoder on its own."""
+    if config.stage not in (None, "tower"):
+        raise ValueError(
+            f"stage must be 'tower' for an encoder on its own, after which nothing reads fewer "
+            f"tokens, got {config.stage!r}"
+        )
+    if config.is_adaptive:
+        raise ValueError(
+            "keep='auto' decides after the tower, so an encoder on its own needs a fixed budget; "
+            "give keep=0.5, tokens or ratio"
+        )
+    return "tower"
 
 
 def new_pass(

@@ -288,9 +288,12 @@ class TowerShape:
         grid: (rows, columns), None where the mergeable tokens are no whole grid.
         packed: an image is several tiles, which are packed into one sequence after the projector.
         projector_only: tokens can be merged after the tower only.
+        tower_only: tokens can be merged inside the tower only, because nothing follows that could
+            do with fewer.
         typical: see `Schedule`.
         spread: see `Schedule`.
-        few: where no layers are named, only `few_layers` merge instead of all that are run.
+        few: where no layers are named, only `few_layers` merge instead of all that are run
+            (`default_layers`).
     """
 
     n_tokens: int
@@ -301,9 +304,21 @@ class TowerShape:
     grid: tuple[int, int] | None = None
     packed: bool = False
     projector_only: bool = False
+    tower_only: bool = False
     typical: bool = False
     spread: bool = False
     few: bool = False
+
+
+def default_layers(shape: TowerShape, budget: Budget) -> tuple[int, ...] | None:
+    """The layers that merge where none are named; None for all that are run.
+
+    Of encoders on their own, all with the paper's `ratio` (which is a fraction per layer), few
+    with a total.
+    """
+    if not shape.few or (shape.tower_only and budget.ratio is not None):
+        return None
+    return few_layers(shape.used_layers)
 
 
 def build_schedule(
@@ -337,8 +352,8 @@ def build_schedule(
     Raises:
         ValueError: the budget cannot be met, with the smallest or largest value that can.
     """
-    if layers is None and shape.few and not one_step:
-        layers = few_layers(shape.used_layers)
+    if layers is None and not one_step:
+        layers = default_layers(shape, budget)
     tower_layers = merging_layers(shape.used_layers, layers) if stage != "projector" else ()
     if one_step:
         tower_layers = tower_layers[-1:]

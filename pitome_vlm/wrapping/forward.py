@@ -40,7 +40,7 @@ from .kv_cache import (
     with_prompt_images,
 )
 from .later_turns import brings_new_images_only, with_new_images, without_new_images
-from .merging import Merging
+from .merging import Merging, note_of
 from .placeholders import all_placeholders
 from .positions import as_model_positions
 from .prompt import other_arguments, prepare
@@ -238,15 +238,8 @@ class WrappedLlava(GenerateHooks):
 
     def extra_repr(self) -> str:
         """Say in `print(model)` what is on."""
-        note = f"pitome: {self._pitome.config.summary()}"
-        try:
-            schedule = self._pitome.plan(self).schedule
-            unit = self._pitome.adapter.counted_per
-            note += f", {schedule.tokens_in} -> {schedule.counts_out} visual tokens per {unit}"
-        except (TypeError, ValueError) as error:
-            # The model's config was changed after wrap; printing a model must not fail for it.
-            note += f", not applicable: {error}"
-        return ", ".join(part for part in (super().extra_repr(), note) if part)  # type: ignore[misc]
+        own = super().extra_repr()  # type: ignore[misc]
+        return ", ".join(part for part in (own, note_of(self, self._pitome)) if part)
 
     def _pitome_without_pixels(self, call: dict[str, Any], sizes: Tensor | None) -> dict[str, Any]:
         """Arguments of a pass over text alone, or over what `compact_inputs` made."""

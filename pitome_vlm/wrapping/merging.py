@@ -92,6 +92,8 @@ class Merging:
         )
 
     def _calibration(self, model: Any, algorithm: Algorithm) -> Calibration:
+        if self.adapter.calls == "encoder":
+            return self._nobody_to_tell()
         text_config = self.adapter.text_config(model)
         # The original code base's forward names its arguments and hands no others on.
         found = resolve(
@@ -114,6 +116,28 @@ class Merging:
                 "grid of their image; use 'mean', 'median' or 'original'"
             )
         return dataclasses.replace(found, positions="mean")
+
+    def _nobody_to_tell(self) -> Calibration:
+        config = self.config
+        asked = {"size_bias": config.size_bias or None, "positions": config.positions}
+        for name, value in asked.items():
+            if value not in (None, "compact"):
+                raise ValueError(
+                    f"{name}={value!r} tells a language model about merged tokens, which an "
+                    "encoder on its own has not; leave it out"
+                )
+        return Calibration(False, "compact")
+
+
+def note_of(model: Any, merging: Merging) -> str:
+    """What is on a model, in a few words for `print(model)`."""
+    note = f"pitome: {merging.config.summary()}"
+    try:
+        schedule, unit = merging.plan(model).schedule, merging.adapter.counted_per
+    except (TypeError, ValueError) as error:
+        # The model's config was changed after wrap; printing a model must not fail for it.
+        return f"{note}, not applicable: {error}"
+    return f"{note}, {schedule.tokens_in} -> {schedule.counts_out} visual tokens per {unit}"
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,13 @@ from torch import nn
 
 from ..adapters import Adapter, find_adapter
 from ..adapters.swap import is_swapped, swap_in, swap_out
+from ..adapters.tower import InTower
 from ..adapters.wide_attention import install_wide, uninstall_wide
 from ..merge.budget import stage_of
 from ..merge.config import CONFIG_NAME, MergeConfig
 from ..merge.merge_pass import Watch
 from ..merge.schedule import Schedule
+from .encoder import put_on, take_off
 from .forward import WrappedLlava
 from .merging import STATE, Merging
 from .original import WrappedOriginalLlava
@@ -40,16 +42,20 @@ def wrap(
     config: MergeConfig | None = None,
     **options: Any,
 ) -> Model:
-    """Merge the visual tokens of a LLaVA before its language model sees them; in place.
+    """Merge the visual tokens of a model before its language model sees them; in place.
+
+    Plain encoders (CLIP, SigLIP, ViT, DeiT, MAE, DINO, BLIP) merge inside and hand every patch the
+    value of its group after their last layer, so that their output keeps its length.
 
     The processor, `generate`, `Trainer`, PEFT and accelerate are used as before. Wrapping again
     replaces the settings. Weights, `state_dict` keys and class names are untouched.
 
     Args:
         model: a LLaVA of transformers or of the original llava package (docs/models.md lists
-            them), on its own or inside a `PeftModel`.
+            them) or an encoder (docs/encoders.md), on its own or inside a `PeftModel`.
         *unnamed: nothing; budgets and options are given by name.
-        keep: fraction of an image's visual tokens to keep, in (0, 1]; 1.0 changes nothing.
+        keep: fraction of an image's visual tokens to keep, in (0, 1]; 1.0 changes nothing. Of an
+            encoder, of its tokens after the last layer, class token included.
         tokens: the same as a count per image; per tile for models that cut images into tiles.
         ratio: the paper's r, the fraction kept at every merging layer.
         config: a ready `MergeConfig`; a budget or options given with it replace its own.
@@ -71,11 +77,16 @@ def wrap(
     plan = merging.plan(base)
     merging = dataclasses.replace(merging, carrier=plan.calibration.carrier)
     fresh = not is_wrapped(base)
+    if fresh:
+        _refuse_shared(base)
     try:
         merging.adapter.install(base, inside_tower=stage_of(config, plan.algorithm) != "projector")
         if merging.carrier == "channels":
             install_wide(base, merging.adapter.text_config(base))
-        swap_in(base, MIXINS[merging.adapter.calls])
+        if merging.adapter.calls == "encoder":
+            put_on(base)
+        else:
+            swap_in(base, MIXINS[merging.adapter.calls])
         if can_remember(model):
             # From now on what is saved of a PeftModel says how it was merged.
             swap_in(model, WrappedPeft)
@@ -102,6 +113,7 @@ def unwrap(model: Model) -> Model:
 def _uninstall(adapter: Adapter, base: nn.Module) -> None:
     adapter.uninstall(base)
     uninstall_wide(base)
+    take_off(base)
 
 
 @contextlib.contextmanager
@@ -122,6 +134,15 @@ def wrapped(
         yield model
     finally:
         unwrap(model) if previous is None else wrap(model, config=previous)
+
+
+def _refuse_shared(base: nn.Module) -> None:
+    """Leave layers alone that merge for another model, which they are a part of or contain."""
+    if any(isinstance(module, InTower) for module in base.modules()):
+        raise ValueError(
+            f"layers of this {type(base).__name__} merge already, because a part of it or a model "
+            "around it is wrapped; unwrap that first"
+        )
 
 
 def _refuse_unnamed(unnamed: tuple[Any, ...]) -> None:

@@ -1,0 +1,98 @@
+"""The adapter of all encoders that are wrapped on their own (`encoders.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from ..merge.counts import Footprint
+from ..merge.merge_pass import MergePass
+from ..merge.schedule import TowerShape
+from ..merge.tokens import Encoded, VisualTokens
+from .base import Adapter
+from .encoder_tower import EncoderLayer, EncoderPass
+from .encoders import find_encoder, grid_of, shape_of
+from .layer_parts import ENCODER_LAYERS
+from .parts import ModelParts
+from .tower import encoding, install_tower, uninstall_tower
+
+
+class EncoderAdapter(Adapter):
+    """Encoders alone or inside a model that is no language model with placeholders."""
+
+    calls = "encoder"
+    # How many patches there are follows from the pixels of a call.
+    feature_options = ("pixel_values",)
+
+    @override
+    def matches(self, model: Any) -> bool:
+        return find_encoder(model) is not None
+
+    @override
+    def parts(self, model: Any) -> ModelParts:
+        encoder = find_encoder(model)
+        return ModelParts(encoder, encoder.config, nn.Identity(), ())
+
+    @override
+    def tower_shape(self, model: Any, **feature_options: Any) -> TowerShape:
+        return shape_of(find_encoder(model), feature_options.get("pixel_values"))
+
+    @override
+    def install(self, model: Any, *, inside_tower: bool) -> None:
+        del inside_tower  # there is no other place
+        install_tower(find_encoder(model), EncoderLayer, rotary=True, known=ENCODER_LAYERS)
+
+    @override
+    def uninstall(self, model: Any) -> None:
+        uninstall_tower(model)
+
+    @override
+    def text_config(self, model: Any) -> Any:
+        del model
+        return None
+
+    @override
+    def placeholder_ids(self, model: Any) -> dict[str, int]:
+        del model
+        return {}
+
+    @override
+    def image_footprint(
+        self, model: Any, size: tuple[int, int] | None, options: Mapping[str, Any]
+    ) -> Footprint:
+        encoder = find_encoder(model)
+        shape = shape_of(encoder, options.get("pixel_values"))
+        tokens = shape.n_tokens
+        if size is not None and shape.grid is not None:
+            rows, columns = grid_of(encoder, size)
+            tokens = rows * columns
+        return Footprint(tokens + shape.leading_kept)
+
+    @override
+    def footprints(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Footprint]]:
+        pixels = inputs.get("pixel_values")
+        if pixels is None:
+            raise ValueError("pixel_values is missing")
+        shape = shape_of(find_encoder(model), pixels)
+        return {"image": [Footprint(shape.n_tokens + shape.n_leading)] * len(pixels)}
+
+    @override
+    def encode(self, model: Any, inputs: Mapping[str, Any], merge_pass: MergePass) -> list[Encoded]:
+        encoder, pixels = find_encoder(model), inputs["pixel_values"]
+        own = EncoderPass.of(merge_pass, short=True)
+        with encoding(encoder, own):
+            hidden: Tensor = encoder(pixels).last_hidden_state
+        full = own.schedule.tokens_in
+        visual = VisualTokens(
+            list(hidden),
+            own.source_maps(len(hidden), hidden.device),
+            [full] * len(hidden),
+            own.anchors(len(hidden), hidden.device),
+        )
+        return [Encoded("image", -1, visual)]
+
+
+ENCODER_ADAPTER = EncoderAdapter()
