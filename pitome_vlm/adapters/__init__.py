@@ -12,7 +12,7 @@ from torch import nn
 
 from .base import Adapter
 from .encoder import ENCODER_ADAPTER
-from .encoders import why_no_encoder
+from .encoders import part_of, why_no_encoder
 from .families import FAMILIES
 from .family import Family, image_sizes, patch_grids, rounded, tiles
 from .generic import GenericAdapter
@@ -118,7 +118,9 @@ def find_adapter(model: Any) -> Adapter:
             f"of type {model_type!r}, for instance a ...ForConditionalGeneration"
         )
     shown = f"{kind} (model_type {model_type!r})" if model_type else kind
-    raise TypeError(f"cannot wrap {shown}: {why_not(model_type)}")
+    inside = part_of(model) if isinstance(model, nn.Module) else None
+    more = f"; its encoder can be wrapped on its own, wrap(model.{inside}, ...)" if inside else ""
+    raise TypeError(f"cannot wrap {shown}: {why_not(model_type)}{more}")
 
 
 def why_not(model_type: Any) -> str:

@@ -14,7 +14,7 @@ from ..merge.schedule import TowerShape
 from ..merge.tokens import Encoded, VisualTokens
 from .base import Adapter
 from .encoder_tower import EncoderLayer, EncoderPass
-from .encoders import find_encoder, grid_of, shape_of
+from .encoders import find_encoder, grid_of, is_encoder_model, shape_of
 from .layer_parts import ENCODER_LAYERS
 from .parts import ModelParts
 from .tower import encoding, install_tower, uninstall_tower
@@ -29,7 +29,7 @@ class EncoderAdapter(Adapter):
 
     @override
     def matches(self, model: Any) -> bool:
-        return find_encoder(model) is not None
+        return is_encoder_model(model)
 
     @override
     def parts(self, model: Any) -> ModelParts:

@@ -106,6 +106,22 @@ def find_encoder(model: nn.Module) -> Any:
     return next((module for module in model.modules() if record_of(module) is not None), None)
 
 
+def is_encoder_model(model: nn.Module) -> bool:
+    """Whether a model is an encoder, or of a class that is known to do with its output only."""
+    encoder = find_encoder(model)
+    if encoder is None or encoder is model:
+        return encoder is not None
+    record = record_of(encoder)
+    assert record is not None
+    return any(kind.__name__ in record.classes for kind in type(model).__mro__)
+
+
+def part_of(model: nn.Module) -> str | None:
+    """The name of an encoder within a model, None where there is none."""
+    encoder = find_encoder(model)
+    return next((name for name, one in model.named_modules() if one is encoder), None)
+
+
 def why_no_encoder(model: nn.Module) -> str | None:
     """Why an encoder is refused; None where nothing speaks against it."""
     names = {type(model).__name__.removeprefix("TimmWrapper")[-8:]}
