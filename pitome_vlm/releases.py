@@ -49,10 +49,11 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import ProcessorMixin
 
+RELEASE = tuple(int(number) for number in TRANSFORMERS.split(".")[:2])
 # Before release 5 generate reads ids instead of embeddings once a cache holds something.
-EMBEDS_NEED_EMPTY_CACHE = int(TRANSFORMERS.split(".")[0]) < 5
+EMBEDS_NEED_EMPTY_CACHE = RELEASE < (5,)
 # Before release 5 checkpoints of some towers had other names for their weights.
-RENAMES_TOWER_WEIGHTS = int(TRANSFORMERS.split(".")[0]) >= 5
+RENAMES_TOWER_WEIGHTS = RELEASE >= (5,)
 # Before release 5 the models around SigLIP's encoder record its states, and not the encoder.
 STATES_RECORDED_AROUND = () if RENAMES_TOWER_WEIGHTS else ("siglip", "siglip_vision_model")
 # Attention implementations that add a float mask to the logits: one of [B, 1, Q, K], and one whose
@@ -76,6 +77,14 @@ RENAMED_TRAINING_ARGUMENTS = {
 }
 # The argument of a model's forward that holds features, as its own functions return them.
 HANDED_FEATURES = "mm_encoder_outputs"
+# The first release with it, and model types that can be served from a later one on only.
+_TAKES_FEATURES = (5, 18)
+_SERVED_LATER = {
+    "molmo2": (5, 20),  # It is not in earlier ones.
+    "minicpmv4_6": (5, 19),  # Its tower mixed up the patches of images of several sizes.
+    "paddleocr_vl": (5, 21),  # Its forward did not take them.
+    "smolvlm": (5, 21),  # It refused images of fewer tokens than the processor writes.
+}
 # Arguments of this release's mask functions.
 MASK_ARGUMENTS = frozenset(inspect.signature(create_masks_for_generate).parameters)
 
@@ -182,9 +191,15 @@ def dict_wanted(read: Callable[..., Any]) -> dict[str, bool]:
     return {"return_dict": True} if inspect.Parameter.VAR_KEYWORD in kinds else {}
 
 
+def features_from(model_type: str) -> tuple[int, int]:
+    """The first release in which a type of models takes features instead of pixels as it should."""
+    return _SERVED_LATER.get(model_type, _TAKES_FEATURES)
+
+
 def takes_features(model: Any) -> bool:
-    """Whether a model's forward takes features instead of pixels (from release 5.18 on)."""
-    return HANDED_FEATURES in inspect.signature(model.forward).parameters
+    """Whether a model's forward takes features instead of pixels, see `features_from`."""
+    known = HANDED_FEATURES in inspect.signature(model.forward).parameters
+    return known and features_from(model.config.model_type) <= RELEASE
 
 
 def image_options(processor: Any, model_type: str) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from pitome_vlm.adapters import ADAPTERS, Adapter
 from pitome_vlm.adapters.generic import GenericAdapter
 from pitome_vlm.adapters.refused import REFUSED
-from pitome_vlm.releases import OLDEST_TRANSFORMERS
+from pitome_vlm.releases import OLDEST_TRANSFORMERS, features_from
 from pitome_vlm.vllm import ARCHITECTURES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/models.md"
@@ -66,7 +66,6 @@ def filled(page: str) -> str:
 def _row(adapter: Adapter) -> list[str]:
     kinds = adapter.pixel_inputs.values()
     videos = "; videos" if "video" in kinds else ""
-    since = (5, 18) if adapter.own_scatter else OLDEST_TRANSFORMERS
     types = ", ".join(f"`{name}`" for name in adapter.model_types)
     if isinstance(adapter, GenericAdapter) and adapter.family.of_tower is not None:
         types += f" on a tower of type `{adapter.family.of_tower}`"
@@ -80,7 +79,7 @@ def _row(adapter: Adapter) -> list[str]:
         "yes",
         "yes",
         _served(adapter),
-        ".".join(map(str, since)),
+        _since(adapter),
         _run(adapter),
     ]
 
@@ -110,6 +109,20 @@ def _images(adapter: Adapter) -> str:
     if adapter.default_image_size is not None:
         return "any size" if adapter.counted_per == "image" else "any size, in tiles"
     return "tiles of one size" if adapter.counted_per == "tile" else "one size"
+
+
+def _since(adapter: Adapter) -> str:
+    """The first release that serves, with the model types of a later one."""
+    if not adapter.own_scatter:
+        return _dotted(OLDEST_TRANSFORMERS)
+    releases = {name: features_from(name) for name in adapter.model_types}
+    first = min(releases.values())
+    later = [f"`{name}`: {_dotted(own)}" for name, own in releases.items() if own > first]
+    return _dotted(first) + (f" ({', '.join(later)})" if later else "")
+
+
+def _dotted(release: tuple[int, ...]) -> str:
+    return ".".join(map(str, release))
 
 
 def _run(adapter: Adapter) -> str:

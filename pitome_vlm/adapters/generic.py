@@ -21,7 +21,7 @@ from ..merge.merge_pass import MergePass
 from ..merge.schedule import Schedule, TowerShape
 from ..merge.tiles import PackedItem, merge_grids
 from ..merge.tokens import Encoded, HandedOver
-from ..releases import TRANSFORMERS, accepted, dict_wanted, takes_features
+from ..releases import TRANSFORMERS, accepted, dict_wanted, features_from, takes_features
 from .base import Adapter
 from .family import Family
 from .features import FEATURE_OPTIONS, token_id
@@ -127,9 +127,10 @@ class GenericAdapter(Adapter):
     @override
     def install(self, model: Any, *, inside_tower: bool) -> None:
         if self.own_scatter and not takes_features(model):
+            first = ".".join(map(str, features_from(model.config.model_type)))
             raise TypeError(
-                f"merging in {type(model).__name__} needs a release of transformers whose forward "
-                f"takes mm_encoder_outputs (5.18 or later), found {TRANSFORMERS}"
+                f"merging in {type(model).__name__} needs transformers {first} or later, whose "
+                f"forward takes mm_encoder_outputs, found {TRANSFORMERS}"
             )
         if inside_tower:
             self._kind(model).install(self.parts(model).vision_tower)

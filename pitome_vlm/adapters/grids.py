@@ -53,7 +53,8 @@ def given_grids(inputs: Mapping[str, Any], kind: str) -> list[Grid]:
 
 def footprint_of(grid: Grid, kind: str) -> Footprint:
     """Token counts of one image or video."""
-    return Footprint(math.prod(grid), frames=grid[0] if kind == "video" else 0)
+    frames = grid[0] if kind == "video" else 0
+    return Footprint(math.prod(grid), frames=frames, rows=grid[1])
 
 
 def item_of(grid: Grid, kind: str) -> PackedItem:

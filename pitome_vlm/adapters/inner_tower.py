@@ -184,18 +184,6 @@ class WholeTower(TowerKind):
         return None
 
 
-def tokens_by_layer(schedule: Schedule | None, footprint: Footprint, n_layers: int) -> list[int]:
-    """Tokens of an image before the first layer of a tower and after each; None merges nothing."""
-    counts = {} if schedule is None else dict(schedule.tower)
-    lengths = [footprint.full]
-    for layer in range(n_layers):
-        if schedule is not None and layer in counts:
-            lengths.append(-(-footprint.full * counts[layer] // schedule.n_tokens))
-        else:
-            lengths.append(lengths[-1])
-    return lengths
-
-
 def weights(module: nn.Module) -> int:
     """Weights of all linear layers and convolutions of a module."""
     return sum(map(own_weights, module.modules()))

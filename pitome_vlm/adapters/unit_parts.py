@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from ..merge.counts import Footprint
+from ..merge.counts import Footprint, TokenCount
 from ..merge.schedule import Schedule
-from .inner_tower import Comparison, tokens_by_layer, weights
+from ..merge.segments import Frame
+from .inner_tower import Comparison, weights
 
 BLOCK_PARTS = ("norm1", "norm2", "attn", "mlp")
 ATTENTION_PARTS = ("qkv", "proj", "num_heads", "scaling")
@@ -46,66 +49,80 @@ def mergers(tower: Any) -> Iterator[tuple[int, nn.Module]]:
 
 
 def unit_flops(tower: Any, footprint: Footprint, schedule: Schedule | None) -> int:
-    """FLOPs of a tower, without comparisons; all windows count as full ones."""
-    side, lengths = tower.spatial_merge_size, _lengths(tower, footprint, schedule)
+    """FLOPs of a tower, without comparisons."""
+    side, frames = tower.spatial_merge_size, max(1, footprint.frames)
+    windows = _windows_by_layer(tower, footprint, schedule)
+    units = [frames * sum(own) for own in windows]
     inside = schedule is None or not schedule.after_layer
     total = 0
     for index, block in enumerate(tower.blocks):
-        entering, leaving = lengths[index], lengths[index + 1]
-        total += weights(block.attn) * entering * side**2
-        total += weights(block.mlp) * (leaving if inside else entering) * side**2
-        total += _logits(tower, index, footprint, entering)
+        total += weights(block.attn) * units[index] * side**2
+        total += weights(block.mlp) * units[index + inside] * side**2
+        total += frames * _logits(tower, index, windows[index])
     for index, merger in mergers(tower):
-        total += weights(merger) * lengths[index]
+        total += weights(merger) * units[index]
     rest = ((name, module) for name, module in tower.named_children() if name not in _WITH_LAYERS)
     for name, module in rest:
-        seen = lengths[-1] if name == "downsample" else footprint.full * side**2
+        seen = units[-1] if name == "downsample" else footprint.full * side**2
         total += weights(module) * seen
     return 2 * total
 
 
 def unit_comparisons(tower: Any, footprint: Footprint, schedule: Schedule) -> list[Comparison]:
     """Units that merging compares, in sets of a frame or window."""
-    attention, units = tower.blocks[0].attn, tower.spatial_merge_size**2
-    lengths, sets = _lengths(tower, footprint, schedule), _sets(tower, footprint)
-    width = attention.qkv.in_features
-    widths = width // attention.num_heads, width * units
-    return [
-        Comparison(
-            index,
-            -(-lengths[index] // sets),
-            -(-lengths[index + 1] // sets),
-            sets,
-            *widths,
-            # Of the two products of an attention the first.
-            ranking=_logits(tower, index, footprint, lengths[index]),
-        )
-        for index, _ in schedule.tower
-    ]
-
-
-def _sets(tower: Any, footprint: Footprint) -> int:
-    """Sets of units that are merged on their own: frames, or full windows of frames."""
-    frames, window = max(1, footprint.frames), window_side(tower)
-    return frames * -(-footprint.full // (frames * window**2)) if window else frames
-
-
-def _lengths(tower: Any, footprint: Footprint, schedule: Schedule | None) -> list[int]:
-    """Units before the first block and after each; one at least is left of every set."""
-    fewest = min(footprint.full, _sets(tower, footprint))
-    lengths = tokens_by_layer(schedule, footprint, len(tower.blocks))
-    return [max(fewest, length) for length in lengths]
-
-
-def _logits(tower: Any, layer: int, footprint: Footprint, units: int) -> int:
-    """FLOPs of one of the two products of a block's attention, whose patches are of `units`."""
-    patches, together = tower.spatial_merge_size**2, footprint.full / max(1, footprint.frames)
-    if is_windowed(tower, layer):
-        together = min(together, window_side(tower) ** 2)
-    keys = together * units / footprint.full * patches
-    width: int = tower.blocks[layer].attn.qkv.in_features
-    found: int = round(2 * units * patches * keys * width)
+    attention, patches = tower.blocks[0].attn, tower.spatial_merge_size**2
+    windows, frames = _windows_by_layer(tower, footprint, schedule), max(1, footprint.frames)
+    width, found = attention.qkv.in_features, []
+    widths = width // attention.num_heads, width * patches
+    for index, _ in schedule.tower:
+        # Of the two products of an attention the first.
+        ranking = frames * _logits(tower, index, windows[index])
+        sets = Counter(zip(windows[index], windows[index + 1], strict=True))
+        for (entering, leaving), times in sets.items():
+            own = Comparison(index, entering, leaving, times * frames, *widths, ranking)
+            found.append(own)
+            ranking = 0
     return found
+
+
+def _windows_by_layer(
+    tower: Any, footprint: Footprint, schedule: Schedule | None
+) -> list[tuple[int, ...]]:
+    """Units of the windows of a frame before the first block and after each."""
+    frame = Frame(_windows(tower, footprint), TokenCount(footprint.full, footprint.full))
+    counts = {} if schedule is None else dict(schedule.tower)
+    found = [frame.parts]
+    for layer in range(len(tower.blocks)):
+        left = found[-1]
+        if schedule is not None and layer in counts:
+            count = -(-footprint.full * counts[layer] // schedule.n_tokens)
+            left = frame.left(left, count)
+        found.append(left)
+    return found
+
+
+def _windows(tower: Any, footprint: Footprint) -> tuple[int, ...]:
+    """Units of every window of a frame, or of the whole where there are no windows."""
+    side, units = window_side(tower), footprint.full // max(1, footprint.frames)
+    if not side:
+        return (units,)
+    # A row of units, where the grid is not known.
+    rows = footprint.rows or 1
+    cuts = (_cut(length, side) for length in (rows, units // rows))
+    return tuple(high * wide for high, wide in itertools.product(*cuts))
+
+
+def _cut(length: int, side: int) -> list[int]:
+    """A length in pieces of `side`, of which the last may be shorter."""
+    return [min(side, length - start) for start in range(0, length, side)]
+
+
+def _logits(tower: Any, layer: int, windows: tuple[int, ...]) -> int:
+    """FLOPs of one of the two products of a block's attention within a frame."""
+    patches: int = tower.spatial_merge_size**2
+    segments = windows if is_windowed(tower, layer) else (sum(windows),)
+    width: int = tower.blocks[layer].attn.qkv.in_features
+    return sum(2 * (units * patches) ** 2 * width for units in segments)
 
 
 def window_side(tower: Any) -> int:

@@ -6,6 +6,7 @@ several tiles. How a model lays an image out is said by its adapter (`Adapter.fo
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from .schedule import Budget, Schedule
@@ -20,12 +21,14 @@ class Footprint:
         tiles: inputs that the vision tower is run on for it (tiles, frames).
         newlines: of `full`, separators that are no patches.
         frames: of a video; 0 for an image.
+        rows: of the grid of an image or frame; 0 where it is no grid, or not known.
     """
 
     full: int
     tiles: int = 1
     newlines: int = 0
     frames: int = 0
+    rows: int = dataclasses.field(default=0, compare=False)
 
     def windows(self, frames_together: int = 1) -> list[int]:
         """Frames of every window of a video; an image is one window."""

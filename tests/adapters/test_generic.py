@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 import pitome_vlm
-from pitome_vlm import adapters
+from pitome_vlm import adapters, releases
 from pitome_vlm.adapters import Family, find_adapter, register, tiles
 from pitome_vlm.adapters.families import FAMILIES as FAMILY_RECORDS
 from pitome_vlm.measure.flops import linear_flops
@@ -90,16 +90,16 @@ def test_keeping_everything_is_the_model_itself(family):
 
 @every_family
 def test_merging_nothing_on_the_merging_path_is_the_model(family):
-    model, batch = family()
-    logits, answer = model(**batch).logits, model.generate(**batch, **GREEDY)
+    # Padded at the end: a bare forward counts columns of padding at the start as places, which
+    # turns all keys alike and leaves another rounding. `generate` counts as merging does.
+    (model, left), right = family(), family.batch(side="right")
+    logits, answer = model(**right).logits, model.generate(**left, **GREEDY)
     pitome_vlm.wrap(model, keep=1.0)
-    shown = batch["attention_mask"] != 0
+    shown = right["attention_mask"] != 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CallPlan, "is_identity", lambda self: False)
-        # Gemma 4 caps its logits, after twice as many layers.
-        bound = 4e-6 if family is OWN.get("gemma4") else 2e-6
-        assert relative(model(**batch).logits[shown], logits[shown]) < bound
-        assert torch.equal(model.generate(**batch, **GREEDY), answer)
+        assert relative(model(**right).logits[shown], logits[shown]) < 1e-6
+        assert torch.equal(model.generate(**left, **GREEDY), answer)
 
 
 @every_family
@@ -358,8 +358,15 @@ def test_the_docs_name_every_family():
 
 
 def test_older_releases_are_named(monkeypatch):
-    monkeypatch.setattr("pitome_vlm.adapters.generic.takes_features", lambda model: False)
-    model = FAMILIES["internvl"].model()
-    with pytest.raises(TypeError, match=r"InternVLForConditionalGeneration needs .*5\.18 or later"):
-        pitome_vlm.wrap(model, keep=0.3)
-    assert not is_wrapped(model)
+    later = {"minicpmv4_6": "5.19", "paddleocr_vl": "5.21", "smolvlm": "5.21"}
+    for name, first in ({"internvl": "5.18", "idefics3": "5.18"} | later).items():
+        if name not in FAMILIES:
+            continue  # The installed release has no such model, or does not serve it itself.
+        with monkeypatch.context() as patch:
+            patch.setattr(releases, "RELEASE", (5, int(first[2:]) - 1))
+            model = FAMILIES[name].model()
+            with pytest.raises(
+                TypeError, match=rf"{type(model).__name__} needs .* {first} or later"
+            ):
+                pitome_vlm.wrap(model, keep=0.3)
+            assert not is_wrapped(model), name

@@ -129,13 +129,17 @@ def test_the_records_are_those_of_the_list():
 
 @every_tower
 def test_merging_nothing_in_merging_layers_is_the_tower(name):
+    """To the last digits of float64; sdpa's float32 sums in blocks that depend on the padding."""
     model = model_of(name)
     inputs = pixels_of(model, FAMILIES[name].batch())
-    for attention in ("sdpa", "eager"):
-        tower = find_adapter(model).parts(model).vision_tower
-        tower.set_attn_implementation(attention)
+    bounds = {("eager", torch.float32): 1e-6, ("sdpa", torch.float32): 2e-6}
+    # Ovis 2 rounds to float32 before it looks words up.
+    bounds["sdpa", torch.float64] = 1e-6 if name == "ovis2" else 1e-12
+    for (attention, dtype), bound in bounds.items():
+        model.to(dtype).set_attn_implementation(attention)
+        inputs = {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
         expected = own_features(model, inputs)
-        assert relative(read_through(model, inputs, 1.0, 1.0), expected) < 2e-6, attention
+        assert relative(read_through(model, inputs, 1.0, 1.0), expected) < bound, attention
 
 
 @every_tower
@@ -249,7 +253,7 @@ def test_every_state_that_is_read_has_all_patches():
         model = model_of("mistral3", vision_feature_layer=layers)
         model.model.multi_modal_projector = MeanOfFour()
         inputs = pixels_of(model, FAMILIES["mistral3"].batch())
-        assert relative(read_through(model, inputs, 1.0, 1.0), own_features(model, inputs)) < 2e-6
+        assert relative(read_through(model, inputs, 1.0, 1.0), own_features(model, inputs)) < 1e-6
         seen = []
         hook = model.model.multi_modal_projector.register_forward_pre_hook(
             lambda _, given, seen=seen: seen.append(given[0])

@@ -169,7 +169,7 @@ def test_merging_nothing_in_merging_blocks_is_the_tower(name):
     pitome_vlm.wrap(model, keep=1.0)
     merge_pass, seen, _ = encoded_pass(model, inputs, **nothing)
     assert sorted(merge_pass.plans) == [0, 1]
-    assert relative(seen["features"], plain["features"]) < 1e-5
+    assert relative(seen["features"], plain["features"]) < 1e-6
 
 
 @torch.no_grad()
@@ -363,26 +363,28 @@ def test_flops_are_what_is_computed(name, placement, monkeypatch):
     monkeypatch.setattr(generic, "merge_grids", stop)
     model = model_of(name)
     model.set_attn_implementation("eager")
-    grid = (1, 16, 16)
-    inputs, adapter = images(name, [grid]), find_adapter(model)
-    footprint = adapter.footprints(model, inputs)["image"][0]
-    for options in (
+    every = (
         {"keep": 1.0},
         {"keep": 0.25, "stage": "tower"},
         {"keep": 0.5, "layers": (0, 1)},
         {"keep": 0.01, "layers": (0, 1)},  # A unit is left of every window.
         {"keep": 0.5, "algorithm": "diffrate"},  # Ranks by attention between all patches.
         {"keep": 0.5, "algorithm": "vispruner"},
-    ):
-        config = MergeConfig(**{"algorithm": "tome"} | options, placement=placement)
-        pitome_vlm.wrap(model, config=config)
-        base, merging = merging_of(model)
-        plan = merging.plan(base, inputs)
-        counter = FlopCounterMode(display=False)
-        with counter, torch.no_grad(), pytest.raises(StopIteration):
-            merging.adapter.encode(base, inputs, plan.new_pass())
-        (found,), _, _ = tower_flops(base, plan.schedule, config, footprint)
-        assert found == pytest.approx(counter.get_total_flops(), rel=0.02), options
+    )
+    # Of full windows, and with a row and a column of windows that are cut.
+    for grid, some in (((1, 16, 16), every), ((1, 10, 14), every[1::2])):
+        inputs, adapter = images(name, [grid]), find_adapter(model)
+        footprint = adapter.footprints(model, inputs)["image"][0]
+        for options in some:
+            config = MergeConfig(**{"algorithm": "tome"} | options, placement=placement)
+            pitome_vlm.wrap(model, config=config)
+            base, merging = merging_of(model)
+            plan = merging.plan(base, inputs)
+            counter = FlopCounterMode(display=False)
+            with counter, torch.no_grad(), pytest.raises(StopIteration):
+                merging.adapter.encode(base, inputs, plan.new_pass())
+            (found,), _, _ = tower_flops(base, plan.schedule, config, footprint)
+            assert found == counter.get_total_flops(), (grid, options)
     told = str(pitome_vlm.describe(model))
     assert "tokens by tower layer" in told
 

@@ -15,7 +15,7 @@ SERVED = takes_features(FAMILIES["internvl"].model())
 def refused(family):
     """That wrapping is refused in a line, and the model is left alone."""
     model = family.model()
-    with pytest.raises(TypeError, match=r"5\.18 or later|cannot wrap Lfm2Vl") as found:
+    with pytest.raises(TypeError, match=r"5\.\d\d or later|cannot wrap Lfm2Vl") as found:
         pitome_vlm.wrap(model, keep=0.3)
     assert "\n" not in str(found.value)
     assert not is_wrapped(model)
@@ -28,12 +28,12 @@ def else_refused(*names):
     """
 
     def choose(test):
-        if SERVED:
+        if SERVED and all(name in FAMILIES for name in names):
             return test
 
         def all_are_refused():
             for name in names:
-                if name in FAMILIES:
+                if name in FAMILIES and not SERVED:
                     refused(FAMILIES[name])
 
         def is_refused(name):
