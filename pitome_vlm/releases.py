@@ -227,14 +227,15 @@ def rotary_at(rotary: Any, hidden: Tensor, places: Tensor) -> tuple[Tensor, Tens
     """What a tower of Qwen's kind multiplies queries and keys by, at any places.
 
     Args:
-        rotary: the tower's rotary embedding; before release 5 a table of whole places.
+        rotary: the tower's rotary embedding; before release 5 a table of whole places, in early
+            releases of 5 one that returns angles.
         hidden: any states, for their device.
         places: [S, 2] float32, row and column.
 
     Returns:
         Cosines and sines, each [S, head_dim].
     """
-    if "position_ids" in inspect.signature(rotary.forward).parameters:
+    if "position_ids" in list(inspect.signature(rotary.forward).parameters)[1:]:
         cos, sin = rotary(hidden, places)
         return cos, sin
     angles = (places[..., None] * rotary.inv_freq.to(places)).flatten(1).repeat(1, 2)

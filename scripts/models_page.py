@@ -97,12 +97,17 @@ def _where(adapter: Adapter) -> str:
 
 
 def _served(adapter: Adapter) -> str:
-    if isinstance(adapter, GenericAdapter):
-        return "no"
     served = [name for name in adapter.model_types if name in ARCHITECTURES]
-    if len(served) < len(adapter.model_types):
-        return ", ".join(f"`{name}`" for name in served) or "no"
-    return "yes"
+    if isinstance(adapter, GenericAdapter) and adapter.family.of_tower is not None:
+        served = []
+    names = ", ".join(f"`{name}`" for name in served)
+    # The plugin serves no videos of these.
+    images = isinstance(adapter, GenericAdapter) and "video" in adapter.pixel_inputs.values()
+    if images and served:
+        names += ", images"
+    elif len(served) == len(adapter.model_types):
+        return "yes"
+    return names or "no"
 
 
 def _images(adapter: Adapter) -> str:

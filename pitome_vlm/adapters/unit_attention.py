@@ -5,14 +5,15 @@ Axes: S patches of the sequence, H heads, D channels of a head, C of the tower.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .merged_layer import Heads, attention_received
+from ..releases import rotary_at
+from .merged_layer import Heads, as_is, attention_received
 from .own_attention import implementation, own_attention, takes_channels
 
 
@@ -75,15 +76,15 @@ def project(attention: Any, normed: Tensor, cos: Tensor, sin: Tensor) -> Heads:
     """
     heads = attention.qkv(normed).view(len(normed), 3, attention.num_heads, -1)
     query, key, value = heads.unbind(1)
-    return _turned(query, cos, sin), _turned(key, cos, sin), value
+    return turned(query, cos, sin), turned(key, cos, sin), value
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions [S, D] on heads [S, H, D], computed in at least float32."""
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     first, second = exact.chunk(2, -1)
-    turned = exact * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
-    return turned.to(x.dtype)
+    found = exact * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+    return found.to(x.dtype)
 
 
 def attend(attention: Any, heads: Heads, segments: Segmented, bias: Tensor | None) -> Tensor:
@@ -123,12 +124,12 @@ def attend_within(
         cut |= {"max_length_q": segments.longest, "max_length_k": segments.longest}
         return own_attention(attention, packed, row, **more, **cut)[0]
     parts = [
-        own_attention(attention, own, row, **more) for own, row in _batched(heads, segments, bias)
+        own_attention(attention, own, row, **more) for own, row in batched(heads, segments, bias)
     ]
     return segments.joined(parts)
 
 
-def _batched(
+def batched(
     heads: Heads, segments: Segmented, bias: Tensor | None
 ) -> list[tuple[Heads, Tensor | None]]:
     """Heads [segments, H, patches, D] and the bias [segments, 1, 1, patches] of every length."""
@@ -156,6 +157,38 @@ def attention_by_unit(
     """
     parts = [
         attention_received(own[0], own[1], row, scale, False)
-        for own, row in _batched(heads, segments, bias)
+        for own, row in batched(heads, segments, bias)
     ]
     return segments.joined([part[..., None] for part in parts]).view(1, -1, patches).sum(-1)
+
+
+def scaling(attention: Any) -> float:
+    """What the logits of an attention are scaled by."""
+    found: float = attention.scaling
+    return found
+
+
+@dataclass(frozen=True)
+class UnitKernels:
+    """How attention of a tower of units is run, from the modules that a library built it of.
+
+    Attributes:
+        parts: names that the attention of every block has.
+        angles: (the tower's rotary embedding, any states for their device, places [S, 2]) to
+            cosines and sines, each [S, D].
+        project: as the function of that name.
+        attend: as the function of that name.
+        scale: of the logits of an attention.
+        agree: averages a tensor over all processes that share the heads of one layer, because all
+            of them have to make the same plan.
+    """
+
+    parts: tuple[str, ...] = ("qkv", "proj", "num_heads", "scaling")
+    angles: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]] = rotary_at
+    project: Callable[[Any, Tensor, Tensor, Tensor], Heads] = project
+    attend: Callable[[Any, Heads, Segmented, Tensor | None], Tensor] = attend
+    scale: Callable[[Any], float] = scaling
+    agree: Callable[[Tensor], Tensor] = as_is
+
+
+KERNELS = UnitKernels()

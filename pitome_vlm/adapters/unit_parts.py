@@ -13,27 +13,29 @@ from ..merge.counts import Footprint, TokenCount
 from ..merge.schedule import Schedule
 from ..merge.segments import Frame
 from .inner_tower import Comparison, weights
+from .unit_attention import KERNELS
 
 BLOCK_PARTS = ("norm1", "norm2", "attn", "mlp")
-ATTENTION_PARTS = ("qkv", "proj", "num_heads", "scaling")
 TOWER_PARTS = ("merger", "rotary_pos_emb", "spatial_merge_size")
 # Counted on their own.
 _WITH_LAYERS = ("blocks", "merger", "deepstack_merger_list")
 
 
-def unit_towers(tower: nn.Module) -> list[nn.Module]:
+def unit_towers(
+    tower: nn.Module, attention_parts: tuple[str, ...] = KERNELS.parts
+) -> list[nn.Module]:
     """The tower, and a copy of it that peft trains (`modules_to_save`); empty for another kind."""
-    return [module for module in tower.modules() if _is_unit_tower(module)]
+    return [module for module in tower.modules() if _is_unit_tower(module, attention_parts)]
 
 
-def _is_unit_tower(module: nn.Module) -> bool:
+def _is_unit_tower(module: nn.Module, attention_parts: tuple[str, ...]) -> bool:
     # Not by getattr: peft's wrappers hand every name on to what they wrap.
     blocks: Any = module._modules.get("blocks")
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         return False
     has = all(hasattr(module, name) for name in TOWER_PARTS)
     has = has and all(hasattr(blocks[0], name) for name in BLOCK_PARTS)
-    return has and all(hasattr(blocks[0].attn, name) for name in ATTENTION_PARTS)
+    return has and all(hasattr(blocks[0].attn, name) for name in attention_parts)
 
 
 def mergers(tower: Any) -> Iterator[tuple[int, nn.Module]]:

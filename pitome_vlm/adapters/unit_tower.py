@@ -26,11 +26,10 @@ from ..merge.merge_pass import MergePass
 from ..merge.schedule import Schedule
 from ..merge.segments import Frame, SegmentPass
 from ..merge.tiles import CellGroups, PackedItem
-from ..releases import rotary_at
 from .inner_tower import Comparison, Reading, TowerKind
 from .swap import own_forward, swap_in
 from .tower import InTower, TowerSlot, encoding, refuse_checkpoint_wrapper, uninstall_tower
-from .unit_attention import Segmented, attend, attention_by_unit, project
+from .unit_attention import KERNELS, Segmented, UnitKernels, attention_by_unit
 from .unit_parts import (
     is_windowed,
     mergers,
@@ -49,11 +48,13 @@ class UnitPass(SegmentPass):
         patches: of a unit.
         rotary: the tower's rotary embedding.
         order: [U] int64, the cell that stands at every place of the sequence; None for its own.
+        unit_kernels: how attention is run.
     """
 
     patches: int = 4
     rotary: Any = None
     order: Tensor | None = None
+    unit_kernels: UnitKernels = KERNELS
     _angles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _segments: dict[tuple[int, bool], Segmented] = field(default_factory=dict)
 
@@ -62,7 +63,8 @@ class UnitPass(SegmentPass):
         merged = self.last_merge(layer)
         if merged not in self._angles:
             places = self.places_before(layer).reshape(-1, 2)
-            self._angles[merged] = rotary_at(self.rotary, hidden, places.to(hidden.device))
+            places = places.to(hidden.device)
+            self._angles[merged] = self.unit_kernels.angles(self.rotary, hidden, places)
         return self._angles[merged]
 
     def bias_before(self, layer: int, hidden: Tensor) -> Tensor | None:
@@ -92,7 +94,7 @@ class UnitBlock(InTower):
         """The block, with a merge between attention and MLP (paper eq. 1-2) where scheduled.
 
         Args:
-            hidden_states: [S, C].
+            hidden_states: [S, C], or [S, 1, C] as vLLM has them.
             *args: what the tower passes to its blocks.
             pitome_pass: the encoding this call belongs to.
             **kwargs: what the tower passes to its blocks.
@@ -100,7 +102,9 @@ class UnitBlock(InTower):
         if pitome_pass is None or not pitome_pass.touches(self._pitome_layer):
             found: Tensor = own_forward(self, UnitBlock)(hidden_states, *args, **kwargs)
             return found
-        return _merged_block(self, self._pitome_layer, hidden_states, pitome_pass)
+        flat = hidden_states.flatten(0, -2)
+        merged = _merged_block(self, self._pitome_layer, flat, pitome_pass)
+        return merged.view(-1, *hidden_states.shape[1:])
 
 
 class UnitMerger(InTower):
@@ -125,14 +129,15 @@ class UnitMerger(InTower):
 def _merged_block(block: Any, layer: int, hidden: Tensor, merge_pass: UnitPass) -> Tensor:
     """A block with its merge, from the live modules: [S, C] to [S', C]."""
     segments = merge_pass.segments_before(layer, block._pitome_windowed, hidden.device)
-    bias = merge_pass.bias_before(layer, hidden)
+    bias, kernels = merge_pass.bias_before(layer, hidden), merge_pass.unit_kernels
     angles = merge_pass.angles_before(layer, hidden)
-    heads = project(block.attn, block.norm1(hidden), *angles)
-    hidden = hidden + attend(block.attn, heads, segments, bias)
+    heads = kernels.project(block.attn, block.norm1(hidden), *angles)
+    hidden = hidden + kernels.attend(block.attn, heads, segments, bias)
     received = None
     if merge_pass.wants_attention(layer):
-        scale, patches = block.attn.scaling, merge_pass.patches
+        scale, patches = kernels.scale(block.attn), merge_pass.patches
         received = attention_by_unit(heads, segments, bias, scale, patches)
+        received = kernels.agree(received)
     if merge_pass.config.placement == "after_attention":
         hidden = _merge(layer, hidden, heads[1], received, merge_pass)
     hidden = hidden + block.mlp(block.norm2(hidden))
@@ -149,6 +154,8 @@ def _merge(
     metric = units
     if merge_pass.compares_keys:
         metric = key.mean(1).view(1, units.shape[1], merge_pass.patches, -1).mean(2)
+    if merge_pass.merges(layer):
+        metric = merge_pass.unit_kernels.agree(metric)
     merged = merge_pass.merge_in_layer(layer, units, metric, received)
     return merged.reshape(-1, hidden.shape[-1])
 
@@ -156,14 +163,21 @@ def _merge(
 class UnitTower(TowerKind):
     """Towers of Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and GLM-4V."""
 
+    def __init__(self, kernels: UnitKernels = KERNELS) -> None:
+        """Run the attention of the towers of transformers, or of those with other `kernels`."""
+        self._kernels = kernels
+
+    def _towers(self, tower: nn.Module) -> list[nn.Module]:
+        return unit_towers(tower, self._kernels.parts)
+
     @override
     def layers(self, tower: nn.Module) -> int:
-        found: Any = unit_towers(tower)
+        found: Any = self._towers(tower)
         return len(found[0].blocks) if found else 0
 
     @override
     def install(self, tower: nn.Module) -> None:
-        slot, towers = TowerSlot(), unit_towers(tower)
+        slot, towers = TowerSlot(), self._towers(tower)
         refuse_checkpoint_wrapper([one.blocks for one in towers])  # type: ignore[misc]
         try:
             for one in towers:
@@ -188,7 +202,7 @@ class UnitTower(TowerKind):
         if not merge_pass.schedule.tower:
             yield merge_pass
             return
-        unit_pass = _unit_pass(unit_towers(tower)[0], merge_pass, items)
+        unit_pass = _unit_pass(self._towers(tower)[0], merge_pass, items, self._kernels)
         with encoding(tower, unit_pass):
             yield unit_pass
 
@@ -212,16 +226,18 @@ class UnitTower(TowerKind):
     def flops(
         self, tower: nn.Module, reading: Reading, footprint: Footprint, schedule: Schedule | None
     ) -> int | None:
-        return unit_flops(unit_towers(tower)[0], footprint, schedule)
+        return unit_flops(self._towers(tower)[0], footprint, schedule)
 
     @override
     def comparisons(
         self, tower: nn.Module, reading: Reading, footprint: Footprint, schedule: Schedule
     ) -> list[Comparison]:
-        return unit_comparisons(unit_towers(tower)[0], footprint, schedule)
+        return unit_comparisons(self._towers(tower)[0], footprint, schedule)
 
 
-def _unit_pass(tower: Any, merge_pass: MergePass, items: Sequence[PackedItem]) -> UnitPass:
+def _unit_pass(
+    tower: Any, merge_pass: MergePass, items: Sequence[PackedItem], kernels: UnitKernels
+) -> UnitPass:
     """A pass over the frames of images, in the order in which a tower packs their units."""
     side, window = tower.spatial_merge_size, window_side(tower)
     frames, order, places, start = [], [], [], 0
@@ -240,6 +256,7 @@ def _unit_pass(tower: Any, merge_pass: MergePass, items: Sequence[PackedItem]) -
         patches=side**2,
         rotary=tower.rotary_pos_emb,
         order=torch.cat(order) if window else None,
+        unit_kernels=kernels,
     )
 
 

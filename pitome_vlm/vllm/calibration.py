@@ -1,7 +1,7 @@
 """What vLLM's language model is told about merged tokens, and how it gets there.
 
-Sizes and places leave the encoder as two further float32 numbers of every visual token, bit by bit
-in channels after its features, so that vLLM's caches and chunks treat them like features. Where a
+Sizes and places leave the encoder as further float32 numbers of every visual token, bit by bit in
+channels after its features, so that vLLM's caches and chunks treat them like features. Where a
 step's inputs are embedded they are cut off again and written to buffers, which attention and rotary
 embedding of every layer read. Buffers stay where they are in memory, because CUDA graphs and
 compiled layers remember addresses.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention
 
 from ..merge.config import Positions
+from ..merge.places import group_places
 from ..merge.size_channels import key_channels
 from ..merge.tokens import VisualTokens
 from .attention import SizedAttention, attentions, check
@@ -24,17 +25,29 @@ from .language_config import UNCALIBRATED
 from .options import PlannedServing
 from .rotary import StepTable
 
-# Numbers that travel with a visual token: its offset from its image's first place, its log size.
-NUMBERS = 2
 
+def with_numbers(
+    visual: VisualTokens, cells: Sequence[Tensor], positions: Positions | None
+) -> list[Tensor]:
+    """Features with the numbers of their tokens in channels after them.
 
-def with_numbers(visual: VisualTokens, positions: Positions | None) -> list[Tensor]:
-    """[n_i, C] features of every image with the numbers of its tokens in channels after them."""
+    Args:
+        visual: the tokens.
+        cells: of every image [full, D] float32, where its tokens were without merging, counted from
+            the image's first place.
+        positions: of the config.
+
+    Returns:
+        Of every image [n_i, C + channels]: features, D offsets from the first place, log size.
+    """
     # Positions that count what is left ask for no places.
-    offsets = visual.positions(positions if positions in ("mean", "median") else "original")
+    how = positions if positions in ("mean", "median") else "original"
     found = []
-    for features, places, sizes in zip(visual.features, offsets, visual.sizes(), strict=True):
-        numbers = torch.stack([places, sizes.log()], -1)
+    for features, own, source, anchors, sizes in zip(
+        visual.features, cells, visual.source_maps, visual.anchors, visual.sizes(), strict=True
+    ):
+        offsets = group_places(own.to(source.device), source, anchors, how)
+        numbers = torch.cat([offsets, sizes.log()[:, None]], -1)
         found.append(torch.cat([features, numbers.contiguous().view(features.dtype)], -1))
     return found
 
@@ -46,17 +59,31 @@ class Calibration(nn.Module):
     rows: Tensor
     channels: Tensor
 
-    def __init__(self, plan: PlannedServing, language_model: nn.Module, vllm_config: Any) -> None:
+    def __init__(
+        self,
+        plan: PlannedServing,
+        language_model: nn.Module,
+        vllm_config: Any,
+        *,
+        width: int,
+        axes: int,
+    ) -> None:
         """Exchange attention and rotary embedding of every layer, as far as the plan asks for it.
+
+        Args:
+            plan: what is merged.
+            language_model: its layers are changed.
+            vllm_config: vLLM's.
+            width: channels of a visual token as the encoder makes them.
+            axes: numbers that say where a token is.
 
         Raises:
             ValueError: a layer computes what cannot be calibrated.
         """
         super().__init__()
-        self.places = plan.places
-        self.width: int = vllm_config.model_config.get_inputs_embeds_size()
+        self.places, self.width, self.axes = plan.places, width, axes
         room = vllm_config.scheduler_config.max_num_batched_tokens
-        numbers = torch.zeros(room, NUMBERS, dtype=torch.float32)
+        numbers = torch.zeros(room, axes + 1, dtype=torch.float32)
         self.register_buffer("numbers", numbers, persistent=False)
         self.register_buffer("rows", torch.arange(room), persistent=False)
         layers = attentions(language_model)
@@ -95,7 +122,7 @@ class Calibration(nn.Module):
             positions: [n] or [3, n] int64.
         """
         count = positions.shape[-1]
-        offsets, logs = self.numbers[:count].unbind(-1)
+        offsets, logs = self.numbers[:count, :-1], self.numbers[:count, -1]
         if self.scale:
             # Once a step and not in every layer.
             extra, dtype = self.channels.shape[1], self.channels.dtype
@@ -103,7 +130,7 @@ class Calibration(nn.Module):
         if not self.places:
             return positions
         for table in self.tables:
-            table(positions[0] + offsets)
+            table(positions[: self.axes] + offsets.T)
         return self.rows[:count]
 
     def _exchange_attention(

@@ -6,7 +6,7 @@ that uses it; caches and scheduling are vLLM's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +38,8 @@ class MergedModel(Base):
 
     # vLLM would hand the LoRA layers of tower and projector only as many tokens as come out.
     supports_tower_connector_lora = False
+    # Numbers that say where a token is.
+    axes = 1
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         # Before weights are allocated, so that a refusal costs nothing.
@@ -46,7 +48,35 @@ class MergedModel(Base):
         self._plan = plan
         self.calibration = None
         if plan.is_calibrated:
-            self.calibration = Calibration(plan, self.language_model, vllm_config)
+            self.calibration = Calibration(
+                plan,
+                self.language_model,
+                vllm_config,
+                width=self.feature_width(vllm_config),
+                axes=self.axes,
+            )
+
+    def feature_width(self, vllm_config: Any) -> int:
+        """Channels of a visual token as it leaves the encoder."""
+        width: int = vllm_config.model_config.get_inputs_embeds_size()
+        return width
+
+    def cells(self, inputs: dict[str, Any], visual: VisualTokens) -> Sequence[Tensor]:
+        """Of every image [full, D] float32, its tokens without merging from its first place on."""
+        del inputs
+        return [torch.arange(full).float()[:, None] for full in visual.full_counts]
+
+    def count(self, inputs: Mapping[str, Any], name: str) -> int:
+        """How many images (or videos) there are in `inputs`, whose pixels are in `name`."""
+        return len(inputs[name])
+
+    def only(self, inputs: Mapping[str, Any], members: list[int]) -> dict[str, Any]:
+        """The inputs of some of the images."""
+        return {
+            name: value[members] if isinstance(value, Tensor) else [value[one] for one in members]
+            for name, value in inputs.items()
+            if value is not None
+        }
 
     def encoders(self) -> Mapping[str, Encoder]:
         """By the input that holds their pixels, how images and videos become tokens."""
@@ -61,14 +91,16 @@ class MergedModel(Base):
             return super().embed_multimodal(**inputs)
         if numbers is None:
             # Somebody calls the model itself.
-            numbers = as_numbers(self._plan, 0).expand(len(inputs[name]), -1)
-        found: list[Any] = [None] * len(inputs[name])
+            numbers = as_numbers(self._plan, 0).expand(self.count(inputs, name), -1)
+        found: list[Any] = [None] * len(numbers)
         for budget, members in _by_budget(torch.as_tensor(numbers)).items():
             merge_pass = from_numbers(self._plan, *budget).new_pass()
-            visual = known[name](_only(inputs, members), merge_pass)
+            own = self.only(inputs, members)
+            visual = known[name](own, merge_pass)
             tokens = visual.features
             if self.calibration is not None:
-                tokens = with_numbers(visual, self._plan.config.positions)
+                cells = self.cells(own, visual)
+                tokens = with_numbers(visual, cells, self._plan.config.positions)
             for index, one in zip(members, tokens, strict=True):
                 found[index] = one
         return found
@@ -132,15 +164,6 @@ def _by_budget(numbers: Tensor) -> dict[tuple[float, ...], list[int]]:
     for index, (_, *budget) in enumerate(numbers.tolist()):
         found.setdefault(tuple(budget), []).append(index)
     return found
-
-
-def _only(inputs: Mapping[str, Any], members: list[int]) -> dict[str, Any]:
-    """The inputs of some of the images."""
-    return {
-        name: value[members] if isinstance(value, Tensor) else [value[one] for one in members]
-        for name, value in inputs.items()
-        if value is not None
-    }
 
 
 def _published_names(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

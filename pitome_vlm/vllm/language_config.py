@@ -8,6 +8,8 @@ from typing import Any
 # Rotary embeddings whose angles grow evenly with the position, so that places between two whole
 # ones can be had: names in the config of the language model.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "ntk")
+# The same where a place has a time, a row and a column.
+SECTION_TYPES = ("default", "mrope", "yarn")
 UNCALIBRATED = "size_bias=false and positions='compact'"
 # Language models whose attention logits are more than scaled products, by `model_type`.
 _OTHER_LOGITS = {
@@ -17,8 +19,16 @@ _OTHER_LOGITS = {
 }
 
 
-def check_language_model(text_config: Any, *, size_bias: bool, places: bool) -> None:
+def check_language_model(
+    text_config: Any, *, size_bias: bool, places: bool, sections: bool = False
+) -> None:
     """Refuse language models whose attention or positions vLLM computes in another way.
+
+    Args:
+        text_config: of the language model.
+        size_bias: whether its attention has to add log sizes.
+        places: whether it has to take places between two positions.
+        sections: whether a place is a time, a row and a column.
 
     Raises:
         ValueError: this is one.
@@ -34,18 +44,17 @@ def check_language_model(text_config: Any, *, size_bias: bool, places: bool) -> 
         reason = "it has no rotary positions, which places of merged tokens need"
     for parameters in rotary if places else ():
         kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if kind not in ROPE_TYPES or "mrope_section" in parameters:
+        known = SECTION_TYPES if sections else ROPE_TYPES
+        if kind not in known or ("mrope_section" in parameters) is not sections:
             reason = (
                 f"its rope_type {kind!r} has no places between two positions (supported: "
-                f"{', '.join(ROPE_TYPES)})"
+                f"{', '.join(known)})"
             )
     if places and getattr(text_config, "llama_4_scaling", None):
         reason = "it scales queries by their positions (llama_4_scaling)"
     if reason is not None:
-        raise ValueError(
-            f"language model {name!r} cannot be calibrated in vLLM: {reason}; serve it with "
-            f"{UNCALIBRATED}"
-        )
+        advice = "" if sections else f"; serve it with {UNCALIBRATED}"
+        raise ValueError(f"language model {name!r} cannot be calibrated in vLLM: {reason}{advice}")
 
 
 def _rope_parameters(text_config: Any) -> list[Mapping[str, Any]]:

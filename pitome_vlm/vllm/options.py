@@ -20,7 +20,7 @@ from ..common import check_range
 from ..merge.config import MergeConfig
 from ..merge.schedule import Schedule, TowerShape
 from .language_config import check_language_model
-from .served import ARCHITECTURE, ARCHITECTURES, served_as
+from .served import ARCHITECTURE, ARCHITECTURES, SERVED, served_as
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +82,7 @@ class PlannedServing:
 
     @property
     def places(self) -> bool:
-        """Whether tokens keep their unreduced positions."""
+        """Whether tokens are told where they sit without merging."""
         return self.config.positions != "compact" and self.merges
 
     @property
@@ -104,6 +104,7 @@ class PlannedServing:
         """
         from ..merge.budget import schedule_for
 
+        _check_auto(config, self.model_type)
         schedule = schedule_for(config, self.shape)
         return dataclasses.replace(self, config=config, schedule=schedule)
 
@@ -219,6 +220,9 @@ def plan_serving(
     if config is None:
         config, max_keep = _given(hf_config)
     model, served = served_as(hf_config), served_config(config)
+    _check_auto(served, hf_config.model_type)
+    if model.grid_places and served.positions == "compact":
+        served = _on_grids(served, config)
     shape = model.shape(hf_config)
     schedule = schedule_for(served, shape)
     most = _checked_max_keep(max_keep)
@@ -230,8 +234,31 @@ def plan_serving(
             f"({plan.kept:.4g}), got {most}"
         )
     if plan.is_calibrated:
-        check_language_model(hf_config.text_config, size_bias=plan.size_bias, places=plan.places)
+        check_language_model(
+            hf_config.text_config,
+            size_bias=plan.size_bias,
+            places=plan.places,
+            sections=model.grid_places,
+        )
     return plan
+
+
+def _check_auto(config: MergeConfig, model_type: str) -> None:
+    if config.by_pixels and SERVED[model_type].patches is None:
+        raise ValueError(
+            f"keep='auto' is not served for models of type {model_type!r}: their images have as "
+            "many patches as they like, and no count follows from pixels alone; give a fixed keep"
+        )
+
+
+def _on_grids(served: MergeConfig, asked: MergeConfig) -> MergeConfig:
+    """Positions of a model that places tokens by the grid of their image."""
+    if asked.positions == "compact":
+        raise ValueError(
+            "positions='compact' is not available for this model, which places tokens by the grid "
+            "of their image; use 'mean', 'median' or 'original'"
+        )
+    return served.replace(positions="mean")
 
 
 def _checked_max_keep(value: float | None) -> float | None:

@@ -23,12 +23,14 @@ class Served:
         shape: from the model's config to the numbers of its tower.
         patches: the same to (rows, columns) of an image's patches; None where images of any size
             have as many as they like.
+        grid_places: tokens have a time, a row and a column, in vLLM's own model already.
     """
 
     architecture: str
     module: str
     shape: Callable[[Any], TowerShape]
-    patches: Callable[[Any], tuple[int, int]] | None
+    patches: Callable[[Any], tuple[int, int]] | None = None
+    grid_places: bool = False
 
 
 def square_shape(hf_config: Any) -> TowerShape:
@@ -80,6 +82,17 @@ def square_patches(hf_config: Any) -> tuple[int, int]:
     return patch_grid(hf_config.vision_config)
 
 
+def unit_shape(hf_config: Any) -> TowerShape:
+    """Numbers of a tower of Qwen's kind for a typical image, the library's own."""
+    from ..adapters import ADAPTERS
+    from ..adapters.generic import GenericAdapter
+
+    for adapter in ADAPTERS:
+        if isinstance(adapter, GenericAdapter) and hf_config.model_type in adapter.model_types:
+            return adapter.shape_from_config(hf_config, hf_config.vision_config.depth)
+    raise AssertionError(hf_config.model_type)
+
+
 SERVED = {
     "llava": Served("PiToMeLlavaForConditionalGeneration", "model", square_shape, square_patches),
     "llava_next": Served(
@@ -88,6 +101,16 @@ SERVED = {
     "llava_onevision": Served(
         "PiToMeLlavaOnevisionForConditionalGeneration", "tiled", tile_shape, square_patches
     ),
+    **{
+        model_type: Served(
+            f"PiToMe{name}ForConditionalGeneration", "qwen", unit_shape, grid_places=True
+        )
+        for model_type, name in {
+            "qwen2_vl": "Qwen2VL",
+            "qwen2_5_vl": "Qwen2_5_VL",
+            "qwen3_vl": "Qwen3VL",
+        }.items()
+    },
 }
 # The plugin's classes by the model's type.
 ARCHITECTURES = {model_type: one.architecture for model_type, one in SERVED.items()}

@@ -16,8 +16,8 @@ from vllm.v1.attention.selector import get_attn_backend
 
 from ..releases import vllm_config_checks
 from .language_config import UNCALIBRATED
-from .options import OPTIONS_KEY, plan_serving
-from .served import ARCHITECTURES
+from .options import OPTIONS_KEY, PlannedServing, plan_serving
+from .served import ARCHITECTURES, SERVED
 
 logger = logging.getLogger("vllm.pitome_vlm")
 
@@ -40,6 +40,10 @@ class MergedConfig(VerifyAndUpdateConfig):
         """
         model = vllm_config.model_config
         plan = plan_serving(model.hf_config)
+        # What vLLM checks of its own class, by its name.
+        own = (vllm_config_checks() or {}).get(plan.architecture.removeprefix("PiToMe"))
+        if own is not None:
+            own.verify_and_update_config(vllm_config)
         if plan.architecture not in model.hf_config.architectures:
             raise ValueError(
                 f"hf_overrides chose {model.hf_config.architectures[0]}, but a model of type "
@@ -58,9 +62,11 @@ class MergedConfig(VerifyAndUpdateConfig):
                 "that tower and projector see as many tokens as come out; leave it out (LoRA on "
                 "the language model is served)"
             )
+        if plan.merges:
+            leave_out(vllm_config)
         if plan.is_calibrated:
-            refuse(vllm_config)
-        if plan.places:
+            refuse(vllm_config, plan)
+        if plan.places and not SERVED[plan.model_type].grid_places:
             # All that vLLM looks at to ask a model for positions. The language model's own config
             # stays as it is, and with it the rotary embedding that it builds.
             half = model.get_head_size() // 2
@@ -71,7 +77,16 @@ class MergedConfig(VerifyAndUpdateConfig):
         logger.info("%s", plan)
 
 
-def refuse(vllm_config: Any) -> None:
+def leave_out(vllm_config: Any) -> None:
+    """Switch off what would run an encoder without its merges."""
+    own = vllm_config.compilation_config
+    for name in ("cudagraph_mm_encoder", "compile_mm_encoder"):
+        if getattr(own, name, False):
+            logger.warning("%s is off: it would pass by where tokens are merged", name)
+            setattr(own, name, False)
+
+
+def refuse(vllm_config: Any, plan: PlannedServing) -> None:
     """Refuse what cannot be combined with calibration.
 
     Raises:
@@ -102,6 +117,10 @@ def refuse(vllm_config: Any) -> None:
             drafts is not None and drafts.method not in DRAFTS_FROM_TEXT and drafts.method,
             f"a draft model would not know sizes; use {', '.join(DRAFTS_FROM_TEXT)}",
         ),
+        "--video-pruning-rate": (
+            getattr(model.multimodal_config, "video_pruning_rate", None),
+            "what vLLM prunes has no sizes; leave it out",
+        ),
         "--enable-mm-embeds": (
             embeds,
             "embeddings from outside have no sizes; send images",
@@ -110,10 +129,10 @@ def refuse(vllm_config: Any) -> None:
     for name, (value, reason) in found.items():
         if value:
             shown = name if value is True else f"{name}={value}"
-            raise ValueError(
-                f"{shown} cannot be combined with calibration: {reason}, or serve with "
-                f"{UNCALIBRATED} (which costs accuracy)"
-            )
+            advice = f", or serve with {UNCALIBRATED} (which costs accuracy)"
+            # Without places at all these models cannot be told anything.
+            advice = "" if SERVED[plan.model_type].grid_places else advice
+            raise ValueError(f"{shown} cannot be combined with calibration: {reason}{advice}")
 
 
 def widen(vllm_config: Any) -> None:

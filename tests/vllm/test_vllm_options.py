@@ -12,8 +12,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import tiny_families
 from tiny import KINDS, tiny_model
 from tiny_anyres import anyres_model
+from tiny_qwen import qwen
 from typer.testing import CliRunner
 
 from pitome_vlm import MergeConfig
@@ -26,6 +28,7 @@ from pitome_vlm.vllm import (
     plan_serving,
     served_config,
 )
+from pitome_vlm.vllm.budgets import requested
 from pitome_vlm.vllm.command import overrides_argument, server_command, server_environment
 from pitome_vlm.vllm.options import config_of
 from pitome_vlm.wrapping.encode import planned, planned_schedule
@@ -192,7 +195,43 @@ def test_tiles_without_a_whole_grid_are_refused():
         plan_serving(anyres_model("next_list").config, MergeConfig(keep=0.25))
 
 
-@pytest.mark.parametrize("model_type", ["llava_next_video", "video_llava", "qwen2_vl"])
+GRID_KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+GRID_CONFIGS = (
+    {"keep": 0.25},
+    {"keep": 0.5, "stage": "projector"},
+    {"tokens": 9, "algorithm": "tome", "positions": "original"},
+    {"keep": 0.5, "size_bias": False},
+)
+
+
+@pytest.mark.parametrize("kind", GRID_KINDS)
+def test_images_of_any_size_are_counted_as_in_the_library(kind, tmp_path):
+    model = qwen(kind) if kind in GRID_KINDS[:2] else tiny_families.FAMILIES[kind].model()
+    for options in GRID_CONFIGS:
+        config = MergeConfig(**options)
+        plan = plan_serving(model.config, config)
+        assert plan.schedule == planned_schedule(model, config)
+        told = planned(model, config).calibration
+        assert (plan.config.size_bias, plan.config.positions) == (told.size_bias, told.positions)
+        # Whatever else it is told, the language model is told where tokens sit.
+        assert plan.places
+    model.config.save_pretrained(tmp_path)
+    overrides = hf_overrides(config, tmp_path)
+    assert overrides["architectures"] == [ARCHITECTURES[kind]]
+    assert plan_serving(with_overrides(model.config, overrides)).config == plan.config
+    with pytest.raises(ValueError, match=f"keep='auto' is not served for .* '{kind}'"):
+        plan_serving(model.config, MergeConfig(keep="auto"))
+    plan = plan_serving(model.config, MergeConfig(keep=0.25), max_keep=1.0)
+    with pytest.raises(ValueError, match=r"keep='auto' is not served"):
+        requested(plan, {"keep": "auto"})
+    with pytest.raises(ValueError, match="positions='compact' is not available"):
+        plan_serving(model.config, MergeConfig(keep=0.25, positions="compact"))
+    vars(model.config.text_config)["rope_parameters"] = {"rope_type": "llama3"}
+    with pytest.raises(ValueError, match=r"cannot be calibrated in vLLM.*'llama3'.*yarn\)$"):
+        plan_serving(model.config, MergeConfig(keep=0.25))
+
+
+@pytest.mark.parametrize("model_type", ["llava_next_video", "video_llava", "glm4v"])
 def test_other_families_are_refused(model_type):
     with pytest.raises(TypeError, match=f"'{model_type}'.*supported: llava"):
         plan_serving(SimpleNamespace(model_type=model_type), MergeConfig(keep=0.25))

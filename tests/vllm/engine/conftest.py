@@ -88,7 +88,7 @@ def engine(tmp_path):
     """Runs one job in a fresh process and returns its passes (and `pixels_of`'s features).
 
     After `passes` come those with `adapters`, and `controls`, in which something is wrong on
-    purpose.
+    purpose. `refused` are requests that cannot be answered, with what has to be said to them.
     """
 
     def run(
@@ -100,17 +100,16 @@ def engine(tmp_path):
         tokens=ANSWER_TOKENS,
         adapters=(),
         controls=(),
+        refused=(),
         features=(),
         several=False,
         preempted=False,
         second_runner=False,
+        linear_attention=False,
         max_keep=None,
         env=None,
         **options,
     ):
-        own = {}
-        if config is not None:
-            own["hf_overrides"] = hf_overrides(config, path, max_keep=max_keep)
         job = {
             "engine": {
                 "model": path,
@@ -131,7 +130,9 @@ def engine(tmp_path):
             "passes": passes,
             "adapters": list(adapters),
             "controls": list(controls),
+            "refused": [request for request, _ in refused],
             "second_runner": second_runner,
+            "linear_attention": linear_attention,
             "features": list(features),
             "pixels": str(tmp_path / "pixels.pt"),
         }
@@ -149,6 +150,9 @@ def engine(tmp_path):
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
         result = json.loads(result_path.read_text())
         assert not preempted or result["preemptions"] > 0
+        for said, (_, message) in zip(result["refused"], refused, strict=True):
+            assert message in said, result["refused"]
+            assert len(said.strip().splitlines()) == 1
         if not features:
             return result["passes"]
         return result["passes"], torch.load(str(result_path) + ".pt")

@@ -26,16 +26,7 @@ def generate(llm, job):
     from vllm.lora.request import LoRARequest
 
     sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], min_tokens=job["tokens"])
-    requests = []
-    for request in job["requests"]:
-        images = [Image.open(path).convert("RGB") for path in request["images"]]
-        data = {"image": images} if images else {}
-        if request.get("frames"):
-            data["video"] = frames_of(request["frames"])
-        own = {"multi_modal_data": data} if data else {}
-        if request.get("pitome"):
-            own["mm_processor_kwargs"] = {"pitome": request["pitome"]}
-        requests.append({"prompt": request["prompt"], **own})
+    requests = [prompt_of(request) for request in job["requests"]]
     passes, names = [], image_names(llm)
     plain = [(None, None)] * job["passes"]
     adapted = [(None, path) for path in job["adapters"]]
@@ -58,15 +49,39 @@ def generate(llm, job):
     return passes
 
 
+def prompt_of(request):
+    """A request as vLLM takes it."""
+    images = [Image.open(path).convert("RGB") for path in request["images"]]
+    data = {"image": images} if images else {}
+    if request.get("frames"):
+        data["video"] = frames_of(request["frames"])
+    own = {"multi_modal_data": data} if data else {}
+    if request.get("pitome"):
+        own["mm_processor_kwargs"] = {"pitome": request["pitome"]}
+    return {"prompt": request["prompt"], **own}
+
+
+def refusals(llm, job):
+    """What is said to each of some requests that cannot be answered."""
+    said = []
+    for request in job["refused"]:
+        try:
+            llm.generate([prompt_of(request)], use_tqdm=False)
+        except ValueError as error:
+            said.append(str(error))
+        else:
+            said.append("")
+    return said
+
+
 @contextlib.contextmanager
 def compact_decoding(llm):
     """Decoded tokens count on from the shortened prompt instead of from the whole one."""
-    from pitome_vlm.vllm.model import PiToMeLlavaForConditionalGeneration as Model
-
-    own = Model.get_mrope_input_positions
-    Model.get_mrope_input_positions = lambda self, *prompt: (own(self, *prompt)[0], 0)
+    (model,) = llm.apply_model(type)
+    own = model.get_mrope_input_positions
+    model.get_mrope_input_positions = lambda self, *prompt: (own(self, *prompt)[0], 0)
     yield
-    Model.get_mrope_input_positions = own
+    model.get_mrope_input_positions = own
 
 
 @contextlib.contextmanager
@@ -81,7 +96,19 @@ def no_sizes(llm):
     calibration.key_channels = own
 
 
-CONTROLS = {"compact decoding": compact_decoding, "no sizes": no_sizes}
+@contextlib.contextmanager
+def no_places(llm):
+    """Every token sits where its image begins."""
+    from pitome_vlm.vllm.rotary import StepTable
+
+    assert llm.reset_prefix_cache()
+    own = StepTable.forward
+    StepTable.forward = lambda self, places: own(self, places.amin(0, keepdim=True).expand(3, -1))
+    yield
+    StepTable.forward = own
+
+
+CONTROLS = {"compact decoding": compact_decoding, "no sizes": no_sizes, "no places": no_places}
 
 
 def second_runner():
@@ -127,10 +154,14 @@ def main(job_path, result_path):
     job = json.loads(Path(job_path).read_text())
     if job["second_runner"]:
         second_runner()
+    if job["linear_attention"]:
+        importlib.import_module("gdn_in_float32").install()
     from vllm import LLM
 
     llm = LLM(**job["engine"])
-    result = {"passes": generate(llm, job), "preemptions": preemptions(llm)}
+    # First, so that what comes later shows whether the engine is still whole.
+    said = refusals(llm, job)
+    result = {"passes": generate(llm, job), "preemptions": preemptions(llm), "refused": said}
     Path(result_path).write_text(json.dumps(result))
     if job["features"]:
         torch.save(features(llm, job), result_path + ".pt")
