@@ -73,6 +73,8 @@ class MergeContext:
         cls_attention: [B, N] float32, how much of the class token's attention (mean over heads)
             goes to each of them; None unless the algorithm asks for it.
         pairs: how many pairs of tokens may be held at once; None for what is usual.
+        order: [B, N] int64, the tokens in the order that the plan of the tower layer before left
+            them in (`MergePlan.order`); None for the one they have.
     """
 
     config: MergeConfig
@@ -84,6 +86,7 @@ class MergeContext:
     sizes: Tensor | None = None
     cls_attention: Tensor | None = None
     pairs: PairLimits | None = None
+    order: Tensor | None = None
 
     def own(self, kind: type[Own]) -> Own:
         """The options that belong to the algorithm itself.
@@ -136,6 +139,12 @@ def gone_with_kept(n_in: int, n_out: int, ctx: MergeContext) -> int:
     return (n_in - n_out) * n_out
 
 
+def patches_only(ctx: MergeContext) -> bool:
+    """`Algorithm.counts_leading` where the share that `ratio` keeps is one of the patches."""
+    del ctx
+    return False
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """A way to decide which tokens are merged, with its defaults.
@@ -156,6 +165,8 @@ class Algorithm:
         calibrated: sizes and positions are told to the language model by default.
         compares: tokens with each other, which is what it costs (`costs`).
         pairs_compared: (N, M, context) to how many pairs a step from N to M tokens compares.
+        counts_leading: from a layer's context to whether leading tokens (CLS) count among those of
+            which `ratio` keeps a share.
         options: the class of its own options, a frozen dataclass that checks its values and can
             be made without arguments; `MergeContext.own` gives it to `plan`.
     """
@@ -174,6 +185,7 @@ class Algorithm:
     calibrated: bool = True
     compares: bool = True
     pairs_compared: Callable[[int, int, MergeContext], int] = every_pair
+    counts_leading: Callable[[MergeContext], bool] = patches_only
     options: type[Any] = NoOptions
 
     def __post_init__(self) -> None:
@@ -231,6 +243,8 @@ def make_plan(
             # Later steps compare the means of the groups made so far.
             means, grown = (body, weights) if plan is None else plan.apply(body, weights)
             asked = ctx if grown is ctx.sizes else dataclasses.replace(ctx, sizes=grown)
+            if plan is not None and asked.order is not None:
+                asked = dataclasses.replace(asked, order=None)
             step = algorithm.plan(means, n_in, ctx=asked)
             if not isinstance(step, MergePlan):
                 raise TypeError(

@@ -7,7 +7,7 @@ Handles: configs and the registry of algorithms. Leaves to adapters: models; a t
 from __future__ import annotations
 
 from . import algorithms
-from .algorithm import Algorithm
+from .algorithm import Algorithm, MergeContext
 from .config import MergeConfig, Stage
 from .merge_pass import MergePass, Watch
 from .schedule import Budget, Schedule, TowerShape, build_schedule
@@ -91,6 +91,9 @@ def schedule_for(
         pairwise=algorithm.pairwise,
         fewest=Budget(keep=config.keep_range[0]) if config.is_adaptive else None,
         after_layer=config.placement == "after_layer",
+        counts_leading=lambda layer, depth: algorithm.counts_leading(
+            MergeContext(config, layer, depth)
+        ),
     )
     if algorithm.name == "none" and not schedule.is_identity:
         raise ValueError(

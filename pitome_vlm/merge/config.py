@@ -80,7 +80,8 @@ class MergeConfig:
         proportional_attention: add log(size) to the tower's attention logits (paper section
             3.1). None takes the algorithm's own choice.
         weighted: size-weighted means (paper Algorithm 1), or plain ones.
-        restore_order: give the language model the tokens in raster order.
+        restore_order: give the language model the tokens in raster order, not in that of the
+            algorithm.
         size_bias: tell the language model how much a token stands for: log(size) on the attention
             logits of visual tokens, in all its layers. None follows `positions`; with both None
             both are on for algorithms that gain by it (this is called calibration).

@@ -5,12 +5,17 @@ An algorithm chooses the sets of tokens; `similarity.py` computes how alike they
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from .algorithm import MergeContext
 from .plan import MergePlan
 from .similarity import Similarity
+
+TokenOrder = Literal["reference", "raster"]
 
 
 def match_most_similar(
@@ -44,6 +49,13 @@ def complement(chosen: Tensor, n_tokens: int) -> Tensor:
     return order[:, : n_tokens - chosen.shape[1]]
 
 
+def without(tokens: Tensor, gone: Tensor) -> Tensor:
+    """All tokens [B, N], in any order, less those that go [B, r]: [B, N - r] in the same order."""
+    flags = torch.zeros_like(tokens, dtype=torch.int8).scatter(1, gone, 1).gather(1, tokens)
+    places = flags.argsort(dim=-1, stable=True)[:, : tokens.shape[1] - gone.shape[1]]
+    return tokens.gather(1, places)
+
+
 def keep_only(similarity: Similarity, survivors: Tensor, others: Tensor) -> MergePlan:
     """Keep the survivors as they are; the others only count in the size of the most similar one.
 
@@ -63,14 +75,30 @@ def alternating_pairs(n_in: int, n_out: int, ctx: MergeContext) -> int:
     return (n_in // 2) * (n_in - n_in // 2)
 
 
-def match_alternating(similarity: Similarity, n_merge: int, *, offset: int = 0) -> MergePlan:
-    """ToMe's matching: every second token in raster order is a possible source.
+def match_alternating(
+    similarity: Similarity, n_merge: int, token_order: TokenOrder, *, ctx: MergeContext
+) -> MergePlan:
+    """ToMe's matching: every second token is a possible source.
 
-    `offset` is the number of leading tokens that were cut off; ToMe's parity counts them.
+    The reference code leaves [unmerged sources, all destinations], and the next layer takes every
+    second token of that list. Here the tokens stay in raster order and the list is handed on in
+    `MergePlan.order`, unless the language model is to get it too (`restore_order=False`).
+
+    Args:
+        similarity: of N tokens.
+        n_merge: r, 2 r <= N.
+        token_order: "raster" for every second token of the image instead.
+        ctx: parity counts its leading tokens, which were cut off.
     """
-    index = similarity.tokens()
-    start = offset % 2
-    sources, destinations = match_most_similar(
-        similarity, index[:, start::2], index[:, 1 - start :: 2], n_merge
-    )
-    return MergePlan.from_pairs(similarity.n_tokens, sources, destinations)
+    reference = token_order == "reference"
+    tokens = ctx.order if reference and ctx.order is not None else similarity.tokens()
+    start = ctx.n_leading % 2
+    side_a, side_b = tokens[:, start::2], tokens[:, 1 - start :: 2]
+    sources, destinations = match_most_similar(similarity, side_a, side_b, n_merge)
+    if not reference:
+        return MergePlan.from_pairs(similarity.n_tokens, sources, destinations)
+    left = without(torch.cat([side_a, side_b], 1), sources)
+    if not ctx.config.restore_order:
+        return MergePlan.from_pairs(similarity.n_tokens, sources, destinations, order=left)
+    plan = MergePlan.from_pairs(similarity.n_tokens, sources, destinations)
+    return dataclasses.replace(plan, order=plan.assign.gather(1, left))

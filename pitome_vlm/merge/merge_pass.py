@@ -152,6 +152,9 @@ class MergePass:
             n_leading = self.schedule.n_leading
             body = None if before is None else before[:, n_leading:]
             context = self._context(layer, n_leading, whole, body)
+            order = self._order_before(layer)
+            if order is not None:
+                context = dataclasses.replace(context, order=order[:, n_leading:] - n_leading)
             if cls_attention is not None:
                 received = cls_attention[:, n_leading:].detach()
                 context = dataclasses.replace(context, cls_attention=received)
@@ -160,6 +163,10 @@ class MergePass:
             hidden, before, weighted=self.config.weighted
         )
         return merged
+
+    def _order_before(self, layer: int) -> Tensor | None:
+        earlier = sorted(one for one in self.plans if one < layer)
+        return self.plans[earlier[-1]].order if earlier else None
 
     def _planned(self, layer: int, metric: Tensor, context: MergeContext) -> MergePlan:
         return make_plan(self.algorithm, metric, self._after[layer], ctx=context)

@@ -8,6 +8,7 @@ Axes: B images, N tokens before, M tokens after a merge, C channels.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,8 @@ class MergePlan:
         dropped: [B, N] bool, members that count in their group's size and give nothing to its
             mean; None for none. A group's named token always gives.
         keep_norm: means are scaled to the largest norm in their group (MLERP).
+        order: [B, M], all groups in the order in which the next plan is to take them
+            (`MergeContext.order`); None for the one they have.
     """
 
     assign: Tensor
@@ -42,6 +45,7 @@ class MergePlan:
     prune: bool = False
     dropped: Tensor | None = None
     keep_norm: bool = False
+    order: Tensor | None = None
 
     @property
     def n_in(self) -> int:
@@ -136,13 +140,14 @@ class MergePlan:
         if later.dropped is not None:
             carried = later.dropped.gather(1, self.assign)
             dropped = carried if dropped is None else dropped | carried
-        return MergePlan.from_groups(
+        plan = MergePlan.from_groups(
             later.assign.gather(1, self.assign),
             self.kept.gather(1, later.kept),
             prune=self.prune or later.prune,
             dropped=dropped,
             keep_norm=self.keep_norm or later.keep_norm,
         )
+        return dataclasses.replace(plan, order=later.order)
 
     def with_leading(self, n_leading: int) -> MergePlan:
         """The same plan with `n_leading` untouched tokens (CLS) before its own."""
@@ -152,6 +157,9 @@ class MergePlan:
         if dropped is not None:
             dropped = torch.nn.functional.pad(dropped, (n_leading, 0))
         leading = torch.arange(n_leading, device=self.kept.device).expand(len(self.kept), -1)
+        order = self.order
+        if order is not None:
+            order = torch.cat([leading, order + n_leading], 1)
         return MergePlan(
             torch.cat([leading, self.assign + n_leading], 1),
             torch.cat([leading, self.kept + n_leading], 1),
@@ -161,6 +169,7 @@ class MergePlan:
             self.prune,
             dropped,
             self.keep_norm,
+            order,
         )
 
     def _sums(self, weights: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 
 # Preset name -> the options it fixes. "released" is the code that the authors published, which is
 # not the algorithm of their paper; whoever reports a number has to be able to say which it was.
+# "paper" leaves tokens in raster order (see `algorithms/pitome.py`), "released" as its code does.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "algorithm": "pitome",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,9 @@ def apply_ratio(n_tokens: int, ratio: float) -> int:
     return max(1, n_tokens - math.floor(n_tokens - n_tokens * ratio))
 
 
-def plan_counts(n_tokens: int, n_steps: int, budget: Budget) -> tuple[int, ...]:
+def plan_counts(
+    n_tokens: int, n_steps: int, budget: Budget, leading: Sequence[int] = ()
+) -> tuple[int, ...]:
     """Token count after every merging step.
 
     With `ratio` every step keeps that fraction (paper section 3.1: k = N - N r removed). With
@@ -91,6 +93,7 @@ def plan_counts(n_tokens: int, n_steps: int, budget: Budget) -> tuple[int, ...]:
         n_tokens: tokens before the first step, >= 1.
         n_steps: merging steps, >= 0.
         budget: what to reach.
+        leading: for every step, tokens that `ratio` counts besides and that stay; empty for none.
 
     Returns:
         `n_steps` counts, never increasing; the last one is what the next module sees.
@@ -102,9 +105,10 @@ def plan_counts(n_tokens: int, n_steps: int, budget: Budget) -> tuple[int, ...]:
     target = budget.target(n_tokens)
     if target is None:
         assert budget.ratio is not None
-        counts: list[int] = []
-        for _ in range(n_steps):
-            counts.append(apply_ratio(counts[-1] if counts else n_tokens, budget.ratio))
+        counts, left = [], n_tokens
+        for more in leading or (0,) * n_steps:
+            left = max(1, apply_ratio(left + more, budget.ratio) - more)
+            counts.append(left)
         return tuple(counts)
     return geometric_counts(n_tokens, n_steps, target)
 
@@ -333,6 +337,7 @@ def build_schedule(
     pairwise: bool = True,
     fewest: Budget | None = None,
     after_layer: bool = False,
+    counts_leading: Callable[[int, float], bool] | None = None,
 ) -> Schedule:
     """Lay a budget out over tower and projector.
 
@@ -348,6 +353,7 @@ def build_schedule(
         pairwise: one step can at most halve the tokens.
         fewest: smallest budget of an image where every image has its own; `budget` is the largest.
         after_layer: see `Schedule`.
+        counts_leading: from a layer and its relative depth to `Algorithm.counts_leading`.
 
     Raises:
         ValueError: the budget cannot be met, with the smallest or largest value that can.
@@ -359,7 +365,12 @@ def build_schedule(
         tower_layers = tower_layers[-1:]
     n = shape.n_tokens
     if budget.ratio is not None:
-        tower = plan_counts(n, len(tower_layers), budget)
+        leading = [
+            shape.n_leading * counts_leading(layer, layer / max(1, shape.n_layers))
+            for layer in tower_layers
+            if counts_leading
+        ]
+        tower = plan_counts(n, len(tower_layers), budget, leading)
         steps = 0 if stage == "tower" else projector_steps or 1
         projector = plan_counts(tower[-1] if tower else n, steps, budget)
     else:

@@ -6,7 +6,8 @@
 Every row is the default `MergeConfig` with one thing changed, at 1/2, 1/4, 1/8 and 1/16 of the
 tokens; both together ("calibration") is crossed in full, because each part alone hurts. Differences
 are paired with the default on the same questions, intervals resample images. A run that was
-stopped resumes with the missing rows. Writes ablation_<split>.json and .md. `--model FOLDER
+stopped resumes with the missing rows, and those that are no longer what the package does
+(`stored.py`) are measured again. Writes ablation_<split>.json and .md. `--model FOLDER
 --model-name NAME` takes another checkpoint that answers the same questions.
 """
 
@@ -41,6 +42,7 @@ from pitome_vlm.merge.similarity import Similarity
 from ..command import command_line
 from . import spread
 from .benchmark import load_model, measure_part
+from .stored import CHANGES, holds, later_words, with_run
 
 BUDGETS = (72, 36, 18, 9)
 # How a model is asked: an option of rows, not of `MergeConfig`.
@@ -185,7 +187,12 @@ def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
     path, samples = wanted.model or checkpoint_path(), load_split(split, wanted.limit)
     same = {"questions": len(samples), "checkpoint": checkpoint_fingerprint(str(path))}
     results = started(wanted, stored, same)
-    todo = [cell for cell in cells() if cell.key not in results["cells"]]
+    known = results["cells"]
+    todo = [
+        cell
+        for cell in cells()
+        if not (cell.key in known and holds(known[cell.key], cell.setting.config))
+    ]
     pieces = [
         list(found[begin : begin + wanted.rows])
         for _, group in itertools.groupby(todo, key=lambda cell: cell.answers_of)
@@ -209,11 +216,13 @@ def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
                 correct = "".join("01"[int(right)] for right in outcome.correct)
                 results["cells"][cell.key] = {
                     "config": cell.setting.config.to_dict(),
+                    "changes": len(CHANGES),
                     "tokens": outcome.tokens,
                     "correct": correct,
                 }
             results["minutes"] += (time.time() - start) / 60
-            results["provenance"] = facts_of(wanted, prepare(path)[0], same)
+            facts = facts_of(wanted, prepare(path)[0], same)
+            results |= with_run(results, facts, [cell.setting.name for cell in piece])
             write_text(stored, json.dumps(results, separators=(",", ":")) + "\n")
     return results
 
@@ -261,6 +270,7 @@ def report(results: dict[str, Any]) -> str:
         f"python -m scripts.demo.ablation --split {facts['split']} --output eval/results/ablation"
     )
     shown = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "command")
+    later = [line for sentence in later_words(results) for line in (sentence, "")]
     text = [
         f"# Ablation on the demo {facts['split']} split",
         "",
@@ -272,6 +282,7 @@ def report(results: dict[str, Any]) -> str:
         "",
         f"{shown}; {results['minutes']:.0f} minutes.",
         "",
+        *later,
     ]
     return "\n".join(text)
 

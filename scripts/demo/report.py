@@ -5,6 +5,7 @@ Renders outcomes and intervals; measuring is in `benchmark.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from pitome_vlm.measure.demo_benchmark import (
     accuracy_interval,
     difference_interval,
 )
+
+from .stored import CHANGES
 
 BASELINE = "none"
 RESIZE = "resize (smaller image)"
@@ -202,10 +205,14 @@ def cost_table(costs: list[dict[str, Any]], dtype: str) -> list[str]:
 
 
 def report(
-    samples: list[Any], rows: list[Row], costs: list[dict[str, Any]], facts: dict[str, Any]
+    samples: list[Any],
+    rows: list[Row],
+    costs: list[dict[str, Any]],
+    facts: dict[str, Any],
+    later: Sequence[str] = (),
 ) -> str:
-    """The whole report.md."""
-    hidden = ("model", "command")
+    """The whole report.md; `later` says which rows other runs measured."""
+    hidden = ("model", "command", "checkpoint")
     shown = ", ".join(f"{key} {value}" for key, value in facts.items() if key not in hidden)
     title = f": {facts['model'].lower()}" if "model" in facts else ""
     head = [
@@ -229,9 +236,8 @@ def report(
     parts += breakdown(samples, rows, "question_type", "question type")
     parts += breakdown(samples, rows, "kind", "kind of scene")
     command = facts.get("command", "Regenerate with `make bench-demo`.")
-    return "\n".join(
-        [*head, table(samples, rows), "", *parts, f"Measured on: {shown}.", "", command, ""]
-    )
+    foot = [f"Measured on: {shown}.", *later, command]
+    return "\n".join([*head, table(samples, rows), "", *parts, "\n\n".join(foot), ""])
 
 
 def readme_table(
@@ -326,26 +332,33 @@ def plot(samples: list[Any], rows: list[Row], path: Path) -> None:
 
 def raw(
     samples: list[Any],
-    outcomes: list[Outcome],
+    outcomes: list[dict[str, Any]],
     costs: list[dict[str, Any]],
-    facts: dict[str, Any],
+    runs: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything measured, for anyone who wants to count again."""
+    """Everything measured, for anyone who wants to count again; runs as `with_run` gives them."""
     return {
-        "provenance": facts,
+        **runs,
         "costs": costs,
         "samples": [vars(sample) for sample in samples],
-        "outcomes": [
-            {
-                "method": outcome.setting.name,
-                "tokens": outcome.tokens,
-                "accuracy": round(outcome.accuracy, 3),
-                "config": outcome.setting.config.to_dict(),
-                "resize": outcome.setting.resize,
-                "answers": outcome.answers,
-            }
-            for outcome in outcomes
-        ],
+        "outcomes": outcomes,
+    }
+
+
+def setting_values(setting: Setting) -> dict[str, Any]:
+    """What a row of results.json says about its method."""
+    config = setting.config.to_dict()
+    return {"method": setting.name, "config": config, "resize": setting.resize}
+
+
+def outcome_values(outcome: Outcome) -> dict[str, Any]:
+    """A row of results.json."""
+    return {
+        **setting_values(outcome.setting),
+        "changes": len(CHANGES),
+        "tokens": outcome.tokens,
+        "accuracy": round(outcome.accuracy, 3),
+        "answers": outcome.answers,
     }
 
 

@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from slow_reference import pitome_groups, tome_groups
+from slow_reference import matching_step, pitome_groups
 from tiny import tiny_batch, tiny_model
 from torch.nn.functional import layer_norm, linear
 
@@ -36,10 +36,9 @@ def slow_attention(attention, x, sizes):
 
 
 def slow_merge(x, sizes, groups):
-    """Size-weighted means; a group stands where its receiving token stood."""
-    rows = sorted(groups, key=lambda group: group[0])
-    merged = [sum(sizes[i] * x[i] for i in g) / sum(sizes[i] for i in g) for g in rows]
-    return torch.stack(merged), torch.stack([sum(sizes[i] for i in g) for g in rows])
+    """Size-weighted means of the groups."""
+    merged = [sum(sizes[i] * x[i] for i in g) / sum(sizes[i] for i in g) for g in groups]
+    return torch.stack(merged), torch.stack([sum(sizes[i] for i in g) for g in groups])
 
 
 def ordered_groups(groups, receivers):
@@ -48,11 +47,15 @@ def ordered_groups(groups, receivers):
 
 
 def slow_tower(model, pixels, algorithm, metric, placement, proportional):
-    """Features [M, C] of one image, CLS dropped, and the sizes."""
+    """Features [M, C] of one image, CLS dropped, and the sizes.
+
+    Tokens go through the layers in the order of the published code; what comes out is ordered by
+    the patches that received the others.
+    """
     tower = model.model.vision_tower
     layers, schedule = find_encoder_layers(tower)[0], schedule_of(model)
     x = tower(pixels, output_hidden_states=True).hidden_states[0][0]
-    sizes = torch.ones(len(x), dtype=x.dtype)
+    sizes, names = torch.ones(len(x), dtype=x.dtype), list(range(len(x)))
     counts = dict(schedule.tower)
     for index in range(schedule.used_layers):
         layer = layers[index]
@@ -64,23 +67,25 @@ def slow_tower(model, pixels, algorithm, metric, placement, proportional):
         x = x + attended
         for place in ("after_attention", "after_layer"):
             if place == placement:
-                compared = (keys if metric == "keys" else x)[1:].tolist()
-                x, sizes = merge_step(x, sizes, compared, counts[index], algorithm, index, schedule)
+                compared = (keys if metric == "keys" else x).tolist()
+                groups = groups_of(compared, counts[index], algorithm, index, schedule)
+                x, sizes = slow_merge(x, sizes, groups)
+                names = [names[group[0]] for group in groups]
             if place == "after_attention":
                 norm = layer.layer_norm2
                 x = x + layer.mlp(layer_norm(x, x.shape[1:], norm.weight, norm.bias, norm.eps))
-    return x[1:], sizes[1:]
+    order = sorted(range(1, len(x)), key=lambda i: names[i])
+    return x[order], sizes[order]
 
 
-def merge_step(x, sizes, compared, n_out, algorithm, index, schedule):
-    if algorithm == "pitome":
-        groups, receivers = pitome_groups(
-            compared, n_out, 0.9 - 0.9 * index / schedule.n_layers, with_receivers=True
-        )
-    else:
-        groups, receivers = tome_groups(compared, n_out, class_token=True, with_receivers=True)
+def groups_of(compared, n_out, algorithm, index, schedule):
+    """Lists of tokens, class token first, the one that receives the others at their head."""
+    if algorithm == "tome":
+        return matching_step(compared, len(compared) - 1 - n_out)
+    margin = 0.9 - 0.9 * index / schedule.n_layers
+    groups, receivers = pitome_groups(compared[1:], n_out, margin, with_receivers=True)
     shifted = ordered_groups([{i + 1 for i in g} for g in groups], {i + 1 for i in receivers})
-    return slow_merge(x, sizes, [[0], *shifted])
+    return [[0], *shifted]
 
 
 @pytest.mark.parametrize("algorithm", ["pitome", "tome"])

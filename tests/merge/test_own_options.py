@@ -282,8 +282,8 @@ def test_a_config_with_own_options_is_a_value():
 
 
 def test_names_of_options():
-    assert option_names("tome") == list(SHARED)
-    assert option_names("tofu") == [*SHARED, "pruning_depth"]
+    assert option_names("divprune") == list(SHARED)
+    assert option_names("tofu") == [*SHARED, "token_order", "pruning_depth"]
     assert {"energy", "split", "pruning_depth"} <= set(option_names())
     # Without an algorithm the checkpoint may name one that has the option.
     assert merge_options(option=["split=random"]) == {"split": "random"}

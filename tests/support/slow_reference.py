@@ -45,7 +45,7 @@ def pitome_groups(keys, n_out, margin, alpha=1.0, *, with_receivers=False):
     return (result, set(side_b)) if with_receivers else result
 
 
-def tome_groups(keys, n_out, class_token, *, with_receivers=False):
+def tome_groups(keys, n_out, class_token):
     """Bipartite soft matching over a sequence whose first token may be a class token.
 
     The sequence is split by position; a class token stands at position 0, hence in A, and is
@@ -64,8 +64,70 @@ def tome_groups(keys, n_out, class_token, *, with_receivers=False):
     for _, a, b in edges[: n - n_out]:
         groups[b].append(a)
         del groups[a]
-    result = {frozenset(g) for g in groups.values()}
-    return (result, set(side_b)) if with_receivers else result
+    return {frozenset(g) for g in groups.values()}
+
+
+def matching_step(values, n_gone):
+    """One layer of ToMe's published code on the whole sequence, class token first.
+
+    What comes out is every source that stays, then every destination: lists of positions in the
+    old sequence, the token that receives first.
+    """
+    n = len(values)
+    sources, destinations = list(range(0, n, 2)), list(range(1, n, 2))
+    edges = []
+    for a in sources[1:]:  # the class token is the first source, and stays
+        best = max(destinations, key=lambda b: cosine(values[a], values[b]))
+        edges.append((cosine(values[a], values[best]), a, best))
+    edges.sort(key=lambda edge: -edge[0])
+    joined = {b: [b] for b in destinations}
+    for _, a, b in edges[:n_gone]:
+        joined[b].append(a)
+    gone = {a for _, a, _ in edges[:n_gone]}
+    return [[a] for a in sources if a not in gone] + [joined[b] for b in destinations]
+
+
+def energy_step(values, n_gone, margin):
+    """One layer of PiToMe's published code, class token first: ELU energies, Algorithm 1.
+
+    What comes out is the class token, the protected tokens and the receivers, by energy: lists as
+    in `matching_step`.
+    """
+    body, k = range(1, len(values)), n_gone
+
+    def elu(x):
+        return x if x >= 0 else math.exp(x) - 1
+
+    def energy(i):
+        return sum(elu(cosine(values[i], values[j]) - margin) for j in body if j != i)
+
+    order = sorted(body, key=lambda i: -energy(i))
+    receivers = order[1 : 2 * k : 2]
+    joined = {b: [b] for b in receivers}
+    for a in order[0 : 2 * k : 2]:
+        joined[max(receivers, key=lambda b: cosine(values[a], values[b]))].append(a)
+    return [[0], *([i] for i in order[2 * k :]), *(joined[b] for b in receivers)]
+
+
+def through_layers(values, steps, how):
+    """Groups of first tokens after every step, in order; a step maps values to lists of positions.
+
+    What the next step compares are means of the members, weighted by how many first tokens each
+    stands for ("weighted") or not ("plain"), or the first member alone ("prune").
+    """
+    members, found = [[i] for i in range(len(values))], []
+    for step in steps:
+        parts = step(values)
+        sizes = [len(group) if how == "weighted" else 1 for group in members]
+        values = [
+            values[part[0]]
+            if len(part) == 1 or how == "prune"
+            else weighted_mean(values, sizes, part)
+            for part in parts
+        ]
+        members = [[i for place in part for i in members[place]] for part in parts]
+        found.append([sorted(group) for group in members])
+    return found
 
 
 def weighted_mean(values, sizes, group):

@@ -2,6 +2,11 @@
 
 Written from the paper's formulas (eq. 3-4, Algorithm 1). The variants of the authors' released code
 are options of this one algorithm, not copies.
+
+Order: Algorithm 1 returns the protected tokens and then the receivers, both by energy. Here tokens
+stay in raster order, and `restore_order=False` gives the language model theirs. No group depends on
+it, because energies and similarities do not (of equal ones the earlier token wins); the released
+code's early layers match by position, so that there the order decides, and theirs is followed.
 """
 
 from __future__ import annotations
@@ -56,7 +61,9 @@ class PitomeOptions(EnergyOptions):
         split: how the 2k mergeable tokens become sources and destinations.
         protect: keep the N - 2k tokens of lowest energy out of the matching.
         early_matching: up to this relative depth in [0, 1] plain bipartite matching is used
-            instead of energy (the released recipe has 0.5); 0 is never.
+            instead of energy; 0 is never. It is the released code's: in its order of tokens
+            (`tome.py`), and of the tokens that `ratio` keeps a share of the leading ones (CLS) are
+            some. The released recipe has 0.5, on 24 layers the fixed `layer <= 12` of its code.
     """
 
     split: Split = "ordered"
@@ -150,7 +157,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
         )
     similarity = Similarity(keys, ctx.pairs)
     if _matches_early(options, ctx.depth):
-        return match_alternating(similarity, n_merge, offset=ctx.n_leading)
+        return match_alternating(similarity, n_merge, "reference", ctx=ctx)
     last = _computes_edges_again(n_tokens, n_out, options)
     energy = energies(similarity, options, ctx.depth, last=last)
     by_energy = energy.argsort(dim=-1, descending=True, stable=True)
@@ -184,6 +191,11 @@ def pairs_compared(n_in: int, n_out: int, ctx: MergeContext) -> int:
     return every_pair(n_in, n_out, ctx) + again
 
 
+def counts_leading(ctx: MergeContext) -> bool:
+    """Those of `ratio` in the layers that match early."""
+    return _matches_early(ctx.own(PitomeOptions), ctx.depth)
+
+
 def _split(mergeable: Tensor, how: Split, ctx: MergeContext) -> tuple[Tensor, Tensor]:
     """The 2k mergeable tokens [B, 2k], in energy order, into sources and destinations [B, k]."""
     half = mergeable.shape[1] // 2
@@ -200,5 +212,6 @@ ALGORITHM = Algorithm(
     plan=plan,
     source="PiToMe, arXiv 2405.16148, eq. 3-4 and Algorithm 1",
     pairs_compared=pairs_compared,
+    counts_leading=counts_leading,
     options=PitomeOptions,
 )

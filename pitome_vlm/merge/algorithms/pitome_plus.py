@@ -20,11 +20,10 @@ Chosen on the demo model's validation split (eval/results/ablation).
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..algorithm import Algorithm, MergeContext
-from ..matching import complement, match_most_similar
+from ..matching import complement, match_most_similar, without
 from ..plan import MergePlan
 from ..similarity import Similarity
 from .pitome import EnergyOptions, energies
@@ -49,10 +48,7 @@ def _matching(similarity: Similarity, n_out: int, ctx: MergeContext) -> MergePla
     )
     order = None
     if not ctx.config.restore_order:
-        gone = torch.zeros_like(by_energy, dtype=torch.bool).scatter(1, sources, True)
-        stays = ~gone.gather(1, by_energy)
-        last = stays.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-        order = by_energy.gather(1, last[:, :n_out])
+        order = without(by_energy, sources)
     return MergePlan.from_pairs(n_tokens, sources, destinations, order=order)
 
 

@@ -1,9 +1,9 @@
 """ToFu (Token Fusion, WACV 2024, arXiv 2312.01026): prune similar tokens early, merge them late.
 
-Followed: pairs come from ToMe's bipartite matching over keys. Where a layer answers far from
-linearly to mixtures of its inputs (the early ones), the token that gives up its place is dropped;
-later ones merge by MLERP, the direction of the mean with the largest norm in the group
-(`MergePlan.keep_norm`), because plain means shrink.
+Followed: pairs come from ToMe's bipartite matching over keys, in its order (`tome.py`). Where a
+layer answers far from linearly to mixtures of its inputs (the early ones), the token that gives up
+its place is dropped; later ones merge by MLERP, the direction of the mean with the largest norm in
+the group (`MergePlan.keep_norm`), because plain means shrink.
 Different: the paper measures which layers are close to linear; here it is half of the depth for
 every model, as in the PiToMe authors' comparison. The mean is size-weighted as in ToMe, and its own
 norm is divided out, which the released comparison leaves out.
@@ -24,8 +24,8 @@ from . import tome
 
 
 @dataclass(frozen=True)
-class TofuOptions:
-    """Where ToFu changes over from pruning to merging.
+class TofuOptions(tome.TomeOptions):
+    """ToMe's option, and where ToFu changes over from pruning to merging.
 
     Attributes:
         pruning_depth: relative depth in [0, 1] up to which tokens are pruned.
@@ -34,6 +34,7 @@ class TofuOptions:
     pruning_depth: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("pruning_depth", self.pruning_depth, 0, 1)
 
 
