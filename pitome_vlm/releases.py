@@ -7,6 +7,7 @@ sentence instead of an ImportError about a name. Nothing here changes what is co
 # ruff: noqa: E402
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -258,6 +259,17 @@ def vllm_command_starts() -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
+
+
+@functools.cache
+def eager_adds_mask(module: Any) -> bool:
+    """Whether a module of transformers has attention of its own that adds a mask to the logits.
+
+    BLIP's layers have none that is a function; before release 5 that of ViT and DINO multiplies the
+    weights by a mask of heads.
+    """
+    found = getattr(module, "eager_attention_forward", None)
+    return found is not None and "attn_weights * attention_mask" not in inspect.getsource(found)
 
 
 def layers_return_tuples(layer_class: type[torch.nn.Module]) -> bool:

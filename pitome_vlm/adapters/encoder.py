@@ -14,7 +14,7 @@ from ..merge.schedule import TowerShape
 from ..merge.tokens import Encoded, VisualTokens
 from .base import Adapter
 from .encoder_tower import EncoderLayer, EncoderPass
-from .encoders import find_encoder, grid_of, is_encoder_model, shape_of
+from .encoders import find_encoder, is_encoder_model, shape_of, size_of
 from .layer_parts import ENCODER_LAYERS
 from .parts import ModelParts
 from .tower import encoding, install_tower, uninstall_tower
@@ -38,7 +38,7 @@ class EncoderAdapter(Adapter):
 
     @override
     def tower_shape(self, model: Any, **feature_options: Any) -> TowerShape:
-        return shape_of(find_encoder(model), feature_options.get("pixel_values"))
+        return shape_of(find_encoder(model), size_of(feature_options.get("pixel_values")))
 
     @override
     def install(self, model: Any, *, inside_tower: bool) -> None:
@@ -63,20 +63,15 @@ class EncoderAdapter(Adapter):
     def image_footprint(
         self, model: Any, size: tuple[int, int] | None, options: Mapping[str, Any]
     ) -> Footprint:
-        encoder = find_encoder(model)
-        shape = shape_of(encoder, options.get("pixel_values"))
-        tokens = shape.n_tokens
-        if size is not None and shape.grid is not None:
-            rows, columns = grid_of(encoder, size)
-            tokens = rows * columns
-        return Footprint(tokens + shape.leading_kept)
+        shape = shape_of(find_encoder(model), size or size_of(options.get("pixel_values")))
+        return Footprint(shape.n_tokens + shape.leading_kept)
 
     @override
     def footprints(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Footprint]]:
         pixels = inputs.get("pixel_values")
         if pixels is None:
             raise ValueError("pixel_values is missing")
-        shape = shape_of(find_encoder(model), pixels)
+        shape = shape_of(find_encoder(model), size_of(pixels))
         return {"image": [Footprint(shape.n_tokens + shape.n_leading)] * len(pixels)}
 
     @override

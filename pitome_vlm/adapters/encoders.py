@@ -170,20 +170,23 @@ def grid_of(encoder: Any, size: tuple[int, int] | None = None) -> tuple[int, int
     return height // high, width // wide
 
 
-def shape_of(encoder: Any, pixel_values: Tensor | None = None) -> TowerShape:
+def size_of(pixel_values: Tensor | None) -> tuple[int, int] | None:
+    """(height, width) of images [B, 3, H, W]; None for none."""
+    return None if pixel_values is None else (pixel_values.shape[-2], pixel_values.shape[-1])
+
+
+def shape_of(encoder: Any, size: tuple[int, int] | None = None) -> TowerShape:
     """The numbers of an encoder that a schedule needs.
 
     Args:
         encoder: an encoder.
-        pixel_values: [B, 3, H, W] that it is given; None for images of the size that its
-            configuration names.
+        size: (height, width) of the images in pixels; None for that of the configuration.
 
     Raises:
         ValueError: an image smaller than a patch.
     """
     record = record_of(encoder)
     assert record is not None
-    size = None if pixel_values is None else (pixel_values.shape[-2], pixel_values.shape[-1])
     rows, columns = grid_of(encoder, size)
     patches, leading = rows * columns, leading_of(encoder)
     if record.hidden is not None:

@@ -212,6 +212,11 @@ def mlp_of(layer: Any) -> list[nn.Module]:
     return [reach(layer, name) for name in _known(layer).mlp]
 
 
+def head_dim_of(layer: Any) -> int:
+    """Channels of a head of the attention of a layer that merging knows."""
+    return int(reach(attention_of(layer), _known(layer).head_dim))
+
+
 def _known(layer: Any) -> LayerParts:
     parts = parts_of(layer, ENCODER_LAYERS)
     assert parts is not None

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from ..merge.size_channels import WIDEST, channel_width, with_size_channels
-from ..releases import ADDS_ROW_MASK, FLASH
+from ..releases import ADDS_ROW_MASK, FLASH, eager_adds_mask
 from .merged_layer import Heads
 
 logger = logging.get_logger(__name__)
@@ -62,11 +62,12 @@ def own_attention(
 def implementation(attention: Any) -> str:
     """The name of a layer's attention implementation.
 
-    Layers that compute attention themselves (BLIP) count as those of PyTorch's function.
+    Layers whose own attention cannot be given a bias use PyTorch's.
     """
     name: str = attention.config._attn_implementation or "sdpa"
-    own = name != "eager" or hasattr(inspect.getmodule(type(attention)), "eager_attention_forward")
-    return name if own else "sdpa"
+    if name == "eager" and not eager_adds_mask(inspect.getmodule(type(attention))):
+        return "sdpa"
+    return name
 
 
 def takes_channels(name: str, head_dim: int) -> bool:

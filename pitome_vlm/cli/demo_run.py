@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..demo import Sample, load_split
 from ..measure.demo_benchmark import Outcome, Setting, accuracy_interval, batches, run
-from ..measure.description import describe
+from ..measure.description import describe_llava
 from ..measure.timing import time_prefill
 from ..measure.visualize import SourceMap, source_map
 from ..merge.config import DEFAULT_KEEP, MergeConfig
@@ -150,7 +150,7 @@ class Demo:
             return source_map(self.model, self.processor, image)
 
     def _kv_bytes(self, setting: Setting) -> float:
-        return describe(self.model, config=setting.config).after.kv_bytes_per_image
+        return describe_llava(self.model, config=setting.config).after.kv_bytes_per_image
 
     def _times(
         self, chosen: Sequence[Setting], samples: Sequence[Sample], timed: Callable[[int], object]

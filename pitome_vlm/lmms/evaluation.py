@@ -14,7 +14,7 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager, get_task_dict
 
 from ..common import suggest
-from ..measure.description import describe
+from ..measure.description import describe_llava
 from ..measure.evaluate.records import Measured
 from ..measure.evaluate.suites import BASELINE, Cell, Setting
 from ..measure.provenance import provenance
@@ -184,7 +184,7 @@ class Evaluator:
         text = TEXT_TOKENS
         if mean is not None and not schedule.packed:
             text = max(0, round(mean - schedule.tokens_out))
-        described = describe(model, text_tokens=text, config=cell.setting.config)
+        described = describe_llava(model, text_tokens=text, config=cell.setting.config)
         costs = described.before if cell.setting.method == BASELINE else described.after
         names = ("tower_flops", "projector_flops", "prefill_flops", "total_flops", "kv_bytes")
         return {

@@ -12,7 +12,7 @@ from ..merge.counts import Footprint, TokenCount
 from ..merge.schedule import Schedule
 from ..wrapping.positions import Calibration
 from .accounting import Costs
-from .tables import Table, bytes_text, flops_text
+from .tables import Table, bytes_text, flops_text, folded
 from .weights import Weights
 
 
@@ -174,7 +174,7 @@ class Description:
             steps = [f"{layer}: {a} -> {b}" for layer, a, b in self.tower_steps]
             what = "patches of a tile" if self.schedule.packed else "patches"
             what = "tokens" if self.schedule.typical else what
-            lines += _folded(f"{what} by tower layer", steps)
+            lines += folded(f"{what} by tower layer", steps)
         if self.schedule.typical:
             lines.append(f"tokens after the tower: {self.count.full} -> {self.count.shown}")
         elif self.schedule.packed:
@@ -182,7 +182,7 @@ class Description:
             lines.append(f"tokens after the projector: {tiles} of tiles -> {self.count.shown}")
         if self.projector_steps:
             steps = [f"{a} -> {b}" for a, b in self.projector_steps]
-            lines += _folded("patches before the projector", steps)
+            lines += folded("patches before the projector", steps)
         skipped = self.schedule.n_layers - len(self.after.layer_flops)
         if skipped and not self.schedule.typical:
             lines.append(f"tower layers left out (nothing reads their output): {skipped}")
@@ -244,7 +244,7 @@ class Description:
             f"projector {bytes_text(parts.projector)}",
             f"other {bytes_text(parts.other)}",
         ]
-        return _folded(f"weights {bytes_text(parts.total)}", sizes)
+        return folded(f"weights {bytes_text(parts.total)}", sizes)
 
     def _footnote(self) -> list[str]:
         most = "" if self.schedule.fewest is None else " that keeps the most tokens"
@@ -262,16 +262,6 @@ class Description:
 _WIDTH = 79
 _COLUMNS = ("without", "with", "saved")
 _NOT_IN_FORCE = "not switched on; with pitome_vlm.wrap(model, ...) and these options:"
-
-
-def _folded(title: str, steps: list[str]) -> list[str]:
-    """The title and the steps in lines of at most 79 characters, no step broken in two."""
-    # textwrap breaks at spaces, so the spaces within a step are hidden from it.
-    text = ", ".join(step.replace(" ", "\0") for step in steps)
-    folded = textwrap.wrap(
-        f"{title}: {text}", _WIDTH, subsequent_indent="  ", break_long_words=False
-    )
-    return [line.replace("\0", " ") for line in folded]
 
 
 _ROWS = (

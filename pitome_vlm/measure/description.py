@@ -20,6 +20,7 @@ from ..wrapping.encode import planned, planned_schedule
 from ..wrapping.wrap import base_model, is_wrapped, merge_config
 from .accounting import costs, layers_without_attention
 from .described import Description
+from .encoders import EncoderDescription, describe_encoder
 from .sizes import asks_processor, pieces_of, planned_total
 from .weights import weights_of
 
@@ -32,11 +33,12 @@ def describe(
     image_size: tuple[int, int] | None = None,
     frames: int | None = None,
     image_processor: Any = None,
-) -> Description:
+) -> Description | EncoderDescription:
     """What merging does to a model: tokens per layer, FLOPs and cache without and with it.
 
     Args:
-        model: a LLaVA, wrapped or not, on its own or inside a `PeftModel`.
+        model: a LLaVA or an encoder on its own, wrapped or not, also inside a `PeftModel`. Of an
+            encoder only `config` and `image_size` matter.
         text_tokens: tokens of the prompt other than the image's.
         config: describe these options instead of those in force; the model is not changed. None
             takes those in force, or keep=0.25 as an example on an unwrapped model.
@@ -52,13 +54,35 @@ def describe(
         ValueError: `text_tokens` is negative, the budget of `config` does not fit, or the processor
             refuses the size.
     """
+    if find_adapter(base_model(model)).calls == "encoder":
+        return describe_encoder(model, config=config, image_size=image_size)
+    return describe_llava(
+        model,
+        text_tokens=text_tokens,
+        config=config,
+        image_size=image_size,
+        frames=frames,
+        image_processor=image_processor,
+    )
+
+
+def describe_llava(
+    model: nn.Module,
+    *,
+    text_tokens: int = 64,
+    config: MergeConfig | None = None,
+    image_size: tuple[int, int] | None = None,
+    frames: int | None = None,
+    image_processor: Any = None,
+) -> Description:
+    """`describe` for a model with a language model."""
+    adapter = find_adapter(base_model(model))
     in_force = is_wrapped(model) and (config is None or config == merge_config(model))
     if config is None:
         config = merge_config(model) if in_force else MergeConfig(keep=DEFAULT_KEEP)
     schedule = planned_schedule(model, config)
     nothing = MergeConfig(keep=1.0)
     untouched = planned_schedule(model, nothing)
-    adapter = find_adapter(base_model(model))
     asked = adapter.sized_by_processor and image_processor is not None and not frames
     known = adapter.default_image_size or (image_size if asked else None)
     # Frames of other families have one size.
@@ -130,7 +154,7 @@ def from_config(
     if model is None:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
-    return describe(
+    return describe_llava(
         model,
         text_tokens=text_tokens,
         config=merging,

@@ -19,7 +19,7 @@ from torch import nn
 from ..adapters import find_adapter
 from ..adapters.features import feature_choice
 from ..adapters.inner_tower import Comparison
-from ..adapters.layer_parts import attention_of, mlp_of
+from ..adapters.layer_parts import attention_of, head_dim_of, mlp_of
 from ..adapters.tower import find_encoder_layers
 from ..adapters.tower_tokens import has_class_token, patch_grid
 from ..adapters.wide_attention import head_dims
@@ -105,23 +105,40 @@ def tower_flops(
         return _unknown_tower_flops(tower, vision, schedule)
     if config.skip_unused_layers or not schedule.is_identity:
         blocks = blocks[: schedule.used_layers]
+    flops, merging = layers_flops(
+        blocks, schedule, config, vision.hidden_size, has_class=has_class_token(tower)
+    )
+    head = pooling_head_flops(tower, vision, tower_lengths(schedule)[len(blocks)])
+    return flops, _embedding_flops(vision) + head, merging
+
+
+def layers_flops(
+    blocks: list[Any], schedule: Schedule, config: MergeConfig, width: int, *, has_class: bool
+) -> tuple[tuple[int, ...], int]:
+    """FLOPs of every layer, and the part of them that merging adds.
+
+    Args:
+        blocks: the layers that are run.
+        schedule: token counts.
+        config: algorithm, metric, placement.
+        width: channels of the hidden states.
+        has_class: whether ranking by attention asks the class token alone.
+    """
     lengths = tower_lengths(schedule)
     inside = config.placement == "after_attention"
     flops, merging = [], 0
     steps = zip(blocks, lengths, lengths[1:], strict=False)
     for index, (block, entering, leaving) in enumerate(steps):
-        compared = _layer_merging(
-            block, index, entering, leaving, schedule, config, has_class_token(tower)
-        )
+        step = (index, entering, leaving)
+        compared = _layer_merging(block, step, schedule, config, width, has_class)
         flops.append(
             entering * linear_flops(attention_of(block))
-            + attention_flops(entering, entering, vision.hidden_size)
+            + attention_flops(entering, entering, width)
             + (leaving if inside else entering) * sum(map(linear_flops, mlp_of(block)))
             + compared
         )
         merging += compared
-    head = _pooling_head_flops(tower, vision, lengths[len(blocks)])
-    return tuple(flops), _embedding_flops(vision) + head, merging
+    return tuple(flops), merging
 
 
 def _compared_flops(comparisons: list[Comparison], config: MergeConfig) -> int:
@@ -150,21 +167,20 @@ def tower_lengths(schedule: Schedule) -> list[int]:
 
 def _layer_merging(
     block: Any,
-    index: int,
-    entering: int,
-    leaving: int,
+    step: tuple[int, int, int],
     schedule: Schedule,
     config: MergeConfig,
+    width: int,
     has_class: bool,
 ) -> int:
-    """FLOPs that merging adds to a layer of the tower; lengths include leading tokens."""
+    """FLOPs that merging adds to a layer; `step` is its number, tokens entering and leaving."""
+    index, entering, leaving = step
     if entering == leaving:
         return 0
-    algorithm, attention = algorithms.get(config.algorithm), attention_of(block)
-    width = attention.embed_dim
+    algorithm = algorithms.get(config.algorithm)
     by_keys = (config.metric or algorithm.metric) == "keys"
     ctx, n_leading = MergeContext(config, index, schedule.depth(index)), schedule.n_leading
-    metric = attention.head_dim if by_keys else width
+    metric = head_dim_of(block) if by_keys else width
     flops = similarity_flops(entering - n_leading, leaving - n_leading, metric, algorithm, ctx)
     if algorithm.needs_attention:
         asked = 1 if has_class else entering
@@ -273,8 +289,8 @@ def _embedding_flops(vision: Any) -> int:
     return int(2 * rows * columns * vision.num_channels * area * vision.hidden_size)
 
 
-def _pooling_head_flops(tower: nn.Module, vision: Any, n_tokens: int) -> int:
-    """FLOPs of SigLIP's attention pooling, which LLaVA computes and does not read.
+def pooling_head_flops(tower: nn.Module, vision: Any, n_tokens: int) -> int:
+    """FLOPs of SigLIP's attention pooling, which LLaVA computes and does not read; 0 without it.
 
     One query attends to n tokens: 2 C^2 (query) + 4 n C^2 (keys, values) + 4 n C + 2 C^2 (output)
     and then the MLP once.

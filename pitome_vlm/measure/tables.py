@@ -10,6 +10,7 @@ import base64
 import functools
 import html
 import io
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -174,3 +175,11 @@ def _template(name: str) -> Any:
     )
     environment.filters["base64_png"] = _base64_png
     return environment.get_template(name)
+
+
+def folded(title: str, steps: list[str]) -> list[str]:
+    """The title and the steps in lines of at most 79 characters, no step broken in two."""
+    # textwrap breaks at spaces, so the spaces within a step are hidden from it.
+    text = ", ".join(step.replace(" ", "\0") for step in steps)
+    folded = textwrap.wrap(f"{title}: {text}", 79, subsequent_indent="  ", break_long_words=False)
+    return [line.replace("\0", " ") for line in folded]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import flash
 import pytest
 import torch
 import transformers as hf
@@ -296,3 +297,45 @@ def test_every_record_is_tried():
     assert tried == {record.model_type for record in ENCODERS}
     for record in ENCODERS:
         assert all(hasattr(hf, name) for name in record.classes)
+
+
+def test_kernels_agree(monkeypatch):
+    flash.install(monkeypatch)
+    for name in (
+        "clip vision",
+        "siglip vision",
+        "vit",
+        "deit",
+        "dinov2 registers",
+        "dinov3",
+        "blip2",
+    ):
+        tiny, found = TINY[name], {}
+        for kernel in ("eager", "sdpa", flash.NAME):
+            model, inputs = tiny.model(attention="eager"), tiny.inputs()
+            config = find_encoder(model).config
+            config._attn_implementation_internal = kernel
+            pitome_vlm.wrap(model, ratio=0.8, algorithm="tome")
+            flash.widths.clear()
+            with torch.no_grad():
+                found[kernel] = tiny.result(model(**inputs))
+            # Heads of 8 channels; after the first merge, sizes are in three more.
+            assert set(flash.widths) == ({8, 16} if kernel == flash.NAME else set()), name
+            pitome_vlm.unwrap(model)
+        for kernel, result in found.items():
+            assert relative(result, found["eager"]) < 1e-5, (name, kernel)
+
+
+@every_encoder
+def test_half_precision(tiny, model):
+    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+        if "position_embedding" in name or "inv_freq" in name:
+            weight.zero_()
+    model.bfloat16()
+    inputs = tiny.inputs()
+    inputs["pixel_values"] = of_two_patches(inputs["pixel_values"]).bfloat16()
+    expected = run(tiny, model, inputs)
+    pitome_vlm.wrap(model, ratio=0.85, algorithm="tome")
+    found = run(tiny, model, inputs)
+    assert found.dtype == expected.dtype
+    assert relative(found.float(), expected.float()) < 0.05

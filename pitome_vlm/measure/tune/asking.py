@@ -17,7 +17,7 @@ from ...merge.config import MergeConfig
 from ...wrapping.encode import planned_schedule
 from ...wrapping.wrap import base_model, wrapped
 from ..asking import checked_question, decoded, encoded_rows, generated, question_prompt
-from ..description import describe
+from ..description import describe_llava
 from ..provenance import model_fingerprint, provenance
 from .rows import Row
 
@@ -133,7 +133,7 @@ class ModelAsker:
 
     def savings(self, config: MergeConfig) -> str:
         """Computed FLOPs and cache, as a phrase."""
-        described = describe(self.model, config=config)
+        described = describe_llava(self.model, config=config)
         return (
             f"{described.tokens_out} of {described.tokens_in} visual tokens per image; computed "
             f"for one image and {described.before.text_tokens} text tokens: "
