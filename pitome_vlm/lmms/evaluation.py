@@ -192,6 +192,7 @@ class Evaluator:
             "visual_tokens_unreduced": described.tokens_in,
             # Where tokens depend on the image, costs are those of an image of this size.
             **({"image_size": list(described.image_size)} if described.image_size else {}),
+            **({"described": described.unit} if described.unit != "image" else {}),
             "text_tokens": text,
             "mean_input_tokens": mean,
             **{name: getattr(costs, name) for name in (*names, "kv_bytes_per_image")},

@@ -21,7 +21,8 @@ from ..merge.size_channels import channel_width
 from ..releases import layer_configs
 from ..wrapping.encode import planned, planned_schedule
 from ..wrapping.wrap import base_model, is_wrapped, merge_config, schedule_of
-from .flops import prefill_flops, projector_flops, tower_flops
+from .flops import projector_flops, tower_flops
+from .language_flops import layers_without_attention, prefill_flops
 from .sizes import pieces_of
 
 
@@ -162,16 +163,6 @@ def kv_bytes_per_token(
         if told.size_bias and told.carrier == "channels":
             widths = [channel_width(width) for width in widths]
     return int(sum(2 * _kv_heads(layers[n]) * widths[n] for n in cached) * itemsize)
-
-
-def layers_without_attention(text: Any) -> list[tuple[int, str]]:
-    """(number, kind) of a language model's layers that hold no keys and know no attention mask.
-
-    Args:
-        text: configuration of the language model.
-    """
-    kinds = enumerate(getattr(text, "layer_types", None) or ())
-    return [(n, kind) for n, kind in kinds if "attention" not in kind or "linear" in kind]
 
 
 def _kv_heads(layer: Any) -> int:

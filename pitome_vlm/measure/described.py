@@ -37,6 +37,8 @@ class Description:
         untold: "N KIND layers" of every kind of layers of the language model that no size bias
             reaches.
         resized: whether sizes are those after the processor's resizing, which was not asked.
+        patch_steps: of a tower that has more patches than tokens, (layer, patches before, patches
+            after) of every merging layer; empty for others.
     """
 
     config: MergeConfig
@@ -53,6 +55,7 @@ class Description:
     frames: int | None = None
     resized: bool = False
     untold: tuple[str, ...] = ()
+    patch_steps: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def footprint(self) -> Footprint:
@@ -70,6 +73,13 @@ class Description:
     @property
     def _thing(self) -> str:
         return "video" if self.frames else self.unit
+
+    @property
+    def _in_tiles(self) -> bool:
+        """Whether the tower's patches are those of a tile, and not of the whole image."""
+        if self.schedule.typical:
+            return self.unit == "tile" or len(self.pieces) > 1
+        return self.schedule.packed
 
     def _of_size(self) -> str:
         text = f" of {self.frames} frame{'s' * (self.frames > 1)}" if self.frames else ""
@@ -92,9 +102,11 @@ class Description:
     def tower_steps(self) -> tuple[tuple[int, int, int], ...]:
         """(layer, patches before, patches after) of every merging tower layer, without CLS.
 
-        The patches are those of one tile where images are cut into tiles; in towers that take
-        images of any size they are the image's tokens as the prompt shows them.
+        The patches are those of one tile where images are cut into tiles. In towers that merge
+        units of patches, as many as become one token, they are the image's tokens.
         """
+        if self.patch_steps:
+            return self.patch_steps
         schedule = self.schedule
         if schedule.typical:
             schedule = schedule.of_image(self.count.full, self.count.out)
@@ -172,8 +184,9 @@ class Description:
             return [*lines, "nothing is merged: the untouched code runs"]
         if self.tower_steps:
             steps = [f"{layer}: {a} -> {b}" for layer, a, b in self.tower_steps]
-            what = "patches of a tile" if self.schedule.packed else "patches"
-            what = "tokens" if self.schedule.typical else what
+            tile = " of a tile" if self._in_tiles else ""
+            units = self.schedule.typical and not self.schedule.spread
+            what = "tokens" if units else f"patches{tile}"
             lines += folded(f"{what} by tower layer", steps)
         if self.schedule.typical:
             lines.append(f"tokens after the tower: {self.count.full} -> {self.count.shown}")

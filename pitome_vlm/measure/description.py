@@ -16,11 +16,15 @@ from ..loading.checkpoints import check_model_type, read_config
 from ..loading.image_processors import find_image_processor
 from ..loading.original import original_shapes
 from ..merge.config import DEFAULT_KEEP, MergeConfig
+from ..merge.counts import Footprint
+from ..merge.schedule import Schedule
 from ..wrapping.encode import planned, planned_schedule
 from ..wrapping.wrap import base_model, is_wrapped, merge_config
-from .accounting import costs, layers_without_attention
+from .accounting import costs
 from .described import Description
 from .encoders import EncoderDescription, describe_encoder
+from .flops import merged_count
+from .language_flops import layers_without_attention
 from .sizes import asks_processor, pieces_of, planned_total
 from .weights import weights_of
 
@@ -109,6 +113,7 @@ def describe_llava(
         unit="image" if size else adapter.counted_per,
         frames=frames,
         untold=_untold(base_model(model)),
+        patch_steps=_patch_steps(base_model(model), schedule, config, pieces[0]),
         resized=adapter.sized_by_processor and not asked and bool(size or frames),
     )
 
@@ -116,6 +121,17 @@ def describe_llava(
 def _untold(base: Any) -> tuple[str, ...]:
     found = Counter(kind for _, kind in layers_without_attention(base.config.get_text_config()))
     return tuple(f"{count} {kind} layer{'s' * (count > 1)}" for kind, count in found.items())
+
+
+def _patch_steps(
+    base: Any, schedule: Schedule, config: MergeConfig, piece: Footprint
+) -> tuple[tuple[int, int, int], ...]:
+    """See `Description`."""
+    if not (schedule.typical and schedule.spread):
+        return ()
+    own = schedule.of_image(piece.full, merged_count(schedule, config, piece))
+    compared = find_adapter(base).tower_comparisons(base, piece, own)
+    return tuple((one.layer, one.entering, one.leaving) for one in compared)
 
 
 def from_config(

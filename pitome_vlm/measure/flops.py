@@ -1,4 +1,4 @@
-"""FLOPs of a vision tower, a projector and a language model, by formula.
+"""FLOPs of a vision tower and a projector, by formula; `language_flops.py` has the language model.
 
 Nothing is run; the model may be on the meta device.
 
@@ -22,14 +22,12 @@ from ..adapters.inner_tower import Comparison
 from ..adapters.layer_parts import attention_of, head_dim_of, mlp_of
 from ..adapters.tower import find_encoder_layers
 from ..adapters.tower_tokens import has_class_token, patch_grid
-from ..adapters.wide_attention import head_dims
 from ..merge import algorithms
 from ..merge.algorithm import Algorithm, MergeContext
 from ..merge.budget import FINISHER
 from ..merge.config import MergeConfig
 from ..merge.counts import Footprint, count_tokens, newline_share, shared_out
 from ..merge.schedule import Schedule
-from ..releases import layer_configs
 
 
 def linear_flops(module: nn.Module) -> int:
@@ -92,7 +90,7 @@ def tower_flops(
     """
     adapter = find_adapter(base)
     if footprint is not None and schedule.typical:
-        own = schedule.of_image(footprint.full, _out(schedule, config, footprint))
+        own = schedule.of_image(footprint.full, merged_count(schedule, config, footprint))
         whole = adapter.tower_flops(base, footprint, own)
         if whole is not None:
             compared = _compared_flops(adapter.tower_comparisons(base, footprint, own), config)
@@ -214,7 +212,7 @@ def projector_flops(
         if schedule.typical:
             projected = footprint.full
         if footprint.frames and find_adapter(base).videos_pooled_first:
-            projected = _out(schedule, config, footprint)
+            projected = merged_count(schedule, config, footprint)
         return merging + projected * linear_flops(projector), merging
     width = parts.vision_config.hidden_size * _feature_layers(base.config)
     entering = schedule.tower[-1][1] if schedule.tower else schedule.n_tokens
@@ -231,7 +229,7 @@ def _packed_flops(base: Any, schedule: Schedule, config: MergeConfig, footprint:
     It may have fewer groups than the tower handed on, where padding or pooling removed whole
     groups; only the pixels can tell. Windows of a video are compared on their own.
     """
-    out = _out(schedule, config, footprint)
+    out = merged_count(schedule, config, footprint)
     cells, patches = footprint.full - footprint.newlines, out - newline_share(footprint, out)
     algorithm = algorithms.get(config.algorithm)
     if algorithm.needs_attention:
@@ -254,31 +252,14 @@ def _context_after(config: MergeConfig, schedule: Schedule) -> MergeContext:
     return MergeContext(config, layer, schedule.depth(layer), at_projector=True)
 
 
-def _out(schedule: Schedule, config: MergeConfig, footprint: Footprint) -> int:
+def merged_count(schedule: Schedule, config: MergeConfig, footprint: Footprint) -> int:
+    """Tokens that an image (or tile, or video) is merged to."""
     together = config.frames_together
     return count_tokens(schedule, config.budget, footprint, frames_together=together).out
 
 
 def _text_width(base: Any) -> int:
     return int(base.config.get_text_config().hidden_size)
-
-
-def prefill_flops(base: Any, n_tokens: int) -> int:
-    """FLOPs of the language model over a prompt, with the logits of one position.
-
-    n (2 W(language model)) + L 4 n^2 (heads x head_dim) + 2 W(lm_head). Grouped-query attention
-    and gated MLPs are in W; grouped keys are shared by queries, hence `heads` in the second term.
-    The original llava package computes logits for all n positions: n 2 W(lm_head) there.
-    """
-    text = base.config.get_text_config()
-    pairs = zip(layer_configs(text), head_dims(text), strict=True)
-    width = sum(layer.num_attention_heads * channels for layer, channels in pairs)
-    parts = find_adapter(base).parts(base)
-    return (
-        n_tokens * sum(map(linear_flops, parts.language_model))
-        + attention_flops(n_tokens, n_tokens, width)
-        + (n_tokens if parts.all_logits else 1) * linear_flops(base.get_output_embeddings())
-    )
 
 
 def _embedding_flops(vision: Any) -> int:

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pitome_vlm
 from pitome_vlm.adapters import find_adapter
 from pitome_vlm.adapters.families import FAMILIES as RECORDS
+from pitome_vlm.adapters.family import vit_tokens
 from pitome_vlm.measure.accounting import costs
 from pitome_vlm.merge import algorithms
 from pitome_vlm.wrapping.wrap import merging_of
@@ -232,6 +233,24 @@ def _size(model, inputs):
     if "image_sizes" not in inputs:
         return None
     return tuple(inputs["image_sizes"][0].tolist())
+
+
+@else_refused("idefics3", "gemma3", "mistral3")
+def test_what_merges_in_the_tower_is_called_patches():
+    for name, patches, what in (("idefics3", 64, " of a tile"), ("gemma3", 256, "")):
+        model = model_of(name)
+        assert vit_tokens(model.config) == patches
+        told = pitome_vlm.describe(pitome_vlm.wrap(model, keep=0.25, **INSIDE))
+        first, second = told.tower_steps
+        assert first[1] == patches > first[2] == second[1] > second[2] > told.tokens_out
+        steps = ", ".join(
+            f"{layer}: {before} -> {after}" for layer, before, after in (first, second)
+        )
+        assert f"\npatches{what} by tower layer: {steps}\n" in str(told)
+    model = pitome_vlm.wrap(model_of("mistral3"), keep=0.25, **INSIDE)
+    told = pitome_vlm.describe(model, image_size=(64, 96))
+    assert told.tower_steps[0][1] == 4 * told.tokens_in
+    assert "\npatches by tower layer" in str(told)
 
 
 class MeanOfFour(torch.nn.Module):

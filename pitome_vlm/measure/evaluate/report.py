@@ -216,7 +216,8 @@ def _paired_cells(row: Row) -> list[str]:
 def _cost_note(row: Row, timing: Mapping[str, Any] | None) -> str:
     facts = row.record.measured.facts
     note = (
-        f"FLOPs and cache are computed for one image and {facts['text_tokens']} text tokens (the "
+        f"FLOPs and cache are computed for one {facts.get('described', 'image')} and "
+        f"{facts['text_tokens']} text tokens (the "
         f"mean prompt of {row.cell.task}). One multiply-add is 2 FLOP, only matrix products and "
         "convolutions count: a layer with n tokens, width C and W weights in its linear maps "
         "takes 2 n W + 4 n² C, plus the comparison of tokens where it merges; all FLOPs "
