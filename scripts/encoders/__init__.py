@@ -1,0 +1,1 @@
+"""Encoders on their own: retrieval and classification."""
