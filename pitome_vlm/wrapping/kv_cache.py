@@ -8,6 +8,7 @@ encoded and how a mask is computed is left to `prompt.py` and `masks.py`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,11 @@ class CachedImages:
     last: Tensor | None = None
     removed: int = 0
     prompt: CachedImages | None = None
+
+    @functools.cached_property
+    def bias(self) -> Tensor:
+        """[B, S] float32 log(size), once for all decoded tokens."""
+        return self.sizes.log()
 
     @classmethod
     def of(cls, plan: CallPlan, prompt: CompactPrompt) -> CachedImages:
@@ -130,14 +136,14 @@ class CachedImages:
         else:
             total = queries + (0 if cache is None else int(cache.get_seq_length()))
         if self.positions is not None:
-            places = later_positions(self.positions, mask, total, self.last)[:, -queries:]
+            places = later_positions(self.positions, mask, total, self.last, queries)
             inputs["position_ids"] = places if places.dim() < 3 else places.permute(2, 0, 1)
         if self.calibration.carrier == "channels":
             inputs[KEY_SIZES] = KeySizes(self.sizes if self.calibration.size_bias else None, total)
         elif self.calibration.size_bias:
             inputs["attention_mask"] = additive_mask(
                 self.masks,
-                self.sizes,
+                self.bias,
                 batch=query.shape[0],
                 queries=queries,
                 dtype=dtype if embeds is None else embeds.dtype,
@@ -269,7 +275,7 @@ def calibrated(
     weight: Tensor = model.get_input_embeddings().weight
     floats = additive_mask(
         masks,
-        sizes if calibration.size_bias else None,
+        sizes.log() if calibration.size_bias else None,
         batch=query.shape[0],
         queries=query.shape[1],
         dtype=query.dtype if query.is_floating_point() else weight.dtype,

@@ -16,12 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 
 from ..releases import CACHE_NAME, MASK_ARGUMENTS
 
 # Arguments by which models know tokens that see those after them.
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+FULL = "full_attention"
+# Options of configurations without `layer_types` that limit what a token sees.
+_WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,17 @@ class Masks:
         config: for that function. It names an implementation whose masks are always there.
         names: arguments of the function.
         one: the language model takes one mask, not one by layer type.
+        kind: where all layers are of one kind and see every earlier key, the name of that kind
+            (None where the model takes one mask).
+        sees_all: whether they are.
     """
 
     make: Callable[..., Any]
     config: Any
     names: frozenset[str]
     one: bool = False
+    kind: str | None = None
+    sees_all: bool = False
 
     @classmethod
     def of(cls, model: Any, text_config: Any, *, one: bool = False) -> Masks:
@@ -47,7 +56,11 @@ class Masks:
         text._attn_implementation = "eager"
         own = getattr(model, "create_masks_for_generate", None)
         if own is None:
-            return cls(create_masks_for_generate, text, MASK_ARGUMENTS, one)
+            kinds = set(getattr(text, "layer_types", None) or ())
+            windows = (getattr(text, name, None) for name in _WINDOWS)
+            sees_all = kinds == {FULL} or (not kinds and not any(windows))
+            kind = FULL if kinds and not one else None
+            return cls(create_masks_for_generate, text, MASK_ARGUMENTS, one, kind, sees_all)
         whole = copy.copy(model.config)
         whole.__dict__["text_config"] = text
         return cls(own, whole, frozenset(inspect.signature(own).parameters), one)
@@ -55,7 +68,7 @@ class Masks:
 
 def additive_mask(
     own: Masks,
-    sizes: Tensor | None,
+    bias: Tensor | None,
     *,
     batch: int,
     queries: int,
@@ -72,8 +85,8 @@ def additive_mask(
 
     Args:
         own: see `Masks`.
-        sizes: [B, S] float32 patches that every column stands for, 1 for text and for columns
-            after the last one; None adds nothing.
+        bias: [B, S] float32 log of the patches that every column stands for, 0 for text and for
+            columns after the last one; None adds nothing.
         batch: B.
         queries: Q, new columns.
         dtype: of the attention logits.
@@ -92,6 +105,15 @@ def additive_mask(
         total = attention_mask.shape[1]
     else:
         total = queries + (int(cache.get_seq_length()) if cache is not None else 0)
+    if queries == 1 and own.sees_all and bias is not None and type(cache) is DynamicCache:
+        # A decoded token, in five kernels. transformers would make the same of all its columns.
+        visible = bias.to(device, dtype)[:, :total]
+        if missing := total - visible.shape[1]:
+            visible = torch.nn.functional.pad(visible, (0, missing))
+        if attention_mask is not None:
+            visible = visible.masked_fill(attention_mask == 0, torch.finfo(dtype).min)
+        mask = visible[:, None, None, :]
+        return mask if own.kind is None else {own.kind: mask}
     shape = torch.empty(batch, queries, 0, dtype=dtype, device=device)
     known: dict[str, Any] = {}
     for name, value in (
@@ -110,18 +132,19 @@ def additive_mask(
             if name in own.names and token_types.get(name) is not None:
                 known[name] = token_types[name]
     masks: Any = own.make(config=own.config, **known)
-    bias = None if sizes is None else sizes.to(device).log()
+    bias = None if bias is None else bias.to(device)
     found: dict[Any, Tensor] = {}
     for kind, mask in masks.items() if isinstance(masks, dict) else ((None, masks),):
         if mask is None or mask.dim() != 4:
             # Of layers without attention (recurrent, convolutions).
             found[kind] = mask
             continue
-        # A padded query attends to nothing. Its output is never read, but with all its logits at
-        # the lowest float torch's CPU kernel returns wrong gradients (1,133 where eager has 2.6):
-        # let it attend to everything instead.
-        nothing = (mask < 0).all(-1, keepdim=True)
-        mask = mask.masked_fill(nothing, 0.0)
+        if queries > 1:
+            # A padded query attends to nothing. Its output is never read, but with all its logits
+            # at the lowest float torch's CPU kernel returns wrong gradients (1,133 where eager has
+            # 2.6): let it attend to everything instead. The only query of a decoded token is none.
+            nothing = (mask < 0).all(-1, keepdim=True)
+            mask = mask.masked_fill(nothing, 0.0)
         if bias is not None:
             # A sliding window's cache has dropped its first columns; a static one has room after.
             keys = mask.shape[-1]

@@ -247,7 +247,11 @@ def extended(values: Tensor, length: int, fill: float) -> Tensor:
 
 
 def later_positions(
-    positions: Tensor, mask: Tensor | None, length: int, last: Tensor | None = None
+    positions: Tensor,
+    mask: Tensor | None,
+    length: int,
+    last: Tensor | None = None,
+    wanted: int | None = None,
 ) -> Tensor:
     """Positions of a prompt and of what comes after it: [B, S] to [B, length].
 
@@ -256,10 +260,12 @@ def later_positions(
         mask: [B, length], 0 where padded, None for no padding.
         length: columns wanted; those after the prompt count on from its end.
         last: [B] the position at its end; None for that of its last column.
+        wanted: only so many of the last columns; None for all.
     """
     more = length - positions.shape[1]
+    wanted = length if wanted is None else wanted
     if more <= 0:
-        return positions[:, :length]
+        return positions[:, length - wanted : length]
     if mask is None:
         steps = torch.ones(len(positions), more, device=positions.device)
     else:
@@ -270,5 +276,10 @@ def later_positions(
         end = last.to(positions)[:, None]
     if positions.dim() == 3:
         steps, end = steps[..., None], end.view(*end.shape[:2], -1)
-        return torch.cat([positions, (end + steps).expand(-1, -1, positions.shape[-1])], 1)
-    return torch.cat([positions, end + steps], 1)
+    later = end + steps
+    if wanted <= more:
+        later = later[:, more - wanted :]
+        return later if positions.dim() < 3 else later.expand(-1, -1, positions.shape[-1])
+    if positions.dim() == 3:
+        later = later.expand(-1, -1, positions.shape[-1])
+    return torch.cat([positions, later], 1)[:, length - wanted :]
