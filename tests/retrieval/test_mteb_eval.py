@@ -19,7 +19,7 @@ from PIL import Image
 from scripts.encoders import mteb_eval
 
 COLOURS = ("red", "blue", "green", "yellow", "black", "white")
-PICTURES = [Image.new("RGB", (48, 48), name) for name in COLOURS]
+IMAGES = [Image.new("RGB", (48, 48), name) for name in COLOURS]
 
 
 def described(name, kind, category, **more):
@@ -47,7 +47,7 @@ def described(name, kind, category, **more):
 
 def two_sided(texts, images):
     words = Dataset.from_dict({"id": texts, "text": [f"a {name} image" for name in COLOURS]})
-    return words, Dataset.from_dict({"id": images, "image": PICTURES})
+    return words, Dataset.from_dict({"id": images, "image": IMAGES})
 
 
 class ImagesToTexts(AbsTaskRetrieval):
@@ -70,7 +70,7 @@ class Colours(AbsTaskZeroShotClassification):
     metadata = described("TinyZeroShot", "ZeroShotClassification", "i2t", main_score="accuracy")
 
     def load_data(self, **_):
-        rows = Dataset.from_dict({"image": PICTURES, "label": list(range(6))})
+        rows = Dataset.from_dict({"image": IMAGES, "label": list(range(6))})
         self.dataset, self.data_loaded = DatasetDict({"test": rows}), True
 
     def get_candidate_labels(self):
