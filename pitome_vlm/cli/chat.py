@@ -20,6 +20,7 @@ import typer
 
 from ..common import counted, suggest
 from . import options as o
+from . import videos as v
 from .terminal import one_line, quiet, say, write
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 HELP = {
     "/image PATH ...": "show one or more other images; starts a new conversation",
+    "/video PATH ...": "the same with videos",
     "/keep F": "keep this fraction of the visual tokens, 0 to 1",
     "/tokens N": "keep this many visual tokens per image",
     "/reset": "forget the conversation, keep the image",
@@ -40,47 +42,58 @@ def chat(
     context: typer.Context,
     model: o.Model,
     image: o.MaybeImages = None,
+    video: v.Videos = None,
+    frames: v.Frames = 8,
+    temporal: v.Temporal = False,
     merging: o.Merging = o.Merging(),
     loading: o.Loading = o.Loading(),
     max_new_tokens: o.MaxNewTokens = 512,
     temperature: o.Temperature = 0.0,
     verbose: o.Verbose = False,
 ) -> None:
-    """Talk about an image; answers appear word by word.
+    """Talk about an image or a video; answers appear word by word.
 
     Without a budget, a quarter of the visual tokens is kept, or what the checkpoint's own
     pitome_config.json says; --keep 1 merges nothing.
 
-    Commands during the conversation: /image PATH, /keep 0.25, /tokens N, /reset, /info, /help,
-    /exit.
+    Commands during the conversation: /image PATH, /video PATH, /keep 0.25, /tokens N, /reset,
+    /info, /help, /exit.
 
     Example: `pitome-vlm chat --model demo --image scene.png --keep 0.25`
     """
-    given = merging.given()
+    given = merging.given() | v.temporal_option(temporal, video)
     from .session import load_images, load_merging
 
-    images = load_images(image or [])
+    images, videos = load_images(image or []), v.load_videos(video or [], frames)
     vlm, processor = load_merging(model, given, announce=True, verbose=verbose, **vars(loading))
+    v.check_videos(vlm, videos)
     from .engine import Conversation
 
-    conversation = Conversation(vlm, processor, max_new_tokens, temperature, images)
+    conversation = Conversation(vlm, processor, max_new_tokens, temperature, images, videos)
     say(f"{model} is ready; /help lists the commands.")
-    if not images:
+    if not images and not videos:
         say("No image yet; show one with /image PATH.")
-    Chat(conversation, debug=bool(context.obj), verbose=verbose).run()
+    Chat(conversation, frames, debug=bool(context.obj), verbose=verbose).run()
 
 
 class Chat:
     """Reads lines and answers them; an error in one line does not end the conversation."""
 
     def __init__(
-        self, conversation: Conversation, *, debug: bool = False, verbose: bool = False
+        self,
+        conversation: Conversation,
+        frames: int = 8,
+        *,
+        debug: bool = False,
+        verbose: bool = False,
     ) -> None:
         self.conversation = conversation
+        self.frames = frames
         self.debug = debug
         self.verbose = verbose
         self.commands: dict[str, Callable[[str], None]] = {
             "/image": self._image,
+            "/video": self._video,
             "/keep": lambda value: self._budget(keep=_number(value, float, "/keep 0.25")),
             "/tokens": lambda value: self._budget(tokens=_number(value, int, "/tokens 64")),
             "/reset": self._reset,
@@ -159,6 +172,16 @@ class Chat:
         sizes = ", ".join(f"{i.width} x {i.height}" for i in self.conversation.images)
         say(f"Showing {', '.join(names)} ({sizes}); this is a new conversation")
 
+    def _video(self, paths: str) -> None:
+        names = _split(paths)
+        if not names:
+            raise ValueError("/video needs the path of a video: /video PATH")
+        videos = v.load_videos(names, self.frames)
+        v.check_videos(self.conversation.model, videos)
+        self.conversation.show(videos=videos)
+        counts = ", ".join(f"{len(one.frames)} frames" for one in videos)
+        say(f"Showing {', '.join(names)} ({counts}); this is a new conversation")
+
     def _budget(self, **budget: Any) -> None:
         from ..wrapping.wrap import is_wrapped, merge_config, wrap
         from .session import merging_line
@@ -178,7 +201,8 @@ class Chat:
 
         talk = self.conversation
         images, turns = counted(len(talk.images), "image"), counted(len(talk.turns), "turn")
-        say(f"{merging_line(talk.model)}; {images}, {turns}")
+        videos = f", {counted(len(talk.videos), 'video')}" if talk.videos else ""
+        say(f"{merging_line(talk.model)}; {images}{videos}, {turns}")
 
     def _help(self, rest: str) -> None:
         del rest

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
+from ..loading.videos import Video
 from ..measure import asking
 from ..wrapping.image_cache import ImageCache
 from ..wrapping.wrap import is_wrapped
@@ -22,7 +23,7 @@ from ..wrapping.wrap import is_wrapped
 
 @dataclass
 class Conversation:
-    """Images and the turns of a conversation about them.
+    """Images, videos and the turns of a conversation about them.
 
     Every answer is computed from the whole conversation, so that the images or the number of
     visual tokens may change between two questions.
@@ -33,6 +34,7 @@ class Conversation:
         max_new_tokens: longest answer in tokens.
         temperature: 0 for the most likely answer; above 0 answers are sampled.
         images: images shown before the first question.
+        videos: videos shown after them.
         turns: (question, answer) pairs so far.
         image_cache: visual tokens of the images, so that only the first question runs the tower.
     """
@@ -42,6 +44,7 @@ class Conversation:
     max_new_tokens: int = 256
     temperature: float = 0.0
     images: list[Image.Image] = field(default_factory=list)
+    videos: list[Video] = field(default_factory=list)
     turns: list[tuple[str, str]] = field(default_factory=list)
     image_cache: ImageCache = field(default_factory=ImageCache)
 
@@ -51,12 +54,12 @@ class Conversation:
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
 
-    def show(self, images: Sequence[Image.Image]) -> None:
-        """Show other images; the conversation about the old ones is forgotten."""
-        self.images, self.turns = list(images), []
+    def show(self, images: Sequence[Image.Image] = (), videos: Sequence[Video] = ()) -> None:
+        """Show other images or videos; the conversation about the old ones is forgotten."""
+        self.images, self.videos, self.turns = list(images), list(videos), []
 
     def reset(self) -> None:
-        """Forget the conversation; the images stay."""
+        """Forget the conversation; images and videos stay."""
         self.turns = []
 
     def ask(
@@ -81,7 +84,7 @@ class Conversation:
         """
         question = asking.checked_question(question, self.processor)
         prompt = asking.prompt_text(self.processor, self._messages(question))
-        batch = asking.encoded(self.processor, [prompt], self.images)
+        batch = asking.encoded(self.processor, [prompt], self.images, videos=self.videos)
         tokenizer = asking.tokenizer_of(self.processor)
         options: dict[str, Any] = (
             {"image_cache": self.image_cache} if is_wrapped(self.model) else {}
@@ -102,13 +105,13 @@ class Conversation:
         return answer
 
     def _messages(self, question: str) -> list[asking.Message]:
-        """The turns so far and the new question; images come before the first question."""
+        """The turns so far and the new question; what is shown comes before the first question."""
         messages: list[asking.Message] = []
+        shown = len(self.images), len(self.videos)
         for said, answer in self.turns:
-            images = 0 if messages else len(self.images)
-            messages += [asking.user_message(said, images), asking.assistant_message(answer)]
-        images = 0 if messages else len(self.images)
-        return [*messages, asking.user_message(question, images)]
+            messages += [asking.user_message(said, *shown), asking.assistant_message(answer)]
+            shown = 0, 0
+        return [*messages, asking.user_message(question, *shown)]
 
 
 class _Stop(StoppingCriteria):

@@ -10,6 +10,7 @@ import typer
 
 from . import options as o
 from .terminal import quiet, say, show_table, write, write_json
+from .videos import Temporal
 
 if TYPE_CHECKING:
     from ..measure.described import Description
@@ -33,15 +34,6 @@ ModelName = Annotated[
 TextTokens = Annotated[int, o.plain("Text tokens in the prompt.", "N", min=0)]
 Frames = Annotated[
     int | None, o.plain("Describe a video of N frames instead of an image.", "N", min=1)
-]
-Temporal = Annotated[
-    bool,
-    o.plain(
-        "With --frames: merge consecutive frames with each other, as many as "
-        "`--option temporal_window=N` says.",
-        None,
-        "--temporal",
-    ),
 ]
 ListAlgorithms = Annotated[
     bool,

@@ -15,11 +15,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jinja2
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from ..common import check_text
 from ..loading.images import ImageError
+from ..loading.videos import Video
 
 Message = Mapping[str, Any]
 
@@ -45,21 +47,28 @@ def image_token(processor: Any) -> str:
 
 
 def checked_question(question: str, processor: Any) -> str:
-    """The question without outer spaces; ValueError if empty or with the image token."""
+    """The question without outer spaces; ValueError if empty or with a placeholder."""
     question = check_text("the question", question).strip()
     if not question:
         raise ValueError("the question is empty")
-    token = image_token(processor)
-    if token in question:
-        raise ValueError(
-            f"the question must not contain {token!r}: images are put before the question"
-        )
+    for kind, token in (("image", image_token(processor)), ("video", _video_token(processor))):
+        if token and token in question:
+            raise ValueError(
+                f"the question must not contain {token!r}: {kind}s are put before the question"
+            )
     return question
 
 
-def user_message(text: str, images: int = 0) -> dict[str, Any]:
-    """A user's turn: `images` images, then the text."""
-    content = [*[{"type": "image"}] * images, {"type": "text", "text": text}]
+def _video_token(processor: Any) -> str | None:
+    """The text that stands for a video in a prompt; None for models without videos."""
+    token = getattr(processor, "video_token", None)
+    return token if isinstance(token, str) else None
+
+
+def user_message(text: str, images: int = 0, videos: int = 0) -> dict[str, Any]:
+    """A user's turn: `images` images and `videos` videos, then the text."""
+    shown = [*[{"type": "image"}] * images, *[{"type": "video"}] * videos]
+    content = [*shown, {"type": "text", "text": text}]
     return {"role": "user", "content": content}
 
 
@@ -84,7 +93,7 @@ def prompt_text(processor: Any, messages: Sequence[Message], *, ask: bool = True
     end = tokenizer_of(processor).eos_token or ""
     text = ""
     for message in messages:
-        said = _flat_content(message["content"], image_token(processor))
+        said = _flat_content(message["content"], processor)
         if message["role"] == "user":
             text += f"USER: {said} "
         elif message["role"] == "assistant":
@@ -100,8 +109,7 @@ def _from_template(processor: Any, messages: Sequence[Message], ask: bool) -> st
     Some templates take content as text only: they fail with a list of parts, or write it out as
     Python shows it, brackets and all. They get such content as one text.
     """
-    token = image_token(processor)
-    flat = [{**one, "content": _flat_content(one["content"], token)} for one in messages]
+    flat = [{**one, "content": _flat_content(one["content"], processor)} for one in messages]
 
     def written(form: Sequence[Message]) -> str:
         return str(
@@ -147,6 +155,7 @@ def encoded(
     texts: Sequence[str],
     images: Sequence[Image.Image] = (),
     *,
+    videos: Sequence[Video] = (),
     side: Literal["left", "right"] = "left",
 ) -> dict[str, Tensor]:
     """Prompts and the images of all of them, in order, as the processor's tensors.
@@ -155,6 +164,8 @@ def encoded(
         processor: of the model.
         texts: one prompt per row.
         images: as many as there are image tokens in the prompts.
+        videos: as many as there are video tokens in the prompts; the processor takes all of their
+            frames.
         side: where shorter rows are padded; "left" to generate, because answers continue at the
             end of a row.
 
@@ -172,7 +183,13 @@ def encoded(
         )
     special = {} if special_tokens(processor, texts) else {"add_special_tokens": False}
     padding = {"padding": True, "padding_side": side} if len(texts) > 1 else {}
-    options = {**padding, **special, "return_tensors": "pt"}
+    options: dict[str, Any] = {**padding, **special, "return_tensors": "pt"}
+    if videos:
+        options |= {
+            "videos": [[np.asarray(frame) for frame in video.frames] for video in videos],
+            "video_metadata": [video.metadata() for video in videos],
+            "do_sample_frames": False,
+        }
     if not images:
         found = dict(processor(text=list(texts), **options))
     else:
@@ -276,7 +293,10 @@ def answers(
     return decoded(processor, batch, sequences)
 
 
-def _flat_content(content: Any, token: str) -> str:
+def _flat_content(content: Any, processor: Any) -> str:
     if isinstance(content, str):
         return content
-    return "".join(f"{token}\n" if part["type"] == "image" else part["text"] for part in content)
+    tokens = {"image": image_token(processor), "video": _video_token(processor)}
+    return "".join(
+        part["text"] if part["type"] == "text" else f"{tokens[part['type']]}\n" for part in content
+    )

@@ -117,7 +117,7 @@ BAD = [
     (["--image", "IMAGE", "--device", "meta", "q"], "--device meta holds no weights"),
     (["--image", "IMAGE", "--preset", "paper", "--algorithm", "tome", "q"], "fixes the algorithm"),
     (["--image", "IMAGE", "--stage", "tower", "q"], "given with --option stage=VALUE"),
-    (["q"], "Missing option '--image'"),
+    (["q"], "nothing to ask about: give --image FILE, or --video FILE"),
     (["--image", "IMAGE", "q", "--kep", "0.5"], "No such option: --kep"),
 ]
 
