@@ -37,8 +37,8 @@ class EncoderPass(MergePass):
 
     @classmethod
     def of(cls, merge_pass: MergePass, *, short: bool = False) -> Self:
-        """A fresh pass with the settings of another one."""
-        names = ("config", "schedule", "algorithm", "grid", "finisher", "watch")
+        """A fresh pass as an encoder needs it; plans and sizes are those of the fresh one given."""
+        names = ("config", "schedule", "algorithm", "grid", "finisher", "watch", "plans", "sizes")
         return cls(**{name: getattr(merge_pass, name) for name in names}, short=short)
 
     @property

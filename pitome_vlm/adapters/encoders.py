@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..merge.schedule import TowerShape
-from .layer_parts import ENCODER_LAYERS
+from .layer_parts import ENCODER_LAYERS, parts_of
 from .tower import find_encoder_layers
 
 
@@ -81,22 +81,27 @@ ENCODERS = (
 )
 _BY_TYPE = {record.model_type: record for record in ENCODERS}
 
-# Encoders that are refused, by a word of their class or the type of their configuration, and why.
+# Encoders that are refused, by the end of their class's name, its package or the type of
+# their configuration, and why.
 REFUSED_ENCODERS = {
     "Backbone": "a backbone hands on the states of several layers as maps of all patches; wrap the "
     "model of the same weights, for instance Dinov2Model",
     "siglip2_vision_model": "a NaFlex SigLIP2 takes images of any number of patches with a mask, "
     "so no count can be promised; SigLIP2 checkpoints of one image size can be wrapped",
-    "timm_wrapper": "its blocks are timm's, with which merging was never run; convert the weights "
+    "timm": "its blocks are timm's, with which merging was never run; convert the weights "
     "to ViTForImageClassification or DeiTForImageClassification of transformers",
 }
 
 
 def record_of(encoder: Any) -> Encoder | None:
     """The record of a module that holds embeddings and layers of a known type."""
-    model_type = getattr(getattr(encoder, "config", None), "model_type", None)
-    record = _BY_TYPE.get(model_type) if isinstance(model_type, str) else None
+    record = _BY_TYPE.get(_model_type(encoder))
     return record if record is not None and hasattr(encoder, "embeddings") else None
+
+
+def _model_type(module: Any) -> str:
+    found = getattr(getattr(module, "config", None), "model_type", None)
+    return found if isinstance(found, str) else ""
 
 
 def find_encoder(model: nn.Module) -> Any:
@@ -124,10 +129,11 @@ def part_of(model: nn.Module) -> str | None:
 
 def why_no_encoder(model: nn.Module) -> str | None:
     """Why an encoder is refused; None where nothing speaks against it."""
-    names = {type(model).__name__.removeprefix("TimmWrapper")[-8:]}
-    for module in model.modules():
-        names.add(type(module).__name__[-8:])
-        names.add(getattr(getattr(module, "config", None), "model_type", ""))
+    names = {type(model).__module__.partition(".")[0]}
+    # Asked in every call of a wrapped encoder, whose parts are none.
+    for module in [model] if record_of(model) is not None else model.modules():
+        # "Backbone" is the end of a name.
+        names |= {type(module).__name__[-8:], _model_type(module).removesuffix("_wrapper")}
     return next((why for name, why in REFUSED_ENCODERS.items() if name in names), None)
 
 
@@ -137,6 +143,11 @@ def encoder_layers(encoder: nn.Module) -> nn.ModuleList:
     Raises:
         TypeError: they have other parts than merging knows.
     """
+    for module in encoder.modules():
+        first = module[0] if isinstance(module, nn.ModuleList) and len(module) else None
+        if first is not None and parts_of(first, ENCODER_LAYERS) is not None:
+            return module  # type: ignore[return-value]
+    # Says what is expected.
     return find_encoder_layers(encoder, rotary=True, known=ENCODER_LAYERS)[0]
 
 

@@ -105,6 +105,8 @@ def bench(
 ) -> None:
     """Time tower, merging, prefill and decoding with and without merging, in turns.
 
+    Of an encoder on its own (CLIP, ViT, DINO ...) only the encoder is timed, on noise.
+
     Every budget is timed once per round, the unmerged model included; tables show medians in
     milliseconds. "pays to" is the longest answer, in tokens, that is still at least 1.1 times
     faster; "from 80" there means answers of 80 tokens or more.
@@ -132,6 +134,15 @@ def bench(
             configuration(config, layers=layers)
         budgets = _budgets(keep, tokens, algorithms)
         sizes = o.counts("batch", batch)
+        if model is not None and run.is_encoder(model):
+            _encoders(
+                run.load_checkpoint(model, threads, loading).model,
+                *(model, budgets, sizes, size),
+                rounds=(repeats, warmup),
+                output=output,
+                as_json=as_json,
+            )
+            return
         shown = (text_tokens, answer_tokens, images, size)
         for number in sizes:
             Case(number, *shown)
@@ -163,6 +174,51 @@ def bench(
                 (say if as_json else write)(str(path))
     if interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _encoders(
+    model: Any,
+    name: str,
+    budgets: list[Budget],
+    sizes: list[int],
+    image_size: tuple[int, int] | None,
+    *,
+    rounds: tuple[int, int],
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Time an encoder on its own at every batch size."""
+    from ..measure.bench.encoders import time_encoder
+    from ..measure.provenance import in_words
+    from ..measure.store import as_json as to_json
+
+    reports = [
+        time_encoder(
+            *(model, budgets),
+            name=name,
+            batch=batch,
+            image_size=image_size,
+            repeats=rounds[0],
+            warmup=rounds[1],
+        )
+        for batch in sizes
+    ]
+    found = {"encoders": [report.to_dict() for report in reports]}
+    if output is not None:
+        write_text(output / RESULTS, to_json(found))
+        # A plot of an earlier run would contradict the new numbers.
+        (output / PLOT).unlink(missing_ok=True)
+        tables = "\n\n".join(report.table().markdown() for report in reports)
+        write_text(output / REPORT, f"{tables}\n\n{in_words(reports[0].setup)}\n")
+    if as_json:
+        write_json(found)
+        return
+    for report in reports:
+        table = report.table()
+        show_table(
+            table.caption, table.columns, [[str(cell) for cell in row] for row in table.rows]
+        )
+    write(in_words(reports[0].setup))
 
 
 def _check(

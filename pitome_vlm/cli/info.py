@@ -14,6 +14,7 @@ from .videos import Temporal
 
 if TYPE_CHECKING:
     from ..measure.described import Description
+    from ..measure.encoders import EncoderDescription
 
 
 def _list_algorithms(wanted: bool) -> None:
@@ -91,7 +92,7 @@ def _described(
     text_tokens: int,
     image_size: tuple[int, int] | None,
     frames: int | None,
-) -> tuple[Description, str]:
+) -> tuple[Description | EncoderDescription, str]:
     from ..measure.description import from_config
     from .session import planned_config
 

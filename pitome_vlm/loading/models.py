@@ -19,6 +19,7 @@ from ..demo import resolve
 from ..merge.config import CONFIG_NAME, MergeConfig
 from ..wrapping.wrap import make_config, wrap
 from .checkpoints import existing, load_weights, only_local, read_config, squeezed, torch_dtype
+from .encoders import encoder_class, load_encoder
 from .peft import SavedAdapter, find_adapter_at
 from .quantization import (
     check_quantised,
@@ -62,7 +63,8 @@ def load(
     as it was trained; arguments given here take precedence.
 
     Args:
-        path: a folder or a name on the Hugging Face hub, of a model or a PEFT adapter; or "demo"
+        path: a folder or a name on the Hugging Face hub, of a model (an encoder on its own, too;
+            its processor may be an image processor), or a PEFT adapter; or "demo"
             for the bundled model (a folder `demo` in the working directory with a model in it
             comes first).
         keep: fraction of an image's visual tokens to keep, in (0, 1].
@@ -116,8 +118,21 @@ def load(
         config = config or saved_merge_config(adapter.path, **source)
         dtype = adapter.record.base_dtype if dtype in (None, "auto") else dtype
         source = source | {"revision": adapter.record.base_revision if base is None else None}
+    given = dict(options, keep=keep, tokens=tokens, ratio=ratio)
+    encoder = None if adapter is not None else encoder_class(name, **source)
+    if encoder is not None:
+        if quantised:
+            raise ValueError(f"{name} is an encoder on its own, which cannot be loaded quantised")
+        merging = _merging(name, source, config, given)
+        own: dict[str, Any] = {
+            "attn_implementation": attn_implementation,
+            "dtype": torch_dtype(dtype),
+        }
+        own |= {"device_map": device_map, "allow_pickle": allow_pickle, **source}
+        model, processor = load_encoder(name, encoder, **own)
+        return (model if merging is None else wrap(model, config=merging)), processor
     model_config = read_config(name, trust_remote_code=trust_remote_code, **source)
-    merging = _merging(name, source, config, dict(options, keep=keep, tokens=tokens, ratio=ratio))
+    merging = _merging(name, source, config, given)
     plain, ours = torch_dtype(dtype), any(bits.values())
     if ours:
         plain = unquantised_dtype(plain, getattr(model_config, "dtype", None), device_map)

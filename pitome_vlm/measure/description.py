@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from ..adapters import find_adapter
 from ..loading.checkpoints import check_model_type, read_config
+from ..loading.encoders import empty_encoder, encoder_class
 from ..loading.image_processors import find_image_processor
 from ..loading.original import original_shapes
 from ..merge.config import DEFAULT_KEEP, MergeConfig
@@ -141,7 +142,7 @@ def from_config(
     text_tokens: int = 64,
     image_size: tuple[int, int] | None = None,
     frames: int | None = None,
-) -> Description:
+) -> Description | EncoderDescription:
     """`describe` for a checkpoint whose weights are not loaded (nor downloaded).
 
     Args:
@@ -161,6 +162,10 @@ def from_config(
     """
     model: Any = None
     if isinstance(config_or_path, (str, os.PathLike)):
+        encoder = encoder_class(config_or_path)
+        if encoder is not None:
+            empty = empty_encoder(config_or_path, encoder)
+            return describe_encoder(empty, config=merging, image_size=image_size)
         model = original_shapes(config_or_path)
         config: Any = read_config(config_or_path) if model is None else None
     else:

@@ -287,6 +287,9 @@ def test_what_is_no_known_encoder_is_named():
         (hf.Dinov2Backbone(hf.Dinov2Config(**size, image_size=48, patch_size=8)), "backbone"),
         (hf.BertModel(hf.BertConfig(**size, intermediate_size=64)), "docs/models.md"),
         (tiny_model("clip").model, "pass the whole model"),
+        (TINY["siglip"].build().text_model, "docs/models.md"),
+        (torch.nn.Sequential(TINY["vit"].build()), r"wrap\(model.0, ...\)"),
+        (type("Eva", (torch.nn.Module,), {"__module__": "timm.models.eva"})(), "timm's"),
     ):
         with pytest.raises(TypeError, match=why):
             pitome_vlm.wrap(model, ratio=0.9)

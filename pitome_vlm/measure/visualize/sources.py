@@ -93,7 +93,9 @@ def source_map(model: nn.Module, processor: Any, image: Image.Image) -> SourceMa
     image = load_image(image)
     image_processor = getattr(processor, "image_processor", processor)
     pixels = _pixel_values(image_processor, image)
-    merge_pass = merging.plan(base).new_pass()
+    plan = merging.plan(base, {"pixel_values": pixels})
+    shape, merge_pass = plan.shape, plan.new_pass()
+    assert shape.grid is not None
     weight = next(base.parameters())
     with torch.no_grad():
         pixels = pixels.to(weight.device, getattr(base, "dtype", weight.dtype))
