@@ -65,6 +65,21 @@ def _video_footprints(
     return {"video": [one] * videos}
 
 
+def _videos_looked_at(inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+    """Pixels [frames, 3, H, W] of every video; empty without videos."""
+    if inputs.get(VIDEOS) is None:
+        return {}
+    _frames_of(inputs)
+    return {"video": list(inputs[VIDEOS])}
+
+
+def _selected_videos(
+    adapter: Adapter, inputs: Mapping[str, Any], members: list[int]
+) -> dict[str, Any]:
+    """The inputs of some of the videos alone."""
+    return {**adapter.options_of(inputs), VIDEOS: inputs[VIDEOS][members]}
+
+
 class HFVideoAdapter(HFAnyResAdapter):
     """LlavaOnevisionForConditionalGeneration: images of any size, and videos.
 
@@ -91,11 +106,7 @@ class HFVideoAdapter(HFAnyResAdapter):
 
     @override
     def looked_at(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
-        found = super().looked_at(model, inputs)
-        if inputs.get(VIDEOS) is not None:
-            _frames_of(inputs)
-            found["video"] = list(inputs[VIDEOS])
-        return found
+        return super().looked_at(model, inputs) | _videos_looked_at(inputs)
 
     @override
     def select(
@@ -103,7 +114,7 @@ class HFVideoAdapter(HFAnyResAdapter):
     ) -> dict[str, Any]:
         if kind == "image":
             return super().select(model, inputs, kind, members)
-        return {**self.options_of(inputs), VIDEOS: inputs[VIDEOS][members]}
+        return _selected_videos(self, inputs, members)
 
     @override
     def encode(self, model: Any, inputs: Mapping[str, Any], merge_pass: MergePass) -> list[Encoded]:
@@ -249,11 +260,7 @@ class HFVideoLlavaAdapter(HFLlavaAdapter):
 
     @override
     def looked_at(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
-        found = super().looked_at(model, self._named(inputs))
-        if inputs.get(VIDEOS) is not None:
-            _frames_of(inputs)
-            found["video"] = list(inputs[VIDEOS])
-        return found
+        return super().looked_at(model, self._named(inputs)) | _videos_looked_at(inputs)
 
     @override
     def select(
@@ -262,7 +269,7 @@ class HFVideoLlavaAdapter(HFLlavaAdapter):
         if kind == "image":
             named = self._named(inputs) | {VIDEOS: None}
             return super().select(model, named, kind, members)
-        return {**self.options_of(inputs), VIDEOS: inputs[VIDEOS][members]}
+        return _selected_videos(self, inputs, members)
 
     def _named(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs with images under one name.

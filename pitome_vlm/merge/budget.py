@@ -10,7 +10,8 @@ from . import algorithms
 from .algorithm import Algorithm, MergeContext
 from .config import MergeConfig, Stage
 from .merge_pass import MergePass, Watch
-from .schedule import Budget, Schedule, TowerShape, build_schedule
+from .schedule import Schedule, TowerShape, build_schedule
+from .steps import Budget
 
 # Brings a packed image to its exact count where the algorithm works inside the tower only.
 FINISHER = "tome"
@@ -41,7 +42,29 @@ def schedule_for(
         ValueError: unknown algorithm, or a budget that cannot be met.
     """
     algorithm = algorithm or algorithms.get(config.algorithm)
-    stage = stage_of(config, algorithm)
+    stage = _stage_in(config, algorithm, shape)
+    _check_stage(config, algorithm, shape, stage)
+    schedule = build_schedule(
+        shape,
+        config.budget,
+        stage=stage,
+        layers=config.layers,
+        tower_share=config.tower_share or algorithm.tower_share,
+        projector_steps=1 if algorithm.one_step else config.projector_steps,
+        one_step=algorithm.one_step,
+        pairwise=algorithm.pairwise,
+        fewest=Budget(keep=config.keep_range[0]) if config.is_adaptive else None,
+        after_layer=config.placement == "after_layer",
+        counts_leading=lambda layer, depth: algorithm.counts_leading(
+            MergeContext(config, layer, depth)
+        ),
+    )
+    _check_schedule(schedule, algorithm, shape, stage)
+    return schedule
+
+
+def _stage_in(config: MergeConfig, algorithm: Algorithm, shape: TowerShape) -> Stage:
+    """Where a config merges in a tower."""
     if shape.projector_only:
         if config.stage in ("tower", "both") or config.ratio is not None:
             asked = f"stage={config.stage!r}" if config.stage else f"ratio={config.ratio}"
@@ -49,9 +72,16 @@ def schedule_for(
                 f"{asked} merges inside the vision tower, which this model cannot; use "
                 'stage="projector" with keep or tokens'
             )
-        stage = "projector"
+        return "projector"
     if shape.tower_only:
-        stage = _inside_only(config)
+        return _inside_only(config)
+    return stage_of(config, algorithm)
+
+
+def _check_stage(
+    config: MergeConfig, algorithm: Algorithm, shape: TowerShape, stage: Stage
+) -> None:
+    """Refuse options and algorithms that do not go with where tokens merge."""
     if algorithm.one_step and stage == "both":
         raise ValueError(
             f"algorithm {algorithm.name!r} reduces in one step, so stage must be 'tower' or "
@@ -80,21 +110,12 @@ def schedule_for(
             "cannot go on after it until an image stops being redundant; keep='auto' needs another "
             "algorithm, or give a fixed keep"
         )
-    schedule = build_schedule(
-        shape,
-        config.budget,
-        stage=stage,
-        layers=config.layers,
-        tower_share=config.tower_share or algorithm.tower_share,
-        projector_steps=1 if algorithm.one_step else config.projector_steps,
-        one_step=algorithm.one_step,
-        pairwise=algorithm.pairwise,
-        fewest=Budget(keep=config.keep_range[0]) if config.is_adaptive else None,
-        after_layer=config.placement == "after_layer",
-        counts_leading=lambda layer, depth: algorithm.counts_leading(
-            MergeContext(config, layer, depth)
-        ),
-    )
+
+
+def _check_schedule(
+    schedule: Schedule, algorithm: Algorithm, shape: TowerShape, stage: Stage
+) -> None:
+    """Refuse algorithms that cannot do what a schedule asks for."""
     if algorithm.name == "none" and not schedule.is_identity:
         raise ValueError(
             f"algorithm 'none' keeps all {schedule.tokens_in} visual tokens, but the budget "
@@ -117,7 +138,6 @@ def schedule_for(
             f"algorithm {algorithm.name!r} needs the whole patch grid, but this model drops one "
             'patch (vision_feature_select_strategy="default" on a tower without a class token)'
         )
-    return schedule
 
 
 def _inside_only(config: MergeConfig) -> Stage:

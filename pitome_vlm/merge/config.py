@@ -12,14 +12,25 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from ..common import check_choice, check_flag, check_range, suggest, whole_number
+from ..common import suggest
+from . import config_checks as checks
 from . import registry
 from .config_file import CONFIG_NAME, FORMAT_VERSION, options_in, plain, read, write
 from .options import Own, as_kind, defaults, owners, parse, values_of, without_foreign
 from .presets import PRESETS
-from .schedule import Budget
+from .steps import Budget
+from .words import (
+    BUDGET_WORDS,
+    DEFAULT_ALGORITHM,
+    DEFAULT_KEEP,
+    Adapt,
+    Metric,
+    Placement,
+    Positions,
+    Stage,
+)
 
 __all__ = [
     "BUDGET_WORDS",
@@ -36,17 +47,6 @@ __all__ = [
     "Stage",
     "option_names",
 ]
-
-BUDGET_WORDS = ("keep", "tokens", "ratio")
-# Budget of commands and descriptions where none is given and the checkpoint brings none.
-DEFAULT_KEEP = 0.25
-DEFAULT_ALGORITHM = "pitome_plus"
-
-Stage = Literal["tower", "projector", "both"]
-Metric = Literal["keys", "hidden"]
-Placement = Literal["after_attention", "after_layer"]
-Positions = Literal["compact", "mean", "median", "original"]
-Adapt = Literal["features", "pixels"]
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -153,64 +153,14 @@ class MergeConfig:
         given = locals()
         for name in SHARED:
             self._set(name, given[name])
-        self._check_choices()
+        checks.choices(self)
         # First: a misspelt budget word is no missing budget.
         self._set("options", parse(self.algorithm, SHARED, options, own))
-        self._check_budget()
-        self._check_numbers()
+        checks.budget(self)
+        checks.numbers(self)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
-
-    def _check_budget(self) -> None:
-        if isinstance(self.keep, str) and self.keep != "auto":
-            raise TypeError(f"keep must be a number in (0, 1] or 'auto', got {self.keep!r}")
-        check_range("quality", self.quality, 0, 1)
-        given: Any = self.keep_range
-        if isinstance(given, str) or not isinstance(given, Iterable):
-            raise TypeError(f"keep_range must be two fractions, got {given!r}")
-        fractions = tuple(given)
-        for fraction in fractions:
-            check_range("keep_range", fraction, 0, 1)
-        if len(fractions) != 2 or not 0 < fractions[0] <= fractions[1]:
-            raise ValueError(
-                f"keep_range must be (smallest, largest) with 0 < smallest <= largest <= 1, got "
-                f"{fractions}"
-            )
-        self._set("keep_range", tuple(float(fraction) for fraction in fractions))
-        if self.algorithm == "none" and self.keep is self.tokens is self.ratio is None:
-            self._set("keep", 1.0)  # all that it can do
-        budget = self.budget
-        for word in BUDGET_WORDS:
-            if not (word == "keep" and self.is_adaptive):
-                self._set(word, getattr(budget, word))
-
-    def _check_choices(self) -> None:
-        if not isinstance(self.algorithm, str):
-            raise TypeError(f"algorithm must be a name, got {self.algorithm!r}")
-        check_choice("placement", self.placement, get_args(Placement))
-        check_choice("adapt", self.adapt, get_args(Adapt))
-        for name, kind in (("stage", Stage), ("metric", Metric), ("positions", Positions)):
-            if getattr(self, name) is not None:
-                check_choice(name, getattr(self, name), get_args(kind))
-        maybe = ("proportional_attention", "size_bias")
-        for name in ("weighted", "restore_order", "temporal", "skip_unused_layers", *maybe):
-            if name not in maybe or getattr(self, name) is not None:
-                check_flag(name, getattr(self, name))
-
-    def _check_numbers(self) -> None:
-        if self.tower_share is not None:
-            check_range("tower_share", self.tower_share, 0, 1, open_ends=True)
-        self._set("seed", whole_number("seed", self.seed, 0, 2**32 - 1))
-        self._set("temporal_window", whole_number("temporal_window", self.temporal_window, 2))
-        if self.projector_steps is not None:
-            steps = whole_number("projector_steps", self.projector_steps, 1)
-            self._set("projector_steps", steps)
-        if self.layers is not None:
-            given: Any = self.layers
-            if isinstance(given, str) or not isinstance(given, Iterable):
-                raise TypeError(f"layers must be a list of layer numbers, got {given!r}")
-            self._set("layers", tuple(whole_number("layers", layer, 0) for layer in given))
 
     @property
     def frames_together(self) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from .schedule import Budget, Schedule
+from .schedule import Schedule
+from .steps import Budget
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from .algorithm import Algorithm, make_plan
 from .counts import shared_out
 from .merge_pass import MergePass
 from .plan import MergePlan
-from .schedule import falling_counts, geometric_counts
+from .steps import falling_counts, geometric_counts
 
 
 @dataclass(frozen=True)

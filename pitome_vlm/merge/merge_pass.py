@@ -21,7 +21,8 @@ from .algorithm import Algorithm, MergeContext, make_plan
 from .config import MergeConfig
 from .counts import Footprint, TokenCount, count_tokens
 from .plan import MergePlan
-from .schedule import Budget, Schedule
+from .schedule import Schedule
+from .steps import Budget
 
 # Takes the name of a part of the work and returns a context manager to do it in.
 Watch = Callable[[str], contextlib.AbstractContextManager[Any]]

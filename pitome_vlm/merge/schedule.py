@@ -1,150 +1,25 @@
-"""From a budget to exact token counts.
+"""What is merged where: a budget laid out over a tower and the steps after it.
 
-Everything here is integer arithmetic on the three budget words `keep`, `tokens` and `ratio`. It is
-done before anything runs, so that a count can be printed, tested and used to size a prompt without
-a model.
+It is done before anything runs, so that a count can be printed, tested and used to size a prompt
+without a model. The arithmetic of the counts is in `steps.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-
-@dataclass(frozen=True)
-class Budget:
-    """Exactly one of the three budget words.
-
-    Attributes:
-        keep: fraction of an image's visual tokens that reach the language model, 0 < keep <= 1.
-        tokens: the same as an absolute count per image, >= 1.
-        ratio: the paper's r, the fraction kept at *every* merging step, 0 < ratio <= 1.
-    """
-
-    keep: float | None = None
-    tokens: int | None = None
-    ratio: float | None = None
-
-    def __post_init__(self) -> None:
-        given: dict[str, Any] = {k: v for k, v in vars(self).items() if v is not None}
-        if len(given) != 1:
-            shown = ", ".join(f"{k}={v}" for k, v in given.items()) or "none of them"
-            raise ValueError(
-                f"exactly one of keep, tokens, ratio must be given, got {shown}; for a quarter "
-                "of the visual tokens pass keep=0.25"
-            )
-        (name, value), *_ = given.items()
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-        plain = float(value)
-        if name == "tokens":
-            if not plain.is_integer() or plain < 1:
-                raise ValueError(f"tokens must be a whole number of at least 1, got {value!r}")
-            object.__setattr__(self, "tokens", int(plain))
-            return
-        object.__setattr__(self, name, plain)
-        if not 0 < plain <= 1:
-            raise ValueError(
-                f"{name} must be in (0, 1], got {value!r}; {name}=0.25 keeps a quarter"
-                + (" at every merging step" if name == "ratio" else "")
-            )
-
-    def target(self, n_tokens: int, unit: str = "image") -> int | None:
-        """The count that must come out, or None where `ratio` decides step by step.
-
-        Args:
-            n_tokens: visual tokens of one image before any merging.
-            unit: what they are the tokens of, for the message.
-
-        Raises:
-            ValueError: `tokens` is larger than `n_tokens`.
-        """
-        if self.tokens is not None:
-            if self.tokens > n_tokens:
-                raise ValueError(
-                    f"tokens must be in 1..{n_tokens} (this model makes {n_tokens} visual tokens "
-                    f"per {unit}), got {self.tokens}"
-                )
-            return self.tokens
-        if self.keep is not None:
-            return max(1, math.floor(self.keep * n_tokens + 0.5))
-        return None
-
-
-def apply_ratio(n_tokens: int, ratio: float) -> int:
-    """Tokens left after one step at the paper's r: N - floor(N - N r), never below one."""
-    return max(1, n_tokens - math.floor(n_tokens - n_tokens * ratio))
-
-
-def plan_counts(
-    n_tokens: int, n_steps: int, budget: Budget, leading: Sequence[int] = ()
-) -> tuple[int, ...]:
-    """Token count after every merging step.
-
-    With `ratio` every step keeps that fraction (paper section 3.1: k = N - N r removed). With
-    `keep` or `tokens` the constant ratio that leads to the target is solved for, and the last
-    step absorbs the rounding, so that the target is hit exactly.
-
-    Args:
-        n_tokens: tokens before the first step, >= 1.
-        n_steps: merging steps, >= 0.
-        budget: what to reach.
-        leading: for every step, tokens that `ratio` counts besides and that stay; empty for none.
-
-    Returns:
-        `n_steps` counts, never increasing; the last one is what the next module sees.
-
-    Raises:
-        ValueError: the budget asks for fewer tokens but there is no step to remove them, or
-            `tokens` exceeds `n_tokens`.
-    """
-    target = budget.target(n_tokens)
-    if target is None:
-        assert budget.ratio is not None
-        counts, left = [], n_tokens
-        for more in leading or (0,) * n_steps:
-            left = max(1, apply_ratio(left + more, budget.ratio) - more)
-            counts.append(left)
-        return tuple(counts)
-    return geometric_counts(n_tokens, n_steps, target)
-
-
-def geometric_counts(n_tokens: int, n_steps: int, target: int) -> tuple[int, ...]:
-    """Counts of `n_steps` steps of one constant ratio from `n_tokens` to exactly `target`."""
-    if target == n_tokens:
-        return (n_tokens,) * n_steps
-    if n_steps == 0:
-        raise ValueError(
-            f"{n_tokens} tokens cannot become {target}: no merging step lies before the layer "
-            'whose features are read; merge at stage="projector" instead'
-        )
-    log_ratio = math.log(target / n_tokens) / n_steps
-    counts = [
-        max(target, math.floor(n_tokens * math.exp(log_ratio * step) + 0.5))
-        for step in range(1, n_steps + 1)
-    ]
-    counts[-1] = target
-    return tuple(counts)
-
-
-def falling_counts(most: int, fewest: int, steps: int = 12) -> tuple[int, ...]:
-    """Counts from `most` down to `fewest` in (about) equal ratios, each once."""
-    log_ratio = math.log(fewest / most) / steps
-    counts = (math.floor(most * math.exp(log_ratio * step) + 0.5) for step in range(steps + 1))
-    return tuple(dict.fromkeys(counts))
-
-
-def halving_steps(n_tokens: int, target: int) -> int:
-    """Fewest steps from `n_tokens` to `target` when one step can at most pair tokens up."""
-    steps = 0
-    while n_tokens > target:
-        n_tokens = max(target, (n_tokens + 1) // 2)
-        steps += 1
-    return steps
+from .steps import (
+    Budget,
+    falling_counts,
+    few_layers,
+    geometric_counts,
+    halving_steps,
+    merging_layers,
+    plan_counts,
+    split_target,
+)
 
 
 @dataclass(frozen=True)
@@ -244,41 +119,6 @@ class Schedule:
         return tuple(lengths)
 
 
-def split_target(n_tokens: int, target: int, tower_share: float) -> int:
-    """Count between tower and projector when both merge: `tower_share` of the log reduction."""
-    middle = math.floor(n_tokens * math.pow(target / n_tokens, tower_share) + 0.5)
-    return min(n_tokens, max(target, middle))
-
-
-def few_layers(n_layers: int) -> tuple[int, ...]:
-    """The layers after a quarter and after half of a tower of `n_layers`.
-
-    For towers whose merging costs more than their layers save when it is done in each: the earlier
-    half of the reduction saves three quarters of the layers, the later one half of them, and what
-    is merged has been through a quarter of the tower at least.
-    """
-    return tuple(sorted({max(0, n_layers // part - 1) for part in (4, 2)}))
-
-
-def merging_layers(used_layers: int, layers: Sequence[int] | None) -> tuple[int, ...]:
-    """The tower layers that merge: all that are run, or the given ones among them.
-
-    Raises:
-        ValueError: a given layer does not exist among those that are run.
-    """
-    if layers is None:
-        return tuple(range(used_layers))
-    if not layers:
-        raise ValueError("layers is empty; name at least one layer, or leave it out for all")
-    bad = [layer for layer in layers if not 0 <= layer < used_layers]
-    if bad:
-        raise ValueError(
-            f"layers must be in 0..{used_layers - 1} (layers after the one whose features are "
-            f"read are not run), got {bad[0]}"
-        )
-    return tuple(sorted(set(layers)))
-
-
 @dataclass(frozen=True)
 class TowerShape:
     """The numbers of a vision tower that a schedule needs.
@@ -374,25 +214,12 @@ def build_schedule(
         steps = 0 if stage == "tower" else projector_steps or 1
         projector = plan_counts(tower[-1] if tower else n, steps, budget)
     else:
-        total = budget.target(n + shape.leading_kept, "tile" if shape.packed else "image")
-        assert total is not None
-        target = total - shape.leading_kept
-        if target < 1:
-            raise ValueError(
-                f"the budget leaves {total} visual tokens, but the smallest count for this model "
-                f"is {1 + shape.leading_kept} (its CLS token reaches the language model)"
-            )
+        target = _total(budget, shape) - shape.leading_kept
         middle = {"tower": target, "projector": n}.get(stage)
         middle = split_target(n, target, tower_share) if middle is None else middle
         tower = geometric_counts(n, len(tower_layers), middle)
-        needed = (halving_steps(middle, target) if pairwise else 1) if stage != "tower" else 0
-        steps = needed if projector_steps is None else projector_steps
-        if stage != "tower" and steps < needed:
-            raise ValueError(
-                f"projector_steps must be at least {needed} to get from {middle} to {target} "
-                f"tokens (one step can at most halve them), got {steps}"
-            )
-        projector = geometric_counts(middle, steps if stage != "tower" else 0, target)
+        after = _steps_after(middle, target, projector_steps, pairwise) if stage != "tower" else 0
+        projector = geometric_counts(middle, after, target)
     before = (n, *tower)
     merging = zip(tower_layers, tower, before, strict=False)
     return Schedule(
@@ -403,7 +230,7 @@ def build_schedule(
         tower=tuple((layer, after) for layer, after, entering in merging if after < entering),
         projector=projector,
         leading_kept=shape.leading_kept,
-        fewest=None if fewest is None else max(1, _total(fewest, shape) - shape.leading_kept),
+        fewest=None if fewest is None else _fewest(fewest, shape),
         packed=shape.packed,
         typical=shape.typical,
         spread=shape.spread,
@@ -412,6 +239,31 @@ def build_schedule(
 
 
 def _total(budget: Budget, shape: TowerShape) -> int:
+    """Visual tokens that a budget of `keep` or `tokens` leaves, a kept CLS included."""
+    whole = shape.n_tokens + shape.leading_kept
+    total = budget.target(whole, "tile" if shape.packed else "image")
+    assert total is not None
+    if total <= shape.leading_kept:
+        raise ValueError(
+            f"the budget leaves {total} visual tokens, but the smallest count for this model "
+            f"is {1 + shape.leading_kept} (its CLS token reaches the language model)"
+        )
+    return total
+
+
+def _fewest(budget: Budget, shape: TowerShape) -> int:
+    """Mergeable tokens that the smallest budget of an image leaves, at least one."""
     total = budget.target(shape.n_tokens + shape.leading_kept)
     assert total is not None
-    return total
+    return max(1, total - shape.leading_kept)
+
+
+def _steps_after(middle: int, target: int, asked: int | None, pairwise: bool) -> int:
+    """Steps after the tower that get from `middle` to `target` tokens."""
+    needed = halving_steps(middle, target) if pairwise else 1
+    if asked is not None and asked < needed:
+        raise ValueError(
+            f"projector_steps must be at least {needed} to get from {middle} to {target} "
+            f"tokens (one step can at most halve them), got {asked}"
+        )
+    return needed if asked is None else asked

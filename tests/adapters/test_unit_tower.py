@@ -33,7 +33,7 @@ from pitome_vlm.adapters.unit_parts import unit_towers
 from pitome_vlm.measure.flops import tower_flops
 from pitome_vlm.merge import algorithms
 from pitome_vlm.merge.algorithm import Algorithm
-from pitome_vlm.merge.schedule import few_layers
+from pitome_vlm.merge.steps import few_layers
 from pitome_vlm.wrapping.wrap import merging_of, schedule_of
 
 RAGGED = [(1, 8, 12), (1, 10, 8), (1, 4, 2), (1, 2, 2)]

@@ -14,7 +14,8 @@ from pitome_vlm.merge import algorithms
 from pitome_vlm.merge.counts import Footprint, count_tokens, newline_share, scaled, shared_out
 from pitome_vlm.merge.groups import divided, group_cells, merge_further, thinned
 from pitome_vlm.merge.merge_pass import MergePass
-from pitome_vlm.merge.schedule import Budget, TowerShape, build_schedule
+from pitome_vlm.merge.schedule import TowerShape, build_schedule
+from pitome_vlm.merge.steps import Budget
 
 TILE = TowerShape(n_tokens=576, n_leading=1, leading_kept=0, n_layers=24, used_layers=23,
                   grid=(24, 24), packed=True)  # fmt: skip

@@ -7,15 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pitome_vlm.merge.schedule import (
-    Budget,
-    TowerShape,
-    apply_ratio,
-    build_schedule,
-    geometric_counts,
-    halving_steps,
-    plan_counts,
-)
+from pitome_vlm.merge.schedule import TowerShape, build_schedule
+from pitome_vlm.merge.steps import Budget, apply_ratio, geometric_counts, halving_steps, plan_counts
 
 CLIP_L = TowerShape(
     n_tokens=576, n_leading=1, leading_kept=0, n_layers=24, used_layers=23, grid=(24, 24)

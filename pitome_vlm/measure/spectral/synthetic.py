@@ -25,7 +25,7 @@ from ...merge.algorithm import MergeContext, cosine_similarity, make_plan
 from ...merge.algorithms.pitome import EnergyOptions
 from ...merge.config import MergeConfig
 from ...merge.plan import MergePlan
-from ...merge.schedule import Budget, plan_counts
+from ...merge.steps import Budget, plan_counts
 from .graph import composed_groups, lemma1_error, mixed_groups, spectral_change, token_graph
 
 LAYOUTS = ("random", "striped")
