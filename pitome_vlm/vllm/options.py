@@ -130,6 +130,7 @@ class PlannedServing:
     def __str__(self) -> str:
         counts = f"{self.schedule.tokens_in} -> {self.schedule.counts_out}"
         unit = "tile" if self.shape.packed else "image"
+        unit = "typical image" if self.shape.typical else unit
         text = f"{self.config.summary()}: {counts} visual tokens per {unit}"
         most = f", up to keep={self.max_keep} on request"
         return text if self.max_keep is None else text + most

@@ -14,6 +14,10 @@ from vllm.model_executor.models.qwen2_vl import (
     Qwen2VLMultiModalProcessor,
     Qwen2VLProcessingInfo,
 )
+from vllm.model_executor.models.qwen3_5 import (
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5ProcessingInfo,
+)
 from vllm.model_executor.models.qwen3_vl import (
     Qwen3VLDummyInputsBuilder,
     Qwen3VLForConditionalGeneration,
@@ -87,3 +91,16 @@ class PiToMeQwen3VLMultiModalProcessor(GridProcessor, Qwen3VLMultiModalProcessor
 )
 class PiToMeQwen3VLForConditionalGeneration(GridModel, Qwen3VLForConditionalGeneration):
     """Qwen3-VL: features for deeper layers are merged with the same groups."""
+
+
+class PiToMeQwen3_5ProcessingInfo(GridInfo, Qwen3_5ProcessingInfo):
+    """What is merged."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    PiToMeQwen3VLMultiModalProcessor,
+    info=PiToMeQwen3_5ProcessingInfo,
+    dummy_inputs=PiToMeQwen3VLDummyInputsBuilder,
+)
+class PiToMeQwen3_5ForConditionalGeneration(GridModel, Qwen3_5ForConditionalGeneration):
+    """Qwen3.5: linear attention takes no sizes, in vLLM as in the library."""

@@ -109,6 +109,7 @@ SERVED = {
             "qwen2_vl": "Qwen2VL",
             "qwen2_5_vl": "Qwen2_5_VL",
             "qwen3_vl": "Qwen3VL",
+            "qwen3_5": "Qwen3_5",
         }.items()
     },
 }

@@ -195,7 +195,7 @@ def test_tiles_without_a_whole_grid_are_refused():
         plan_serving(anyres_model("next_list").config, MergeConfig(keep=0.25))
 
 
-GRID_KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+GRID_KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 GRID_CONFIGS = (
     {"keep": 0.25},
     {"keep": 0.5, "stage": "projector"},
@@ -213,6 +213,7 @@ def test_images_of_any_size_are_counted_as_in_the_library(kind, tmp_path):
         assert plan.schedule == planned_schedule(model, config)
         told = planned(model, config).calibration
         assert (plan.config.size_bias, plan.config.positions) == (told.size_bias, told.positions)
+        assert "visual tokens per typical image" in str(plan)
         # Whatever else it is told, the language model is told where tokens sit.
         assert plan.places
     model.config.save_pretrained(tmp_path)

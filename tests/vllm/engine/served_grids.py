@@ -6,12 +6,14 @@ Patches of 8 pixels, of which 2 x 2 become a token. Requests and the library's a
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 
 import torch
 from checkpoint_families import images, tokenizer, videos
 from served_models import spread
-from served_tiled import tiled_requests
+from served_tiled import reference_tiled, save_images, tiled_requests
 from tiny_family import END, IMAGE, START, VIDEO
 from transformers import (
     Qwen2_5_VLConfig,
@@ -27,6 +29,15 @@ from transformers import (
     Qwen3VLProcessor,
 )
 
+from pitome_vlm import MergeConfig
+
+# Answers of the library, for releases of transformers on which it wraps no such model. From one
+# with torchvision, by an algorithm that is not expected to change.
+WRITTEN = Path(__file__).parent / "answers_of_grids.json"
+CONFIGS = dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), MergeConfig(keep=0.25))
+CONFIGS |= dict.fromkeys(("qwen3_vl", "qwen3_5"), MergeConfig(keep=0.25, algorithm="tome"))
+# What every fourth request asks for.
+BUDGETS = [None, {"keep": 1.0}, {"tokens": 5}, {"keep": 1 / 3}]
 WORDS = 128
 TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 TOKENS |= {"vision_start_token_id": START, "vision_end_token_id": END}
@@ -123,6 +134,25 @@ def processor_of(kind: str):
 def grid_requests(paths: list[str]) -> list[dict]:
     """Twenty of zero, one and two images, with what the family puts around an image."""
     return [
-        {**one, "prompt": one["prompt"].replace("<image>", "<start><image><end>")}
-        for one in tiled_requests(paths)
+        {
+            **one,
+            "prompt": one["prompt"].replace("<image>", "<start><image><end>"),
+            "pitome": BUDGETS[number % 4],
+        }
+        for number, one in enumerate(tiled_requests(paths))
     ]
+
+
+def write_answers() -> None:
+    """Write down what the library answers, see `WRITTEN`."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, kept = Path(name), {}
+        requests = grid_requests(save_images(folder / "images"))
+        for kind in json.loads(WRITTEN.read_text()):
+            path = save_grids(folder / kind, kind)
+            kept[kind] = reference_tiled(path, requests, CONFIGS[kind])
+    WRITTEN.write_text(json.dumps(kept) + "\n")
+
+
+if __name__ == "__main__":
+    write_answers()
