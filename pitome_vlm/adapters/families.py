@@ -190,6 +190,8 @@ FAMILIES = (
         {"image": PATCH_GRIDS["image"]},
         ROPE,
         patches=merged_patches,
+        tower="grid",
+        tower_grids=patch_grids(lambda _: 1),
     ),
     Family(
         ("idefics3", "smolvlm"),

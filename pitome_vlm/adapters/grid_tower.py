@@ -291,10 +291,13 @@ def _rotary_of(tower: nn.Module) -> Any:
     for module in tower.modules():
         pixtral: Any = getattr(module, "patch_positional_embedding", None)
         gemma: Any = getattr(module, "rotary_emb", None)
+        paddle: Any = getattr(module, "rotary_pos_emb", None)
         if pixtral is not None:
             return pixtral if pixtral.inv_freq.dim() == 1 else None
         if gemma is not None:
             return _ColumnFirst(gemma)
+        if paddle is not None:
+            return paddle
     return None
 
 

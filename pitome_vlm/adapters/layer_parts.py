@@ -22,7 +22,8 @@ _INPUTS = {
     *("output_attentions", "head_mask", "kwargs"),
 }
 _ROTARY_INPUT = "position_embeddings"
-_PLACE_INPUTS = {_ROTARY_INPUT, "position_ids"}
+# Places of patches, and where images end in a sequence of several.
+_PLACE_INPUTS = {_ROTARY_INPUT, "position_ids", "cu_seqlens", "max_seqlen"}
 _NOTHING = object()
 
 
@@ -141,7 +142,9 @@ GEMMA4 = LayerParts(
     dropout="attention_dropout",
     rotary=2,
 )
-LAYERS = (CLIP_LIKE, INTERNVL, AIMV2, PIXTRAL, GEMMA4)
+# SigLIP's layers with places of their own, on images in one sequence.
+PADDLE_OCR = LayerParts(scale="scaling", dropout="attention_dropout", rotary=1)
+LAYERS = (CLIP_LIKE, INTERNVL, AIMV2, PIXTRAL, GEMMA4, PADDLE_OCR)
 
 # What plain encoders add to these. Before release 5 of transformers, attention and MLP of ViT,
 # DeiT, ViTMAE and DINOv2 were modules of several parts.
