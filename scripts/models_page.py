@@ -1,8 +1,8 @@
-"""The table of docs/models.md, from the adapters and their records.
+"""The tables of docs/models.md and docs/encoders.md, from the adapters and their records.
 
     python -m scripts.models_page
 
-writes it into the page.
+writes them into the pages.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from pathlib import Path
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from pitome_vlm.adapters import ADAPTERS, Adapter
+from pitome_vlm.adapters.encoders import ENCODERS, REFUSED_ENCODERS
 from pitome_vlm.adapters.generic import GenericAdapter
 from pitome_vlm.adapters.refused import REFUSED
 from pitome_vlm.releases import OLDEST_TRANSFORMERS, features_from
 from pitome_vlm.vllm import ARCHITECTURES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/models.md"
+ENCODER_PAGE = PAGE.with_name("encoders.md")
 BEGIN, END = "<!-- python -m scripts.models_page -->\n", "<!-- end -->\n"
 COLUMNS = (
     *(
@@ -53,14 +55,35 @@ def refusals() -> str:
     return "".join(f"- {', '.join(names)}: {reason}.\n" for reason, names in by_reason.items())
 
 
-def filled(page: str) -> str:
-    """The page with both in their places."""
+def encoder_table() -> str:
+    """All encoders that are wrapped on their own, one row per record."""
+    lines = ["| encoder | `model_type` | before the patches | classes |", "|---|---|---|---|"]
+    for one in ENCODERS:
+        leading = ", ".join(name.replace("_", " ") for name in one.leading)
+        leading = leading.replace("class embedding", "cls token") or "-"
+        classes = ", ".join(f"`{name}`" for name in one.classes)
+        lines.append(f"| {one.title} | `{one.model_type}` | {leading} | {classes} |")
+    return "\n".join(lines) + "\n"
+
+
+def encoder_refusals() -> str:
+    """Encoders that are refused, and why."""
+    return "".join(f"- `{name}`: {why}.\n" for name, why in REFUSED_ENCODERS.items())
+
+
+def filled(page: str, texts: tuple[str, str] | None = None) -> str:
+    """A page with both texts in their places; those of docs/models.md where none are given."""
     parts = page.split(BEGIN)
     if len(parts) != 3:
         raise ValueError(f"the page must have two places for tables, found {len(parts) - 1}")
-    texts = zip((table(), refusals()), parts[1:], strict=True)
-    filled_in = [BEGIN + text + END + part.partition(END)[2] for text, part in texts]
+    pairs = zip(texts or (table(), refusals()), parts[1:], strict=True)
+    filled_in = [BEGIN + text + END + part.partition(END)[2] for text, part in pairs]
     return "".join([parts[0], *filled_in])
+
+
+def encoders_filled(page: str) -> str:
+    """The page of encoders with both in their places."""
+    return filled(page, (encoder_table(), encoder_refusals()))
 
 
 def _row(adapter: Adapter) -> list[str]:
@@ -138,8 +161,9 @@ def _run(adapter: Adapter) -> str:
 
 
 def main() -> None:
-    """Write the page."""
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    """Write the pages."""
+    for page, fill in ((PAGE, filled), (ENCODER_PAGE, encoders_filled)):
+        page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ from __future__ import annotations
 # What speaks against a family, and the values of `config.model_type` it is about.
 _TYPES: dict[str, tuple[str, ...]] = {
     "its images become a fixed number of queries, which lie on no grid and are few already": (
-        *("blip-2", "instructblip", "instructblipvideo", "idefics2", "aria"),
-        *("kosmos-2", "kosmos-2.5"),
+        *("instructblip", "instructblipvideo", "idefics2", "aria", "kosmos-2", "kosmos-2.5"),
     ),
     "its images are read by cross-attention, not as tokens of the prompt": (
-        *("mllama", "idefics", "blip"),
+        *("mllama", "idefics"),
+    ),
+    "its language model reads no image tokens; wrap() merges inside its encoder (encoders.md)": (
+        *("blip-2", "blip"),
     ),
     "an encoder reads its prompts, and positions of merged tokens are known for decoders only": (
         *("florence2", "t5gemma2"),

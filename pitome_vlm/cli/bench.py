@@ -13,7 +13,7 @@ import typer
 from ..common import check_choice, whole_number, write_text
 from ..merge.config import MergeConfig
 from . import options as o
-from .session import check_output
+from .session import check_output, is_encoder
 from .terminal import EXIT_INTERRUPTED, quiet, say, show_table, write, write_json
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def bench(
             configuration(config, layers=layers)
         budgets = _budgets(keep, tokens, algorithms)
         sizes = o.counts("batch", batch)
-        if model is not None and run.is_encoder(model):
+        if model is not None and is_encoder(model):
             _encoders(
                 run.load_checkpoint(model, threads, loading).model,
                 *(model, budgets, sizes, size),

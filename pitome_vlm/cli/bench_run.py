@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 
-from ..loading.checkpoints import only_local, torch_dtype
-from ..loading.encoders import encoder_class
-from ..loading.peft import find_adapter_at
+from ..loading.checkpoints import torch_dtype
 from ..measure.bench import (
     Bench,
     Budget,
@@ -34,7 +32,7 @@ from ..measure.sizes import pieces_of, planned_total
 from ..wrapping.encode import planned_schedule
 from ..wrapping.wrap import unwrap
 from .options import Loading
-from .session import accelerator, checked_device, load_model, model_path
+from .session import accelerator, checked_device, load_model
 from .terminal import say
 
 GIB = 2**30
@@ -60,17 +58,10 @@ class Loaded:
     processor: Any = None
 
 
-def is_encoder(name: str) -> bool:
-    """Whether a checkpoint is one of an encoder on its own."""
-    path = model_path(name)
-    source = {"local_files_only": only_local(path)}
-    return find_adapter_at(path, **source) is None and encoder_class(path, **source) is not None
-
-
 def load_checkpoint(name: str, threads: int | None, loading: Loading) -> Loaded:
     """An unwrapped model from a checkpoint."""
     _use_threads(threads)
-    vlm, processor = load_model(name, **vars(loading))
+    vlm, processor = load_model(name, encoders=True, **vars(loading))
     vlm = unwrap(vlm).eval()
     return Loaded(vlm, vlm, processor=processor)
 

@@ -59,7 +59,7 @@ def visualize(
     with quiet(verbose):
         for name in names:
             check_algorithm({"algorithm": name})
-    vlm, processor = load_merging(model, given, verbose=verbose, **vars(loading))
+    vlm, processor = load_merging(model, given, verbose=verbose, encoders=True, **vars(loading))
     for target, pixels in zip(targets, images, strict=True):
         with quiet(verbose):
             drawn = (

@@ -7,7 +7,7 @@ import json
 import pytest
 import tiny_clip_checkpoint
 import transformers as hf
-from cli_runner import run
+from cli_runner import fails_in_one_line, run
 from PIL import Image
 from tiny_encoders import SIDE, TINY
 
@@ -83,3 +83,10 @@ def test_bench(folders, tmp_path):
     assert merged["flops"] < whole["flops"]
     assert len(whole["times"]) == 2
     assert "| keep=0.5 |" in (tmp_path / "report.md").read_text()
+
+
+def test_commands_that_ask_questions_refuse_encoders(folders):
+    image = str(folders[0] / "image.png")
+    for words in (("ask", "--image", image, "What is it?"), ("chat", "--image", image)):
+        result = run(words[0], "--model", str(folders[0]), *words[1:])
+        fails_in_one_line(result, "is an encoder on its own and answers no questions")

@@ -98,9 +98,13 @@ def _two(config: Any, vision: Any, text: Any, **more: Any) -> Any:
     return config(vision_config=vision.to_dict(), text_config=text.to_dict(), **more)
 
 
-def _clip() -> Any:
+def _clip_config(**more: Any) -> Any:
     vision, text = _vision(hf.CLIPVisionConfig), hf.CLIPTextConfig(**_TEXT)
-    return hf.CLIPModel(_two(hf.CLIPConfig, vision, text, projection_dim=16))
+    return _two(hf.CLIPConfig, vision, text, projection_dim=16, **more)
+
+
+def _clip() -> Any:
+    return hf.CLIPModel(_clip_config())
 
 
 def _siglip(model: Any = hf.SiglipModel, **more: Any) -> Any:
@@ -142,6 +146,12 @@ def _dino(config: Any, model: Any, **more: Any) -> Any:
     return model(config(**size, mlp_ratio=2, layerscale_value=0.5, **more))
 
 
+def _mae_decoded() -> Any:
+    decoder = {"decoder_hidden_size": 32, "decoder_intermediate_size": 64}
+    decoder |= {"decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4}
+    return hf.ViTMAEForPreTraining(_vision(hf.ViTMAEConfig, mask_ratio=0.0, **decoder))
+
+
 def _pooled(output: Any) -> torch.Tensor:
     return output.pooler_output
 
@@ -171,6 +181,9 @@ TINY = {
         1,
         lambda output: output.image_embeds,
     ),
+    "clip classes": Tiny(
+        lambda: hf.CLIPForImageClassification(_clip_config(**_LABELS)), 1, _logits
+    ),
     "siglip": Tiny(_siglip, 0, _per_image, text=True),
     "siglip vision": Tiny(lambda: hf.SiglipVisionModel(_vision(hf.SiglipVisionConfig)), 0, _pooled),
     "siglip classes": Tiny(lambda: _siglip(hf.SiglipForImageClassification, **_LABELS), 0, _logits),
@@ -187,6 +200,7 @@ TINY = {
         lambda output: output.distillation_logits,
     ),
     "mae": Tiny(lambda: hf.ViTMAEModel(_vision(hf.ViTMAEConfig, mask_ratio=0.0)), 1, _states),
+    "mae decoded": Tiny(_mae_decoded, 1, _logits),
     "dinov2": Tiny(lambda: _dino(hf.Dinov2Config, hf.Dinov2Model), 1, _states),
     "dinov2 classes": Tiny(
         lambda: _dino(hf.Dinov2Config, hf.Dinov2ForImageClassification, **_LABELS),
@@ -211,5 +225,8 @@ TINY = {
         _states,
     ),
     "blip": Tiny(_blip, 1, _matches, text=True, pairs=True),
+    "blip answers": Tiny(
+        lambda: _blip(hf.BlipForConditionalGeneration), 1, _logits, text=True, pairs=True
+    ),
     "blip2": Tiny(_blip2, 1, _matches, text=True),
 }
