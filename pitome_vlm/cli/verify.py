@@ -143,9 +143,8 @@ def show(outcome: Outcome) -> None:
     if outcome.results:
         _show_synthetic(outcome.results)
         write("† sizes of two clusters tied at some step of some draw (A3 did not hold).")
-        least = min(one.sigma for one in outcome.summary)
         for one in outcome.summary:
-            if one.sigma == least:
+            if one.sigma is None:
                 write(f"- {report.under_line(one)}")
         write("")
     if outcome.rows:
@@ -168,7 +167,7 @@ def _show_synthetic(results: Sequence[CaseResult]) -> None:
             starts.add(len(rows))
         last = case.sizes
         cells = [_cell(result) for result in noise[least].values()]
-        rows.append([report.sizes_text(case.sizes), case.layout, str(case.steps), *cells])
+        rows.append([report.sizes_text(case.sizes), case.layout, report.steps_text(case), *cells])
     show_table(
         f"Spectral distance (groups mixed), sigma {least:g}, mean of {len(results[0].runs)} draws",
         ["clusters", "layout", "steps", *names],

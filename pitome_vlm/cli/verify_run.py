@@ -29,7 +29,7 @@ from ..measure.spectral.study import (
     synthetic_study,
     under_assumptions,
 )
-from ..measure.spectral.synthetic import RATIO, Clusters, can_merge
+from ..measure.spectral.synthetic import Clusters, can_merge
 from ..measure.store import VERIFY_FILES
 from ..merge import algorithms as registry
 from ..merge.config import MergeConfig
@@ -92,7 +92,7 @@ def synthetic_results(
     bar = progress.add_task("synthetic draws", total=total)
     results = synthetic_study(chosen, shown, sigmas, seeds, advance=lambda: progress.advance(bar))
     levels = ", ".join(f"{sigma:g}" for sigma in sigmas)
-    drawn = f"seeds 0..{seeds - 1}, {RATIO:.0%} kept at every step, sigma {levels}"
+    drawn = f"seeds 0..{seeds - 1}, sigma {levels}"
     return results, {"synthetic": drawn}
 
 

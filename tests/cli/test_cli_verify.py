@@ -47,12 +47,13 @@ def test_results_are_those_of_the_library(done):
     values = json.loads((done[1] / "results.json").read_text())
     assert values["checks"]["passed"] is True
     assert values["checks"]["weyl_violations"] == 0
-    # 1 size x 2 layouts x 2 step counts x 2 noises x 3 algorithms
-    assert len(values["synthetic"]) == 24
+    # 1 size x 2 layouts x 3 ways to step x 2 noises x 3 algorithms
+    assert len(values["synthetic"]) == 36
     for row in values["synthetic"]:
         clusters = Clusters(tuple(row["sizes"]), row["layout"], row["sigma"])
         for seed in range(2):
-            expected = merge_clusters(clusters, row["algorithm"], steps=row["steps"], seed=seed)
+            options = {"steps": row["steps"], "ratio": row["ratio"], "seed": seed}
+            expected = merge_clusters(clusters, row["algorithm"], **options)
             assert row["distance"][seed] == pytest.approx(expected.distance, rel=1e-5)
             assert row["weyl_bound"][seed] == pytest.approx(expected.bound, rel=1e-5)
             assert row["mixed"][seed] == pytest.approx(expected.mixed, rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
@@ -23,6 +24,7 @@ from pitome_vlm.measure.spectral import (
     can_merge,
     coarse_graph,
     composed_groups,
+    kept_eigenspace,
     lemma1_error,
     lifted_graph,
     merge_changes,
@@ -402,7 +404,7 @@ def test_steps_are_checked_and_every_deciding_algorithm_can_be_asked():
 
 
 def test_a_study_sees_the_same_tokens_for_all_and_is_repeatable():
-    chosen = cases([(8, 4, 2)], (1, 2))
+    chosen = cases([(8, 4, 2)], ((1, 0.75), (2, 0.5)))
     assert len(chosen) == 4
     ticks: list[None] = []
     words = (chosen, ["pitome", "tome"], [0.1, 0.01], 2)
@@ -415,6 +417,7 @@ def test_a_study_sees_the_same_tokens_for_all_and_is_repeatable():
                 Clusters((8, 4, 2), result.case.layout, result.sigma),
                 result.algorithm,
                 steps=result.case.steps,
+                ratio=result.case.ratio,
                 seed=seed,
             )
             assert run == again
@@ -423,8 +426,10 @@ def test_a_study_sees_the_same_tokens_for_all_and_is_repeatable():
 
 
 def test_the_summary_counts_only_draws_with_the_assumptions():
-    results = synthetic_study(cases([SEPARATED], (1, 4)), ["pitome", "tome"], [0.01], 3)
-    pitome, tome = under_assumptions(results)
+    steps = ((1, 0.75), (4, 0.75))
+    results = synthetic_study(cases([SEPARATED], steps), ["pitome", "tome"], [0.01], 3)
+    pitome, tome, *totals = under_assumptions(results)
+    assert totals == [dataclasses.replace(one, sigma=None) for one in (pitome, tome)]
     held = [
         run
         for result in results
@@ -435,6 +440,32 @@ def test_the_summary_counts_only_draws_with_the_assumptions():
     assert (pitome.runs, pitome.draws, pitome.mixed) == (len(held), 12, 0)
     assert pitome.distance == max(run.distance for run in held)
     assert tome.mixed >= 3
+
+
+def test_half_of_the_tokens_to_go_mixes_clusters_with_tome_only():
+    """Proposition 2 of the paper: on random layouts, too."""
+    clusters = Clusters(SEPARATED, "random", 0.01)
+    mixed = {
+        name: sum(merge_clusters(clusters, name, ratio=0.5, seed=s).mixed > 0 for s in range(20))
+        for name in ("pitome", "tome")
+    }
+    assert mixed["pitome"] == 0
+    assert mixed["tome"] >= 1
+
+
+def test_the_leading_eigenspace_tells_true_groups_from_blind_ones():
+    tokens, labels = Clusters((12, 8, 4), "random", 0.01).draw(0)
+    # Three clusters: two directions apart from the mean.
+    assert kept_eigenspace(tokens, labels, 3, leading=2).item() == pytest.approx(1, abs=1e-3)
+    alone = torch.arange(24)
+    assert kept_eigenspace(tokens, alone, 24).item() == pytest.approx(1)
+    blind = labels[torch.randperm(24, generator=torch.Generator().manual_seed(0))]
+    assert kept_eigenspace(tokens, blind, 3, leading=2).item() < 0.5
+    # By hand: two opposite pairs, of which the groups join the wrong ones.
+    line = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])
+    assert kept_eigenspace(line, torch.tensor([0, 1, 0, 1]), 2, leading=1).item() < 1e-9
+    half = kept_eigenspace(line, torch.tensor([0, 0, 0, 1]), 2, leading=1).item()
+    assert half == pytest.approx(1 / 3)
 
 
 def test_a_broken_bound_is_reported():
@@ -533,6 +564,9 @@ def test_blind_groups_are_worse_on_features_with_clusters():
         model, batch, {n: MergeConfig(keep=0.25, algorithm=n) for n in ("pitome", "tome")}
     ).values():
         assert (change.composed.distance < change.shuffled.distance).all()
+        # Blind groups keep n / N of the eigenspace.
+        assert (change.kept_shuffled - 0.25).abs().max() < 0.05
+        assert (change.kept > 0.4).all()
         assert (change.shuffled.distance <= change.shuffled.bound).all()
 
 

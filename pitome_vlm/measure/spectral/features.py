@@ -18,7 +18,13 @@ from ...merge.algorithm import Algorithm, MergeContext
 from ...merge.config import MergeConfig
 from ...merge.plan import MergePlan
 from ...wrapping.wrap import base_model, merging_of, wrapped
-from .graph import SpectralChange, composed_groups, spectral_change, token_graph
+from .graph import (
+    SpectralChange,
+    composed_groups,
+    kept_eigenspace,
+    spectral_change,
+    token_graph,
+)
 
 # Which algorithm runs to read the keys of the first merging layer does not matter: no merge comes
 # before it. This one merges in every layer.
@@ -67,11 +73,15 @@ class TowerChange:
             merging layer, which is the same for every algorithm.
         shuffled: the same, with the members of the groups drawn at random: what groups of these
             sizes do to the spectrum if nobody looks at the tokens.
+        kept: [B], `kept_eigenspace` of all merges as one partition, on the same keys.
+        kept_shuffled: [B], the same with members drawn at random.
     """
 
     layers: tuple[LayerChange, ...]
     composed: SpectralChange
     shuffled: SpectralChange
+    kept: Tensor
+    kept_shuffled: Tensor
 
 
 def recorded_merges(
@@ -104,13 +114,14 @@ def recorded_merges(
         )
     with wrapped(model, config=config.replace(stage="tower")):
         base, merging = merging_of(model)
-        schedule = merging.plan(base).schedule
+        # Encoders take images of other sizes than their configuration names.
+        plan = merging.plan(base, {"pixel_values": pixel_values})
+        schedule = plan.schedule
         if schedule.is_identity:
             raise ValueError(
                 f"the budget keeps all {schedule.tokens_in} visual tokens, so there is no merge to "
                 "look at; give a smaller one, for instance keep=0.25"
             )
-        plan = merging.plan(base)
         recording = _recording(plan.algorithm, keys)
         merge_pass = dataclasses.replace(plan.new_pass(), algorithm=recording)
         weight = next(base.parameters())
@@ -159,7 +170,8 @@ def merge_changes(
     if not configs:
         raise ValueError("configs is empty; give at least one setting")
     any_config = next(iter(configs.values())).replace(algorithm=_ANY, metric="keys")
-    graph = token_graph(recorded_merges(model, pixel_values, any_config)[0].keys)
+    first = recorded_merges(model, pixel_values, any_config)[0].keys
+    graph = token_graph(first)
     changes = {}
     for name, config in configs.items():
         merges = recorded_merges(model, pixel_values, config)
@@ -171,5 +183,7 @@ def merge_changes(
             layers=tuple(LayerChange(merge.layer, merge.change()) for merge in merges),
             composed=spectral_change(graph, whole, n_out),
             shuffled=spectral_change(graph, blind, n_out),
+            kept=kept_eigenspace(first, whole, n_out),
+            kept_shuffled=kept_eigenspace(first, blind, n_out),
         )
     return changes

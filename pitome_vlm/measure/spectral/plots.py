@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import plots
-from .report import sizes_text
+from .report import sizes_text, steps_text
 from .study import Case, CaseResult, FeatureRow
 
 _COLUMNS = 2
@@ -41,7 +41,8 @@ def _shown(results: Sequence[CaseResult]) -> list[Case]:
     if not cases:
         return []
     few, many = min(c.steps for c in cases), max(c.steps for c in cases)
-    own = [c for c in cases if c.sizes == cases[0].sizes and c.steps == few]
+    most = max(c.ratio for c in cases)
+    own = [c for c in cases if c.sizes == cases[0].sizes and (c.steps, c.ratio) == (few, most)]
     end = [c for c in cases if c.sizes == cases[-1].sizes and c.steps == many]
     return list(dict.fromkeys([*own, *end[:1]]))
 
@@ -59,8 +60,8 @@ def _noise_panel(
         axes.plot([r.sigma for r in own], places, **plots.style(names.index(name), name))
     axes.set_xscale("log")
     axes.set_yscale("log")
-    steps = "1 step" if case.steps == 1 else f"{case.steps} steps"
-    axes.set_title(f"{sizes_text(case.sizes)}, {case.layout}, {steps}", fontsize=10)
+    title = f"{sizes_text(case.sizes)}, {case.layout}, {steps_text(case)}"
+    axes.set_title(title, fontsize=10)
     axes.set_xlabel("noise sigma")
     axes.set_ylabel("spectral distance")
     axes.grid(alpha=0.3)

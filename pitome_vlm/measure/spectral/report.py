@@ -11,7 +11,6 @@ from typing import Any
 
 from ...common import markdown_table
 from .study import TOLERANCE, Case, CaseResult, Checks, FeatureRow, Under
-from .synthetic import RATIO
 
 # Claims of PiToMe's paper (arXiv 2405.16148, section 3.3 and appendix) against what was found.
 TRUTHS = (
@@ -20,26 +19,30 @@ TRUTHS = (
     "With the average weights the paper defines it is false unless all groups are of one size. SD "
     "is not affected: it uses the lifted graph.",
     "Theorem 1's contrast between PiToMe and ToMe shows only for striped layouts (a large cluster "
-    "on one parity) and sizes that stay well apart. On random layouts ToMe is as good.",
+    "on one parity) and sizes that stay well apart, or where half of the tokens go at once "
+    "(Proposition 2). On random layouts with a quarter to go ToMe is as good.",
     '"PiToMe is always closer in spectrum than ToMe" is false: once the sizes of clusters tie, '
     "which merging itself brings about, PiToMe merges across clusters, because it merges all k "
     "pairs however unlike they are.",
-    "Real features have no true clusters, so the theorem says nothing about them. SD there is a "
-    "description, and a small SD is no accuracy.",
+    "Real features have no true clusters, so the theorem says nothing about them. SD hardly tells "
+    "good groups from blind ones there; the share of the leading eigenspace that groups keep does. "
+    "Neither is an accuracy.",
 )
 WHOLE = "all, first graph"
 ABOUT_SYNTHETIC = (
-    f"Tokens are orthogonal unit centres and noise of root mean square length sigma; every step "
-    f"keeps {RATIO:.0%} of them. SD is ||lambda - lambda_lifted||_1 of the normalised Laplacians "
-    "of W = 1 - cos in float64, against the graph before the first step. `random` keeps random "
-    "tokens and books every other one on its most similar survivor."
+    "Tokens are orthogonal unit centres and noise of root mean square length sigma; every step "
+    "keeps the share of them that is shown. SD is ||lambda - lambda_lifted||_1 of the normalised "
+    "Laplacians of W = 1 - cos in float64, against the graph before the first step. `random` keeps "
+    "random tokens and books every other one on its most similar survivor."
 )
 ABOUT_FEATURES = (
     "SD / N ≤ its Weyl bound ||L - L_lifted||_2: means over images, on what each "
     "merge compared. From the second layer on every algorithm sees the tokens its own merges left, "
     "so layers compare within a column; the last rows compare across: all merges as one partition "
     "of the patches, on the graph of the first merging layer's keys, which is the same for all. "
-    "`blind` has groups of the same sizes with members drawn at random."
+    "`blind` has groups of the same sizes with members drawn at random. `eigenspace`: of the eight "
+    "leading eigenvectors of the graph of cosines, the share that is constant within groups (1 is "
+    "all; blind groups keep about n / N)."
 )
 
 
@@ -51,6 +54,11 @@ def number(value: float) -> str:
 def sizes_text(sizes: Iterable[int]) -> str:
     """For instance 32/16/8/5/3."""
     return "/".join(map(str, sizes))
+
+
+def steps_text(case: Case) -> str:
+    """For instance "4 x 75%"."""
+    return f"{case.steps} x {case.ratio:.0%}"
 
 
 def check_lines(checks: Checks) -> list[str]:
@@ -80,7 +88,7 @@ def under_table(summary: Sequence[Under]) -> str:
     """The same for every noise."""
     rows = [
         [
-            f"{one.sigma:g}",
+            "all" if one.sigma is None else f"{one.sigma:g}",
             one.algorithm,
             f"{one.runs} of {one.draws}",
             str(one.mixed),
@@ -113,7 +121,7 @@ def distance_table(results: Sequence[CaseResult]) -> str:
                 [
                     sizes_text(case.sizes),
                     case.layout,
-                    str(case.steps),
+                    steps_text(case),
                     name,
                     *(number(noise[sigma][name].distance) for sigma in sigmas),
                     number(last.bound),
@@ -173,6 +181,9 @@ def feature_lines(rows: Sequence[FeatureRow]) -> tuple[list[str], list[list[str]
         if first.shuffled:
             blind = [number4(statistics.fmean(cells[name].shuffled)) for name in names]
             lines.append(["all, blind", tokens, *blind])
+            for title, part in (("eigenspace", "kept"), ("eigenspace, blind", "kept_shuffled")):
+                kept = [f"{statistics.fmean(getattr(cells[name], part)):.2f}" for name in names]
+                lines.append([title, tokens, *kept])
     return ["layer", "tokens", *names], lines
 
 

@@ -19,7 +19,9 @@ from .synthetic import LAYOUTS, RATIO, Clusters, Run, merge_clusters
 # Sizes far apart, as the theorem wants them, one after the other; one cluster so large that sizes
 # stay ordered over four steps of PiToMe; sizes near each other, where a few merges make ties.
 DEFAULT_SIZES = ((32, 16, 8, 5, 3), (50, 8, 4, 2), (20, 16, 12, 9, 7))
-STEPS = (1, 4)
+# How many steps, and what each of them keeps. Where half is kept, every token of one side has to
+# merge, and the paper's Proposition 2 expects ToMe to mix clusters on random layouts, too.
+STEPS = ((1, RATIO), (4, RATIO), (1, 0.5))
 # Rounding of float64 eigenvalues of a few hundred nodes, with room to spare.
 TOLERANCE = 1e-9
 
@@ -31,6 +33,7 @@ class Case:
     sizes: tuple[int, ...]
     layout: str
     steps: int
+    ratio: float = RATIO
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class CaseResult:
             "sizes": list(self.case.sizes),
             "layout": self.case.layout,
             "steps": self.case.steps,
+            "ratio": self.case.ratio,
             "sigma": self.sigma,
             "algorithm": self.algorithm,
             "groups": self.runs[0].n_groups,
@@ -90,9 +94,11 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def cases(sizes: Sequence[tuple[int, ...]], steps: Sequence[int] = STEPS) -> list[Case]:
-    """Every size in every layout, with few and with many steps."""
-    return [Case(one, layout, count) for one in sizes for layout in LAYOUTS for count in steps]
+def cases(
+    sizes: Sequence[tuple[int, ...]], steps: Sequence[tuple[int, float]] = STEPS
+) -> list[Case]:
+    """Every size in every layout, with every number of steps and what each of them keeps."""
+    return [Case(one, layout, *step) for one in sizes for layout in LAYOUTS for step in steps]
 
 
 def synthetic_study(
@@ -120,7 +126,9 @@ def synthetic_study(
                 runs = []
                 for seed in range(seeds):
                     runs.append(
-                        merge_clusters(clusters, name, steps=case.steps, ratio=RATIO, seed=seed)
+                        merge_clusters(
+                            clusters, name, steps=case.steps, ratio=case.ratio, seed=seed
+                        )
                     )
                     advance()
                 results.append(CaseResult(case, sigma, name, tuple(runs)))
@@ -140,6 +148,9 @@ class FeatureRow:
         bound: ||L - L_lifted||_2 of every image, the Weyl bound of SD / N.
         shuffled: SD / N of every image where the members of the groups are drawn blindly; only
             where `layer` is None.
+        kept: share of the leading eigenspace of every image's similarity graph that groups keep
+            (`kept_eigenspace`); only where `layer` is None.
+        kept_shuffled: the same where members are drawn blindly.
     """
 
     algorithm: str
@@ -149,15 +160,19 @@ class FeatureRow:
     distance: tuple[float, ...]
     bound: tuple[float, ...]
     shuffled: tuple[float, ...] = ()
+    kept: tuple[float, ...] = ()
+    kept_shuffled: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; lists hold one value per image."""
         values = dict(vars(self))
-        for name in ("distance", "bound", "shuffled"):
+        for name in ("distance", "bound", "shuffled", "kept", "kept_shuffled"):
             values[name] = [_short(value) for value in values[name]]
         values["distance_per_token"] = values.pop("distance")
         values["weyl_bound_per_token"] = values.pop("bound")
         values["distance_per_token_shuffled"] = values.pop("shuffled")
+        values["eigenspace_kept"] = values.pop("kept")
+        values["eigenspace_kept_shuffled"] = values.pop("kept_shuffled")
         return values
 
 
@@ -171,7 +186,11 @@ def feature_rows(changes: Sequence[dict[str, TowerChange]]) -> list[FeatureRow]:
             rows.append(FeatureRow(name, layer.layer, *_per_token(merges)))
         composed = _per_token([tower.composed for tower in towers])
         shuffled = _per_token([tower.shuffled for tower in towers])
-        rows.append(FeatureRow(name, None, *composed, shuffled[2]))
+        kept, blind = (
+            tuple(torch.cat([getattr(tower, part) for tower in towers]).tolist())
+            for part in ("kept", "kept_shuffled")
+        )
+        rows.append(FeatureRow(name, None, *composed, shuffled[2], kept, blind))
     return rows
 
 
@@ -228,7 +247,7 @@ class Under:
     """One algorithm at one noise, in those draws in which A2 and A3 held at every step.
 
     Attributes:
-        sigma: the noise.
+        sigma: the noise; None for all levels together.
         algorithm: its name.
         runs: how many of all draws.
         draws: all draws.
@@ -236,7 +255,7 @@ class Under:
         distance: largest SD among them, 0 where there are none.
     """
 
-    sigma: float
+    sigma: float | None
     algorithm: str
     runs: int
     draws: int
@@ -245,10 +264,12 @@ class Under:
 
 
 def under_assumptions(results: Sequence[CaseResult]) -> list[Under]:
-    """How every algorithm did where the theorem's assumptions could be seen to hold."""
-    groups: dict[tuple[float, str], list[Run]] = {}
+    """How every algorithm did where the assumptions could be seen to hold; totals come last."""
+    groups: dict[tuple[float | None, str], list[Run]] = {}
     for result in results:
         groups.setdefault((result.sigma, result.algorithm), []).extend(result.runs)
+    for result in results:
+        groups.setdefault((None, result.algorithm), []).extend(result.runs)
     summary = []
     for (sigma, name), runs in groups.items():
         held = [run for run in runs if run.assumptions.hold]

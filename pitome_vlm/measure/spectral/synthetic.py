@@ -226,6 +226,7 @@ def _merge(
             layer=step,
             depth=step / steps,
             grid=(1, len(tokens)) if step == 0 else None,
+            order=plans[-1].order if plans else None,
         )
         plans.append(make_plan(algorithm, values, n_out, ctx=context, sizes=sizes))
         values, sizes = plans[-1].apply(values, sizes, weighted=config.weighted)
