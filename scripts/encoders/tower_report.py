@@ -107,18 +107,18 @@ def report(results: Mapping[str, Any]) -> str:
     parts = [
         "# Merging in a real pretrained tower",
         PROVENANCE,
-        "Converted into `Dinov2Model`; its last hidden state differs from that inside the package's "
-        f"own graph by {results['check']:.0e} of its root mean square at most. Merged off the "
+        "Converted into `Dinov2Model`; its last hidden state differs from that inside the "
+        f"package's own graph by {results['check']:.0e} of its root mean square at most. Merged off the "
         "shelf: the readers of its features were made from the unmerged tower.",
         f"- Retrieval: {sizes['emoji']} emoji at 168 pixels; those of one vendor are searched for "
         "among those of the other by the cosine of class tokens, both ways.\n"
-        f"- Linear probes on class tokens: the group of an emoji (learned on {sizes['train']} others "
-        f"of the one vendor, tried on the other's), and {sizes['digits']} MNIST digits (learned on "
-        f"{sizes['train']}).\n"
-        f"- Photos: {len(cells[UNMERGED]['photo_cls'])} that scikit-image and scikit-learn ship, at "
-        "224 pixels; merged against unmerged features.",
-        "Every recipe leaves the count whose FLOPs (layers, with comparing tokens) are nearest to the "
-        "level. All layers merge unless it says otherwise. Intervals: 95 %, items resampled, "
+        f"- Linear probes on class tokens: the group of an emoji (learned on {sizes['train']} "
+        f"others of the one vendor, tried on the other's), and {sizes['digits']} MNIST digits "
+        f"(learned on {sizes['train']}).\n"
+        f"- Photos: {len(cells[UNMERGED]['photo_cls'])} that scikit-image and scikit-learn ship, "
+        "at 224 pixels; merged against unmerged features.",
+        "Every recipe leaves the count whose FLOPs (layers, with comparing tokens) are nearest to "
+        "the level. All layers merge unless it says otherwise. Intervals: 95 %, items resampled, "
         "differences paired.",
     ]
     if missing:

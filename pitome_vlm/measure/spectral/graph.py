@@ -193,7 +193,8 @@ def kept_eigenspace(features: Tensor, assign: Tensor, n_groups: int, leading: in
     vectors = torch.linalg.eigh(centred).eigenvectors[..., -min(leading, similar.shape[-1] - 1) :]
     members = _members(assign, n_groups)
     sums = members.mT @ vectors
-    return (sums.square() / members.sum(-2)[..., None]).sum(-2).mean(-1)
+    kept: Tensor = (sums.square() / members.sum(-2)[..., None]).sum(-2).mean(-1)
+    return kept
 
 
 def lemma1_error(
