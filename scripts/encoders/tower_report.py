@@ -108,8 +108,8 @@ def report(results: Mapping[str, Any]) -> str:
         "# Merging in a real pretrained tower",
         PROVENANCE,
         "Converted into `Dinov2Model`; its last hidden state differs from that inside the "
-        f"package's own graph by {results['check']:.0e} of its root mean square at most. Merged off the "
-        "shelf: the readers of its features were made from the unmerged tower.",
+        f"package's own graph by {results['check']:.0e} of its root mean square at most. Merged "
+        "off the shelf: the readers of its features were made from the unmerged tower.",
         f"- Retrieval: {sizes['emoji']} emoji at 168 pixels; those of one vendor are searched for "
         "among those of the other by the cosine of class tokens, both ways.\n"
         f"- Linear probes on class tokens: the group of an emoji (learned on {sizes['train']} "
