@@ -63,11 +63,13 @@ def prompt_of(request):
 
 def refusals(llm, job):
     """What is said to each of some requests that cannot be answered."""
+    from vllm.exceptions import VLLMValidationError
+
     said = []
     for request in job["refused"]:
         try:
             llm.generate([prompt_of(request)], use_tqdm=False)
-        except ValueError as error:
+        except (ValueError, VLLMValidationError) as error:
             said.append(str(error))
         else:
             said.append("")
