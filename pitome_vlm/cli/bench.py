@@ -117,12 +117,7 @@ def bench(
     quantised = loading.load_4bit or loading.load_8bit
     _check(model, config, layers, quantised, max_batch, memory)
     size = o.image_size_of(image_size)
-    whole_number("repeats", repeats, 1)
-    whole_number("warmup", warmup, 0)
-    if memory is not None and not memory > 0:
-        raise ValueError(f"memory must be above 0 GiB, got {memory}")
-    if threads is not None:
-        whole_number("threads", threads, 1)
+    _check_numbers(repeats, warmup, memory, threads)
     if output is not None:
         plotted = "bench" if plot else ""
         check_output(output, (RESULTS, REPORT, PLOT), overwrite=overwrite, plot=plotted)
@@ -165,13 +160,7 @@ def bench(
         if report.pairs() and not (interrupted and loaded.model.device.type != "cpu"):
             run.find_fits(loaded, report, memory=memory, try_out=max_batch)
         if report.pairs():
-            files = [] if output is None else _write_files(report, output, plot=plot)
-            if as_json:
-                write_json(report.to_dict())
-            else:
-                show(report)
-            for path in files:
-                (say if as_json else write)(str(path))
+            _tell(report, output, plot=plot, as_json=as_json)
     if interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
 
@@ -251,6 +240,27 @@ def _check(
             "--max-batch fills the memory of this device and --memory computes for another one; "
             "leave one of them out"
         )
+
+
+def _check_numbers(repeats: int, warmup: int, memory: float | None, threads: int | None) -> None:
+    """Refuse numbers out of range."""
+    whole_number("repeats", repeats, 1)
+    whole_number("warmup", warmup, 0)
+    if memory is not None and not memory > 0:
+        raise ValueError(f"memory must be above 0 GiB, got {memory}")
+    if threads is not None:
+        whole_number("threads", threads, 1)
+
+
+def _tell(report: Report, output: Path | None, *, plot: bool, as_json: bool) -> None:
+    """Write the files and print the result; the names of files go where they are not in the way."""
+    files = [] if output is None else _write_files(report, output, plot=plot)
+    if as_json:
+        write_json(report.to_dict())
+    else:
+        show(report)
+    for path in files:
+        (say if as_json else write)(str(path))
 
 
 def _budgets(keep: str, tokens: str | None, algorithms: str | None) -> list[Budget]:

@@ -7,7 +7,7 @@ trains.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from ..common import require
 from . import options as o
@@ -141,13 +141,7 @@ def train(
     o.check_run_flags(resume, overwrite, output)
     check_data(data, val_data, val_fraction, image_folder)
     given = merging.given()
-    more = [*(["projector"] * projector), *(["vision_tower"] * vision_tower)]
-    lora = {
-        "rank": rank,
-        "alpha": alpha,
-        "dropout": dropout,
-        "parts": ("language_model", *more) if more else None,
-    }
+    lora = _lora_fields(rank, alpha, dropout, projector=projector, vision_tower=vision_tower)
     rest = {
         "budgets": _budgets(budgets),
         "max_length": max_length,
@@ -169,13 +163,28 @@ def train(
             val_data=val_data,
             val_fraction=val_fraction,
             opening=opening,
-            lora={name: value for name, value in lora.items() if value is not None},
+            lora=lora,
             resume=resume,
             overwrite=overwrite,
             rest=rest,
         )
     if is_first_process():
         show(result)
+
+
+def _lora_fields(
+    rank: int | None,
+    alpha: float | None,
+    dropout: float | None,
+    *,
+    projector: bool,
+    vision_tower: bool,
+) -> dict[str, Any]:
+    """The fields of `LoraOptions` that were given."""
+    more = [*(["projector"] * projector), *(["vision_tower"] * vision_tower)]
+    parts = ("language_model", *more) if more else None
+    lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "parts": parts}
+    return {name: value for name, value in lora.items() if value is not None}
 
 
 def _budgets(text: str | None) -> list[float]:

@@ -112,15 +112,8 @@ def train(
     for budget in budgets:
         planned_schedule(model, with_budget(merge_config(model), budget))
     base: Any = base_model(model)
-    if max_length is not None:
-        whole_number("max_length", max_length, 1)
-    longest = max_length or getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    adapted = lora.parts if isinstance(lora, LoraOptions) else ("language_model",)
-    if data.has_text_only and "language_model" not in adapted:
-        raise ValueError(
-            f"{data.name} has conversations without an image, from which {', '.join(adapted)} "
-            "cannot learn; leave them out, or add language_model to the parts of the adapter"
-        )
+    longest = _longest(base, max_length)
+    _check_parts(lora, data)
     # Batches without images leave an adapter on tower or projector without gradients.
     arguments = {"ddp_find_unused_parameters": data.has_text_only} | arguments
     settings = training_arguments(folder.root, base.device, progress=progress, **arguments)
@@ -148,6 +141,23 @@ def train(
     )
     _fit(trainer, folder, run, resume=resume, overwrite=overwrite)
     return _finish(trainer, folder, _facts(trainer, data, held_out, run))
+
+
+def _longest(base: Any, given: int | None) -> int | None:
+    """The longest row in tokens; None for any."""
+    if given is not None:
+        return whole_number("max_length", given, 1)
+    return getattr(base.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_parts(lora: LoraOptions | None, data: Conversations) -> None:
+    """See that what is trained can learn from conversations without images."""
+    adapted = lora.parts if isinstance(lora, LoraOptions) else ("language_model",)
+    if data.has_text_only and "language_model" not in adapted:
+        raise ValueError(
+            f"{data.name} has conversations without an image, from which {', '.join(adapted)} "
+            "cannot learn; leave them out, or add language_model to the parts of the adapter"
+        )
 
 
 def _trainer(model: Any, lora: LoraOptions | None, **options: Any) -> MergingTrainer:
