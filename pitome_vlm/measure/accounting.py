@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters import find_adapter
 from ..adapters.wide_attention import head_dims
 from ..common import whole_number
 from ..merge.config import MergeConfig
@@ -102,6 +103,11 @@ def costs(
     whole_number("text_tokens", text_tokens, 0)
     whole_number("images", images, 0)
     base: Any = base_model(model)
+    if find_adapter(base).calls == "encoder":
+        raise TypeError(
+            f"{type(base).__name__} is an encoder on its own and prefills nothing; its costs are "
+            "in pitome_vlm.describe(model)"
+        )
     pieces = pieces_of(base, image_size=image_size, frames=frames, image_processor=image_processor)
     if config is None:
         config = merge_config(model) if is_wrapped(model) else MergeConfig(keep=1.0)

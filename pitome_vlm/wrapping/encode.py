@@ -209,9 +209,15 @@ def compact_inputs(model: nn.Module, **inputs: Any) -> dict[str, Any]:
         tower. A batch without images comes back unchanged.
 
     Raises:
-        ValueError: the model is not wrapped, or placeholders and images do not match.
+        ValueError: the model is not wrapped, has no language model, or placeholders and images do
+            not match.
     """
     base, merging = merging_of(model)
+    if merging.adapter.calls == "encoder":
+        raise ValueError(
+            f"{type(base).__name__} is an encoder on its own, which has no prompt to shorten; "
+            "encode_images gives its merged tokens"
+        )
     if not merging.has_pixels(inputs):
         return {name: value for name, value in inputs.items() if name != IMAGE_CACHE}
     if isinstance(base, WrappedOriginalLlava):

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pitome_vlm
 from pitome_vlm.adapters.encoders import find_encoder
+from pitome_vlm.measure.accounting import costs
 
 # GFLOPs (multiply-adds) that the paper's tables 1 and 5 give for unmerged encoders, with shapes.
 PAPER = {
@@ -103,3 +104,12 @@ def test_what_is_said():
     larger = pitome_vlm.describe(model, image_size=(96, 64))
     assert larger.tokens_in == 12 * 8 + 1
     assert larger.after.total_flops > found.after.total_flops
+
+
+def test_what_is_about_prompts_is_refused():
+    model = TINY["clip"].model()
+    with pytest.raises(TypeError, match="prefills nothing"):
+        costs(model)
+    pitome_vlm.wrap(model, ratio=0.9)
+    with pytest.raises(ValueError, match="no prompt to shorten"):
+        pitome_vlm.compact_inputs(model, **TINY["clip"].inputs())
