@@ -7,6 +7,7 @@ sentence instead of an ImportError about a name. Nothing here changes what is co
 # ruff: noqa: E402
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.metadata
@@ -247,6 +248,33 @@ def vllm_config_checks() -> dict[str, Any] | None:
     """VLLM's table of checks that it makes at start, by architecture; None where it has none."""
     config = importlib.import_module("vllm.model_executor.models.config")
     return getattr(config, "MODELS_CONFIG_MAP", None)
+
+
+def vllm_replacement(
+    found: Any, tokenizer: Any
+) -> tuple[list[int], torch.Tensor, Callable[[list[int], torch.Tensor], Any]]:
+    """What vLLM writes into a prompt for an image, which is text up to release 0.27.
+
+    Args:
+        found: tokens, text, or `PromptUpdateDetails` of either.
+        tokenizer: of the model.
+
+    Returns:
+        Its [n] tokens, which of them are placeholders, [n] bool, and what makes the same of other
+        tokens and placeholders.
+    """
+    shown = getattr(found, "is_embed", None)
+    full = getattr(found, "full", found)
+    if isinstance(full, str):
+        full = tokenizer.encode(full, add_special_tokens=False)
+    if shown is None:
+        return list(full), torch.ones(len(full), dtype=torch.bool), lambda ids, _: ids
+    given = (tokenizer, full) if len(inspect.signature(shown).parameters) > 1 else (full,)
+
+    def remade(ids: list[int], own: torch.Tensor) -> Any:
+        return dataclasses.replace(found, full=ids, is_embed=lambda *_: own)
+
+    return list(full), shown(*given), remade
 
 
 def vllm_command_starts() -> bool:

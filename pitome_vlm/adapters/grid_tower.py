@@ -107,7 +107,7 @@ class GridPass(UnitPass):
         own = LayerKernels(
             functools.partial(project, names),
             functools.partial(_attend, names, segments),
-            received=functools.partial(_received, segments),
+            received=functools.partial(received_within, segments),
         )
         if not names.rotary:
             return own
@@ -138,7 +138,7 @@ def _attend(
     return project_out(names, attention, found[None])
 
 
-def _received(
+def received_within(
     segments: Segmented, query: Tensor, key: Tensor, bias: Tensor | None, scale: float, _: bool
 ) -> Tensor:
     """How much attention every token gets within its image, [1, M] float32."""
@@ -216,7 +216,7 @@ class GridTower(TowerKind):
         reading: Reading,
     ) -> Iterator[MergePass]:
         if merge_pass.schedule.tower:
-            merge_pass = _grid_pass(tower, merge_pass, items, reading)
+            merge_pass = grid_pass(tower, merge_pass, items, reading)
         with encoding(tower, merge_pass):
             yield merge_pass
 
@@ -301,10 +301,17 @@ def _rotary_of(tower: nn.Module) -> Any:
     return None
 
 
-def _grid_pass(
+def grid_pass(
     tower: nn.Module, merge_pass: MergePass, items: Sequence[PackedItem], reading: Reading
 ) -> GridPass:
-    """A pass over the patches of images and frames."""
+    """A pass over the patches of images and frames, for a tower that merges.
+
+    Args:
+        tower: of transformers, or with the same embeddings.
+        merge_pass: what is asked for.
+        items: the images (or tiles).
+        reading: how they are read.
+    """
     frames: list[Frame] = []
     places, rows = [], []
     for item, own in zip(items, reading.patches, strict=True):

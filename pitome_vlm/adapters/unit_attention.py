@@ -132,7 +132,11 @@ def attend_within(
 def batched(
     heads: Heads, segments: Segmented, bias: Tensor | None
 ) -> list[tuple[Heads, Tensor | None]]:
-    """Heads [segments, H, patches, D] and the bias [segments, 1, 1, patches] of every length."""
+    """Heads [S, H, D] and a bias [S] by the length of segments, for attention of a batch.
+
+    Returns:
+        Heads [segments, H, patches, D] and the bias [segments, 1, 1, patches] of every length.
+    """
     query, key, value = ([part.transpose(1, 2) for part in segments.batches(one)] for one in heads)
     rows: list[Tensor | None] = [None] * len(query)
     if bias is not None:

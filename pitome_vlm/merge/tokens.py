@@ -55,6 +55,24 @@ class VisualTokens:
         ]
         return cls(*([values[index] for index in order] for values in lists))
 
+    def glued(self, lengths: list[int]) -> VisualTokens:
+        """Tiles that follow each other as images, of so many tiles each."""
+        features, sources, fulls, anchors = [], [], [], []
+        start = 0
+        for length in lengths:
+            own = slice(start, start + length)
+            counts, full = self.counts[own], self.full_counts[own]
+            before = [sum(counts[:index]) for index in range(length)]
+            missing = [sum(full[:index]) for index in range(length)]
+            pairs = zip(self.source_maps[own], before, strict=True)
+            sources.append(torch.cat([source + done for source, done in pairs]))
+            pairs = zip(self.anchors[own], missing, strict=True)
+            anchors.append(torch.cat([anchor + done for anchor, done in pairs]))
+            features.append(torch.cat(self.features[own]))
+            fulls.append(sum(full))
+            start += length
+        return VisualTokens(features, sources, fulls, anchors)
+
     @property
     def counts(self) -> list[int]:
         """Tokens of each image."""

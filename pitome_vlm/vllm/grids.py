@@ -51,8 +51,8 @@ class GridProcessor(MergedProcessor):
     """Mixin: an image has as many tokens as its grid has cells."""
 
     @override
-    def footprint(self, modality: str, full: int, items: Any, index: int) -> Footprint:
-        return Footprint(full)
+    def footprints(self, modality: str, full: int, items: Any, index: int) -> list[Footprint]:
+        return [Footprint(full)]
 
 
 class GridModel(MergedModel):

@@ -115,10 +115,15 @@ class MergedModel(Base):
         """
         positions, moved = torch.arange(len(input_tokens)), 0
         for item in sorted(mm_features, key=lambda one: one.mm_position.offset):
-            start, length = item.mm_position.offset, item.mm_position.length
-            positions[start : start + length] = start + moved
-            moved += int(item.data[OPTIONS_KEY].data[0]) - length
-            positions[start + length :] = torch.arange(start + length, len(input_tokens)) + moved
+            full, done = int(item.data[OPTIONS_KEY].data[0]), 0
+            runs = _runs(item.mm_position)
+            kept = sum(end - start for start, end in runs)
+            for start, end in runs:
+                # Tiles are as large as each other and are merged alike, and so are runs of them.
+                own = full * (end - start) // kept
+                positions[start:end] = start + moved - done
+                moved, done = moved + own - (end - start), done + own
+                positions[end:] = torch.arange(end, len(input_tokens)) + moved
         return positions.expand(3, -1).contiguous(), moved
 
     def embed_input_ids(
@@ -154,7 +159,9 @@ class MergedModel(Base):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load weights with the names of published checkpoints or of transformers 5."""
-        loaded: set[str] = super().load_weights(_published_names(weights))
+        if hasattr(getattr(self, "vision_tower", None), "vision_model"):
+            weights = _published_names(weights)
+        loaded: set[str] = super().load_weights(weights)
         return loaded
 
 
@@ -164,6 +171,16 @@ def _by_budget(numbers: Tensor) -> dict[tuple[float, ...], list[int]]:
     for index, (_, *budget) in enumerate(numbers.tolist()):
         found.setdefault(tuple(budget), []).append(index)
     return found
+
+
+def _runs(place: Any) -> list[tuple[int, int]]:
+    """Where in a prompt the tokens of an image are: from one place up to before another."""
+    if place.is_embed is None:
+        return [(place.offset, place.offset + place.length)]
+    shown = torch.as_tensor(place.is_embed).long()
+    steps = torch.diff(shown, prepend=shown.new_zeros(1), append=shown.new_zeros(1))
+    begins, ends = ((steps == sign).nonzero()[:, 0] + place.offset for sign in (1, -1))
+    return list(zip(begins.tolist(), ends.tolist(), strict=True))
 
 
 def _published_names(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

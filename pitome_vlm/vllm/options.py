@@ -247,8 +247,8 @@ def plan_serving(
 def _check_auto(config: MergeConfig, model_type: str) -> None:
     if config.by_pixels and SERVED[model_type].patches is None:
         raise ValueError(
-            f"keep='auto' is not served for models of type {model_type!r}: their images have as "
-            "many patches as they like, and no count follows from pixels alone; give a fixed keep"
+            f"keep='auto' is not served for models of type {model_type!r}: no count of their "
+            "tokens follows from pixels alone; give a fixed keep"
         )
 
 

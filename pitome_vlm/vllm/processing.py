@@ -14,11 +14,13 @@ import hashlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 from vllm.multimodal.parse import EmbeddingItems
 
 from ..merge.counts import Footprint
+from ..releases import vllm_replacement
 from .budgets import as_numbers, largest, requested
 from .options import OPTIONS_KEY, PlannedServing, plan_serving
 
@@ -38,6 +40,17 @@ class MergedInfo(Info):
     def plan(self) -> PlannedServing:
         """What the server merges where a request says nothing."""
         return plan_serving(self.get_hf_config())
+
+    @functools.cached_property
+    def exact(self) -> MergedInfo:
+        """The same, for pixels as the processor makes them: vLLM rounds them to the model's dtype.
+
+        Counts that follow from pixels would not be the library's otherwise.
+        """
+        own, model = copy.copy(self), copy.copy(self.ctx.model_config)
+        model.dtype = torch.float32
+        own.ctx = dataclasses.replace(self.ctx, model_config=model)
+        return own
 
 
 class MergedDummies(Dummies):
@@ -76,6 +89,8 @@ class MergedProcessor(Processor):
         options = dict(inputs.hf_processor_mm_kwargs or {})
         own = copy.copy(self)
         own._plan = requested(self.info.plan, options.pop(OPTIONS_KEY, None))
+        if own._plan.config.by_pixels:
+            own.info = self.info.exact
         # Every release asks the inputs for their names.
         salted = copy.copy(inputs)
         salted.hf_processor_mm_kwargs = options
@@ -83,6 +98,12 @@ class MergedProcessor(Processor):
             _salted_names, salted.get_mm_hashes, own._plan.salt
         )
         return super(MergedProcessor, own).apply(salted, timing_ctx)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model."""
+        found: torch.dtype = self.dummy_inputs.info.ctx.model_config.dtype
+        return found
 
     def _hf_processor_applies_updates(self, *_: Any, **__: Any) -> bool:
         # vLLM 0.27 would look for merged placeholders where transformers wrote unmerged ones.
@@ -101,15 +122,21 @@ class MergedProcessor(Processor):
         items = mm_items.get(update.modality)
         if not items or isinstance(items, EmbeddingItems):
             return update
-        written = []
+        written, tokenizer = [], self.info.get_tokenizer()
         for index, item in enumerate(out_mm_kwargs[update.modality]):
-            whole = update.replacement(index)
-            footprint = self.footprint(update.modality, len(whole), items, index)
-            plan = self._plan.for_pixels(self.looked_at(item))
-            written.append(whole[: plan.new_pass().count(footprint).out])
+            found = update.replacement(index)
+            ids, shown, remade = vllm_replacement(found, tokenizer)
+            footprints = self.footprints(update.modality, int(shown.sum()), items, index)
+            plan = self._plan
+            if plan.config.by_pixels:
+                plan = plan.for_pixels(self.looked_at(item))
+                _round(item, self.dtype)
+            stays = _that_stay(shown, footprints, plan)
+            left = [one for one, stay in zip(ids, stays.tolist(), strict=True) if stay]
+            written.append(remade(left, shown[stays]))
             # On the CPU, where vLLM asks for positions.
             field = MultiModalBatchedField(keep_on_cpu=True)
-            numbers = as_numbers(plan, len(whole))
+            numbers = as_numbers(plan, int(shown.sum()))
             item[OPTIONS_KEY] = MultiModalFieldElem(data=numbers, field=field)
         return dataclasses.replace(update, replacement=written.__getitem__)
 
@@ -118,8 +145,8 @@ class MergedProcessor(Processor):
         pixels: Tensor = item["pixel_values"].data
         return pixels[None]
 
-    def footprint(self, modality: str, full: int, items: Any, index: int) -> Footprint:
-        """What vLLM makes of one item, as far as counting needs it.
+    def footprints(self, modality: str, full: int, items: Any, index: int) -> list[Footprint]:
+        """What vLLM makes of one item (of its tiles), as far as counting needs it.
 
         Args:
             modality: "image" or "video".
@@ -137,7 +164,23 @@ class MergedProcessor(Processor):
                 f"vLLM makes {full} visual tokens of an image where {expected} were expected; the "
                 "model's config.json does not fit its processor"
             )
-        return Footprint(full)
+        return [Footprint(full)]
+
+
+def _round(item: Any, dtype: torch.dtype) -> None:
+    """Give the model its inputs in its own dtype."""
+    for name, field in item.items():
+        if isinstance(field.data, Tensor) and field.data.is_floating_point():
+            item[name] = dataclasses.replace(field, data=field.data.to(dtype))
+
+
+def _that_stay(shown: Tensor, footprints: list[Footprint], plan: PlannedServing) -> Tensor:
+    """Which of a prompt's tokens for an item are left, [n] bool: the first ones of every tile."""
+    merge_pass = plan.new_pass()
+    kept = [torch.arange(one.full) < merge_pass.count(one).out for one in footprints]
+    stays = torch.ones_like(shown)
+    stays[shown] = torch.cat(kept)
+    return stays
 
 
 def _with_largest(inputs: Any, plan: PlannedServing) -> Any:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..adapters.generic import GenericAdapter
     from ..merge.schedule import TowerShape
 
 # Class tokens before the patches, by the kind of tower that vLLM's LLaVA can have.
@@ -50,11 +51,7 @@ def square_shape(hf_config: Any) -> TowerShape:
             f"vision_feature_layer={choice.layer} cannot be served: the plugin reads one feature "
             "layer"
         )
-    if vision.model_type not in CLASS_TOKENS:
-        raise TypeError(
-            f"vision tower {vision.model_type!r} cannot be served with merged tokens; supported: "
-            f"{', '.join(CLASS_TOKENS)}"
-        )
+    _check_tower(vision.model_type, CLASS_TOKENS)
     special = CLASS_TOKENS[vision.model_type]
     return shape_from_numbers(patch_grid(vision), vision.num_hidden_layers, choice, special)
 
@@ -82,15 +79,52 @@ def square_patches(hf_config: Any) -> tuple[int, int]:
     return patch_grid(hf_config.vision_config)
 
 
-def unit_shape(hf_config: Any) -> TowerShape:
-    """Numbers of a tower of Qwen's kind for a typical image, the library's own."""
+def record_of(hf_config: Any) -> GenericAdapter:
+    """The library's adapter of a model that has a record in it."""
     from ..adapters import ADAPTERS
     from ..adapters.generic import GenericAdapter
 
-    for adapter in ADAPTERS:
-        if isinstance(adapter, GenericAdapter) and hf_config.model_type in adapter.model_types:
-            return adapter.shape_from_config(hf_config, hf_config.vision_config.depth)
-    raise AssertionError(hf_config.model_type)
+    return next(
+        one
+        for one in ADAPTERS
+        if isinstance(one, GenericAdapter) and hf_config.model_type in one.model_types
+    )
+
+
+def unit_shape(hf_config: Any) -> TowerShape:
+    """Numbers of a tower of Qwen's kind for a typical image, the library's own."""
+    return record_of(hf_config).shape_from_config(hf_config, hf_config.vision_config.depth)
+
+
+def pooled_shape(tower: str, read: Mapping[str, Any]) -> Callable[[Any], TowerShape]:
+    """Numbers of a tower whose last layer hands every patch its group's value.
+
+    Args:
+        tower: type of the tower that vLLM builds.
+        read: what vLLM reads whatever a config says, by the config's names.
+    """
+
+    def shape(hf_config: Any) -> TowerShape:
+        vision = hf_config.vision_config
+        _check_tower(vision.model_type, (tower,))
+        for name, value in read.items():
+            found = getattr(hf_config, name, value)
+            if found != value:
+                raise TypeError(
+                    f"{name}={found!r:.100} cannot be served: vLLM reads {value!r} whatever the "
+                    "config says"
+                )
+        return record_of(hf_config).shape_from_config(hf_config, vision.num_hidden_layers)
+
+    return shape
+
+
+def _check_tower(found: str, known: Iterable[str]) -> None:
+    if found not in known:
+        raise TypeError(
+            f"vision tower {found!r} cannot be served with merged tokens; supported: "
+            f"{', '.join(known)}"
+        )
 
 
 SERVED = {
@@ -112,6 +146,32 @@ SERVED = {
             "qwen3_5": "Qwen3_5",
         }.items()
     },
+    "internvl": Served(
+        "PiToMeInternVLForConditionalGeneration",
+        "internvl",
+        pooled_shape(
+            "internvl_vision",
+            {"vision_feature_layer": -1, "vision_feature_select_strategy": "default"},
+        ),
+    ),
+    "gemma3": Served(
+        "PiToMeGemma3ForConditionalGeneration",
+        "gemma3",
+        pooled_shape("siglip_vision_model", {}),
+    ),
+}
+_BREAKS = (
+    "marks end the rows of its images, and in which row a merged token stands is known only after "
+    "vLLM has laid out the prompt"
+)
+# Why not, where there is more to say than that nobody wrote it.
+NOT_SERVED = {
+    "vipllava": "vLLM has no ViP-LLaVA",
+    "mistral3": _BREAKS,
+    "lighton_ocr": _BREAKS,
+    "pixtral": _BREAKS,
+    "aya_vision": "vLLM has dropped it",
+    "paligemma": "all of its prompt attends both ways, which vLLM's class does for images only",
 }
 # The plugin's classes by the model's type.
 ARCHITECTURES = {model_type: one.architecture for model_type, one in SERVED.items()}
@@ -126,9 +186,10 @@ def served_as(hf_config: Any) -> Served:
     """
     model_type = getattr(hf_config, "model_type", None)
     if model_type not in SERVED:
-        reason = "; vLLM has no ViP-LLaVA" if model_type == "vipllava" else ""
+        reason = NOT_SERVED.get(str(model_type))
         raise TypeError(
-            f"cannot serve a model of type {model_type!r} with merged tokens; supported: "
-            f"{', '.join(SERVED)} (in the format of transformers){reason}"
+            f"cannot serve a model of type {model_type!r} with merged tokens"
+            f"{f' ({reason})' if reason else ''}; supported: {', '.join(SERVED)} (in the format "
+            "of transformers)"
         )
     return SERVED[model_type]

@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 from vllm.v1.attention.selector import get_attn_backend
 
 from ..releases import vllm_config_checks
@@ -74,6 +75,12 @@ class MergedConfig(VerifyAndUpdateConfig):
             model.hf_config.rope_parameters = section
         if plan.size_bias:
             widen(vllm_config)
+        if plan.merges and model.is_mm_prefix_lm and current_platform.is_cpu():
+            logger.warning(
+                "on a CPU vLLM lets no token of an image see a later one, merged or not, which "
+                "models of type %r were trained to do; answers are worse than transformers'",
+                plan.model_type,
+            )
         logger.info("%s", plan)
 
 
@@ -173,11 +180,12 @@ def widen(vllm_config: Any) -> None:
 
 def smallest_head(vllm_config: Any, least: int) -> tuple[int, str] | None:
     """The smallest head size from `least` on that a backend takes, and the backend's name."""
-    dtype, cache_dtype = vllm_config.model_config.dtype, vllm_config.cache_config.cache_dtype
+    model, cache_dtype = vllm_config.model_config, vllm_config.cache_config.cache_dtype
+    dtype, both_ways = model.dtype, model.is_mm_prefix_lm
     for size in range(least, WIDEST + 1, 8):
         with set_current_vllm_config(vllm_config):
             try:
-                backend = get_attn_backend(size, dtype, cache_dtype)
+                backend = get_attn_backend(size, dtype, cache_dtype, use_mm_prefix=both_ways)
             except (ValueError, NotImplementedError):
                 continue
         # Not every platform asks its backend.

@@ -51,12 +51,12 @@ class TiledProcessor(MergedProcessor):
         return overview
 
     @override
-    def footprint(self, modality: str, full: int, items: Any, index: int) -> Footprint:
+    def footprints(self, modality: str, full: int, items: Any, index: int) -> list[Footprint]:
         # For counting it is enough that there are newlines.
         if modality == "video":
             frames = items.get_num_frames(index)
-            return Footprint(full, frames, 1, frames)
-        return Footprint(full, newlines=1)
+            return [Footprint(full, frames, 1, frames)]
+        return [Footprint(full, newlines=1)]
 
 
 class TiledModel(MergedModel):

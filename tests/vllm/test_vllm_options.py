@@ -12,9 +12,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import tiny_families
 from tiny import KINDS, tiny_model
 from tiny_anyres import anyres_model
+from tiny_families import FAMILIES
 from tiny_qwen import qwen
 from typer.testing import CliRunner
 
@@ -186,6 +186,34 @@ def test_tiled_models_are_counted_as_in_the_library(kind, tmp_path):
     assert overrides["architectures"] == [ARCHITECTURES[model.config.model_type]]
 
 
+@pytest.mark.parametrize("kind", ["internvl", "gemma3"])
+def test_models_that_pool_patches_are_counted_as_in_the_library(kind):
+    model, config = FAMILIES[kind].model(), MergeConfig(keep=0.25)
+    plan = plan_serving(model.config, config)
+    assert plan.schedule == planned_schedule(model, config)
+    assert plan.schedule.tower
+    assert plan.is_calibrated
+    assert plan.architecture == ARCHITECTURES[kind]
+    with pytest.raises(ValueError, match=f"keep='auto' is not .*{kind}"):
+        plan_serving(model.config, MergeConfig(keep="auto"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("vision_feature_layer", -2, "vision_feature_layer=-2 cannot be served: vLLM reads -1"),
+        ("vision_feature_select_strategy", "full", "'full' cannot be served"),
+        ("vision_config", SimpleNamespace(model_type="timm_wrapper"), "tower 'timm_wrapper'"),
+    ],
+    ids=str,
+)
+def test_what_vllm_reads_otherwise_is_refused(name, value, message):
+    config = copy.deepcopy(FAMILIES["internvl"].model().config)
+    vars(config)[name] = value
+    with pytest.raises(TypeError, match=message):
+        plan_serving(config, MergeConfig(keep=0.25))
+
+
 def test_tiles_without_a_whole_grid_are_refused():
     config = anyres_model("next").config
     config.vision_feature_select_strategy = "full"
@@ -206,7 +234,7 @@ GRID_CONFIGS = (
 
 @pytest.mark.parametrize("kind", GRID_KINDS)
 def test_images_of_any_size_are_counted_as_in_the_library(kind, tmp_path):
-    model = qwen(kind) if kind in GRID_KINDS[:2] else tiny_families.FAMILIES[kind].model()
+    model = qwen(kind) if kind in GRID_KINDS[:2] else FAMILIES[kind].model()
     for options in GRID_CONFIGS:
         config = MergeConfig(**options)
         plan = plan_serving(model.config, config)
@@ -236,6 +264,15 @@ def test_images_of_any_size_are_counted_as_in_the_library(kind, tmp_path):
 def test_other_families_are_refused(model_type):
     with pytest.raises(TypeError, match=f"'{model_type}'.*supported: llava"):
         plan_serving(SimpleNamespace(model_type=model_type), MergeConfig(keep=0.25))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [("mistral3", "marks end the rows"), ("paligemma", "both ways"), ("aya_vision", "dropped")],
+)
+def test_families_that_do_not_fit_are_refused_with_the_reason(model_type, reason):
+    with pytest.raises(TypeError, match=f"'{model_type}' with merged tokens .*{reason}.*; supp"):
+        plan_serving(FAMILIES[model_type].model().config, MergeConfig(keep=0.25))
 
 
 def test_other_towers_are_refused():

@@ -159,10 +159,12 @@ def frames_of(paths: list[str]) -> np.ndarray:
     )
 
 
-def reference_tiled(path, requests, config, *, tokens: int = ANSWER_TOKENS):
+def reference_tiled(path, requests, config, *, tokens: int = ANSWER_TOKENS, unseen=(), noise=None):
     """The library's own greedy answers: [(prompt tokens, answer)].
 
-    A request's own budget is in `pitome`; `config` None is the model without merging.
+    A request's own budget is in `pitome`; `config` None is the model without merging. `unseen` are
+    arguments of the processor that the model does not get. `noise` is a generator of changes of the
+    last bits of pixels.
     """
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(path)
@@ -177,6 +179,11 @@ def reference_tiled(path, requests, config, *, tokens: int = ANSWER_TOKENS):
         batch = processor(
             images=images or None, text=request["prompt"], return_tensors="pt", **videos
         )
+        batch = {name: value for name, value in batch.items() if name not in unseen}
+        if noise is not None:
+            for name in [name for name in batch if name.startswith("pixel_values")]:
+                pixels = batch[name]
+                batch[name] = pixels + 1e-6 * torch.randn(pixels.shape, generator=noise)
         saved = sum(one.full - one.count for one in prompt_images(model, batch)) if own else 0
         length = batch["input_ids"].shape[1]
         output = model.generate(

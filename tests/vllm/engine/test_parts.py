@@ -48,7 +48,7 @@ def test_places_between_positions_are_those_of_transformers(rope):
     with set_current_vllm_config(VllmConfig()):
         rotary = get_rope(HEAD, MOST, True, config.rope_parameters, torch.float32)
         table = StepTable(rotary, len(places))
-    table(places)
+    table(places[None])
     expected = torch.cat([cos[0, :, : HEAD // 2], sin[0, :, : HEAD // 2]], -1)
     torch.testing.assert_close(table.table, expected, atol=3e-4, rtol=0)
 
@@ -59,7 +59,7 @@ def test_whole_positions_are_vllm_s_own_to_the_last_bit():
             HEAD, MOST, True, {"rope_type": "default", "rope_theta": 1e4}, torch.float32
         )
         table = StepTable(rotary, MOST)
-    table(torch.arange(MOST).float())
+    table(torch.arange(MOST).float()[None])
     assert torch.equal(table.table, rotary.cos_sin_cache)
 
 
@@ -90,7 +90,7 @@ def choose(monkeypatch, chosen, head, backends):
         asked.append(config.attention_config.backend)
         yield
 
-    def select(size, dtype, cache_dtype):
+    def select(size, dtype, cache_dtype, use_mm_prefix):
         for backend in backends:
             if asked[-1] in (None, backend) and backend.supports_head_size(size):
                 return backend
@@ -100,7 +100,10 @@ def choose(monkeypatch, chosen, head, backends):
     monkeypatch.setattr(startup, "set_current_vllm_config", current)
     arch = SimpleNamespace(head_size=head)
     model = SimpleNamespace(
-        model_arch_config=arch, get_head_size=lambda: head, dtype=torch.bfloat16
+        model_arch_config=arch,
+        get_head_size=lambda: head,
+        dtype=torch.bfloat16,
+        is_mm_prefix_lm=False,
     )
     startup.widen(
         SimpleNamespace(

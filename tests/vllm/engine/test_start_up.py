@@ -122,6 +122,41 @@ def test_what_calibration_changes_in_vllm_and_what_it_refuses(demo):
         assert plain == ""
 
 
+# What a server of half precision counts images by.
+LOOKED_AT = """
+import json, sys
+import torch
+from transformers import AutoImageProcessor
+from vllm.engine.arg_utils import EngineArgs
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.processing.context import TimingContext
+from vllm.multimodal.processing.inputs import ProcessorInputs
+from pitome_vlm import MergeConfig
+from pitome_vlm.demo import scene_image
+from pitome_vlm.vllm import hf_overrides
+from pitome_vlm.vllm.options import PlannedServing
+
+path, seen, own = sys.argv[1], [], PlannedServing.for_pixels
+PlannedServing.for_pixels = lambda plan, pixels: seen.append(pixels) or own(plan, pixels)
+overrides = hf_overrides(MergeConfig(keep="auto"), path)
+model = EngineArgs(model=path, dtype="bfloat16", hf_overrides=overrides).create_model_config()
+processor = MULTIMODAL_REGISTRY.create_processor(model)
+scene = scene_image(0, "val")
+items = processor.info.parse_mm_data({"image": scene})
+made = processor.apply(ProcessorInputs([1, 4], items), TimingContext(enabled=False))
+exact = AutoImageProcessor.from_pretrained(path)(scene, return_tensors="pt")["pixel_values"]
+handed = made["mm_kwargs"]["image"][0]["pixel_values"].data
+print("RESULT", torch.equal(seen[0], exact), torch.equal(handed, exact[0].bfloat16()))
+"""
+
+
+def test_counts_follow_pixels_that_are_not_rounded(demo):
+    done = subprocess.run(
+        [sys.executable, "-c", LOOKED_AT, demo], env=environment(), capture_output=True, text=True
+    )
+    assert "RESULT True True" in done.stdout, done.stdout + done.stderr[-3000:]
+
+
 def test_bad_options_stop_a_plain_vllm_before_it_loads_anything(demo):
     cases = {
         "unknown algorithm 'tomee'": {"pitome": {"keep": 0.25, "algorithm": "tomee"}},
