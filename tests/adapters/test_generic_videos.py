@@ -120,9 +120,11 @@ def test_frames_of_gemma_4_share_a_budget():
     for family in (FAMILIES["gemma4"], GROUPS["padded"]["gemma4, large"]):
         model, batch = family.model(), gemma4_videos()
         if RELEASE < (5, 23):
-            with pytest.raises((IndexError, ValueError)):
-                model.generate(**batch, **GREEDY)  # Unwrapped.
-            return
+            try:
+                model.generate(**batch, **GREEDY)
+                model(**batch)
+            except (IndexError, ValueError):
+                continue  # Unwrapped, it fails on videos.
         the_merging_path_is_the_model(model, batch)
         for options, counts in (({}, [6, 14]), ({"temporal": True}, [6, 14])):
             pitome_vlm.wrap(model, keep=0.5, **options)
