@@ -6,6 +6,7 @@ linear probes) are made from the unmerged tower, as for a model that is merged o
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,9 +73,11 @@ def config_at(model: Any, options: dict[str, Any], level: float, images: Tensor)
             layers_flops(blocks, schedule, config, model.config.hidden_size, has_class=True)[0]
         )
 
-    whole, kept = cost(MergeConfig(keep=1.0, algorithm="none")), shape.leading_kept
-    configs = [config_of(options, count) for count in range(1 + kept, shape.n_tokens + kept)]
-    return min(configs, key=lambda config: abs(cost(config) / whole - level))
+    target = level * cost(MergeConfig(keep=1.0, algorithm="none"))
+    counts = range(1 + shape.leading_kept, shape.n_tokens + shape.leading_kept)
+    above = bisect.bisect_left(counts, target, key=lambda count: cost(config_of(options, count)))
+    around = [config_of(options, count) for count in counts[max(0, above - 1) : above + 1]]
+    return min(around, key=lambda config: abs(cost(config) - target))
 
 
 @dataclass(frozen=True)
