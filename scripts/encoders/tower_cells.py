@@ -25,7 +25,7 @@ from pitome_vlm.merge.schedule import few_layers
 LEVELS = (0.8, 0.6, 0.4)
 BATCH = 16
 LAYERS = 12
-FEW, EVERY = few_layers(LAYERS), tuple(range(LAYERS))
+FEW, EVERY = list(few_layers(LAYERS)), list(range(LAYERS))
 UNPROTECTED = {"algorithm": "pitome", "protect": False}
 # Name -> options; all layers merge unless the name says otherwise. The most telling ones first: a
 # run that is stopped has these.

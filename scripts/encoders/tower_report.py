@@ -35,8 +35,15 @@ MEASURES: dict[str, tuple[Scores, float]] = {
 
 
 def interval(scores: np.ndarray, most: float, *, paired: bool = False) -> tuple[float, float]:
-    """95 % interval of a mean, items resampled."""
-    ends = mean_interval(scores, range(len(scores)), extremes=(-most if paired else 0, most))
+    """95 % interval of a mean, items resampled.
+
+    Two more items are among them, with the lowest and highest score there can be; of a cosine,
+    which hardly ever is -1, with the lowest and highest there are.
+    """
+    extremes = (-most if paired else 0.0, most)
+    if most == 1.0:
+        extremes = (float(scores.min()), float(scores.max()))
+    ends = mean_interval(scores, range(len(scores)), extremes=extremes)
     return ends.low, ends.high
 
 
