@@ -107,7 +107,7 @@ def _qwen3_vl():
 def _qwen3_5():
     linear = {"linear_conv_kernel_dim": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
     linear |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-    rope = _interleaved(partial_rotary_factor=0.5, mrope_section=[4, 2, 2])
+    rope = _interleaved(partial_rotary_factor=0.25, mrope_section=[2, 1, 1])
     types = ["linear_attention", "full_attention"] * 2
     words = _text(num_hidden_layers=4, layer_types=types, **linear, **rope)
     config = Qwen3_5Config(text_config=words, vision_config=_newer(), **TOKENS)
