@@ -51,6 +51,8 @@ def fresh_accelerate():
     state = sys.modules.get("accelerate.state")
     if state is not None:
         state.AcceleratorState._reset_state(reset_partial_state=True)
+    # `TrainingArguments(bf16=True)` of transformers 4.57 leaves it for whoever comes next.
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
 
 
 @pytest.hookimpl(wrapper=True)
