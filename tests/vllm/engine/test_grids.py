@@ -44,7 +44,7 @@ def refused(images, folder):
     return [
         ({**prompt, "pitome": {"keep": 2}}, "keep must be in (0, 1]"),
         ({**prompt, "pitome": {"keep": "auto"}}, "keep='auto' is not served"),
-        ({**prompt, "images": [str(thin)]}, "Failed to apply Qwen"),
+        ({**prompt, "images": [str(thin)]}, "Failed to apply"),
         ({"prompt": "<video> what", "images": [], "frames": images[:4]}, "video"),
     ]
 
