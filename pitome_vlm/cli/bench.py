@@ -13,7 +13,7 @@ import typer
 from ..common import check_choice, whole_number, write_text
 from ..merge.config import MergeConfig
 from . import options as o
-from .session import check_output, is_encoder
+from .session import check_output, model_path
 from .terminal import EXIT_INTERRUPTED, quiet, say, show_table, write, write_json
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def bench(
         plotted = "bench" if plot else ""
         check_output(output, (RESULTS, REPORT, PLOT), overwrite=overwrite, plot=plotted)
     with quiet(verbose):
+        from ..loading.encoders import is_encoder
         from ..measure.bench import Case, configuration
         from . import bench_run as run
 
@@ -129,7 +130,7 @@ def bench(
             configuration(config, layers=layers)
         budgets = _budgets(keep, tokens, algorithms)
         sizes = o.counts("batch", batch)
-        if model is not None and is_encoder(model):
+        if model is not None and is_encoder(model_path(model)):
             _encoders(
                 run.load_checkpoint(model, threads, loading).model,
                 *(model, budgets, sizes, size),

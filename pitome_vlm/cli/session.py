@@ -92,14 +92,11 @@ def load_model(
     """
     check_bits(load_4bit, load_8bit)
     with quiet(verbose):
+        from ..loading.encoders import refuse_encoder
         from ..loading.models import load
 
-        if not encoders and is_encoder(name):
-            raise ValueError(
-                f"{name} is an encoder on its own and answers no questions; info, visualize and "
-                "bench take it"
-            )
-
+        if not encoders:
+            refuse_encoder(model_path(name))
         chosen = checked_device(device) or accelerator()
         loading(f"the model from {name}" if name != DEMO else "the bundled model")
         model, processor = load(
@@ -132,17 +129,6 @@ def load_merging(
     if origin or verbose or announce:
         say(merging_line(model, origin))
     return model, processor
-
-
-def is_encoder(name: str) -> bool:
-    """Whether a checkpoint is one of an encoder on its own."""
-    from ..loading.checkpoints import only_local
-    from ..loading.encoders import encoder_class
-    from ..loading.peft import find_adapter_at
-
-    path = model_path(name)
-    source = {"local_files_only": only_local(path)}
-    return find_adapter_at(path, **source) is None and encoder_class(path, **source) is not None
 
 
 def check_algorithm(given: dict[str, Any]) -> None:

@@ -141,6 +141,7 @@ def load_trainable(
     Without a device it goes to the accelerator of this process, if there is one; `base` is the
     base model of an adapter.
     """
+    from ..loading.encoders import refuse_encoder
     from ..loading.models import load
     from ..loading.peft import find_adapter_at
     from ..loading.quantization import compute_dtype
@@ -148,6 +149,7 @@ def load_trainable(
     check_algorithm(given)
     check_bits(load_4bit, load_8bit)
     place, path = checked_device(device) or _device(), model_path(name)
+    refuse_encoder(path)
     config, origin = planned_config(name, given, base=base)
     if dtype is None and find_adapter_at(path) is None:
         dtype = str(compute_dtype(place)).removeprefix("torch.")

@@ -9,6 +9,7 @@ import torch
 
 from ..common import require
 from ..loading.checkpoints import squeezed
+from ..loading.encoders import refuse_encoder
 from ..loading.models import load
 from .arguments import ModelArguments
 
@@ -21,6 +22,7 @@ def load_model(arguments: ModelArguments, accelerator: Any) -> tuple[Any, Any]:
         ImportError: PEFT is needed and not installed.
     """
     _check_adapter(arguments.peft)
+    refuse_encoder(arguments.pretrained, arguments.revision)
     device_map = _placement(arguments, accelerator)
     model, processor = load(
         arguments.pretrained,

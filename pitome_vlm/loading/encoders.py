@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoProcessor
 
 from ..adapters import model_types
 from ..adapters.encoders import ENCODERS
-from .checkpoints import existing, is_original, raw_config, squeezed
+from .checkpoints import existing, is_original, only_local, raw_config, squeezed
+from .peft import find_adapter_at
 
 _CLASSES = {name for record in ENCODERS for name in record.classes}
 # A pooling layer that was not trained with the encoder; features do not depend on it.
@@ -35,6 +36,26 @@ def encoder_class(path: str | os.PathLike[str], **source: Any) -> Any:
         return None
     names = [name for name in raw.get("architectures") or () if name in _CLASSES]
     return getattr(transformers, names[0], None) if names else None
+
+
+def is_encoder(path: str | os.PathLike[str], revision: str | None = None) -> bool:
+    """Whether a checkpoint is one of an encoder on its own; raises what `encoder_class` does."""
+    local = only_local(path, revision=revision)
+    source: dict[str, Any] = {"revision": revision, "local_files_only": local}
+    return find_adapter_at(path, **source) is None and encoder_class(path, **source) is not None
+
+
+def refuse_encoder(path: str | os.PathLike[str], revision: str | None = None) -> None:
+    """Say that an encoder cannot be asked, before its weights are read.
+
+    Raises:
+        ValueError: the checkpoint is one of an encoder on its own; or see `encoder_class`.
+    """
+    if is_encoder(path, revision):
+        raise ValueError(
+            f"{path} is an encoder on its own and answers no questions; info, visualize and "
+            "bench take it"
+        )
 
 
 def empty_encoder(path: str | os.PathLike[str], kind: Any) -> Any:

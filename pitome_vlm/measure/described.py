@@ -110,11 +110,7 @@ class Description:
         schedule = self.schedule
         if schedule.typical:
             schedule = schedule.of_image(self.count.full, self.count.out)
-        before = (schedule.n_tokens, *(count for _, count in schedule.tower))
-        return tuple(
-            (layer, entering, leaving)
-            for (layer, leaving), entering in zip(schedule.tower, before, strict=False)
-        )
+        return schedule.tower_steps
 
     @property
     def projector_steps(self) -> tuple[tuple[int, int], ...]:

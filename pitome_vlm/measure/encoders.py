@@ -74,9 +74,7 @@ class EncoderDescription:
     @property
     def tower_steps(self) -> tuple[tuple[int, int, int], ...]:
         """(layer, patches before, patches after) of every layer that merges."""
-        before = (self.schedule.n_tokens, *(count for _, count in self.schedule.tower))
-        pairs = zip(self.schedule.tower, before, strict=False)
-        return tuple((layer, entering, leaving) for (layer, leaving), entering in pairs)
+        return self.schedule.tower_steps
 
     @property
     def flops_saved(self) -> float:

@@ -69,6 +69,13 @@ class Schedule:
         return self.n_tokens + self.leading_kept
 
     @property
+    def tower_steps(self) -> tuple[tuple[int, int, int], ...]:
+        """(layer, patches before, patches after) of every merging tower layer, without CLS."""
+        before = (self.n_tokens, *(count for _, count in self.tower))
+        pairs = zip(self.tower, before, strict=False)
+        return tuple((layer, entering, leaving) for (layer, leaving), entering in pairs)
+
+    @property
     def tower_out(self) -> int:
         """Visual tokens per image that leave the tower."""
         counts = [count for _, count in self.tower]

@@ -13,36 +13,14 @@ from ..adapters.swap import BASE, swap_in, swap_out
 from ..adapters.tower import encoding, is_encoding
 from ..releases import STATES_RECORDED_AROUND
 from .arguments import by_name, parameters_of
-from .merging import STATE, Merging, note_of
+from .merging import STATE
+from .wrapped_model import WrappedModel, handed_on
 
 # The attribute of an encoder that holds the wrapped model which it is or belongs to, in a tuple, so
 # that torch does not register it.
 OWNER = "_pitome_owner"
 # Arguments that speak of single tokens or attention maps, of which there are fewer inside.
 _PER_TOKEN = ("attention_mask", "head_mask")
-
-
-class WrappedModel:
-    """Mixin before the class of a wrapped model that is or contains an encoder."""
-
-    _pitome_mirrored: tuple[str, ...] = ("save_pretrained",)
-
-    _pitome: Merging
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Save the untouched checkpoint with `pitome_config.json` next to it."""
-        if not hasattr(type(self), BASE):
-            return type(self).save_pretrained(self, *args, **kwargs)
-        original = super().save_pretrained  # type: ignore[misc]
-        call = by_name(original, args, kwargs)
-        if call.get("is_main_process", True):
-            self._pitome.config.save_pretrained(call["save_directory"])
-        return original(**call)
-
-    def extra_repr(self) -> str:
-        """Say in `print(model)` what is on."""
-        own = super().extra_repr()  # type: ignore[misc]
-        return ", ".join(part for part in (own, note_of(self, self._pitome)) if part)
 
 
 class WrappedEncoder:
@@ -55,7 +33,7 @@ class WrappedEncoder:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder's own forward, whose layers merge; its output is as long as ever."""
         if not hasattr(type(self), BASE):
-            return type(self).forward(self, *args, **kwargs)
+            return handed_on(self, "forward", args, kwargs)
         original = super().forward  # type: ignore[misc]
         merging = self._pitome_owner[0].__dict__.get(STATE)
         call = by_name(original, args, kwargs)

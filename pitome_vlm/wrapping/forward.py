@@ -40,7 +40,6 @@ from .kv_cache import (
     with_prompt_images,
 )
 from .later_turns import brings_new_images_only, with_new_images, without_new_images
-from .merging import Merging, note_of
 from .placeholders import all_placeholders
 from .positions import as_model_positions
 from .prompt import other_arguments, prepare
@@ -54,24 +53,21 @@ from .refusals import (
     refuse_stale_inputs,
     refuse_unsupported,
 )
+from .wrapped_model import WrappedModel, handed_on
 
 # In the inputs of a pass: `prepare_inputs_for_generation` has seen to everything.
 PREPARED = "pitome_prepared"
 
 
-class WrappedLlava(GenerateHooks):
+class WrappedLlava(GenerateHooks, WrappedModel):
     """Mixin that `wrap` puts before a model's class."""
 
-    # Methods whose signature callers read (Trainer's column names, generate's validation): the
-    # swapped class shows the signature of the original ones.
-    _pitome_mirrored: tuple[str, ...] = (
+    _pitome_mirrored = (
+        *WrappedModel._pitome_mirrored,
         "forward",
         "generate",
         "prepare_inputs_for_generation",
-        "save_pretrained",
     )
-
-    _pitome: Merging
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward on the shortened prompt; logits and loss are of that length."""
@@ -225,22 +221,6 @@ class WrappedLlava(GenerateHooks):
         inputs[PREPARED] = True
         return inputs
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Save the untouched checkpoint with `pitome_config.json` next to it."""
-        if not hasattr(type(self), BASE):
-            return handed_on(self, "save_pretrained", args, kwargs)
-        original = super().save_pretrained  # type: ignore[misc]
-        call = named_arguments(original, args, kwargs)
-        if call.get("is_main_process", True):
-            # First, so that it is there when the folder is pushed to a hub.
-            self._pitome.config.save_pretrained(call["save_directory"])
-        return original(**call)
-
-    def extra_repr(self) -> str:
-        """Say in `print(model)` what is on."""
-        own = super().extra_repr()  # type: ignore[misc]
-        return ", ".join(part for part in (own, note_of(self, self._pitome)) if part)
-
     def _pitome_without_pixels(self, call: dict[str, Any], sizes: Tensor | None) -> dict[str, Any]:
         """Arguments of a pass over text alone, or over what `compact_inputs` made."""
         refuse_stale_inputs(self, self._pitome, call)
@@ -283,14 +263,6 @@ class WrappedLlava(GenerateHooks):
         short |= with_full_prompt(call, caller)
         given = {name: value for name, value in short.items() if value is not None}
         return with_prompt(original(**given), caller)
-
-
-def handed_on(model: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call the class's own method: the model was unwrapped while another library held on to ours.
-
-    accelerate's autocast and `torch.compile` keep the method they find when they are put on.
-    """
-    return getattr(type(model), name)(model, *args, **kwargs)
 
 
 def _pad_left(call: dict[str, Any]) -> bool | None:

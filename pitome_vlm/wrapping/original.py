@@ -20,7 +20,7 @@ from ..adapters.original_code import PREPARE
 from ..adapters.swap import BASE
 from ..releases import CACHE_NAME, TRANSFORMERS, cache_of, continues_from_embeds
 from .arguments import by_name, named_arguments, parameters_of
-from .forward import PREPARED, WrappedLlava, handed_on
+from .forward import PREPARED, WrappedLlava
 from .generation import shorter_limits
 from .image_cache import IMAGE_CACHE
 from .kv_cache import (
@@ -36,6 +36,7 @@ from .original_inputs import prepare_original
 from .positions import Calibration
 from .prompt import CompactPrompt
 from .refusals import check_cache, refuse_unsupported
+from .wrapped_model import handed_on
 
 logger = logging.get_logger(__name__)
 

@@ -14,6 +14,7 @@ stopped resumes with the missing rows, and those that are no longer what the pac
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -35,6 +36,8 @@ from pitome_vlm.demo.dataset import HELD_OUT, SPLIT_SCENES
 from pitome_vlm.measure.demo_benchmark import Setting, ask, concatenate, difference_interval
 from pitome_vlm.measure.provenance import checkpoint_fingerprint, provenance
 from pitome_vlm.merge import Algorithm, MergeContext, MergePlan
+from pitome_vlm.merge.algorithm import every_pair
+from pitome_vlm.merge.algorithms import pitome_plus
 from pitome_vlm.merge.algorithms.pitome import EnergyOptions, energies
 from pitome_vlm.merge.matching import keep_only
 from pitome_vlm.merge.similarity import Similarity
@@ -71,6 +74,7 @@ ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("stage", "projector", {"stage": "projector"}),
     ("tower layers", "1, 3 and 5", {"layers": (1, 3, 5)}),
     ("tower layers", "2 and 4", {"layers": (2, 4)}),
+    ("tower layers", "2 and 4, in one round", {"algorithm": "one_round", "layers": (2, 4)}),
     ("tower layers", "2 and 4, share 1/3", {"layers": (2, 4), "tower_share": 1 / 3}),
     ("tower share", "1/2", {"tower_share": 0.5}),
     ("tower share", "3/4", {"tower_share": 0.75}),
@@ -119,9 +123,29 @@ ENERGY_SELECT = Algorithm(
 )
 
 
+def in_one_round(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
+    """What the rounds of pitome_plus are worth: half of the tokens at once, coverage beyond that.
+
+    Args:
+        keys: [B, N, D].
+        n_out: 1..N.
+        ctx: relative depth, and whether the tower is over.
+    """
+    similarity = Similarity(keys, ctx.pairs)
+    if ctx.at_projector or 2 * n_out < keys.shape[1]:
+        return pitome_plus.coverage(similarity, n_out)
+    return pitome_plus.matching(similarity, n_out, ctx)
+
+
+ONE_ROUND = dataclasses.replace(
+    pitome_plus.ALGORITHM, name="one_round", plan=in_one_round, pairs_compared=every_pair
+)
+
+
 def prepare(path: Path) -> tuple[Any, Any]:
     """The model of this process, which then knows all algorithms of the table."""
-    algorithms.register(ENERGY_SELECT)
+    for algorithm in (ENERGY_SELECT, ONE_ROUND):
+        algorithms.register(algorithm)
     return load_model(path)
 
 
@@ -292,7 +316,8 @@ def report(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure what is missing and write the table."""
-    algorithms.register(ENERGY_SELECT)
+    for algorithm in (ENERGY_SELECT, ONE_ROUND):
+        algorithms.register(algorithm)
     wanted = arguments()
     wanted.output.mkdir(parents=True, exist_ok=True)
     stored = wanted.output / f"ablation_{wanted.split}.json"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny_clip_checkpoint
+import torch
 import transformers as hf
 from cli_runner import fails_in_one_line, run
 from PIL import Image
 from tiny_encoders import SIDE, TINY
 
 import pitome_vlm
+from pitome_vlm.lmms.arguments import ModelArguments
+from pitome_vlm.lmms.loader import load_model
 from pitome_vlm.wrapping.wrap import is_wrapped, merge_config
 
 
@@ -90,3 +94,21 @@ def test_commands_that_ask_questions_refuse_encoders(folders):
     for words in (("ask", "--image", image, "What is it?"), ("chat", "--image", image)):
         result = run(words[0], "--model", str(folders[0]), *words[1:])
         fails_in_one_line(result, "is an encoder on its own and answers no questions")
+
+
+def test_training_refuses_encoders_once_the_data_is_read(folders, tmp_path):
+    image, data = str(folders[0] / "image.png"), tmp_path / "data.json"
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    data.write_text(json.dumps([{"image": image, "conversations": turns}] * 4))
+    given = ("--model", str(folders[0]), "--data", str(data), "-o", str(tmp_path / "run"))
+    result = run("train", *given)
+    assert result.exit_code == 2
+    last = result.stderr.splitlines()[-1]
+    assert "is an encoder on its own and answers no questions" in last
+    assert not (tmp_path / "run").exists()
+
+
+def test_lmms_eval_refuses_encoders(folders):
+    arguments = ModelArguments.parse({"pretrained": str(folders[0])})
+    with pytest.raises(ValueError, match="is an encoder on its own and answers no questions"):
+        load_model(arguments, SimpleNamespace(num_processes=1, device=torch.device("cpu")))

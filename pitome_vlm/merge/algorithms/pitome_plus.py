@@ -12,9 +12,7 @@ of that background. Nothing is protected beforehand; isolated tokens have no goo
 
 An edge is only good while there is a choice: with half of the tokens to go every token of one half
 would have to merge. So at most a quarter of them go at once, and a step that asks for more takes
-several rounds, each on the means of the last one. (On the bundled model, merging 144 tokens to 72
-in layer 2 and to 36 in layer 4 in one round each costs 18 points, in rounds nothing;
-`scripts/demo/ablation.py`, "tower layers".)
+several rounds, each on the means of the last one (eval/results/ablation, "tower layers").
 
 Pairs run out when few tokens are left: at 1/16 of the tokens some layer has to merge what should
 stay apart. So the tower does two thirds of the (logarithmic) reduction, and the last third is one
@@ -43,14 +41,14 @@ _AT_ONCE = 1 / 4
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     """Matching in the tower, in rounds; coverage at the projector."""
     if ctx.at_projector:
-        return _coverage(Similarity(keys, ctx.pairs), n_out)
+        return coverage(Similarity(keys, ctx.pairs), n_out)
     whole, sizes = None, ctx.sizes
     for left in _rounds(keys.shape[1], n_out):
-        found = _matching(Similarity(keys, ctx.pairs), left, ctx)
+        found = matching(Similarity(keys, ctx.pairs), left, ctx)
         whole = found if whole is None else whole.then(found)
         if left > n_out:
             keys, sizes = found.apply(keys.detach(), sizes, weighted=ctx.config.weighted)
-    return whole or _matching(Similarity(keys, ctx.pairs), n_out, ctx)
+    return whole or matching(Similarity(keys, ctx.pairs), n_out, ctx)
 
 
 def _rounds(n_in: int, n_out: int) -> Iterator[int]:
@@ -68,8 +66,8 @@ def pairs_compared(n_in: int, n_out: int, ctx: MergeContext) -> int:
     return sum(every_pair(n, n_out, ctx) for n in starts)
 
 
-def _matching(similarity: Similarity, n_out: int, ctx: MergeContext) -> MergePlan:
-    """The r best edges between tokens that alternate in energy order; n_out = N - r, 2 r <= N."""
+def matching(similarity: Similarity, n_out: int, ctx: MergeContext) -> MergePlan:
+    """The r best edges of tokens that alternate in energy order; r = N - n_out <= N / 2."""
     n_tokens = similarity.n_tokens
     energy = energies(similarity, ctx.own(EnergyOptions), ctx.depth)
     by_energy = energy.argsort(dim=-1, descending=True, stable=True)
@@ -83,7 +81,7 @@ def _matching(similarity: Similarity, n_out: int, ctx: MergeContext) -> MergePla
     return MergePlan.from_pairs(n_tokens, sources, destinations, order=order)
 
 
-def _coverage(similarity: Similarity, n_out: int) -> MergePlan:
+def coverage(similarity: Similarity, n_out: int) -> MergePlan:
     """Tokens far from each other stay, every other one joins the most similar of them."""
     centres = similarity.farthest_first(n_out)
     others = complement(centres, similarity.n_tokens)
