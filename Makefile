@@ -15,7 +15,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_OLD_VENV ?= .venv-vllm-0.27
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all slow lint types layers unit coverage fuzz test-matrix test-llava test-retrieval test-vllm test-vllm-old bench-serving bench-demo bench-ablation eval-demo wheel clean
+.PHONY: help demo test test-all slow lint types layers unit coverage fuzz test-matrix test-llava test-retrieval test-vllm test-vllm-old bench-serving bench-demo bench-ablation eval-demo wheel docs drawings clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -143,8 +143,19 @@ eval-demo: $(VENV)/.dev ## regenerate eval/results/demo_vqa with lmms-eval; RESU
 	$(BIN)/pitome-vlm eval --suite demo --algorithms pitome_plus,paper,tome,random,pool \
 		--output eval/results/demo_vqa --resume
 
+$(VENV)/.docs: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/.docs ## build the documentation into build/site; broken links are errors
+	$(BIN)/python -m scripts.docs.site
+
+drawings: $(VENV)/.dev ## draw the images of the README and of docs/how-it-works.md again (two minutes)
+	$(BIN)/python -m scripts.demo.scene --output docs/assets
+	$(BIN)/python -m scripts.docs.drawings
+
 wheel: $(VENV)/.dev ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(MATRIX_VENV) $(LLAVA_VENV) $(VLLM_VENV) $(VLLM_OLD_VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+	rm -rf $(VENV) $(MATRIX_VENV) $(LLAVA_VENV) $(VLLM_VENV) $(VLLM_OLD_VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

@@ -1,4 +1,4 @@
-"""The README stays true: its Python runs, its table is the measured one, its names exist."""
+"""README and pages stay true: their Python runs, figures are the measured ones, names exist."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from cli_runner import run
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny import tiny_batch, tiny_model
@@ -16,19 +18,24 @@ import pitome_vlm
 from pitome_vlm.demo import checkpoint_path, load_split, scene_image
 from pitome_vlm.measure.asking import question_prompt
 from pitome_vlm.merge import registry
-from scripts.demo import report
+from scripts.demo import readme, report
 from scripts.demo.stored import later_words
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+PYTHON = (ROOT / "docs/python.md").read_text()
 STORED = json.loads((ROOT / "eval/results/demo/results.json").read_text())
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("[es]*/README.md")]
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+HERO = ROOT / "docs/assets/scene-compared.png"
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
 
 
 @pytest.fixture
 def scope(tmp_path):
-    """What the README leaves to the reader: a path, an image, a prompt, a batch."""
+    """What docs/python.md leaves to the reader: a path, an image, a prompt, a batch."""
     path = checkpoint_path()
     model, processor = pitome_vlm.load(path, dtype="float32")
     sample = load_split("val", 1)[0]
@@ -50,28 +57,40 @@ def scope(tmp_path):
     }
 
 
-def test_the_first_snippet_runs_and_leaves_the_model_as_it_was(scope, capsys):
-    exec(BLOCKS[0], scope)
+def test_the_readme_is_short():
+    assert len(README.split()) <= 900
+
+
+def test_the_snippets_of_the_readme_run_as_written(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    offline, large = blocks(README)
+    scope = {}
+    exec(offline, scope)
+    (shown,) = re.findall(r"# (\w+)$", offline, flags=re.MULTILINE)
+    assert capsys.readouterr().out == f"{shown}\n"
+    exec(large.replace("llava-hf/llava-1.5-7b-hf", str(checkpoint_path())), scope)
     assert "144 -> 36 visual tokens per image" in capsys.readouterr().out
-    assert scope["answer"].shape[1] > scope["batch"]["input_ids"].shape[1]
-    fresh, _ = pitome_vlm.load(scope["path"])
-    inputs = scope["batch"] | {"pixel_values": scope["pixel_values"].to(fresh.dtype)}
-    assert torch.equal(scope["model"](**inputs).logits, fresh(**inputs).logits)
+    model, fresh = scope["model"], pitome_vlm.load("demo")[0]
+    prompt = question_prompt(scope["processor"], "what is this")
+    image = scene_image(0, "val")
+    inputs = scope["processor"](images=image, text=prompt, return_tensors="pt").to(fresh.dtype)
+    assert torch.equal(model(**inputs).logits, fresh(**inputs).logits)
 
 
-def test_the_second_snippet_runs(scope):
-    code = BLOCKS[1]
+def test_the_snippet_of_the_python_page_runs(scope, capsys):
+    (code,) = blocks(PYTHON)
     four_bit = code.index("model, processor = pitome_vlm.load(path, keep=0.25, load_in_4bit")
     compact = code.index("batch = pitome_vlm.compact_inputs")
     exec(code[:four_bit] + code[compact:], scope)
+    assert "144 -> 72 visual tokens per image" in capsys.readouterr().out
     assert scope["loss"].isfinite()
     assert scope["visual"].sizes()[0].sum() == 144
     exec(code[four_bit:compact], scope)
     assert scope["model"].is_loaded_in_4bit
 
 
-def test_every_public_name_is_in_the_readme():
-    missing = [n for n in pitome_vlm.__all__ if n != "__version__" and n not in README]
+def test_every_public_name_is_in_the_python_page():
+    missing = [n for n in pitome_vlm.__all__ if n != "__version__" and n not in PYTHON]
     assert not missing
 
 
@@ -79,8 +98,15 @@ def test_every_file_the_readme_points_to_exists():
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
     assert len(links) >= 4
     assert all((ROOT / link).exists() for link in links)
-    with Image.open(ROOT / "docs/assets/overlay.png") as shown:
-        assert shown.width > 1000
+
+
+def test_the_image_of_the_readme_is_what_its_command_draws(monkeypatch, tmp_path):
+    (command,) = re.findall(r"`pitome-vlm (visualize .*?)`", README, flags=re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    result = run(*command.split(), "--output", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    with Image.open(tmp_path / HERO.name) as drawn, Image.open(HERO) as shown:
+        assert np.array_equal(drawn, shown), "run `python -m scripts.demo.scene`"
 
 
 def test_every_make_target_the_readme_names_exists():
@@ -92,23 +118,35 @@ def test_every_make_target_the_readme_names_exists():
 
 @pytest.fixture(scope="module")
 def measured():
-    """The stored answers of the demo benchmark: questions, rows of the table, costs, facts."""
-    return (*report.from_raw(STORED), STORED["costs"], STORED["provenance"])
+    """The stored answers of the demo benchmark."""
+    return readme.Measured(*report.from_raw(STORED), STORED["times"], STORED["provenance"])
 
 
-def test_the_committed_table_is_the_measured_one(measured):
-    assert report.readme_table(*measured) in README
+def test_the_figures_of_the_readme_are_the_measured_ones(measured, tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(README)
+    readme.update_readme(
+        page, headline=readme.headline(measured), table=readme.readme_table(measured)
+    )
+    assert page.read_text() == README, "run the benchmark with --rewrite --readme README.md"
 
 
 @pytest.mark.slow
 def test_the_committed_report_is_the_measured_one(measured):
-    later = later_words(STORED)
-    assert report.report(*measured, later) == (ROOT / "eval/results/demo/report.md").read_text()
+    written = report.report(
+        measured.samples,
+        measured.rows,
+        STORED["costs"],
+        measured.facts,
+        times=measured.times,
+        later=later_words(STORED),
+    )
+    assert written == (ROOT / "eval/results/demo/report.md").read_text()
 
 
 def test_the_stored_answers_are_to_the_questions_of_this_version(measured):
-    assert measured[0] == load_split("test")
-    assert len(measured[0]) >= 2000
+    assert measured.samples == load_split("test")
+    assert len(measured.samples) >= 2000
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -5,7 +5,8 @@
 Writes results.json (every answer, full configuration, hardware, versions), report.md and
 accuracy.png. Where results.json is there already, only rows are measured that are missing or no
 longer what the package does (`stored.py`); `--overwrite` measures all, `--methods` only some.
-Costs and times are measured with the rows of the default.
+Costs are counted with the rows of the default; the rows that the README compares are timed where
+one of them was measured or is not timed yet, and with `--times`.
 `--split val` is for choosing options; the committed table is the test split.
 `--readme README.md` also brings the table between the README's markers up to date.
 """
@@ -21,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -30,12 +30,13 @@ from pitome_vlm import MergeConfig
 from pitome_vlm.common import write_text
 from pitome_vlm.demo import checkpoint_path, load_split
 from pitome_vlm.demo.dataset import HELD_OUT, SPLIT_SCENES
-from pitome_vlm.measure.demo_benchmark import Outcome, Setting, batches, concatenate, run
+from pitome_vlm.demo.processor import PATCHES
+from pitome_vlm.measure.demo_benchmark import Outcome, Setting, concatenate, run
 from pitome_vlm.measure.description import describe
 from pitome_vlm.measure.provenance import checkpoint_fingerprint, provenance
-from pitome_vlm.measure.timing import time_prefill
 
 from ..command import command_line
+from .readme import Measured, headline, readme_table, update_readme
 from .report import (
     BASELINE,
     BASELINES,
@@ -44,19 +45,17 @@ from .report import (
     RANDOM_SEEDS,
     RECOMMENDED,
     RESIZE,
-    TIMED_BATCH,
-    TIMED_ROUNDS,
+    TIMED,
     from_raw,
     outcome_values,
     plot,
     raw,
-    readme_table,
     report,
     setting_values,
     table,
-    update_readme,
 )
 from .stored import holds, later_words, with_run
+from .times import BATCHES, by_name, time_rows
 
 NO_MERGING = MergeConfig(keep=1.0, algorithm="none")
 
@@ -79,35 +78,33 @@ def methods(tokens: int) -> list[Setting]:
     return settings
 
 
-def cost_rows(model: Any, processor: Any, split: str, budgets: list[int]) -> list[dict[str, Any]]:
-    """What each budget saves by default: counted FLOPs and KV bytes, measured first-token time.
-
-    The budgets take turns, so that whatever else the machine does falls on all of them; the first
-    round warms up.
-    """
-    batch = next(batches(processor, load_split(split, TIMED_BATCH), split, TIMED_BATCH))
+def cost_rows(model: Any, budgets: list[int]) -> list[dict[str, Any]]:
+    """What each budget saves by default: FLOPs and KV bytes, counted."""
     settings = [Setting(BASELINE, NO_MERGING)]
     settings += [Setting(RECOMMENDED, MergeConfig(tokens=tokens)) for tokens in budgets]
-    times: list[list[float]] = [[] for _ in settings]
-    rows: list[dict[str, Any]] = [{} for _ in settings]
-    for turn in range(1 + TIMED_ROUNDS):
-        for index, setting in enumerate(settings):
-            with pitome_vlm.wrapped(model, config=setting.config):
-                timing = time_prefill(model, batch, repeats=1, warmup=0)
-                if turn == 0:
-                    after = describe(model).after
-                    rows[index] = {
-                        "method": setting.name,
-                        "tokens": after.visual_tokens,
-                        "prefill_flops": after.total_flops,
-                        "kv_bytes_per_image": after.kv_bytes_per_image,
-                    }
-                else:
-                    times[index].append(timing.median_ms)
-    for row, measured in zip(rows, times, strict=True):
-        low, middle, high = np.percentile(measured, [25, 50, 75])
-        row |= {"first_token_ms": round(middle, 1), "first_token_iqr_ms": round(high - low, 1)}
+    rows = []
+    for setting in settings:
+        after = describe(model, config=setting.config).after
+        rows.append(
+            {
+                "method": setting.name,
+                "tokens": after.visual_tokens,
+                "prefill_flops": after.total_flops,
+                "kv_bytes_per_image": after.kv_bytes_per_image,
+            }
+        )
     return rows
+
+
+def timed_settings(budgets: list[int]) -> list[tuple[int, Setting]]:
+    """Visual tokens and settings of the rows that are timed."""
+    timed = [(PATCHES, Setting(BASELINE, NO_MERGING))]
+    return timed + [
+        (tokens, setting)
+        for tokens in budgets
+        for setting in methods(tokens)
+        if setting.name in TIMED
+    ]
 
 
 ROWS_BETWEEN_SAVES = 4
@@ -145,6 +142,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--methods", nargs="+", metavar="NAME", help="rows to measure, as the report calls them"
     )
+    parser.add_argument("--times", action="store_true", help="time again what is timed already")
     parser.add_argument(
         "--rewrite", action="store_true", help="tables and plot from results.json, without a run"
     )
@@ -170,9 +168,12 @@ def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
         SystemExit: the stored rows are of other questions.
     """
     split, samples = wanted.split, load_split(wanted.split, wanted.limit)
-    kept = {"samples": [vars(sample) for sample in samples], "outcomes": [], "costs": []}
-    old = json.loads(stored.read_text()) if stored.is_file() and not wanted.overwrite else kept
-    if old["samples"] != kept["samples"]:
+    old = {"samples": [vars(sample) for sample in samples], "outcomes": [], "costs": []}
+    asked = old["samples"]
+    if stored.is_file() and not wanted.overwrite:
+        old = json.loads(stored.read_text())
+    old.setdefault("times", [])
+    if old["samples"] != asked:
         raise SystemExit(
             f"{stored} holds {len(old['samples'])} other questions; give the same --split and "
             "--limit, another --output, or --overwrite"
@@ -199,10 +200,18 @@ def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
             # Rows that are no longer asked for stay, after the others.
             order = [name for name in dict.fromkeys([*settings, *rows]) if name in rows]
             runs = with_run(old, facts, [one.name for _, one in part])
-            old = raw(samples, [rows[name] for name in order], old["costs"], runs)
+            kept = {"costs": old["costs"], "times": old["times"]}
+            old = raw(samples, [rows[name] for name in order], kept, runs)
             write_text(stored, json.dumps(old, separators=(",", ":")) + "\n")
     if not old["costs"] or any(one.name == RECOMMENDED for _, one in todo):
-        old["costs"] = cost_rows(model, processor, split, wanted.budgets)
+        old["costs"] = cost_rows(model, wanted.budgets)
+    timed, known = timed_settings(wanted.budgets), by_name(old["times"])
+    wanting = any(
+        (one.name, tokens, size) not in known for tokens, one in timed for size in BATCHES
+    )
+    if wanting or wanted.times or any(one.name in TIMED for _, one in todo):
+        print(f"timing {len(timed)} settings; leave the machine alone")
+        old["times"] = time_rows(model, processor, split, timed, facts["hardware"])
     return old
 
 
@@ -253,11 +262,13 @@ def main() -> None:
     write_text(stored, json.dumps(results, separators=(",", ":")) + "\n")
     samples, rows = from_raw(results)
     costs, facts = results["costs"], results["provenance"]
-    text = report(samples, rows, costs, facts, later_words(results))
+    times = results.get("times", [])
+    text = report(samples, rows, costs, facts, times=times, later=later_words(results))
     (wanted.output / "report.md").write_text(text)
     plot(samples, rows, wanted.output / "accuracy.png")
     if wanted.readme:
-        update_readme(wanted.readme, readme_table(samples, rows, costs, facts))
+        shown = Measured(samples, rows, times, facts)
+        update_readme(wanted.readme, headline=headline(shown), table=readme_table(shown))
     print(table(samples, rows))
 
 

@@ -1,4 +1,4 @@
-"""How the demo benchmark is written down: Markdown tables, the README's table, a plot, raw JSON.
+"""How the demo benchmark is written down: Markdown tables, a plot, raw JSON.
 
 Renders outcomes and intervals; measuring is in `benchmark.py`.
 """
@@ -24,6 +24,7 @@ from pitome_vlm.measure.demo_benchmark import (
 )
 
 from .stored import CHANGES
+from .times import time_table
 
 BASELINE = "none"
 RESIZE = "resize (smaller image)"
@@ -43,9 +44,10 @@ BASELINES = {
 # What every baseline is given too, so that algorithms are compared and not calibrations.
 CALIBRATED: dict[str, Any] = {"size_bias": True, "positions": "mean"}
 RANDOM_SEEDS = (0, 1, 2)
-TIMED_ROUNDS = 30
-TIMED_BATCH = 8
-MARKERS = ("<!-- table:begin -->", "<!-- table:end -->")
+PAPER = "PiToMe (paper)"
+# They pick tokens where the others merge them.
+SELECTORS = ("VisionZip", "VisPruner", "SCOPE", "DivPrune")
+TIMED = (RECOMMENDED, "ToMe", *SELECTORS, PAPER)
 
 
 @dataclass
@@ -183,25 +185,17 @@ def cost_table(costs: list[dict[str, Any]], dtype: str) -> list[str]:
     """What `cost_rows` found."""
     base = costs[0]
     columns = ["visual tokens", "FLOPs to the first token", f"KV cache per image ({dtype})"]
-    columns.append("first token in ms (times faster)")
     lines = []
     for row in costs:
         flops = row["prefill_flops"] / base["prefill_flops"]
-        faster = base["first_token_ms"] / row["first_token_ms"]
-        ms, iqr = row["first_token_ms"], row["first_token_iqr_ms"]
         lines.append(
             [
                 str(row["tokens"]),
                 f"{row['prefill_flops'] / 1e6:.0f} M ({100 * flops:.0f} %)",
                 f"{row['kv_bytes_per_image'] / 1024:.0f} KiB",
-                f"{ms:.0f} ms, IQR {iqr:.0f} ({faster:.2f}x)",
             ]
         )
-    note = (
-        f"Time: batch {TIMED_BATCH}, median of {TIMED_ROUNDS} interleaved rounds after a warm-up, "
-        "tower, projector and prefill included."
-    )
-    return ["## Costs (default)", "", markdown_table(columns, lines), "", note, ""]
+    return ["## Costs (default)", "", markdown_table(columns, lines), ""]
 
 
 def report(
@@ -209,9 +203,11 @@ def report(
     rows: list[Row],
     costs: list[dict[str, Any]],
     facts: dict[str, Any],
+    *,
+    times: Sequence[dict[str, Any]] = (),
     later: Sequence[str] = (),
 ) -> str:
-    """The whole report.md; `later` says which rows other runs measured."""
+    """The whole report.md; `times` of `time_rows`, `later` says which rows other runs measured."""
     hidden = ("model", "command", "checkpoint")
     shown = ", ".join(f"{key} {value}" for key, value in facts.items() if key not in hidden)
     title = f": {facts['model'].lower()}" if "model" in facts else ""
@@ -233,57 +229,13 @@ def report(
     parts = kept_share(samples, rows) + against_recommended(samples, rows)
     parts += hard_questions(rows)
     parts += cost_table(costs, facts["dtype"])
+    base = next(row for row in rows if row.name == BASELINE)
+    parts += time_table(times, (BASELINE, base.tokens))
     parts += breakdown(samples, rows, "question_type", "question type")
     parts += breakdown(samples, rows, "kind", "kind of scene")
     command = facts.get("command", "Regenerate with `make bench-demo`.")
     foot = [f"Measured on: {shown}.", *later, command]
     return "\n".join([*head, table(samples, rows), "", *parts, "\n\n".join(foot), ""])
-
-
-def readme_table(
-    samples: list[Any], rows: list[Row], costs: list[dict[str, Any]], facts: dict[str, Any]
-) -> str:
-    """The compact table of the README: methods against visual tokens."""
-    base = next(row for row in rows if row.name == BASELINE)
-    low, high = accuracy_interval(samples, base.correct)
-    shown = {(row.name, row.tokens): f"{100 * row.correct.mean():.1f}" for row in rows}
-    names = [name for name in dict.fromkeys(row.name for row in rows) if name != BASELINE]
-    first = [costs[0]["first_token_ms"] / row["first_token_ms"] for row in costs[1:]]
-    kv = [row["kv_bytes_per_image"] / costs[0]["kv_bytes_per_image"] for row in costs[1:]]
-    cells = [[name, *(shown[name, tokens] for tokens in budgets_of(rows))] for name in names]
-    cells.append(["*default: first token, times faster*", *(f"{r:.1f}x" for r in first)])
-    cells.append(["*KV cache per image*", *(f"{100 * r:.0f} %" for r in kv)])
-    lines = [
-        f"Accuracy in % of the bundled model on {facts['questions']} held-out questions; "
-        f"{100 * base.correct.mean():.1f} % ({low:.1f} to {high:.1f}) with all "
-        f"{base.tokens} visual tokens. All but the rows (paper) and (released code) have the same "
-        "calibration:",
-        "",
-        markdown_table(["visual tokens", *map(str, budgets_of(rows))], cells),
-        "",
-        f"{facts['hardware']}, {facts['threads']} thread, {facts['dtype']}, torch "
-        f"{facts['torch']}, transformers {facts['transformers']}; accuracy at batch "
-        f"{facts['batch_size']}, time at batch {TIMED_BATCH}; intervals, paired differences and "
-        "all answers in [eval/results/demo](eval/results/demo/report.md); regenerate with "
-        "`make bench-demo`. One small model on drawn scenes: it ranks methods, it does not "
-        "predict the accuracy of your checkpoint.",
-    ]
-    return "\n".join(lines)
-
-
-def update_readme(path: Path, table_text: str) -> None:
-    """Replace what stands between the markers.
-
-    Raises:
-        ValueError: the markers are missing.
-    """
-    text = path.read_text()
-    begin, end = MARKERS
-    if begin not in text or end not in text:
-        raise ValueError(f"{path} has no {begin} ... {end} to write the table between")
-    head, rest = text.split(begin, 1)
-    tail = rest.split(end, 1)[1]
-    path.write_text(f"{head}{begin}\n{table_text}\n{end}{tail}")
 
 
 def plot(samples: list[Any], rows: list[Row], path: Path) -> None:
@@ -333,13 +285,16 @@ def plot(samples: list[Any], rows: list[Row], path: Path) -> None:
 def raw(
     samples: list[Any],
     outcomes: list[dict[str, Any]],
-    costs: list[dict[str, Any]],
+    costs: dict[str, Any],
     runs: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything measured, for anyone who wants to count again; runs as `with_run` gives them."""
+    """Everything measured, for anyone who wants to count again.
+
+    `costs` are "costs" and "times", runs as `with_run` gives them.
+    """
     return {
         **runs,
-        "costs": costs,
+        **costs,
         "samples": [vars(sample) for sample in samples],
         "outcomes": outcomes,
     }

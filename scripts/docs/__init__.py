@@ -1,0 +1,1 @@
+"""The documentation: its drawings and its site."""
