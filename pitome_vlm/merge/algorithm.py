@@ -158,6 +158,7 @@ class Algorithm:
         tower_share: with stage "both", share of the (logarithmic) reduction done in the tower
             when the user does not say.
         one_step: reduces once, at the last merging layer.
+        few_layers: merges in few layers of a tower where none are named (`default_layers`).
         needs_grid: works on the whole patch grid only.
         needs_attention: reads `MergeContext.cls_attention`, hence works inside the tower only.
         metric: what tokens are compared by when the user does not say.
@@ -178,6 +179,7 @@ class Algorithm:
     default_stage: Stage = "tower"
     tower_share: float = 0.5
     one_step: bool = False
+    few_layers: bool = False
     needs_grid: bool = False
     needs_attention: bool = False
     metric: Metric = "keys"

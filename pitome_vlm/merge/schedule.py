@@ -143,8 +143,7 @@ class TowerShape:
             do with fewer.
         typical: see `Schedule`.
         spread: see `Schedule`.
-        few: where no layers are named, only `few_layers` merge instead of all that are run
-            (`default_layers`).
+        few: every algorithm merges in few layers where none are named (`default_layers`).
     """
 
     n_tokens: int
@@ -161,13 +160,19 @@ class TowerShape:
     few: bool = False
 
 
-def default_layers(shape: TowerShape, budget: Budget) -> tuple[int, ...] | None:
+def default_layers(shape: TowerShape, budget: Budget, few: bool) -> tuple[int, ...] | None:
     """The layers that merge where none are named; None for all that are run.
 
-    Of encoders on their own, all with the paper's `ratio` (which is a fraction per layer), few
-    with a total.
+    Published algorithms merge in every layer of the towers that they were published for, and so
+    does whatever `ratio` is given for, the paper's fraction per layer.
+
+    Args:
+        shape: the tower.
+        budget: what has to come out.
+        few: the algorithm merges in few layers of every tower (`Algorithm.few_layers`).
     """
-    if not shape.few or (shape.tower_only and budget.ratio is not None):
+    per_layer = budget.ratio is not None and (shape.tower_only or not shape.few)
+    if per_layer or not (shape.few or few):
         return None
     return few_layers(shape.used_layers)
 
@@ -181,6 +186,7 @@ def build_schedule(
     tower_share: float = 0.5,
     projector_steps: int | None = None,
     one_step: bool = False,
+    few: bool = False,
     pairwise: bool = True,
     fewest: Budget | None = None,
     after_layer: bool = False,
@@ -197,6 +203,7 @@ def build_schedule(
         tower_share: see `MergeConfig`.
         projector_steps: see `MergeConfig`.
         one_step: reduce once, at the last merging layer.
+        few: see `default_layers`.
         pairwise: one step can at most halve the tokens.
         fewest: smallest budget of an image where every image has its own; `budget` is the largest.
         after_layer: see `Schedule`.
@@ -206,7 +213,7 @@ def build_schedule(
         ValueError: the budget cannot be met, with the smallest or largest value that can.
     """
     if layers is None and not one_step:
-        layers = default_layers(shape, budget)
+        layers = default_layers(shape, budget, few)
     tower_layers = merging_layers(shape.used_layers, layers) if stage != "projector" else ()
     if one_step:
         tower_layers = tower_layers[-1:]

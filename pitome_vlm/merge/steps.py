@@ -151,13 +151,13 @@ def split_target(n_tokens: int, target: int, tower_share: float) -> int:
 
 
 def few_layers(n_layers: int) -> tuple[int, ...]:
-    """The layers after a quarter and after half of a tower of `n_layers`.
+    """The layers after a quarter and after half of a tower of `n_layers`, rounded up.
 
-    For towers whose merging costs more than their layers save when it is done in each: the earlier
-    half of the reduction saves three quarters of the layers, the later one half of them, and what
-    is merged has been through a quarter of the tower at least.
+    For merging that costs more than a layer saves when it is done in each: the earlier half of the
+    reduction saves three quarters of the layers, the later one half of them, and what is merged
+    has been through a quarter of the tower at least.
     """
-    return tuple(sorted({max(0, n_layers // part - 1) for part in (4, 2)}))
+    return tuple(sorted({-(-n_layers // part) - 1 for part in (4, 2)}))
 
 
 def merging_layers(used_layers: int, layers: Sequence[int] | None) -> tuple[int, ...]:

@@ -34,6 +34,7 @@ from pitome_vlm.common import markdown_table, write_text
 from pitome_vlm.demo import checkpoint_path, load_split
 from pitome_vlm.demo.dataset import HELD_OUT, SPLIT_SCENES
 from pitome_vlm.measure.demo_benchmark import Setting, ask, concatenate, difference_interval
+from pitome_vlm.measure.description import describe
 from pitome_vlm.measure.provenance import checkpoint_fingerprint, provenance
 from pitome_vlm.merge import Algorithm, MergeContext, MergePlan
 from pitome_vlm.merge.algorithm import every_pair
@@ -48,6 +49,8 @@ from .benchmark import load_model, measure_part
 from .stored import CHANGES, holds, later_words, with_run
 
 BUDGETS = (72, 36, 18, 9)
+# The budget whose FLOPs are printed.
+COST_AT = 36
 # How a model is asked: an option of rows, not of `MergeConfig`.
 ASK = "ask"
 # (what is varied, its value, the options that differ from the default)
@@ -72,10 +75,23 @@ ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("placement", "after the layer", {"placement": "after_layer"}),
     ("stage", "tower", {"stage": "tower"}),
     ("stage", "projector", {"stage": "projector"}),
+    ("tower layers", "all seven", {"layers": tuple(range(7))}),
+    ("tower layers", "all seven, share 1/3", {"layers": tuple(range(7)), "tower_share": 1 / 3}),
     ("tower layers", "1, 3 and 5", {"layers": (1, 3, 5)}),
+    ("tower layers", "1, 3 and 5, share 1/3", {"layers": (1, 3, 5), "tower_share": 1 / 3}),
+    ("tower layers", "0 and 2", {"layers": (0, 2)}),
+    ("tower layers", "1 and 3", {"layers": (1, 3)}),
+    ("tower layers", "1 and 3, share 1/2", {"layers": (1, 3), "tower_share": 0.5}),
+    ("tower layers", "1 and 3, share 1/3", {"layers": (1, 3), "tower_share": 1 / 3}),
     ("tower layers", "2 and 4", {"layers": (2, 4)}),
     ("tower layers", "2 and 4, in one round", {"algorithm": "one_round", "layers": (2, 4)}),
+    ("tower layers", "2 and 4, share 1/2", {"layers": (2, 4), "tower_share": 0.5}),
     ("tower layers", "2 and 4, share 1/3", {"layers": (2, 4), "tower_share": 1 / 3}),
+    (
+        "tower layers",
+        "1 and 3, share 1/3, median positions",
+        {"layers": (1, 3), "tower_share": 1 / 3, "positions": "median"},
+    ),
     ("tower share", "1/2", {"tower_share": 0.5}),
     ("tower share", "3/4", {"tower_share": 0.75}),
     ("energy", "elu", {"energy": "elu"}),
@@ -156,6 +172,11 @@ class Cell(NamedTuple):
     setting: Setting
     answers_of: Callable[..., list[str]]
 
+    def varies(self, groups: list[str] | None) -> bool:
+        """Whether it is asked for; what all are compared with always is."""
+        group = self.key.split("/")[0]
+        return groups is None or group in (*groups, "unreduced", "default")
+
 
 def cells() -> Iterator[Cell]:
     """Every cell of the table; the unreduced model first."""
@@ -179,6 +200,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model-name", help="how to call it in the report")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--rows", type=int, default=8, help="cells measured between two saves")
+    parser.add_argument("--varied", nargs="+", help="measure only rows of these first columns")
     parser.add_argument("--rewrite", action="store_true", help="the table again, without a run")
     return parser.parse_args()
 
@@ -218,7 +240,8 @@ def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
     todo = [
         cell
         for cell in cells()
-        if not (cell.key in known and holds(known[cell.key], cell.setting.config))
+        if cell.varies(wanted.varied)
+        and not (cell.key in known and holds(known[cell.key], cell.setting.config))
     ]
     pieces = [
         list(found[begin : begin + wanted.rows])
@@ -251,7 +274,17 @@ def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
             facts = facts_of(wanted, prepare(path)[0], same)
             results |= with_run(results, facts, [cell.setting.name for cell in piece])
             write_text(stored, json.dumps(results, separators=(",", ":")) + "\n")
+    add_costs(results["cells"], prepare(path)[0])
+    write_text(stored, json.dumps(results, separators=(",", ":")) + "\n")
     return results
+
+
+def add_costs(known: dict[str, Any], model: Any) -> None:
+    """Count what every measured cell costs until the first token, in place."""
+    for cell in cells():
+        if cell.key in known:
+            after = describe(model, config=cell.setting.config).after
+            known[cell.key]["flops"] = after.total_flops
 
 
 def facts_of(wanted: argparse.Namespace, model: Any, same: dict[str, Any]) -> dict[str, Any]:
@@ -272,7 +305,8 @@ def table(results: dict[str, Any]) -> str:
         for key, cell in results["cells"].items()
     }
     whole = f"{100 * right['unreduced'].mean():.1f}"
-    lines = [["no reduction", "all 144 tokens", *[whole] * len(BUDGETS)]]
+    everything = results["cells"]["unreduced"]["flops"]
+    lines = [["no reduction", "all 144 tokens", *[whole] * len(BUDGETS), "100 %"]]
     for group, value, options in ROWS:
         if f"{group}/{value}/{BUDGETS[0]}" not in right:
             continue  # the run is older than the row
@@ -285,8 +319,9 @@ def table(results: dict[str, Any]) -> str:
                 continue
             low, high = difference_interval(samples, own, default)
             cells.append(f"{100 * (own - default).mean():+.1f} ({low:+.1f} to {high:+.1f})")
-        lines.append(cells)
-    columns = ["varied", "value", *(f"{tokens} tokens" for tokens in BUDGETS)]
+        costs = results["cells"][f"{group}/{value}/{COST_AT}"]["flops"]
+        lines.append([*cells, f"{100 * costs / everything:.0f} %"])
+    columns = ["varied", "value", *(f"{tokens} tokens" for tokens in BUDGETS), "FLOPs"]
     return markdown_table(columns, lines)
 
 
@@ -303,7 +338,8 @@ def report(results: dict[str, Any]) -> str:
         "",
         f"Made by `{facts.get('command', standard)}`. The first rows are percent right; every "
         "other row is its difference to the default in points, with the 95 % interval of the "
-        "paired difference (bootstrap over images). An interval that holds 0 shows no difference.",
+        "paired difference (bootstrap over images). An interval that holds 0 shows no difference. "
+        f"FLOPs: up to the first token at {COST_AT} tokens, in percent of no reduction.",
         "",
         table(results),
         "",

@@ -151,6 +151,14 @@ SETTINGS = (
     Setting("no reduction", MergeConfig(keep=1.0, algorithm="none")),
     Setting("keep='auto', adapt='pixels'", MergeConfig(keep="auto", adapt="pixels")),
     Setting("keep='auto', adapt='features'", MergeConfig(keep="auto")),
+    # Merges only what is equal, or nearly so.
+    *(
+        Setting(
+            f"keep='auto', quality={quality}, keep_range=(1/16, 1)",
+            MergeConfig(keep="auto", quality=quality, keep_range=(1 / 16, 1.0)),
+        )
+        for quality in (1.0, 0.99, 0.95)
+    ),
 )
 
 
@@ -207,7 +215,7 @@ def main() -> None:
     # The fixed budget that keeps as many on average.
     tokens = round(outcomes[1].tokens)
     fixed = Setting(f"tokens={tokens} for all", MergeConfig(tokens=tokens))
-    outcomes += run(model, processor, [SETTINGS[2], fixed], samples, split="val")
+    outcomes += run(model, processor, [fixed, *SETTINGS[2:]], samples, split="val")
     facts = provenance(
         model, split="val", questions=len(samples), scenes=SPLIT_SCENES["val"], batch_size=48
     )

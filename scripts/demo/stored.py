@@ -29,11 +29,17 @@ def _merges_in_rounds(config: MergeConfig) -> bool:
     return bool((144 / config.tokens) ** (share / layers) > 4 / 3)
 
 
+def _merges_where_none_are_named(config: MergeConfig) -> bool:
+    named = config.layers is not None or config.ratio is not None
+    return config.algorithm == "pitome_plus" and config.stage != "projector" and not named
+
+
 # What came to mean something else under the same configuration, and for which. New entries go to
 # the end: a row stores how many there were.
 CHANGES: tuple[tuple[str, Predicate], ...] = (
     ("layers match in the order of the published code, not in raster order", _matches_alternately),
     ("steps over a quarter of the tokens are made in rounds", _merges_in_rounds),
+    ("two layers merge where none are named, not all", _merges_where_none_are_named),
 )
 
 

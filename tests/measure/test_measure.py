@@ -237,7 +237,7 @@ class TestDescribe:
         assert told.schedule == schedule_of(model)
         assert (told.tokens_in, told.tokens_out) == (144, 36)
         layers, before, after = zip(*told.tower_steps, strict=True)
-        assert layers == (0, 1, 2, 3, 4)
+        assert layers == (1, 2)
         assert before == (144, *after[:-1])
         assert after[-1] == told.projector_steps[0][0] == 72
         assert told.projector_steps[-1][1] == 36
@@ -245,6 +245,18 @@ class TestDescribe:
         assert told.after == costs(model, text_tokens=10)
         with wrapped(model, keep=1.0):
             assert told.before == costs(model, text_tokens=10)
+
+    def test_layers_that_merge_where_none_are_named(self, model):
+        every = (0, 1, 2, 3, 4)
+        for options, expected in (
+            ({"keep": 0.25}, (1, 2)),
+            ({"keep": 0.25, "layers": every}, every),
+            ({"keep": 0.25, "algorithm": "tome"}, every),
+            ({"keep": 0.25, "algorithm": "pitome"}, every),
+            ({"ratio": 0.9}, every),
+        ):
+            told = describe(model, config=MergeConfig.from_dict(options))
+            assert tuple(layer for layer, *_ in told.tower_steps) == expected, options
 
     def test_saved_is_in_percent(self, model):
         told = describe(wrap(model, keep=0.25))

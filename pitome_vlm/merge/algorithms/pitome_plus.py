@@ -12,7 +12,9 @@ of that background. Nothing is protected beforehand; isolated tokens have no goo
 
 An edge is only good while there is a choice: with half of the tokens to go every token of one half
 would have to merge. So at most a quarter of them go at once, and a step that asks for more takes
-several rounds, each on the means of the last one (eval/results/ablation, "tower layers").
+several rounds, each on the means of the last one. Rounds are worth it, many merging layers are not:
+two of them, after a quarter and after half of the tower, are level with all (eval/results/ablation,
+"tower layers"), so where no layers are named only those merge.
 
 Pairs run out when few tokens are left: at 1/16 of the tokens some layer has to merge what should
 stay apart. So the tower does two thirds of the (logarithmic) reduction, and the last third is one
@@ -96,6 +98,7 @@ ALGORITHM = Algorithm(
     "coverage",
     pairwise=False,
     pairs_compared=pairs_compared,
+    few_layers=True,
     default_stage="both",
     tower_share=2 / 3,
     metric="hidden",
