@@ -11,11 +11,12 @@ LLAVA_VENV ?= .venv-llava
 # The newest release on which llava-torch generates by itself (docs/original-llava.md).
 LLAVA_TRANSFORMERS ?= 5.23.0
 RETRIEVAL_VENV ?= .venv-retrieval
+WEB_VENV ?= .venv-web
 VLLM_VENV ?= .venv-vllm
 VLLM_OLD_VENV ?= .venv-vllm-0.27
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all slow lint types layers unit coverage fuzz test-matrix test-llava test-retrieval test-vllm test-vllm-old bench-serving bench-demo bench-ablation eval-demo wheel docs drawings clean
+.PHONY: help demo test test-all slow lint types layers unit coverage fuzz test-matrix test-llava test-retrieval test-web test-vllm test-vllm-old bench-serving bench-demo bench-ablation eval-demo wheel docs drawings clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -55,7 +56,7 @@ layers: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 # Neighbours stay on one worker, because they share models; idle workers take over the rest.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --ignore tests/vllm/engine --ignore tests/retrieval
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --ignore tests/vllm/engine --ignore tests/retrieval --ignore tests/web/browser
 
 unit: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
@@ -94,6 +95,15 @@ test-retrieval: ## scripts/encoders/mteb_eval.py on tiny tasks, in an environmen
 	$(RETRIEVAL_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt \
 		-e ".[retrieval]" hypothesis pytest pytest-timeout pytest-xdist
 	TEST_BUDGET=0 OMP_NUM_THREADS=1 $(RETRIEVAL_VENV)/bin/python -m pytest tests/retrieval
+
+# Debian's chromium where there is one, else a browser that Playwright downloads.
+test-web: ## `pitome-vlm web` in a real browser, in an environment of its own
+	test -x $(WEB_VENV)/bin/python || $(PYTHON) -m venv $(WEB_VENV)
+	$(WEB_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt torch
+	$(WEB_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt \
+		-e ".[web]" hypothesis playwright pytest pytest-timeout pytest-xdist
+	command -v chromium >/dev/null || $(WEB_VENV)/bin/playwright install chromium
+	TEST_BUDGET=0 OMP_NUM_THREADS=1 $(WEB_VENV)/bin/python -m pytest tests/web/browser
 
 # vLLM on a CPU, for tests. Its wheel asks for torchvision, torchaudio and torchcodec, which come
 # from PyPI as CUDA builds: torchvision alone is needed, and a stand-in makes its Python part usable
@@ -158,4 +168,4 @@ wheel: $(VENV)/.dev ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(MATRIX_VENV) $(LLAVA_VENV) $(VLLM_VENV) $(VLLM_OLD_VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+	rm -rf $(VENV) $(MATRIX_VENV) $(LLAVA_VENV) $(WEB_VENV) $(VLLM_VENV) $(VLLM_OLD_VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

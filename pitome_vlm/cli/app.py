@@ -29,6 +29,7 @@ from .train import train
 from .tune import tune
 from .verify import verify
 from .visualize import visualize
+from .web import web
 
 EXIT_ERROR = 2
 DEBUG = "--debug"
@@ -179,7 +180,7 @@ def root(
         typer.echo(context.get_help())
 
 
-for _command in (demo, ask, chat, info, bench, visualize, tune, verify, train):
+for _command in (demo, ask, chat, web, info, bench, visualize, tune, verify, train):
     app.command()(grouped(_command))
 app.command("eval")(evaluate)
 app.command("serve-args")(grouped(serve_args))

@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from PIL import Image
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from ..loading.videos import Video
 from ..measure import asking
+from ..measure.answering import Answer, answer
 from ..wrapping.image_cache import ImageCache
 from ..wrapping.wrap import is_wrapped
 
@@ -37,6 +36,7 @@ class Conversation:
         videos: videos shown after them.
         turns: (question, answer) pairs so far.
         image_cache: visual tokens of the images, so that only the first question runs the tower.
+        last: the last answer and what it took.
     """
 
     model: Any
@@ -47,6 +47,7 @@ class Conversation:
     videos: list[Video] = field(default_factory=list)
     turns: list[tuple[str, str]] = field(default_factory=list)
     image_cache: ImageCache = field(default_factory=ImageCache)
+    last: Answer | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -85,57 +86,29 @@ class Conversation:
         question = asking.checked_question(question, self.processor)
         prompt = asking.prompt_text(self.processor, self._messages(question))
         batch = asking.encoded(self.processor, [prompt], self.images, videos=self.videos)
-        tokenizer = asking.tokenizer_of(self.processor)
         options: dict[str, Any] = (
             {"image_cache": self.image_cache} if is_wrapped(self.model) else {}
         )
         if self.temperature > 0:
             options |= {"do_sample": True, "temperature": self.temperature}
-        sequences = asking.generated(
+        self.last = answer(
             self.model,
+            self.processor,
             batch,
             max_new_tokens=self.max_new_tokens,
-            streamer=None if on_text is None else _Streamer(tokenizer, on_text),
-            stopping_criteria=StoppingCriteriaList([_Stop(stop or threading.Event())]),
+            on_text=on_text,
+            stop=stop,
             **options,
         )
-        (answer,) = asking.decoded(self.processor, batch, sequences)
-        if answer:
-            self.turns.append((question, answer))
-        return answer
+        if self.last.text:
+            self.turns.append((question, self.last.text))
+        return self.last.text
 
     def _messages(self, question: str) -> list[asking.Message]:
         """The turns so far and the new question; what is shown comes before the first question."""
         messages: list[asking.Message] = []
         shown = len(self.images), len(self.videos)
-        for said, answer in self.turns:
-            messages += [asking.user_message(said, *shown), asking.assistant_message(answer)]
+        for said, told in self.turns:
+            messages += [asking.user_message(said, *shown), asking.assistant_message(told)]
             shown = 0, 0
         return [*messages, asking.user_message(question, *shown)]
-
-
-class _Stop(StoppingCriteria):
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        del scores, kwargs
-        stopped = self.event.is_set()
-        return torch.full((input_ids.shape[0],), stopped, device=input_ids.device)
-
-
-class _Streamer(TextStreamer):
-    """Whole words to a function instead of to stdout."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
-        self.started = False
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Pass a piece on, without the space before the first visible character."""
-        del stream_end
-        text = text if self.started else text.lstrip()
-        self.started = self.started or bool(text)
-        if text:
-            self.on_text(text)

@@ -78,7 +78,7 @@ class Table:
 
     def html(self) -> str:
         """Caption, table and note as an HTML fragment, for a notebook."""
-        text: str = _template(_FRAGMENT).render(table=self)
+        text: str = template(_FRAGMENT).render(table=self)
         return text
 
 
@@ -101,7 +101,7 @@ def html_report(
         footer: provenance of the numbers.
         figure_width: least width of a figure, as CSS writes it.
     """
-    text: str = _template(_PAGE).render(
+    text: str = template(_PAGE).render(
         title=title,
         lead=lead,
         figures=figures,
@@ -163,11 +163,12 @@ def _base64_png(image: Image.Image) -> str:
 
 
 @functools.cache
-def _template(name: str) -> Any:
+def template(name: str, package: str = __package__) -> Any:
+    """A Jinja template among the files of a package; what it shows is escaped."""
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(
-        loader=PackageLoader(__package__, "."),
+        loader=PackageLoader(package, "."),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -17,7 +17,7 @@ from cli_runner import ABSENT_DEVICE, fails_in_one_line, run
 from pitome_vlm.common import __version__
 
 COMMANDS = ("demo", "ask", "chat", "info", "visualize", "eval", "tune", "verify", "train")
-COMMANDS += ("serve", "serve-args", "bench")
+COMMANDS += ("serve", "serve-args", "bench", "web")
 TESTS = Path(__file__).resolve().parents[1]
 
 

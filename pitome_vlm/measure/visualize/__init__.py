@@ -9,8 +9,10 @@ from ..tables import Cell, Figure, Table, html_report
 from .drawing import overlay, stack, strip
 from .parts import Part, source_maps
 from .sources import SourceMap, seen_region, source_map
+from .vector import GROUP_STYLE, overlay_svg
 
 __all__ = [
+    "GROUP_STYLE",
     "Cell",
     "Figure",
     "Part",
@@ -18,6 +20,7 @@ __all__ = [
     "Table",
     "html_report",
     "overlay",
+    "overlay_svg",
     "seen_region",
     "source_map",
     "source_maps",
