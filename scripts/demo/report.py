@@ -25,6 +25,7 @@ from pitome_vlm.measure.demo_benchmark import (
 
 from .stored import CHANGES
 from .times import time_table
+from .where_not import where_not
 
 BASELINE = "none"
 RESIZE = "resize (smaller image)"
@@ -226,10 +227,11 @@ def report(
         "![accuracy against visual tokens](accuracy.png)",
         "",
     ]
-    parts = kept_share(samples, rows) + against_recommended(samples, rows)
-    parts += hard_questions(rows)
-    parts += cost_table(costs, facts["dtype"])
     base = next(row for row in rows if row.name == BASELINE)
+    merged = {row.tokens: row.correct for row in rows if row.name == RECOMMENDED}
+    parts = kept_share(samples, rows) + where_not(samples, base.correct, merged)
+    parts += against_recommended(samples, rows) + hard_questions(rows)
+    parts += cost_table(costs, facts["dtype"])
     parts += time_table(times, (BASELINE, base.tokens))
     parts += breakdown(samples, rows, "question_type", "question type")
     parts += breakdown(samples, rows, "kind", "kind of scene")
