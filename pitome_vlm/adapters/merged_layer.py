@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..merge.algorithm import log_size_bias
 from ..merge.merge_pass import MergePass
 from .layer_parts import CLIP_LIKE, LayerParts, reach
 
@@ -116,7 +115,7 @@ def merged_layer(
     placement = merge_pass.config.placement
     # Not rounded to half precision here: that is up to the kernel.
     exact = torch.promote_types(hidden.dtype, torch.float32)
-    bias = log_size_bias(merge_pass.attention_sizes(index), exact)
+    bias = merge_pass.attention_bias(index, exact)
     parts = kernels.project(attention, norms[0](hidden))
     turned = kernels.turn(parts)
     hidden = names.add(layer, 0, hidden, kernels.attend(attention, turned, bias))

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ..merge.algorithm import log_size_bias
 from ..merge.counts import Footprint
 from ..merge.merge_pass import MergePass
 from ..merge.schedule import Schedule
@@ -70,7 +69,7 @@ class UnitPass(SegmentPass):
     def bias_before(self, layer: int, hidden: Tensor) -> Tensor | None:
         """log(size) of the patches that enter a layer, [S] float32 or wider; None for nothing."""
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        bias = log_size_bias(self.attention_sizes(layer), exact)
+        bias = self.attention_bias(layer, exact)
         return None if bias is None else bias.flatten().repeat_interleave(self.patches)
 
     def segments_before(self, layer: int, windowed: bool, device: torch.device) -> Segmented:

@@ -275,17 +275,15 @@ def unit_vectors(keys: Tensor) -> Tensor:
     return unit
 
 
-def log_size_bias(sizes: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def log_size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
     """Proportional attention as an additive mask: softmax(QK^T / sqrt(h) + log m), paper 3.1.
 
     Args:
-        sizes: [B, N] float32, None for all one.
+        sizes: [B, N] float32.
         dtype: of the attention logits.
 
     Returns:
-        [B, 1, 1, N], or None where there is nothing to add.
+        [B, 1, 1, N].
     """
-    if sizes is None:
-        return None
     exact = sizes.to(torch.promote_types(dtype, torch.float32))
     return exact.log().to(dtype)[:, None, None, :]

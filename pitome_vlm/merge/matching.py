@@ -23,7 +23,7 @@ def match_most_similar(
     side_a: Tensor,
     side_b: Tensor,
     n_merge: int,
-    worth: Tensor | None = None,
+    worth: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The `n_merge` tokens of A whose best partner in B is closest, and those partners.
 
@@ -32,7 +32,8 @@ def match_most_similar(
         side_a: [B, a] token indices that may give up their place, a >= n_merge.
         side_b: [B, b] token indices that receive, b >= 1.
         n_merge: r.
-        worth: [B, N] float, the mean of both ends is added to their similarity; None for nothing.
+        worth: of both sides, [B, a] and [B, b] float; the mean of both ends is added to their
+            similarity. None for nothing.
 
     Returns:
         sources [B, r], destinations [B, r]. Ties go to the earlier token.

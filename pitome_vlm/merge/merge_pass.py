@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .adaptive import Adapted, adapt
-from .algorithm import Algorithm, MergeContext, make_plan
+from .algorithm import Algorithm, MergeContext, log_size_bias, make_plan
 from .config import MergeConfig
 from .counts import Footprint, TokenCount, count_tokens
 from .plan import MergePlan
@@ -59,6 +59,7 @@ class MergePass:
     counted: Schedule | None = None
     watch: Watch | None = None
     _after: dict[int, int] = field(default_factory=dict)
+    _biases: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._after = dict(self.schedule.tower)
@@ -89,9 +90,18 @@ class MergePass:
         """Sizes of the tokens that enter a layer, None while all are one."""
         return self.sizes.get(layer - 1)
 
-    def attention_sizes(self, layer: int) -> Tensor | None:
-        """Sizes whose log a layer's attention adds, None where it adds nothing."""
-        return self.sizes_before(layer) if self.proportional else None
+    def attention_bias(self, layer: int, dtype: torch.dtype) -> Tensor | None:
+        """log(size) that a layer's attention adds, [B, 1, 1, N]; None where it adds nothing.
+
+        Made once after every merge, for all layers up to the next one.
+        """
+        sizes = self.sizes_before(layer) if self.proportional else None
+        if sizes is None:
+            return None
+        key = max((one for one in self.plans if one < layer), default=-1), dtype
+        if key not in self._biases:
+            self._biases[key] = log_size_bias(sizes, dtype)
+        return self._biases[key]
 
     @property
     def proportional(self) -> bool:

@@ -8,8 +8,8 @@ Axes: B images, N tokens before, M tokens after a merge, C channels.
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,14 +20,14 @@ class MergePlan:
     """A partition of N tokens into M groups, the same shape for every image of a batch.
 
     Made by `from_pairs`, `from_groups`, `from_assignment` or `identity`; all tensors are int64 and
-    computed once, without reading a value back from the device.
+    computed without reading a value back from the device, what is derived from `named` once and
+    only where it is asked for: a merge on a GPU costs as much as the kernels it launches.
 
     Attributes:
-        assign: [B, N], the group of every token, 0..M-1.
-        kept: [B, M], the token each group is named after; its place is the group's place.
-        moved: [B, N - M], the tokens that give up their place.
-        target: [B, N - M], the group of every moved token.
-        named: [B, N - M], the token that this group is named after.
+        named: [B, N], the token that every token's group is named after, which is a member of it.
+        n_out: M, tokens after.
+        ordered: [B, M], the tokens that groups are named after in the order in which they are to
+            come out; None for raster order.
         prune: the group's value is its named token alone instead of the mean. The other members
             are still counted in its size, so that sizes add up to all patches.
         dropped: [B, N] bool, members that count in their group's size and give nothing to its
@@ -37,32 +37,69 @@ class MergePlan:
             (`MergeContext.order`); None for the one they have.
     """
 
-    assign: Tensor
-    kept: Tensor
-    moved: Tensor
-    target: Tensor
     named: Tensor
+    n_out: int
+    ordered: Tensor | None = None
     prune: bool = False
     dropped: Tensor | None = None
     keep_norm: bool = False
     order: Tensor | None = None
+    _known: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    # `functools.cached_property` takes a lock, which torch.compile cannot trace.
+    def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        if name not in self._known:
+            self._known[name] = make()
+        return self._known[name]
 
     @property
     def n_in(self) -> int:
         """N, tokens before."""
-        return self.assign.shape[1]
+        return self.named.shape[1]
 
     @property
-    def n_out(self) -> int:
-        """M, tokens after."""
-        return self.kept.shape[1]
+    def _index(self) -> Tensor:
+        return self._once("index", lambda: _raster(self.named))
+
+    @property
+    def _places(self) -> Tensor:
+        """[B, N]: the tokens that groups are named after, then all others in raster order."""
+        return self._once("places", self._sorted)
+
+    def _sorted(self) -> Tensor:
+        # A stable sort brings those that stay to the front: no data-dependent shape, hence no
+        # host synchronisation on an accelerator.
+        gone = (self.named != self._index).view(torch.uint8)
+        places = gone.argsort(dim=1, stable=True)
+        if self.ordered is not None:
+            places = torch.cat([self.ordered, places[:, self.n_out :]], 1)
+        return places
+
+    @property
+    def kept(self) -> Tensor:
+        """[B, M], the token each group is named after; its place is the group's place."""
+        return self._places[:, : self.n_out]
+
+    @property
+    def assign(self) -> Tensor:
+        """[B, N], the group of every token, 0..M-1."""
+        return self._once("assign", self._assigned)
+
+    def _assigned(self) -> Tensor:
+        group = torch.empty_like(self.named)
+        group = group.scatter_(1, self.kept, self._index[:, : self.n_out])
+        return group.gather(1, self.named)
+
+    @property
+    def _target(self) -> Tensor:
+        """[B, N - M], the group of every token that gives up its place, in raster order."""
+        moved = self._places[:, self.n_out :]
+        return self._once("target", lambda: self.assign.gather(1, moved))
 
     @classmethod
     def identity(cls, keys: Tensor) -> MergePlan:
         """Every token its own group, for keys [B, N, ...]."""
-        index = torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[0], -1)
-        nothing = index[:, :0]
-        return cls(index, index, nothing, nothing, nothing)
+        return cls(_raster(keys), keys.shape[1])
 
     @classmethod
     def from_pairs(
@@ -84,17 +121,9 @@ class MergePlan:
                 them in raster order.
             prune: see `MergePlan`.
         """
-        batch, n_out = len(sources), n_tokens - sources.shape[1]
-        kept = order
-        if kept is None:
-            # A stable sort brings those that stay to the front: no data-dependent shape, hence no
-            # host synchronisation on an accelerator.
-            gone = sources.new_zeros(batch, n_tokens, dtype=torch.int8).scatter_(1, sources, 1)
-            kept = gone.argsort(dim=1, stable=True)[:, :n_out]
-        places = torch.arange(n_out, device=sources.device).expand(batch, n_out)
-        assign = sources.new_empty(batch, n_tokens).scatter_(1, kept, places)
-        target = assign.gather(1, destinations)
-        return cls(assign.scatter_(1, sources, target), kept, sources, target, destinations, prune)
+        itself = torch.arange(n_tokens, device=sources.device).expand(len(sources), -1)
+        named = itself.scatter(1, sources, destinations)
+        return cls(named, n_tokens - sources.shape[1], order, prune)
 
     @classmethod
     def from_groups(
@@ -115,11 +144,8 @@ class MergePlan:
             dropped: [B, N] bool, see `MergePlan`.
             keep_norm: see `MergePlan`.
         """
-        stays = torch.zeros_like(assign, dtype=torch.int8).scatter_(1, kept, 1)
-        moved = stays.argsort(dim=1, stable=True)[:, : assign.shape[1] - kept.shape[1]]
-        target = assign.gather(1, moved)
-        named = kept.gather(1, target)
-        return cls(assign, kept, moved, target, named, prune, dropped, keep_norm)
+        named = kept.gather(1, assign)
+        return cls(named, kept.shape[1], kept, prune, dropped, keep_norm)
 
     @classmethod
     def from_assignment(cls, assign: Tensor, n_out: int) -> MergePlan:
@@ -130,56 +156,56 @@ class MergePlan:
             n_out: M.
         """
         batch, n_tokens = assign.shape
-        index = torch.arange(n_tokens, device=assign.device).expand(batch, n_tokens)
         first = torch.full((batch, n_out), n_tokens, dtype=torch.int64, device=assign.device)
-        return cls.from_groups(assign, first.scatter_reduce(1, assign, index, "amin"))
+        return cls.from_groups(assign, first.scatter_reduce(1, assign, _raster(assign), "amin"))
 
     def then(self, later: MergePlan) -> MergePlan:
         """This plan followed by another one on its output, as one plan."""
-        dropped = self.dropped
+        dropped, ordered = self.dropped, None
         if later.dropped is not None:
             carried = later.dropped.gather(1, self.assign)
             dropped = carried if dropped is None else dropped | carried
-        plan = MergePlan.from_groups(
-            later.assign.gather(1, self.assign),
-            self.kept.gather(1, later.kept),
-            prune=self.prune or later.prune,
-            dropped=dropped,
-            keep_norm=self.keep_norm or later.keep_norm,
+        if self.ordered is not None or later.ordered is not None:
+            ordered = self.kept.gather(1, later.kept)
+        return MergePlan(
+            self.kept.gather(1, later.named).gather(1, self.assign),
+            later.n_out,
+            ordered,
+            self.prune or later.prune,
+            dropped,
+            self.keep_norm or later.keep_norm,
+            later.order,
         )
-        return dataclasses.replace(plan, order=later.order)
 
     def with_leading(self, n_leading: int) -> MergePlan:
         """The same plan with `n_leading` untouched tokens (CLS) before its own."""
         if n_leading == 0:
             return self
+        leading = torch.arange(n_leading, device=self.named.device).expand(len(self.named), -1)
         dropped = self.dropped
         if dropped is not None:
             dropped = torch.nn.functional.pad(dropped, (n_leading, 0))
-        leading = torch.arange(n_leading, device=self.kept.device).expand(len(self.kept), -1)
-        order = self.order
-        if order is not None:
-            order = torch.cat([leading, order + n_leading], 1)
+
+        def moved_on(index: Tensor | None) -> Tensor | None:
+            return None if index is None else torch.cat([leading, index + n_leading], 1)
+
         return MergePlan(
-            torch.cat([leading, self.assign + n_leading], 1),
-            torch.cat([leading, self.kept + n_leading], 1),
-            self.moved + n_leading,
-            self.target + n_leading,
-            self.named + n_leading,
+            torch.cat([leading, self.named + n_leading], 1),
+            self.n_out + n_leading,
+            moved_on(self.ordered),
             self.prune,
             dropped,
             self.keep_norm,
-            order,
+            moved_on(self.order),
         )
 
-    def _sums(self, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weights of every group [B, M] and of every moved token [B, N - M]; None for all one."""
-        if weights is None:
-            total = torch.ones_like(self.kept, dtype=torch.float32)
-            joining = total.new_ones(1, 1).expand_as(self.moved)
-        else:
-            total, joining = weights.gather(1, self.kept), weights.gather(1, self.moved)
-        return total.scatter_add_(1, self.target, joining), joining
+    def _ones(self) -> Tensor:
+        return torch.ones_like(self.named, dtype=torch.float32)
+
+    def _sums(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights [B, N] summed over every group [B, M], and those that were added [B, N - M]."""
+        joining = weights[:, self.n_out :]
+        return weights[:, : self.n_out].scatter_add(1, self._target, joining), joining
 
     def apply(
         self, x: Tensor, sizes: Tensor | None = None, *, weighted: bool = True
@@ -195,65 +221,54 @@ class MergePlan:
             ([B, M, C] in x's dtype, [B, M] float32 new sizes). A group of one keeps its value
             bit for bit.
         """
-        sums = self._sums(sizes)
+        own = self._ones() if sizes is None else sizes.gather(1, self._places)
+        sums = self._sums(own)
         new_sizes = sums[0]
-        exact = torch.promote_types(x.dtype, torch.float32)
-        merged = take_tokens(x, self.kept)
         if self.prune or self.n_in == self.n_out:
-            return merged, new_sizes
-        weights = sizes if weighted else None
+            return take_tokens(x, self.kept), new_sizes
+        weights = own if weighted or sizes is None else self._ones()
         if self.dropped is not None:
-            give = ~self.dropped
-            weights = give.float() if weights is None else weights * give
-        if weights is not sizes:
+            weights = weights * ~self.dropped.gather(1, self._places)
+        if weights is not own:
             sums = self._sums(weights)
-        change = self._changes(x, *sums, exact)
-        if self.keep_norm:
-            return self._with_largest_norm(x, merged.to(exact), change), new_sizes
-        return self._add(merged, change), new_sizes
+        return self._means(x, *sums), new_sizes
 
-    def _changes(self, x: Tensor, total: Tensor, joining: Tensor, dtype: torch.dtype) -> Tensor:
-        """What every moved token changes in the mean of its group.
+    def _means(self, x: Tensor, total: Tensor, joining: Tensor) -> Tensor:
+        """Every group's mean, [B, M, C] in x's dtype.
 
-        The mean of a group is its named token v plus w_i / W (v_i - v) for each of the others:
-        most tokens are alone and are not touched, and equal ones change nothing.
+        It is the group's named token v plus w_i / W (v_i - v) for each of the others: most tokens
+        are alone and are not touched, and equal ones change nothing.
 
         Args:
             x: [B, N, C].
             total: [B, M] sums of the weights W.
-            joining: [B, N - M] weights of the moved tokens.
-            dtype: to compute in.
-
-        Returns:
-            [B, N - M, C].
+            joining: [B, N - M] weights of the tokens that give up their place.
         """
-        share = joining.to(dtype) / total.gather(1, self.target).to(dtype)
-        values = take_tokens(x, self.moved).to(dtype)
-        return (values - take_tokens(x, self.named)).mul_(share[..., None])
+        # Sums of half-precision values lose bits.
+        exact, target = torch.promote_types(x.dtype, torch.float32), self._target
+        named = take_tokens(x, self.kept).to(exact)
+        values = take_tokens(x, self._places[:, self.n_out :])
+        share = joining.to(exact) / total.to(exact).gather(1, target)
+        change = (values - take_tokens(named, target)).mul_(share[..., None])
+        if self.keep_norm:
+            return self._with_largest_norm(values, named, change).to(x.dtype)
+        return add_tokens(named, target, change).to(x.dtype)
 
-    def _add(self, merged: Tensor, change: Tensor) -> Tensor:
-        """Groups' named tokens [B, M, C] and what their other members change."""
-        target = self.target
-        if change.dtype != merged.dtype:
-            # Sums of half-precision values lose bits: the first moved token of a group collects
-            # what all of them change, and the others add nothing.
-            n_moved = target.shape[1]
-            place = torch.arange(n_moved, device=target.device).expand_as(target)
-            leader = torch.full_like(self.kept, n_moved).scatter_reduce_(1, target, place, "amin")
-            slot, sums = leader.gather(1, target), torch.zeros_like(change)
-            change = add_tokens(sums, slot, change).to(merged.dtype)
-        return add_tokens(merged, target, change)
-
-    def _with_largest_norm(self, x: Tensor, named: Tensor, change: Tensor) -> Tensor:
+    def _with_largest_norm(self, values: Tensor, named: Tensor, change: Tensor) -> Tensor:
         """Means [B, M, C] scaled to the largest norm among their members."""
-        moved, target = self.moved, self.target
-        norms = take_tokens(x, moved).to(named.dtype).norm(dim=-1)
+        target = self._target
+        norms = values.to(named.dtype).norm(dim=-1)
         largest = named.norm(dim=-1).scatter_reduce(1, target, norms, "amax")
         alone = torch.ones_like(largest).scatter(1, target, 0.0).bool()
-        merged = self._add(named.clone(), change)
+        merged = add_tokens(named.clone(), target, change)
         scaled = merged * (largest / merged.norm(dim=-1).clamp(min=1e-12))[..., None]
         # A token on its own keeps its value bit for bit.
-        return torch.where(alone[..., None], named, scaled).to(x.dtype)
+        return torch.where(alone[..., None], named, scaled)
+
+
+def _raster(like: Tensor) -> Tensor:
+    """The numbers of all tokens, [B, N] int64, for a tensor [B, N, ...]."""
+    return torch.arange(like.shape[1], device=like.device).expand(like.shape[0], -1)
 
 
 def _flat_rows(index: Tensor, n_tokens: int) -> Tensor:

@@ -70,14 +70,15 @@ class Similarity:
         return found
 
     def best(
-        self, side_a: Tensor, side_b: Tensor, worth: Tensor | None = None
+        self, side_a: Tensor, side_b: Tensor, worth: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """The best partner in B of every token in A; ties go to the earlier one of B.
 
         Args:
             side_a: [B, a] token indices, a >= 0.
             side_b: [B, b] token indices, b >= 1 unless a = 0.
-            worth: [B, N], the mean of both ends is added to their similarity; None for nothing.
+            worth: of both sides, [B, a] and [B, b]; the mean of both ends is added to their
+                similarity. None for nothing.
 
         Returns:
             scores [B, a], places in `side_b` [B, a] int64.
@@ -87,9 +88,9 @@ class Similarity:
         if not self._in_pieces:
             edges = self._between(side_a, side_b)
             if worth is not None:
-                edges = _with_worth(edges, worth.gather(1, side_a), worth.gather(1, side_b))
+                edges.add_(worth[1][:, None], alpha=0.5)
             scores, places = edges.max(-1)
-            return scores, places
+            return scores if worth is None else scores.add_(worth[0], alpha=0.5), places
         scores, places = self._unit.new_empty(side_a.shape), torch.empty_like(side_a)
         for image, own in enumerate(self._unit):
             first = 0
@@ -97,11 +98,10 @@ class Similarity:
             for edges in self._pieces(own, others, side_a[image]):
                 last = first + len(edges)
                 if worth is not None:
-                    ends = (side_a[image, first:last], side_b[image])
-                    edges = _with_worth(edges, *(worth[image].index_select(0, end) for end in ends))
+                    edges.add_(worth[1][image], alpha=0.5)
                 scores[image, first:last], places[image, first:last] = edges.max(-1)
                 first = last
-        return scores, places
+        return scores if worth is None else scores.add_(worth[0], alpha=0.5), places
 
     def farthest_first(self, n_out: int) -> Tensor:
         """Greedy max-min selection by the distance 1 - cosine, in the order of choice.
@@ -205,11 +205,6 @@ def take_similarity(similarity: Tensor, rows: Tensor, columns: Tensor) -> Tensor
     return taken.gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))
 
 
-def _with_worth(edges: Tensor, worth_a: Tensor, worth_b: Tensor) -> Tensor:
-    """Edges [..., a, b] plus the mean worth of their ends [..., a] and [..., b]."""
-    return (worth_a[..., :, None] + worth_b[..., None, :]).div_(2).add_(edges)
-
-
 def _isolation(rows: Tensor, first: int) -> Tensor:
     """Distance of every token to its nearest neighbour; the rows' own places are overwritten."""
     rows.diagonal(first, -2, -1).fill_(-math.inf)
@@ -227,15 +222,15 @@ def _first_of_largest(isolation: Tensor) -> Tensor:
 
 
 def _farthest_first(distance: Tensor, n_out: int) -> Tensor:
-    """`Similarity.farthest_first` on all distances [B, N, N]."""
-    itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
-    choice = _first_of_largest(distance.masked_fill(itself, math.inf).amin(-1))
-    to_chosen = torch.full_like(distance[:, 0], math.inf)
-    chosen = [choice]
+    """`Similarity.farthest_first` on all distances [B, N, N], whose diagonal is overwritten."""
+    own = distance.diagonal(0, -2, -1)
+    own.fill_(math.inf)
+    choice = _first_of_largest(distance.amin(-1))
+    # What is chosen stays at minus infinity and is never the farthest again.
+    own.fill_(-math.inf)
+    chosen, to_chosen = [choice], take_tokens(distance, choice)[:, 0]
     for _ in range(n_out - 1):
-        row = take_tokens(distance, choice)[:, 0]
-        # What is chosen stays at minus infinity and is never the farthest again.
-        to_chosen = torch.minimum(to_chosen, row).scatter_(1, choice, -math.inf)
-        choice = to_chosen.argmax(-1)[:, None]
+        choice = to_chosen.argmax(-1, keepdim=True)
         chosen.append(choice)
+        to_chosen = torch.minimum(to_chosen, take_tokens(distance, choice)[:, 0])
     return torch.cat(chosen, 1)

@@ -163,7 +163,7 @@ def _added_ms(
         start = time.perf_counter()
         attend(*parts)
         middle = time.perf_counter()
-        bias = log_size_bias(sizes, parts[0].dtype)
+        bias = None if sizes is None else log_size_bias(sizes, parts[0].dtype)
         attend(*parts, attn_mask=bias)
         if mean_keys:
             parts[1].mean(1)

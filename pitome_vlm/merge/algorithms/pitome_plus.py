@@ -72,11 +72,10 @@ def matching(similarity: Similarity, n_out: int, ctx: MergeContext) -> MergePlan
     """The r best edges of tokens that alternate in energy order; r = N - n_out <= N / 2."""
     n_tokens = similarity.n_tokens
     energy = energies(similarity, ctx.own(EnergyOptions), ctx.depth)
-    by_energy = energy.argsort(dim=-1, descending=True, stable=True)
+    energy, by_energy = energy.sort(dim=-1, descending=True, stable=True)
     # Alternating, so that both ends of a good edge are rarely on one side.
-    sources, destinations = match_most_similar(
-        similarity, by_energy[:, ::2], by_energy[:, 1::2], n_tokens - n_out, energy
-    )
+    sides, worth = ((one[:, ::2], one[:, 1::2]) for one in (by_energy, energy))
+    sources, destinations = match_most_similar(similarity, *sides, n_tokens - n_out, worth)
     order = None
     if not ctx.config.restore_order:
         order = without(by_energy, sources)
