@@ -3,9 +3,10 @@
     python -m scripts.speed.kernels
     python -m scripts.speed.kernels --keep 0.25,0.11 --algorithms pitome --dtype bfloat16
 
-CLIP-L/336's 24 layers and 577 tokens at a tiny width, which changes no count. A kernel is an
-operator that computes a tensor (`pitome_vlm.measure.kernels`). "tower": its layers and the steps in
-them; "steps": plan and apply in the tower, the most of one in brackets; "after it": what is merged
+CLIP-L/336's 24 layers and 577 tokens, by default 16 channels wide: the width changes no count, but
+the bytes (--width 1024 is the real one). A kernel is an operator that computes a tensor
+(`pitome_vlm.measure.kernels`). "tower": its layers and the steps in them; "steps": plan and apply
+in the tower, the most of one in brackets, and what they read and write; "after it": what is merged
 on the features, the projector, and who went where.
 """
 
@@ -30,14 +31,14 @@ from pitome_vlm.measure.kernels import KernelCount
 from pitome_vlm.wrapping.wrap import is_wrapped, observed
 
 
-def narrow_tower(layers: int = 24, image_size: int = 336) -> Any:
-    """A LLaVA whose tower has CLIP-L/336's layers and tokens, and 16 channels."""
+def narrow_tower(width: int = 16) -> Any:
+    """A LLaVA whose tower has CLIP-L/336's layers and tokens, and few channels."""
     tower = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_attention_heads=2,
-        num_hidden_layers=layers,
-        image_size=image_size,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_attention_heads=max(1, width // 64),
+        num_hidden_layers=24,
+        image_size=336,
         patch_size=14,
     )
     words = LlamaConfig(
@@ -87,7 +88,7 @@ class Parts:
 
 def measured(options: argparse.Namespace) -> list[list[str]]:
     """The rows of the table."""
-    model = narrow_tower().to(getattr(torch, options.dtype))
+    model = narrow_tower(options.width).to(getattr(torch, options.dtype))
     pixels = torch.zeros(options.batch, 3, 336, 336, dtype=model.dtype)
     base = Parts(model, pixels)
     rows = [_row("unmerged", base, base)]
@@ -118,6 +119,7 @@ def main() -> int:
     parser.add_argument("--keep", default="0.25")
     parser.add_argument("--algorithms", default="pitome_plus,pitome,tome")
     parser.add_argument("--layers", help="those that merge, as in 5,11; the default without")
+    parser.add_argument("--width", type=int, default=16, help="channels")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = parser.parse_args()

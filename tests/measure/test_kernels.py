@@ -7,7 +7,6 @@ import torch
 
 import pitome_vlm
 from pitome_vlm.measure.kernels import KernelCount, count_kernels
-from pitome_vlm.merge.steps import few_layers
 from scripts.speed import kernels
 
 # Kernels of the merged tower over those of the unmerged one, by default at keep=0.25.
@@ -34,7 +33,7 @@ def test_the_merged_tower_launches_little_more_than_the_unmerged_one(tower):
     model, pixels = tower
     base = kernels.Parts(model, pixels)
     assert not base.steps
-    with pitome_vlm.wrapped(model, keep=0.25, layers=few_layers(24)):
+    with pitome_vlm.wrapped(model, keep=0.25):
         merged = kernels.Parts(model, pixels)
     assert len(merged.steps) == 2
     assert base.tower < merged.tower <= MOST * base.tower, (merged.tower, base.tower)
