@@ -35,6 +35,8 @@ class MergePlan:
         keep_norm: means are scaled to the largest norm in their group (MLERP).
         order: [B, M], all groups in the order in which the next plan is to take them
             (`MergeContext.order`); None for the one they have.
+        moved: [B, N - M], the tokens that give up their place in the order in which they are added
+            to their groups; None for raster order.
     """
 
     named: Tensor
@@ -44,6 +46,7 @@ class MergePlan:
     dropped: Tensor | None = None
     keep_norm: bool = False
     order: Tensor | None = None
+    moved: Tensor | None = None
     _known: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     # `functools.cached_property` takes a lock, which torch.compile cannot trace.
@@ -91,10 +94,13 @@ class MergePlan:
         return group.gather(1, self.named)
 
     @property
+    def _moved(self) -> Tensor:
+        return self._places[:, self.n_out :] if self.moved is None else self.moved
+
+    @property
     def _target(self) -> Tensor:
-        """[B, N - M], the group of every token that gives up its place, in raster order."""
-        moved = self._places[:, self.n_out :]
-        return self._once("target", lambda: self.assign.gather(1, moved))
+        """[B, N - M], the group of every token that gives up its place."""
+        return self._once("target", lambda: self.assign.gather(1, self._moved))
 
     @classmethod
     def identity(cls, keys: Tensor) -> MergePlan:
@@ -123,7 +129,7 @@ class MergePlan:
         """
         itself = torch.arange(n_tokens, device=sources.device).expand(len(sources), -1)
         named = itself.scatter(1, sources, destinations)
-        return cls(named, n_tokens - sources.shape[1], order, prune)
+        return cls(named, n_tokens - sources.shape[1], order, prune, moved=sources)
 
     @classmethod
     def from_groups(
@@ -181,15 +187,16 @@ class MergePlan:
         """The same plan with `n_leading` untouched tokens (CLS) before its own."""
         if n_leading == 0:
             return self
-        leading = torch.arange(n_leading, device=self.named.device).expand(len(self.named), -1)
-        dropped = self.dropped
+        device, whole = self.named.device, self.n_in + n_leading
+        index = torch.arange(whole, device=device).expand(len(self.named), -1)
+        leading, dropped = index[:, :n_leading], self.dropped
         if dropped is not None:
             dropped = torch.nn.functional.pad(dropped, (n_leading, 0))
 
         def moved_on(index: Tensor | None) -> Tensor | None:
             return None if index is None else torch.cat([leading, index + n_leading], 1)
 
-        return MergePlan(
+        plan = MergePlan(
             torch.cat([leading, self.named + n_leading], 1),
             self.n_out + n_leading,
             moved_on(self.ordered),
@@ -197,15 +204,19 @@ class MergePlan:
             dropped,
             self.keep_norm,
             moved_on(self.order),
+            None if self.moved is None else self.moved + n_leading,
         )
-
-    def _ones(self) -> Tensor:
-        return torch.ones_like(self.named, dtype=torch.float32)
+        plan._known["index"] = index
+        return plan
 
     def _sums(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [B, N] summed over every group [B, M], and those that were added [B, N - M]."""
-        joining = weights[:, self.n_out :]
-        return weights[:, : self.n_out].scatter_add(1, self._target, joining), joining
+        if self.moved is None:
+            weights = weights.gather(1, self._places)
+            own, joining = weights[:, : self.n_out], weights[:, self.n_out :]
+        else:
+            own, joining = weights.gather(1, self.kept), weights.gather(1, self.moved)
+        return own.scatter_add(1, self._target, joining), joining
 
     def apply(
         self, x: Tensor, sizes: Tensor | None = None, *, weighted: bool = True
@@ -221,14 +232,14 @@ class MergePlan:
             ([B, M, C] in x's dtype, [B, M] float32 new sizes). A group of one keeps its value
             bit for bit.
         """
-        own = self._ones() if sizes is None else sizes.gather(1, self._places)
+        own = torch.ones_like(self.named, dtype=torch.float32) if sizes is None else sizes
         sums = self._sums(own)
         new_sizes = sums[0]
         if self.prune or self.n_in == self.n_out:
             return take_tokens(x, self.kept), new_sizes
-        weights = own if weighted or sizes is None else self._ones()
+        weights = own if weighted else torch.ones_like(own)
         if self.dropped is not None:
-            weights = weights * ~self.dropped.gather(1, self._places)
+            weights = weights * ~self.dropped
         if weights is not own:
             sums = self._sums(weights)
         return self._means(x, *sums), new_sizes
@@ -244,20 +255,22 @@ class MergePlan:
             total: [B, M] sums of the weights W.
             joining: [B, N - M] weights of the tokens that give up their place.
         """
-        # Sums of half-precision values lose bits.
         exact, target = torch.promote_types(x.dtype, torch.float32), self._target
-        named = take_tokens(x, self.kept).to(exact)
-        values = take_tokens(x, self._places[:, self.n_out :])
+        named, values = take_tokens(x, self.kept), take_tokens(x, self._moved).to(exact)
         share = joining.to(exact) / total.to(exact).gather(1, target)
         change = (values - take_tokens(named, target)).mul_(share[..., None])
         if self.keep_norm:
-            return self._with_largest_norm(values, named, change).to(x.dtype)
-        return add_tokens(named, target, change).to(x.dtype)
+            return self._with_largest_norm(values, named.to(exact), change).to(x.dtype)
+        if exact == x.dtype:
+            return add_tokens(named, target, change)
+        # Sums of half-precision values lose bits.
+        sums = torch.zeros_like(named, dtype=exact)
+        return named.add_(add_tokens(sums, target, change).to(x.dtype))
 
     def _with_largest_norm(self, values: Tensor, named: Tensor, change: Tensor) -> Tensor:
         """Means [B, M, C] scaled to the largest norm among their members."""
         target = self._target
-        norms = values.to(named.dtype).norm(dim=-1)
+        norms = values.norm(dim=-1)
         largest = named.norm(dim=-1).scatter_reduce(1, target, norms, "amax")
         alone = torch.ones_like(largest).scatter(1, target, 0.0).bool()
         merged = add_tokens(named.clone(), target, change)

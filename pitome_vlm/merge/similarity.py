@@ -88,9 +88,9 @@ class Similarity:
         if not self._in_pieces:
             edges = self._between(side_a, side_b)
             if worth is not None:
-                edges.add_(worth[1][:, None], alpha=0.5)
+                edges = _with_worth(edges, *worth)
             scores, places = edges.max(-1)
-            return scores if worth is None else scores.add_(worth[0], alpha=0.5), places
+            return scores, places
         scores, places = self._unit.new_empty(side_a.shape), torch.empty_like(side_a)
         for image, own in enumerate(self._unit):
             first = 0
@@ -98,10 +98,10 @@ class Similarity:
             for edges in self._pieces(own, others, side_a[image]):
                 last = first + len(edges)
                 if worth is not None:
-                    edges.add_(worth[1][image], alpha=0.5)
+                    edges = _with_worth(edges, worth[0][image, first:last], worth[1][image])
                 scores[image, first:last], places[image, first:last] = edges.max(-1)
                 first = last
-        return scores if worth is None else scores.add_(worth[0], alpha=0.5), places
+        return scores, places
 
     def farthest_first(self, n_out: int) -> Tensor:
         """Greedy max-min selection by the distance 1 - cosine, in the order of choice.
@@ -203,6 +203,11 @@ def take_similarity(similarity: Tensor, rows: Tensor, columns: Tensor) -> Tensor
         return similarity[0].index_select(0, rows[0]).index_select(1, columns[0])[None]
     taken = take_tokens(similarity, rows)
     return taken.gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))
+
+
+def _with_worth(edges: Tensor, worth_a: Tensor, worth_b: Tensor) -> Tensor:
+    """Edges [..., a, b] plus the mean worth of their ends [..., a] and [..., b]."""
+    return (worth_a[..., :, None] + worth_b[..., None, :]).div_(2).add_(edges)
 
 
 def _isolation(rows: Tensor, first: int) -> Tensor:

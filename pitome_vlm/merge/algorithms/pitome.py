@@ -124,7 +124,7 @@ def energy_score(
         score = score / (sigma * math.sqrt(2 * math.pi))
     # A token is not its own neighbour.
     own = score.diagonal(first, -2, -1)
-    return score.mean(-1).sub_(own, alpha=1 / similarity.shape[-1])
+    return score.sum(-1).sub_(own).div_(similarity.shape[-1])
 
 
 def energies(
