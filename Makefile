@@ -144,14 +144,16 @@ bench-serving: $(VLLM_VENV)/.ready ## regenerate eval/results/serving/load (LLaV
 bench-demo: $(VENV)/.dev ## regenerate eval/results/demo (all held-out questions)
 	$(BIN)/python -m scripts.demo.benchmark --output eval/results/demo --readme README.md
 
-bench-ablation: $(VENV)/.dev ## regenerate eval/results/ablation on both splits; resumes
+bench-ablation: $(VENV)/.dev ## regenerate eval/results/ablation; resumes
 	$(BIN)/python -m scripts.demo.ablation --split val --limit 600 --output eval/results/ablation
 	$(BIN)/python -m scripts.demo.ablation --split test --limit 600 --output eval/results/ablation
+	$(BIN)/python -m scripts.demo.ablation --split structured_val --limit 1200 --output eval/results/ablation \
+		--varied calibration "tower layers" "tower share"
 
-eval-demo: $(VENV)/.dev ## regenerate eval/results/demo_vqa with lmms-eval; RESUME=1 resumes
-	test -n "$(RESUME)" || rm -rf eval/results/demo_vqa
+eval-demo: $(VENV)/.dev ## the bundled model with lmms-eval into build/demo_vqa; RESUME=1 resumes
+	test -n "$(RESUME)" || rm -rf build/demo_vqa
 	$(BIN)/pitome-vlm eval --suite demo --algorithms pitome_plus,paper,tome,random,pool \
-		--output eval/results/demo_vqa --resume
+		--output build/demo_vqa --resume
 
 $(VENV)/.docs: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt -e ".[docs]"
