@@ -287,19 +287,19 @@ def _budgets(keep: str, tokens: str | None, algorithms: str | None) -> list[Budg
 
 
 def show(report: Report) -> None:
-    """Print the tables, what they were measured on, notes, and what it all means."""
+    """Print what it all means, then the tables, what they were measured on, and notes."""
     from ..measure.bench import verdict
     from ..measure.provenance import in_words
 
+    for sentence in verdict(report):
+        write(f"- {sentence}")
+    write("")
     for table in report.tables():
         rows = [[str(cell) for cell in row] for row in table.rows]
         show_table(table.caption, table.columns, rows)
     write(in_words(report.setup))
     for line in report.footnotes():
         write(f"- {line}")
-    write("")
-    for sentence in verdict(report):
-        write(f"- {sentence}")
 
 
 def _write_files(report: Report, folder: Path, *, plot: bool) -> list[Path]:

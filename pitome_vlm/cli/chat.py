@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 HELP = {
     "/image PATH ...": "show one or more other images; starts a new conversation",
     "/video PATH ...": "the same with videos",
-    "/keep F": "keep this fraction of the visual tokens, 0 to 1",
+    "/keep F": "keep this fraction of the visual tokens, 0 to 1; auto: each image its own",
     "/tokens N": "keep this many visual tokens per image",
+    "/algorithm NAME": "merge with another algorithm",
     "/reset": "forget the conversation, keep the image",
     "/info": "show what is merged and the length of the conversation",
     "/help": "show this list",
@@ -56,8 +57,8 @@ def chat(
     Without a budget, a quarter of the visual tokens is kept, or what the checkpoint's own
     pitome_config.json says; --keep 1 merges nothing.
 
-    Commands during the conversation: /image PATH, /video PATH, /keep 0.25, /tokens N, /reset,
-    /info, /help, /exit.
+    Commands during the conversation: /image PATH, /video PATH, /keep 0.25, /keep auto, /tokens N,
+    /algorithm NAME, /reset, /info, /help, /exit.
 
     Example: `pitome-vlm chat --model demo --image scene.png --keep 0.25`
     """
@@ -94,8 +95,9 @@ class Chat:
         self.commands: dict[str, Callable[[str], None]] = {
             "/image": self._image,
             "/video": self._video,
-            "/keep": lambda value: self._budget(keep=_number(value, float, "/keep 0.25")),
+            "/keep": lambda value: self._budget(keep=_keep(value)),
             "/tokens": lambda value: self._budget(tokens=_number(value, int, "/tokens 64")),
+            "/algorithm": self._algorithm,
             "/reset": self._reset,
             "/info": self._info,
             "/help": self._help,
@@ -152,6 +154,7 @@ class Chat:
             say("stopped")
         elif not answer:
             say("(the model gave an empty answer)")
+        say(self.conversation.cost())
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
@@ -190,6 +193,17 @@ class Chat:
         wrap(model, config=merge_config(model) if is_wrapped(model) else None, **budget)
         say(merging_line(model))
 
+    def _algorithm(self, name: str) -> None:
+        if not name:
+            raise ValueError("/algorithm needs a name: /algorithm tome")
+        from ..merge import algorithms
+        from ..merge.config import DEFAULT_KEEP
+        from ..wrapping.wrap import is_wrapped
+
+        algorithms.get(name)
+        budget = {} if is_wrapped(self.conversation.model) else {"keep": DEFAULT_KEEP}
+        self._budget(algorithm=name, **budget)
+
     def _reset(self, rest: str) -> None:
         del rest
         self.conversation.reset()
@@ -208,6 +222,10 @@ class Chat:
         del rest
         for command, text in HELP.items():
             say(f"  {command:<16} {text}")
+
+
+def _keep(text: str) -> float | str:
+    return "auto" if text == "auto" else float(_number(text, float, "/keep 0.25 or /keep auto"))
 
 
 def _number(text: str, kind: type, example: str) -> Any:

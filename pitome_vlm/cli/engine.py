@@ -7,15 +7,17 @@ The same engine serves wrapped and unwrapped models; prompts, generation and dec
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
+from ..common import counted
 from ..loading.videos import Video
 from ..measure import asking
 from ..measure.answering import Answer, answer
+from ..wrapping.encode import prompt_images
 from ..wrapping.image_cache import ImageCache
 from ..wrapping.wrap import is_wrapped
 
@@ -37,6 +39,7 @@ class Conversation:
         turns: (question, answer) pairs so far.
         image_cache: visual tokens of the images, so that only the first question runs the tower.
         last: the last answer and what it took.
+        visual: of its prompt, visual tokens before and after merging; None where that is unknown.
     """
 
     model: Any
@@ -48,6 +51,7 @@ class Conversation:
     turns: list[tuple[str, str]] = field(default_factory=list)
     image_cache: ImageCache = field(default_factory=ImageCache)
     last: Answer | None = None
+    visual: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -100,9 +104,27 @@ class Conversation:
             stop=stop,
             **options,
         )
+        self.visual = self._visual_tokens(batch)
         if self.last.text:
             self.turns.append((question, self.last.text))
         return self.last.text
+
+    def cost(self) -> str:
+        """What the last answer took, in one line; empty before the first."""
+        if self.last is None:
+            return ""
+        whole = [f"{self.visual[1]} of {self.visual[0]} visual tokens"] if self.visual else []
+        first = f"first token after {self.last.first_token_s:.2f} s"
+        length = f"{counted(self.last.tokens, 'token')} in {self.last.total_s:.2f} s"
+        return ", ".join([*whole, first, length])
+
+    def _visual_tokens(self, batch: Mapping[str, Any]) -> tuple[int, int] | None:
+        """Of a whole prompt without and with merging; after its answer, the cache knows both."""
+        if not is_wrapped(self.model) or not (self.images or self.videos):
+            return None
+        given = {**asking.on_model(self.model, batch), "image_cache": self.image_cache}
+        found = prompt_images(self.model, given)
+        return sum(one.full for one in found), sum(one.count for one in found)
 
     def _messages(self, question: str) -> list[asking.Message]:
         """The turns so far and the new question; what is shown comes before the first question."""

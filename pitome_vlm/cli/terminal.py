@@ -70,6 +70,11 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f"))
 
 
+def duration(seconds: float) -> str:
+    """Seconds as people say them: "75 s", "12 min"."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
 def one_line(text: str) -> str:
     """A message with its line breaks and runs of spaces removed."""
     return " ".join(text.split())

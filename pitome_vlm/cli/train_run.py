@@ -20,7 +20,7 @@ from .session import (
     model_path,
     planned_config,
 )
-from .terminal import err, loading, say, write
+from .terminal import duration, err, loading, say, write
 
 if TYPE_CHECKING:
     from ..training import TrainingResult
@@ -200,8 +200,8 @@ def _lines() -> Any:
                 return
             self.told = part
             seconds = (time.monotonic() - self.begun) / done * (state.max_steps - state.global_step)
-            left = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
             loss = float(logs["loss"])
-            tell(f"step {state.global_step}/{state.max_steps}: loss {loss:.3f}, {left} left")
+            step = f"step {state.global_step}/{state.max_steps}"
+            tell(f"{step}: loss {loss:.3f}, {duration(seconds)} left")
 
     return Lines()

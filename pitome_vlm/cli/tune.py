@@ -7,6 +7,7 @@ and reported is left to `pitome_vlm.measure.tune`.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import typer
 from ..common import require
 from . import options as o
 from .session import DEMO
-from .terminal import EXIT_INTERRUPTED, one_line, progress_bars, quiet, say, write
+from .terminal import EXIT_INTERRUPTED, duration, one_line, progress_bars, quiet, say, write
 
 if TYPE_CHECKING:
     from ..measure.tune import Event, Recipe, Row, TuneResult
@@ -200,21 +201,38 @@ def _prompt(suffix: str) -> Callable[[Any, str, int], str]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[Event], None]]:
-    """A bar for what is running, and a line for everything that is finished."""
+    """Bars for the whole run and for what is running, and a line for all that is finished."""
+    began, seen, measured, most = time.monotonic(), 0, 0, 0
     with progress_bars() as progress:
+        whole = progress.add_task("settings, at most", total=None, visible=False)
         running = progress.add_task("", total=None, visible=False)
 
         def tell(event: Event) -> None:
-            if event.kind == "start":
+            nonlocal began, seen, measured, most
+            if event.kind == "plan":
+                began, most = time.monotonic(), event.count
+                progress.update(whole, total=most, visible=True)
+            elif event.kind == "start":
                 progress.reset(running, total=event.count, description=event.text, visible=True)
             elif event.kind == "advance":
                 progress.advance(running, event.count)
             elif event.kind == "note":
                 say(f"note: {one_line(event.text)}")
             elif event.cell is not None:
-                say(_line(event))
+                progress.advance(whole)
+                seen += 1
+                measured += not event.kept
+                spent = time.monotonic() - began
+                say(_line(event) + _left(spent, measured, most - seen))
 
         yield tell
+
+
+def _left(spent: float, measured: int, cells: int) -> str:
+    """The time that so many cells would take, which is the most: the search may end before."""
+    if not measured or cells < 1:
+        return ""
+    return f", at most {duration(spent / measured * cells)} left"
 
 
 def _line(event: Event) -> str:

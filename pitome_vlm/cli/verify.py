@@ -137,9 +137,13 @@ def verify(
 
 
 def show(outcome: Outcome) -> None:
-    """Print tables and statements."""
+    """Print the headline, then tables and statements."""
     from ..measure.spectral import report
 
+    write(report.headline(outcome.checks))
+    for line in report.check_lines(outcome.checks):
+        write(f"- {line}")
+    write("")
     if outcome.results:
         _show_synthetic(outcome.results)
         write("† sizes of two clusters tied at some step of some draw (A3 did not hold).")
@@ -151,7 +155,7 @@ def show(outcome: Outcome) -> None:
         _show_features(outcome.rows)
         write("blind: groups of the same sizes, members drawn at random.")
         write("")
-    for line in [*report.check_lines(outcome.checks), *report.TRUTHS[1:]]:
+    for line in report.TRUTHS[1:]:
         write(f"- {line}")
 
 

@@ -59,8 +59,11 @@ def test_command_shows_tables_and_writes_files(tmp_path):
     assert written["max_batch"]["none"]["measured"] is False
     assert sorted(file.name for file in folder.iterdir()) == FILES
     assert all(file.stat().st_size > 1000 for file in folder.iterdir())
-    *_, last, first, second, third = result.stdout.rstrip().splitlines()
-    assert last.startswith("- tome keep=0.25, batch 2")
+    # The verdict comes first, so that nobody has to look for it among the tables.
+    found = [line for line in result.stdout.splitlines() if line.startswith("- ")][:8]
+    assert result.stdout.startswith("- pitome_plus keep=0.5, batch 1")
+    assert found[-1].startswith("- tome keep=0.25, batch 2")
+    *_, first, second, third = result.stdout.rstrip().splitlines()
     assert sorted([first, second, third]) == [str(folder / name) for name in FILES]
 
 

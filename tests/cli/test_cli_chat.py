@@ -77,7 +77,7 @@ def test_chat_answers_and_survives_bad_lines(checkpoint, image, files):
         ("72", "2", "0"),
     ]
     assert "Merging with pitome_plus tokens=9: 144 -> 9 visual tokens per image" in told
-    assert any("/image PATH" in line for line in told[-8:])
+    assert any("/image PATH" in line for line in told[-9:])
 
 
 def test_chat_may_start_without_an_image_and_a_budget(checkpoint, image):
@@ -108,6 +108,26 @@ def test_chat_continues_after_a_failure_in_the_model(checkpoint, image, monkeypa
     assert "error: out of memory" in result.stderr
     assert "1 image, 0 turns" in result.stderr
     assert result.stdout.strip() == expected_answer(checkpoint, image, "what is it?", 4, keep=0.25)
+
+
+def test_chat_says_what_an_answer_took_and_changes_budget_and_algorithm(checkpoint, image):
+    lines = ["what is it?", "/keep auto", "and now?", "/algorithm tome", "/algorithm tom"]
+    lines += ["/algorithm", "/tokens 18", "and here?", "/algorithm none"]
+    words = ["chat", "--model", checkpoint, "--image", image, *CHAT]
+    result = run(*words, text="\n".join(lines) + "\n")
+    assert result.exit_code == 0
+    took = [line for line in result.stderr.splitlines() if "first token after" in line]
+    pattern = r"(\d+) of 144 visual tokens, first token after [\d.]+ s, \d tokens? in [\d.]+ s"
+    counts = [int(re.fullmatch(pattern, line)[1]) for line in took]
+    assert counts[0] == 36
+    assert 9 <= counts[1] <= 72  # the default range of an image's own budget
+    assert counts[2] == 18
+    assert "Merging with tome tokens=18" in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert "Did you mean 'tome'?" in errors[0]
+    assert "/algorithm tome" in errors[1]
+    assert "No merging" in result.stderr
 
 
 @pytest.fixture(scope="module")

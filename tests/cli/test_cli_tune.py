@@ -70,7 +70,9 @@ def test_a_run_ends_with_the_statement_the_config_and_a_report(finished):
     cells = [line for line in result.stderr.splitlines() if line.startswith("search: ")]
     assert len(cells) == len(found["search"])
     assert re.match(
-        r"search: tome, 72 tokens: loss -?\d+\.\d % \(-?\d+\.\d to \d+\.\d %\), \d+ s", cells[0]
+        r"search: tome, 72 tokens: loss -?\d+\.\d % \(-?\d+\.\d to \d+\.\d %\), \d+ s"
+        r", at most \d+ (s|min) left$",
+        cells[0],
     )
     assert sum(line.startswith("note: ") for line in result.stderr.splitlines()) == len(
         found["notes"]

@@ -16,12 +16,12 @@ def verdict(report: Report) -> list[str]:
 
 
 def page(report: Report) -> str:
-    """The whole result in Markdown: provenance, tables, sentences, footnotes."""
+    """The whole result in Markdown: sentences, provenance, tables, footnotes."""
     parts = [
         f"# {report.model}",
+        *verdict(report),
         in_words(report.setup),
         report.markdown(),
-        *verdict(report),
         *report.footnotes(),
     ]
     return "\n\n".join(parts) + "\n"

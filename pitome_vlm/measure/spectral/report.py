@@ -76,6 +76,13 @@ def check_lines(checks: Checks) -> list[str]:
     return lines
 
 
+def headline(checks: Checks) -> str:
+    """The outcome in one line, to be read before everything else."""
+    if checks.passed:
+        return "Passed: everything that is proven held in every measurement."
+    return "FAILED: something that is proven did not hold; see the statements."
+
+
 def under_line(one: Under) -> str:
     """What an algorithm did where A2 and A3 held."""
     return (

@@ -55,15 +55,15 @@ class Event:
     """Progress for the person who waits.
 
     Attributes:
-        kind: "start" of work of `count` steps, "advance" by `count` steps, a finished "cell", or
-            a "note" to show.
+        kind: the "plan" of at most `count` cells, "start" of work of `count` steps, "advance" by
+            `count` steps, a finished "cell", or a "note" to show.
         text: name of the work that starts, or the note.
         count: see `kind`.
         cell: the finished cell.
         kept: the cell was in the folder already.
     """
 
-    kind: Literal["start", "advance", "cell", "note"]
+    kind: Literal["plan", "start", "advance", "cell", "note"]
     text: str = ""
     count: int = 0
     cell: Cell | None = None

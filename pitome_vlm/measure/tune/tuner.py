@@ -158,6 +158,8 @@ class _Run:
         """Search, check and judge."""
         plan, asker = self.plan, self.measurer.asker
         recipes = list(plan.recipes) if plan.recipes is not None else default_recipes()
+        most = len(recipes) * len(self.counts) + plan.max_checks
+        self.measurer.tell(Event("plan", count=most))
         self._note_data(self.measurer.parts)
         self._note_accuracy()
         cells = walk_down(

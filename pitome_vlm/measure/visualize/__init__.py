@@ -9,11 +9,12 @@ from ..tables import Cell, Figure, Table, html_report
 from .drawing import overlay, stack, strip
 from .parts import Part, source_maps
 from .sources import SourceMap, seen_region, source_map
-from .vector import GROUP_STYLE, overlay_svg
+from .vector import GROUP_STYLE, Drawn, overlay_svg, strip_svg
 
 __all__ = [
     "GROUP_STYLE",
     "Cell",
+    "Drawn",
     "Figure",
     "Part",
     "SourceMap",
@@ -26,4 +27,5 @@ __all__ = [
     "source_maps",
     "stack",
     "strip",
+    "strip_svg",
 ]
