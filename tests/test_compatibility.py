@@ -7,10 +7,13 @@ import re
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-PAGE = (TESTS.parent / "docs/compatibility.md").read_text()
+PAGE, LIST = (
+    (TESTS.parent / "docs" / name).read_text()
+    for name in ("compatibility.md", "compatibility-tests.md")
+)
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
-    for line in PAGE.splitlines()
+    for line in (PAGE + LIST).splitlines()
     if line.startswith("| ") and not line.startswith(("| what |", "| key |"))
 ]
 KEYS = {row[0]: row[1].strip("`") for row in ROWS if len(row) == 2}

@@ -149,6 +149,14 @@ def test_the_stored_answers_are_to_the_questions_of_this_version(measured):
     assert len(measured.samples) >= 2000
 
 
+def test_pages_are_short():
+    lengths = {
+        page.name: len(page.read_text().splitlines()) for page in (ROOT / "docs").glob("*.md")
+    }
+    assert len(lengths) > 20
+    assert {name: length for name, length in lengths.items() if length > 150} == {}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_between_pages_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())

@@ -6,19 +6,16 @@ is left to `loading/peft.py`.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import ModelCard
 
 from ..adapters.swap import BASE, is_swapped
 from .arguments import by_name
+from .card import CARD_NAME, upload
 from .merging import STATE, Merging
-from .peft_card import CARD_NAME, card_section, update_card
+from .peft_card import card_section, update_card
 from .peft_record import PeftRecord
 
 TRAINING = "_pitome_training"
@@ -90,27 +87,17 @@ class WrappedPeft:
             What `HfApi.upload_folder` returns.
         """
         del unused
-        hub = HfApi()
-        repo_id = hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            card = os.path.join(folder, CARD_NAME)
-            # A new repository has none.
-            with contextlib.suppress(EntryNotFoundError, RepositoryNotFoundError):
-                ModelCard.load(repo_id, token=token).save(card)
-            self.save_pretrained(folder)
-            if tags:
-                written = ModelCard.load(card)
-                written.data["tags"] = sorted({*(written.data.get("tags") or ()), *tags})
-                written.save(card)
-            return hub.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message or "Upload adapter",
-                commit_description=commit_description,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-            )
+        return upload(
+            self.save_pretrained,
+            repo_id,
+            private=private,
+            token=token,
+            tags=tags,
+            commit_message=commit_message or "Upload adapter",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
 
 
 def can_remember(model: Any) -> bool:

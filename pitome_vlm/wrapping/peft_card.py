@@ -11,11 +11,8 @@ from huggingface_hub import ModelCard
 from ..common import __version__, markdown_table, write_text
 from ..merge.config import CONFIG_NAME, MergeConfig
 from ..merge.schedule import Schedule
+from .card import TAGS, shown_base, with_section
 from .peft_record import PeftRecord
-
-CARD_NAME = "README.md"
-BEGIN, END = "<!-- pitome-vlm begin -->", "<!-- pitome-vlm end -->"
-TAGS = ("pitome-vlm", "token-merging")
 
 
 def update_card(path: Path, previous: str | None, section: str, base: str | None) -> None:
@@ -31,15 +28,10 @@ def update_card(path: Path, previous: str | None, section: str, base: str | None
     card = ModelCard.load(path)
     card.data["tags"] = sorted({*(card.data.get("tags") or ()), *TAGS})
     card.data["pipeline_tag"] = "image-text-to-text"
-    marked = f"{BEGIN}\n{section}\n{END}"
     if previous is None:
         # PEFT's own template is a page of "More Information Needed".
-        card.text = f"\n# Adapter for {_shown(base)} with merged visual tokens\n\n{marked}\n"
-    elif BEGIN in previous and END in previous:
-        head, rest = previous.split(BEGIN, 1)
-        card.text = head + marked + rest.split(END, 1)[1]
-    else:
-        card.text = f"{previous.rstrip()}\n\n{marked}\n"
+        previous = f"\n# Adapter for {shown_base(base)} with merged visual tokens\n"
+    card.text = with_section(previous, section)
     write_text(path, str(card))
 
 
@@ -74,7 +66,7 @@ def _facts(
         kind = "8 bits (LLM.int8)"
     options = {k: v for k, v in config.changed().items() if k not in ("keep", "tokens", "ratio")}
     facts = [
-        ("base model", f"`{_shown(record.base_model)}`"),
+        ("base model", f"`{shown_base(record.base_model)}`"),
         ("base revision", record.base_revision or ""),
         ("visual tokens", f"{schedule.tokens_in} -> {schedule.counts_out} per image"),
         ("budget", _budget(config)),
@@ -124,10 +116,3 @@ def _notes(training: dict[str, Any]) -> list[str]:
 def _budget(config: MergeConfig) -> str:
     words = ((word, getattr(config, word)) for word in ("keep", "tokens", "ratio"))
     return ", ".join(f"{word}={value}" for word, value in words if value is not None)
-
-
-def _shown(base: str | None) -> str:
-    """A hub name as it is, of a local folder the last part: full paths are nobody's business."""
-    if not base:
-        return "an unnamed model"
-    return Path(base).name if Path(base).is_absolute() else base

@@ -94,13 +94,13 @@ def readme_table(measured: Measured) -> str:
     whole = f"{100 * measured.base.correct.mean():.1f} ({low:.1f} to {high:.1f})"
     lines = [[f"none, {measured.base.tokens} tokens", whole, *["1x"] * len(BATCHES)]]
     for name, shown in names.items():
-        right = " / ".join(f"{measured.accuracy(name, tokens):.1f}" for tokens in BUDGETS)
+        right = ", ".join(f"{measured.accuracy(name, tokens):.1f}" for tokens in BUDGETS)
         cells = [shown, right]
         for size in BATCHES:
             times = [measured.faster(name, tokens, size) for tokens in BUDGETS]
-            cells.append(times[0] if len(set(times)) == 1 else " / ".join(times))
+            cells.append(times[0] if len(set(times)) == 1 else ", ".join(times))
         lines.append(cells)
-    budgets = " / ".join(map(str, BUDGETS))
+    budgets = ", ".join(map(str, BUDGETS))
     columns = [f"at {budgets} tokens", "right, %"]
     columns += [f"first token sooner, batch {size}" for size in BATCHES]
     facts = measured.facts

@@ -358,7 +358,7 @@ class TestPushToHub:
     @pytest.fixture
     def hub(self, monkeypatch):
         """The hub's two calls, and what they were given; no card is on it yet."""
-        import pitome_vlm.wrapping.peft as module
+        import pitome_vlm.wrapping.card as module
 
         seen = {}
 
