@@ -37,12 +37,12 @@ def write_card(folder: str | os.PathLike[str], base: Any, merging: Merging) -> P
 def section(base: Any, merging: Merging) -> str:
     """Base, budget, algorithm, what is known of its accuracy, and how to load it."""
     facts = [
-        ("base model", f"`{shown_base(base.name_or_path)}`"),
+        ("base model", f"`{shown_base(base.name_or_path)}`" if base.name_or_path else ""),
         ("base revision", getattr(base.config, "_commit_hash", None) or ""),
         ("algorithm", merging.config.algorithm),
         ("merging", note_of(base, merging).removeprefix("pitome: ")),
         ("weights", "not changed by merging"),
-        ("accuracy with merging", "not measured here; `pitome-vlm tune --model FOLDER` does"),
+        ("accuracy with merging", _accuracy(merging)),
     ]
     lines = [
         "## Merged visual tokens",
@@ -61,3 +61,9 @@ def section(base: Any, merging: Merging) -> str:
         'config=pitome_vlm.MergeConfig.from_pretrained("this/folder"))`.',
     ]
     return "\n".join(lines)
+
+
+def _accuracy(merging: Merging) -> str:
+    """What is known: figures are made by commands that do not save a model."""
+    asked = merging.adapter.calls != "encoder"
+    return "not measured" + "; `pitome-vlm tune --model FOLDER` does it" * asked

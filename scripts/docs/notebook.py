@@ -18,8 +18,8 @@ NOTEBOOK = Path(__file__).resolve().parents[2] / "docs/quickstart.ipynb"
 def executed(notebook: Any) -> Any:
     """The notebook with the outputs of a run in docs/; raises where a cell does."""
     resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    client = NotebookClient(notebook, timeout=300, resources=resources, record_timing=False)
-    client.execute()
+    options = {"timeout": 300, "record_timing": False, "coalesce_streams": True}
+    NotebookClient(notebook, resources=resources, **options).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]

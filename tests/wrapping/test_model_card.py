@@ -45,7 +45,7 @@ def test_the_card_says_what_is_merged_and_how_to_load_it(family, tmp_path):
 
 def test_an_encoder_has_a_card_too(tmp_path):
     pitome_vlm.wrap(TINY["clip"].build(), keep=0.5, algorithm="tome").save_pretrained(tmp_path)
-    assert "tome keep=0.5, 145 -> 73 visual tokens" in (tmp_path / "README.md").read_text()
+    assert "tome keep=0.5, 37 -> 19 visual tokens" in (tmp_path / "README.md").read_text()
 
 
 def test_plain_transformers_load_the_unmerged_model_as_the_card_says(tmp_path):
