@@ -33,8 +33,9 @@ COLUMNS = (
 )
 # Which of the families with processors of their own the commands were run on, and how: in the
 # tests, or by hand with torchvision installed.
-TESTED = ("gemma3", "idefics3")
-BY_HAND = ("internvl", "smolvlm", "qwen3_vl", "glm4v", "mistral3", "qwen2_5_vl")
+TESTED = ("aya_vision", "gemma3", "idefics3", "paligemma")
+BY_HAND = ("internvl", "smolvlm", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "mistral3")
+BY_HAND += ("lfm2_vl",)
 LLAVA = ("llava", "llava_next", "llava_onevision")
 
 

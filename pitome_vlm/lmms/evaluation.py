@@ -14,6 +14,7 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager, get_task_dict
 
 from ..common import suggest
+from ..measure.described import Description
 from ..measure.description import describe_llava
 from ..measure.evaluate.records import Measured
 from ..measure.evaluate.suites import BASELINE, Cell, Setting
@@ -177,14 +178,23 @@ class Evaluator:
             lmms_eval=rest,
         )
 
+    def _described(self, cell: Cell, text_tokens: int) -> Description:
+        # The processor knows the limits on images of any size.
+        processor = self.lm.processor
+        return describe_llava(
+            self.lm.model,
+            config=cell.setting.config,
+            text_tokens=text_tokens,
+            image_processor=processor,
+        )
+
     def _facts(self, cell: Cell, samples: list[dict[str, Any]]) -> dict[str, Any]:
         model, counts = self.lm.model, input_tokens(samples)
-        schedule = planned_schedule(model, cell.setting.config)
         mean = statistics.fmean(counts) if counts else None
-        text = TEXT_TOKENS
-        if mean is not None and not schedule.packed:
-            text = max(0, round(mean - schedule.tokens_out))
-        described = describe_llava(model, text_tokens=text, config=cell.setting.config)
+        described = self._described(cell, TEXT_TOKENS)
+        if mean is not None and described.image_size is None and described.unit == "image":
+            # All images have as many tokens, and the rest is text.
+            described = self._described(cell, max(0, round(mean - described.tokens_out)))
         costs = described.before if cell.setting.method == BASELINE else described.after
         names = ("tower_flops", "projector_flops", "prefill_flops", "total_flops", "kv_bytes")
         return {
@@ -193,7 +203,7 @@ class Evaluator:
             # Where tokens depend on the image, costs are those of an image of this size.
             **({"image_size": list(described.image_size)} if described.image_size else {}),
             **({"described": described.unit} if described.unit != "image" else {}),
-            "text_tokens": text,
+            "text_tokens": costs.text_tokens,
             "mean_input_tokens": mean,
             **{name: getattr(costs, name) for name in (*names, "kv_bytes_per_image")},
             "hardware": provenance(model, batch_size=self.batch_size, processes=self.processes),

@@ -67,8 +67,13 @@ class Description:
         """One line: algorithm, options, budget, tokens in and out."""
         return (
             f"{self.config.summary()}: {self.tokens_in} -> {self.count.shown} visual tokens per "
-            f"{self._thing}{self._of_size()}"
+            f"{self.shown}"
         )
+
+    @property
+    def shown(self) -> str:
+        """What tokens are counted of: "image of 1024 x 768 pixels", "tile", "video of 8 frames"."""
+        return f"{self._thing}{self._of_size()}"
 
     @property
     def _thing(self) -> str:

@@ -18,10 +18,15 @@ from transformers import AutoConfig, AutoProcessor
 import pitome_vlm
 from pitome_vlm.adapters import model_types
 from pitome_vlm.adapters.refused import REFUSED
+from pitome_vlm.demo import load_split, scene_image
 from pitome_vlm.loading.checkpoints import read_config
 from pitome_vlm.measure.asking import encoded, question_prompt
 
 RUNS = [name for name in PROCESSORS if TORCHVISION or name not in NEEDS_TORCHVISION]
+# Their images have as many tokens as their size asks for, at most so many with these processors.
+ANY_SIZE = ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "mistral3", "lfm2_vl")
+LARGEST = 144
+UNITS = dict.fromkeys(("internvl", "smolvlm", "idefics3", "aya_vision"), "tile")
 QUESTION = "what colour is the circle ?"
 
 
@@ -45,12 +50,8 @@ def test_info_counts_what_the_processor_writes(folders):
         placeholder = AutoConfig.from_pretrained(folders[name]).image_token_id
         for _ in range(2):
             width, height = draw.randint(33, 94), draw.randint(33, 94)
-            text = processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}]}], tokenize=False
-            )
-            batch = processor(
-                text=[text], images=[Image.new("RGB", (width, height))], return_tensors="pt"
-            )
+            text = question_prompt(processor, QUESTION)
+            batch = encoded(processor, [text], [Image.new("RGB", (width, height))])
             seen = int((batch["input_ids"] == placeholder).sum())
             size = f"{width}x{height}"
             result = run("info", "--model", folders[name], "--image-size", size, "--json")
@@ -152,6 +153,60 @@ def test_training_on_every_family(folders, image, tmp_path):
         assert asked.exit_code == 0, (name, asked.stderr)
 
 
+@pytest.fixture
+def questions(tmp_path):
+    """About images of eight sizes, one each."""
+    lines = []
+    sizes = [(120, 120), (90, 60), (60, 90), (64, 64), (150, 100), (200, 70), (40, 40), (100, 130)]
+    for sample, size in zip(load_split("train", 48)[::6], sizes, strict=True):
+        name = f"{sample.scene_id}.png"
+        scene_image(sample.scene_id, "train").resize(size).save(tmp_path / name)
+        lines.append({"image": name, "question": sample.question})
+    return write_lines(tmp_path / "questions.jsonl", lines)
+
+
+def cells(folder):
+    """What was asked under each setting."""
+    return [json.loads(path.read_text()) for path in (folder / "cells").iterdir()]
+
+
+@pytest.mark.slow
+def test_tune_on_every_family(folders, questions, tmp_path):
+    """What has so many tokens is said where images have counts of their own."""
+    words = ["--data", questions, "--algorithms", "tome", "--max-loss", 0.9, "--no-plot"]
+    for name in RUNS:
+        folder, more = tmp_path / name, ["--max-new-tokens", 2]
+        result = run("tune", "--model", folders[name], *words, *more, "--output", folder)
+        assert result.exit_code == 0, (name, result.stderr)
+        told = json.loads((folder / "result.json").read_text())
+        assert len({one["tokens"] for one in told["search"]}) >= 2, name
+        unit = "image of 1024 x 768 pixels" if name in ANY_SIZE else UNITS.get(name)
+        said = [note for note in told["notes"] if note.startswith("tokens are counted per ")]
+        expected = f"tokens are counted per {unit}; every image keeps the same share of its own"
+        assert said == [expected] * (unit is not None), name
+        assert f"visual tokens per {unit or 'image'}; computed for it" in result.stdout, name
+
+
+@pytest.mark.slow
+def test_eval_on_every_family(folders, tmp_path, monkeypatch):
+    """Costs are those of images as the processor makes them."""
+    from pitome_vlm.lmms import evaluation, tasks_path
+
+    # Without lmms-eval's own 2000 tasks, which take long to index.
+    index = evaluation.TaskManager("ERROR", [str(tasks_path())], include_defaults=False)
+    monkeypatch.setattr(evaluation, "TaskManager", lambda *a, **k: index)
+    words = ["--suite", "demo", "--limit", 2, "--algorithms", "tome", "--tokens", 4]
+    for name in RUNS:
+        folder, more = tmp_path / name, ["--no-timing", "--no-plot"]
+        result = run("eval", "--model", folders[name], *words, *more, "--output", folder)
+        assert result.exit_code == 0, (name, result.stderr)
+        facts = [one["facts"] for one in cells(folder)]
+        assert len(facts) == 2, name
+        for one in facts:
+            assert 16 <= one["visual_tokens_unreduced"] <= LARGEST, name
+            assert ("image_size" in one) == (name in ANY_SIZE), name
+
+
 def test_other_families_are_refused_before_weights_are_read(tmp_path):
     for model_type, reason in REFUSED.items():
         folder = tmp_path / model_type
@@ -190,4 +245,4 @@ def test_budgets_are_checked_as_elsewhere(folders):
             (["--algorithm", "visionzip", "--option", "stage=projector"], "visionzip"),
         ):
             fails_in_one_line(run("info", "--model", folders[name], *words), message)
-    assert set(folders) <= set(tiny_families.FAMILIES)
+    assert set(folders) <= {*tiny_families.FAMILIES, "qwen2_5_vl"}

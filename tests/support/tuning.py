@@ -25,6 +25,7 @@ class StubAsker:
     """
 
     tokens_in = TOKENS
+    counted_per = "image"
 
     def __init__(self, rows, share, *, interrupt_after=None, smallest=1):
         order = np.random.default_rng(7).permutation(len(rows))

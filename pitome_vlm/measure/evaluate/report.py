@@ -216,9 +216,8 @@ def _paired_cells(row: Row) -> list[str]:
 def _cost_note(row: Row, timing: Mapping[str, Any] | None) -> str:
     facts = row.record.measured.facts
     note = (
-        f"FLOPs and cache are computed for one {facts.get('described', 'image')} and "
-        f"{facts['text_tokens']} text tokens (the "
-        f"mean prompt of {row.cell.task}). One multiply-add is 2 FLOP, only matrix products and "
+        f"FLOPs and cache are computed for one {_prompt(row)}. "
+        "One multiply-add is 2 FLOP, only matrix products and "
         "convolutions count: a layer with n tokens, width C and W weights in its linear maps "
         "takes 2 n W + 4 n² C, plus the comparison of tokens where it merges; all FLOPs "
         "include the projector. Percentages are of the unreduced model. The cache (KV) holds "
@@ -232,6 +231,16 @@ def _cost_note(row: Row, timing: Mapping[str, Any] | None) -> str:
         f"{timing['rounds']} rounds in which the settings took turns, after a warm-up; x is how "
         "many times faster than the unreduced model."
     )
+
+
+def _prompt(row: Row) -> str:
+    """What costs are of; only where all images have as many tokens is the rest known as text."""
+    facts = row.record.measured.facts
+    thing, size = facts.get("described"), facts.get("image_size")
+    text = f"and {facts['text_tokens']} text tokens"
+    if thing is None and size is None:
+        return f"image {text} (the mean prompt of {row.cell.task})"
+    return f"image of {size[1]} x {size[0]} pixels {text}" if size else f"{thing} {text}"
 
 
 def _numeric(

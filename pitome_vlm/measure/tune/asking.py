@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...adapters import find_adapter
 from ...loading.images import ImageLimits
 from ...merge.config import MergeConfig
 from ...wrapping.encode import planned_schedule
@@ -51,6 +52,8 @@ class Asker(Protocol):
     """What a search needs of a model; rows are named by their numbers."""
 
     tokens_in: int
+    # What has so many tokens: "image", "tile", "image of 1024 x 768 pixels".
+    counted_per: str
 
     def tokens(self, config: MergeConfig) -> int:
         """Visual tokens per image under a config.
@@ -107,6 +110,9 @@ class ModelAsker:
         self._prepared: dict[tuple[int, ...], dict[str, Tensor]] = {}
         self._bytes = 0
         self.tokens_in = planned_schedule(model, UNREDUCED).tokens_in
+        unit = find_adapter(base_model(model)).counted_per
+        described = describe_llava(model, config=UNREDUCED)
+        self.counted_per = described.shown if unit == "image" else unit
 
     def tokens(self, config: MergeConfig) -> int:
         """Visual tokens per image under a config.
@@ -135,8 +141,8 @@ class ModelAsker:
         """Computed FLOPs and cache, as a phrase."""
         described = describe_llava(self.model, config=config)
         return (
-            f"{described.tokens_out} of {described.tokens_in} visual tokens per image; computed "
-            f"for one image and {described.before.text_tokens} text tokens: "
+            f"{described.tokens_out} of {described.tokens_in} visual tokens per {described.shown}; "
+            f"computed for it and {described.before.text_tokens} text tokens: "
             f"{described.saved('total_flops'):.0f} % fewer FLOPs up to the first token, "
             f"{described.saved('kv_bytes'):.0f} % less KV cache"
         )

@@ -160,6 +160,11 @@ class _Run:
         recipes = list(plan.recipes) if plan.recipes is not None else default_recipes()
         most = len(recipes) * len(self.counts) + plan.max_checks
         self.measurer.tell(Event("plan", count=most))
+        if asker.counted_per != "image":
+            self._note(
+                f"tokens are counted per {asker.counted_per}; every image keeps the same share of "
+                "its own"
+            )
         self._note_data(self.measurer.parts)
         self._note_accuracy()
         cells = walk_down(
