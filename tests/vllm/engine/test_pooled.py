@@ -11,12 +11,16 @@ pytest.importorskip("vllm.version", reason="make test-vllm builds an environment
 from compared import answers, check_varied
 from served_pooled import CONFIG, WRITTEN, library, pooled_requests, save_pooled
 from served_tiled import save_images
+from test_grids import PARALLEL
 
 from pitome_vlm.releases import RELEASE, features_from
 
 # vLLM sets room aside for an image (and a video) of the most tiles.
 LENGTHS = {"internvl": 1400, "gemma3": 600}
-# On vLLM 0.27 Gemma 3 was not compared to the end (docs/serving.md).
+# One runs in two processes, each with half of the heads; in one something is wrong on purpose.
+HOW = {"internvl": PARALLEL, "gemma3": {"controls": ["compact decoding", "no sizes"]}}
+# transformers 5.9 draws other weights, so that nothing written down belongs to them. With those of
+# 5.19 vLLM 0.27 gives every answer of the library but for one tie (docs/serving.md).
 KINDS = [kind for kind in LENGTHS if kind != "gemma3" or features_from(kind) <= RELEASE]
 # Answers that the library changes, too, with the last bits of the pixels.
 MOST_TIES = 1
@@ -37,7 +41,7 @@ def test_answers_are_the_library_s(engine, tmp_path, kind):
         max_model_len=LENGTHS[kind],
         block_size=32,
         enable_prefix_caching=True,
-        controls=["compact decoding", "no sizes"],
+        **HOW[kind],
     )
     written = [[tuple(one) for one in own] for own in json.loads(WRITTEN.read_text())[kind]]
     expected = [own[0] for own in written]
