@@ -225,6 +225,15 @@ def image_options(processor: Any, model_type: str) -> Mapping[str, Any]:
         return {}
 
 
+def pixel_limits(fewest: int, most: int) -> dict[str, Any]:
+    """Options for an image processor of Qwen's kind: pixels that an image has at least and at most.
+
+    Those of release 4 heed the limits of their checkpoint before `size`, unless they are given.
+    """
+    options: dict[str, Any] = {"size": {"shortest_edge": fewest, "longest_edge": most}}
+    return options if RELEASE >= (5, 0) else options | {"min_pixels": fewest, "max_pixels": most}
+
+
 def rotary_at(rotary: Any, hidden: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """What a tower of Qwen's kind multiplies queries and keys by, at any places.
 

@@ -253,5 +253,7 @@ def _show(result: TuneResult, files: list[Path]) -> None:
     if result.savings:
         write(result.savings)
     write(result.statement)
+    if result.against_smaller:
+        write(result.against_smaller)
     for path in files:
         write(str(path))

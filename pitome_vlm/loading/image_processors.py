@@ -3,15 +3,75 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from ..releases import image_options
+from ..releases import image_options, pixel_limits
 from .checkpoints import existing, only_local, squeezed
 from .images import ImageLimits
+
+# Gemma 4's processor takes no other counts.
+_SOFT_TOKENS = (70, 140, 280, 560, 1120)
+# Neighbouring limits differ by this share, which is finer than what any processor rounds to.
+_STEP = 0.01
+
+
+@dataclass(frozen=True)
+class SizeLimit:
+    """An image processor's own option for how large an image may become.
+
+    Attributes:
+        name: of the option.
+        values: what it may be, rising up to what it is.
+        options: from a value to the processor's `images_kwargs`.
+    """
+
+    name: str
+    values: Sequence[int]
+    options: Callable[[int], dict[str, Any]]
+
+
+def size_limit(processor: Any) -> SizeLimit | None:
+    """The option of a processor that makes fewer tokens of an image by making it smaller.
+
+    Args:
+        processor: a processor, or the image processor in it.
+
+    Returns:
+        None where every image gets one size, or is cut into tiles of one size.
+    """
+    prepare = getattr(processor, "image_processor", processor)
+    soft = getattr(prepare, "max_soft_tokens", None)
+    if soft is not None:
+        counts = [count for count in _SOFT_TOKENS if count <= soft]
+        return SizeLimit("max_soft_tokens", counts, lambda count: {"max_soft_tokens": count})
+    size = dict(getattr(prepare, "size", None) or {})
+    fewest, most = size.get("shortest_edge"), size.get("longest_edge")
+    if most is None:
+        return None
+    if fewest is None:
+        # Pixtral's and Idefics' kinds: the longer side in pixels.
+        return SizeLimit(
+            "longest_edge", _rising(most), lambda side: {"size": {"longest_edge": side}}
+        )
+    if not hasattr(prepare, "merge_size"):
+        return None
+    return SizeLimit(
+        "max_pixels", _rising(most), lambda pixels: pixel_limits(min(fewest, pixels), pixels)
+    )
+
+
+def _rising(most: int) -> list[int]:
+    """Whole numbers from 1 to `most`, neighbours `_STEP` apart where that is more than 1."""
+    values = [most]
+    while values[-1] > 1:
+        values.append(min(values[-1] - 1, round(values[-1] * (1 - _STEP))))
+    return values[::-1]
 
 
 def find_image_processor(path: str | os.PathLike[str]) -> Any | None:

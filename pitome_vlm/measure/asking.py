@@ -157,6 +157,7 @@ def encoded(
     *,
     videos: Sequence[Video] = (),
     side: Literal["left", "right"] = "left",
+    image_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Prompts and the images of all of them, in order, as the processor's tensors.
 
@@ -168,6 +169,7 @@ def encoded(
             frames.
         side: where shorter rows are padded; "left" to generate, because answers continue at the
             end of a row.
+        image_options: what the processor is to prepare images with, in place of its own options.
 
     Returns:
         `input_ids` and `attention_mask` [B, T], and with images `pixel_values` and what else the
@@ -184,6 +186,8 @@ def encoded(
     special = {} if special_tokens(processor, texts) else {"add_special_tokens": False}
     padding = {"padding": True, "padding_side": side} if len(texts) > 1 else {}
     options: dict[str, Any] = {**padding, **special, "return_tensors": "pt"}
+    if image_options:
+        options["images_kwargs"] = dict(image_options)
     if videos:
         options |= {
             "videos": [[np.asarray(frame) for frame in video.frames] for video in videos],
@@ -235,20 +239,22 @@ def encoded_rows(
     names: Sequence[str],
     *,
     side: Literal["left", "right"] = "left",
+    image_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """`encoded`, with the images of every row and a name of it for messages.
 
     Raises:
         ImageError: the processor refuses a row, for instance an image too long and thin for it.
     """
+    given: dict[str, Any] = {"side": side, "image_options": image_options}
     try:
-        return encoded(processor, texts, [one for row in images for one in row], side=side)
+        return encoded(processor, texts, [one for row in images for one in row], **given)
     except MemoryError:
         raise
     except Exception:
         for text, own, name in zip(texts, images, names, strict=True):
             try:
-                encoded(processor, [text], own, side=side)
+                encoded(processor, [text], own, **given)
             except Exception as error:
                 said = " ".join(str(error).split())[:200]
                 raise ImageError(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import find_adapter
+from ..adapters import HFLlavaAdapter, find_adapter
 from ..common import whole_number
 from ..wrapping.wrap import base_model
 
@@ -56,13 +56,18 @@ def shrunk(model: Any, batch: Mapping[str, Tensor], tokens: int) -> tuple[dict[s
         tokens: patches per image at least.
 
     Returns:
-        The same with smaller images and fewer placeholders, and the number of patches.
+        The same with smaller images and fewer placeholders, and the number of tokens per image.
 
     Raises:
         ValueError: a model or a batch of another kind.
     """
     base = base_model(model)
     adapter = find_adapter(base)
+    if type(adapter) is not HFLlavaAdapter:
+        raise ValueError(
+            f"{type(base).__name__} brings every image, or every tile of one, to one size, so a "
+            "scaled image has as many tokens"
+        )
     pixels, ids = batch["pixel_values"], batch["input_ids"]
     if pixels.ndim != 4 or len(pixels) != len(ids):
         raise ValueError(
@@ -72,8 +77,10 @@ def shrunk(model: Any, batch: Mapping[str, Tensor], tokens: int) -> tuple[dict[s
     patch = adapter.parts(base).vision_config.patch_size
     full = pixels.shape[-2] // patch, pixels.shape[-1] // patch
     rows, columns = grid_for(tokens, full)
-    count = rows * columns
     is_image = ids == adapter.placeholder_ids(base)["image"]
+    # A CLS token that the language model sees stays.
+    leading = int(is_image[0].sum()) - full[0] * full[1]
+    count = rows * columns + leading
     kept = ~is_image | (is_image.cumsum(-1) <= count)
     smaller = torch.nn.functional.interpolate(
         pixels.float(), (rows * patch, columns * patch), mode="bicubic", antialias=True

@@ -122,10 +122,12 @@ def difference_interval(
     values: Sequence[float] | np.ndarray,
     other: Sequence[float] | np.ndarray,
     clusters: Sequence[Hashable],
+    *,
+    level: float = LEVEL,
 ) -> Interval:
     """Paired interval of mean(values) - mean(other), scores in [0, 1]; images are resampled."""
     differences = np.asarray(values, float) - np.asarray(other, float)
-    return mean_interval(differences, clusters, extremes=(-1.0, 1.0))
+    return mean_interval(differences, clusters, extremes=(-1.0, 1.0), level=level)
 
 
 def relative_loss(

@@ -136,6 +136,18 @@ def wrapped(
         unwrap(model) if previous is None else wrap(model, config=previous)
 
 
+@contextlib.contextmanager
+def unwrapped(model: Model) -> Iterator[Model]:
+    """`unwrap` for the length of a `with` block; what was on before comes back, error or not."""
+    previous = merge_config(model) if is_wrapped(model) else None
+    unwrap(model)
+    try:
+        yield model
+    finally:
+        if previous is not None:
+            wrap(model, config=previous)
+
+
 def _refuse_shared(base: nn.Module) -> None:
     """Leave layers alone that merge for another model, which they are a part of or contain."""
     if any(isinstance(module, InTower) for module in base.modules()):

@@ -53,7 +53,9 @@ def finished(tmp_path_factory):
 def numbers(folder):
     """result.json without what a clock says."""
     text = (folder / "result.json").read_text()
-    return re.sub(r'"seconds": [\d.e-]+', "", text)
+    return re.sub(
+        r'"(seconds|ms|merged_ms)": [\d.e-]+|First token of one question: [^"]*', "", text
+    )
 
 
 def test_a_run_ends_with_the_statement_the_config_and_a_report(finished):
@@ -63,6 +65,8 @@ def test_a_run_ends_with_the_statement_the_config_and_a_report(finished):
     lines = result.stdout.splitlines()
     assert lines[0] == MergeConfig.from_pretrained(folder).summary()
     assert found["statement"] in lines
+    assert found["against_smaller"] in lines
+    assert "for this data. First token of one question: " in found["against_smaller"]
     assert {line.rsplit("/", 1)[1] for line in lines[-4:]} == FILES
     assert MergeConfig.from_dict(found["config"]) == MergeConfig.from_pretrained(folder)
     assert found["statement"] in (folder / "report.md").read_text()

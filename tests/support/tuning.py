@@ -9,6 +9,7 @@ import numpy as np
 
 from pitome_vlm.measure.tune import Plan, Recipe, Row
 from pitome_vlm.measure.tune.asking import UNREDUCED, Replies
+from pitome_vlm.measure.tune.smaller import Smaller
 from pitome_vlm.measure.tune.split import split_by_image
 from pitome_vlm.measure.tune.tuner import run
 from pitome_vlm.merge.config import MergeConfig
@@ -22,12 +23,13 @@ class StubAsker:
     """Answers "yes", or "no" to a share of the rows that is known for every setting.
 
     Row r is answered wrong where its difficulty (in [0, 1), evenly spread) is below that share.
+    Smaller images, where there are any, are answered wrong to a share `smaller` of the rows.
     """
 
     tokens_in = TOKENS
     counted_per = "image"
 
-    def __init__(self, rows, share, *, interrupt_after=None, smallest=1):
+    def __init__(self, rows, share, *, interrupt_after=None, smallest=1, smaller=None):
         order = np.random.default_rng(7).permutation(len(rows))
         self.difficulty = order / len(rows)
         self.share = share
@@ -35,6 +37,8 @@ class StubAsker:
         self.interrupt_after = interrupt_after
         self.smallest = smallest
         self.version = "1"
+        self.smaller = smaller
+        self.asked_smaller = 0
 
     def wrong(self, config, row):
         return config != UNREDUCED and self.difficulty[row] < self.share(config, row)
@@ -54,6 +58,14 @@ class StubAsker:
             return Replies(answers, first=np.full((len(rows), 3), -math.log(3), np.float32))
         assert len(reference) == len(rows)
         return Replies(answers, divergence=[float(answer == "no") for answer in answers])
+
+    def ask_smaller(self, config, rows, advance):
+        if self.smaller is None:
+            raise ValueError("the stub has no images")
+        self.asked_smaller += 1
+        advance(len(rows))
+        answers = ["no" if self.difficulty[row] < self.smaller else "yes" for row in rows]
+        return Smaller("images scaled down", config.tokens, config.tokens, answers, 9.0, 12.5)
 
     def facts(self):
         return {"model": "stub", "version": self.version}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from ..asking import checked_question, decoded, encoded_rows, generated, questio
 from ..description import describe_llava
 from ..provenance import model_fingerprint, provenance
 from .rows import Row
+from .smaller import Smaller, ask_smaller
 
 # From processor, question and number of images to the text of a prompt.
 Prompt = Callable[[Any, str, int], str]
@@ -71,6 +72,16 @@ class Asker(Protocol):
         advance: Callable[[int], object],
     ) -> Replies:
         """Answer rows under a config; `reference` is `Replies.first` of the unreduced model."""
+        ...
+
+    def ask_smaller(
+        self, config: MergeConfig, rows: Sequence[int], advance: Callable[[int], object]
+    ) -> Smaller:
+        """Answer rows without merging, about smaller images of as many tokens as under a config.
+
+        Raises:
+            ValueError: the model or its processor cannot make them.
+        """
         ...
 
     def facts(self) -> dict[str, Any]:
@@ -169,10 +180,10 @@ class ModelAsker:
         answers: list[str] = []
         first: list[np.ndarray] = []
         divergence: list[float] = []
-        with _evaluating(self.model), wrapped(self.model, config=config):
-            for start in range(0, len(rows), self.batch_size):
-                part = tuple(rows[start : start + self.batch_size])
-                texts, logprobs = self._answer(self._batch(part))
+        with evaluating(self.model), wrapped(self.model, config=config):
+            for part in self.parts(rows):
+                texts, logprobs = self.answer(self.batch(part))
+                start = len(answers)
                 answers += texts
                 if reference is None:
                     first.append(logprobs.cpu().numpy())
@@ -184,7 +195,19 @@ class ModelAsker:
             return Replies(answers, first=np.concatenate(first))
         return Replies(answers, divergence=divergence)
 
-    def _answer(self, batch: dict[str, Tensor]) -> tuple[list[str], Tensor]:
+    def ask_smaller(
+        self, config: MergeConfig, rows: Sequence[int], advance: Callable[[int], object]
+    ) -> Smaller:
+        """See `smaller.ask_smaller`."""
+        with evaluating(self.model):
+            return ask_smaller(self, config, rows, advance)
+
+    def parts(self, rows: Sequence[int]) -> list[tuple[int, ...]]:
+        """Row numbers by batch."""
+        size = self.batch_size
+        return [tuple(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+    def answer(self, batch: dict[str, Tensor]) -> tuple[list[str], Tensor]:
         """Answers, and [B, vocabulary] float32 log-probabilities of their first tokens."""
         out = generated(
             self.model,
@@ -196,13 +219,20 @@ class ModelAsker:
         texts = decoded(self.processor, batch, out.sequences)
         return texts, out.logits[0].float().log_softmax(-1)
 
-    def _batch(self, part: tuple[int, ...]) -> dict[str, Tensor]:
-        if part in self._prepared:
-            return self._prepared[part]
+    def prepare(
+        self, part: tuple[int, ...], image_options: Mapping[str, Any] | None = None
+    ) -> dict[str, Tensor]:
+        """Rows as the processor's tensors; `image_options` as for `asking.encoded`."""
         prompts = [self.prompts[row] for row in part]
         rows = [self.rows[row] for row in part]
-        images = [row.load(self.limits) for row in rows]
-        batch = encoded_rows(self.processor, prompts, images, [row.source for row in rows])
+        images, names = [row.load(self.limits) for row in rows], [row.source for row in rows]
+        return encoded_rows(self.processor, prompts, images, names, image_options=image_options)
+
+    def batch(self, part: tuple[int, ...]) -> dict[str, Tensor]:
+        """`prepare`, kept for the next config where there is room."""
+        if part in self._prepared:
+            return self._prepared[part]
+        batch = self.prepare(part)
         size = sum(value.numel() * value.element_size() for value in batch.values())
         if self._bytes + size <= _CACHE_BYTES:
             self._prepared[part] = batch
@@ -226,7 +256,7 @@ def _prompt(processor: Any, row: Row, prompt: Prompt) -> str:
 
 
 @contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Evaluation mode in the `with` block: dropout would make answers random."""
     training = model.training
     model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -15,9 +16,11 @@ from ...merge.config import MergeConfig
 from ..stats import Loss, relative_loss
 from ..store import Store
 from .asking import UNREDUCED, Asker
+from .comparison import Comparison, compared
 from .recipes import Recipe
 from .rows import Row
 from .scoring import Scorer, checked_score
+from .smaller import Smaller
 from .split import Parts
 
 Part = Literal["search", "check"]
@@ -147,6 +150,35 @@ class Measurer:
         """Mean score of the unreduced model on a part."""
         return float(np.mean(self._base(part).scores))
 
+    def against_smaller(self, cell: Cell) -> Comparison:
+        """A cell of the check part against smaller images of as many tokens.
+
+        It chooses nothing, so it is no look at the check part.
+
+        Raises:
+            ValueError: images cannot be made smaller; the reason.
+        """
+        rows, base = self.members("check"), self._base("check")
+        key = self._key("smaller", cell.config)
+        record = self.store.get(key)
+        if record is None:
+            self.tell(Event("start", f"smaller images, {cell.tokens} tokens", len(rows)))
+            found = self.asker.ask_smaller(
+                cell.config, rows, lambda count: self.tell(Event("advance", count=count))
+            )
+            shown = {"part": "smaller", "recipe": cell.recipe.name, "config": _plain(cell.config)}
+            record = {**shown, **dataclasses.asdict(found)}
+            self.store.put(key, record)
+        fields = dataclasses.fields(Smaller)
+        smaller = Smaller(**{one.name: record[one.name] for one in fields})
+        return compared(
+            smaller,
+            self._scores("check", smaller.answers, base.answers),
+            self._scores("check", cell.answers, base.answers),
+            [self.parts.groups[row] for row in rows],
+            level=self.confidence,
+        )
+
     def _base(self, part: Part) -> _Base:
         if part not in self._bases:
             key, rows = self._key(part, UNREDUCED), self.members(part)
@@ -232,8 +264,9 @@ class Measurer:
         ]
         return looked.index(key) if key in looked else len(looked)
 
-    def _key(self, part: Part, config: MergeConfig) -> str:
-        values = {"part": part, "rows": self.members(part), "config": _plain(config)}
+    def _key(self, part: Part | Literal["smaller"], config: MergeConfig) -> str:
+        rows = self.members("search" if part == "search" else "check")
+        values = {"part": part, "rows": rows, "config": _plain(config)}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:24]
 
 

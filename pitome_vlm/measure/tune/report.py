@@ -16,6 +16,7 @@ from ..stats import RESAMPLES, Loss
 from ..store import TUNE_PLOT
 from ..tables import percent_text
 from .cells import Cell
+from .comparison import Comparison
 from .plots import draw
 from .recipes import BASELINES
 from .search import within
@@ -55,6 +56,10 @@ class TuneResult:
             "unreduced", the last one is that of `config`.
         answered: losses are of accuracy; otherwise of agreement with the unreduced model.
         savings: what the config saves, as a phrase.
+        smaller: `config` against smaller images of as many tokens, on the check part; None where
+            nothing is reduced or images cannot be made smaller.
+        against_smaller: the same in one line, or why it is left out; empty where nothing is
+            reduced.
         skipped: reasons by name of the recipes that do not fit the model.
         notes: what a reader should know about the data.
         facts: split, options, model, hardware, versions.
@@ -70,6 +75,8 @@ class TuneResult:
     checks: tuple[Cell, ...]
     answered: bool
     savings: str = ""
+    smaller: Comparison | None = None
+    against_smaller: str = ""
     skipped: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
@@ -99,6 +106,8 @@ class TuneResult:
             "answered": self.answered,
             "search": [_plain(cell) for cell in self.cells],
             "check": [_plain(cell) for cell in self.checks],
+            "smaller": self.smaller and dataclasses.asdict(self.smaller),
+            "against_smaller": self.against_smaller,
             "skipped": self.skipped,
             "notes": list(self.notes),
             "facts": self.facts,
@@ -135,6 +144,8 @@ class TuneResult:
 def markdown(result: TuneResult, *, plot: bool = True) -> str:
     """A tuning run as a page of Markdown, with `loss_tokens.png` if `plot`."""
     parts = ["# Tuning report", f"**{_headline(result)}**", result.statement]
+    if result.against_smaller:
+        parts.append(result.against_smaller)
     if result.notes:
         parts.append("\n".join(f"- Note: {note}." for note in result.notes))
     parts.append(_use(result))

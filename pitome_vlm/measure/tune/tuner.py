@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ...common import whole_number
+from ...loading.checkpoints import squeezed
 from ...loading.images import ImageError, ImageLimits
 from ..asking import question_prompt
 from ..store import TUNE_FILES, Store
 from .asking import UNREDUCED, Asker, ModelAsker, Prompt
 from .cells import Cell, Event, Listener, Measurer
+from .comparison import Comparison
 from .plan import Plan
 from .recipes import Recipe, default_recipes, token_counts
 from .report import TuneResult
@@ -176,10 +178,13 @@ class _Run:
             cells, checks, max_loss=plan.max_loss, answered=self.measurer.answered
         )
         config = UNREDUCED if verdict == "unreduced" else checks[-1].config
+        smaller, against = self._against_smaller(None if config is UNREDUCED else checks[-1])
         return TuneResult(
             config=config,
             verdict=verdict,
             statement=statement,
+            smaller=smaller,
+            against_smaller=against,
             max_loss=plan.max_loss,
             tokens=asker.tokens(config),
             tokens_in=asker.tokens_in,
@@ -191,6 +196,17 @@ class _Run:
             notes=tuple(self.notes),
             facts=self._all_facts(),
         )
+
+    def _against_smaller(self, winner: Cell | None) -> tuple[Comparison | None, str]:
+        """The comparison with smaller images and what it says, or why there is none."""
+        if winner is None:
+            return None, ""
+        try:
+            found = self.measurer.against_smaller(winner)
+        except (ValueError, TypeError, LookupError, RuntimeError) as error:
+            # Whatever a model says to sizes it was not made for, the search is worth its result.
+            return None, f"Not compared with smaller images: {squeezed(error)}."
+        return found, found.statement(answered=self.measurer.answered)
 
     def _checks(self, candidates: Sequence[Cell]) -> list[Cell]:
         """Check the smallest admissible budget, then larger ones while checks fail."""
