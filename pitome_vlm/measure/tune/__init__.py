@@ -9,6 +9,7 @@ pitome_vlm.wrap(model, config=result.config)
 
 from ..stats import Loss
 from .cells import Cell, Event
+from .comparison import Comparison
 from .plan import Plan
 from .recipes import Recipe, default_recipes
 from .report import TuneResult
@@ -18,6 +19,7 @@ from .tuner import tune
 
 __all__ = [
     "Cell",
+    "Comparison",
     "Event",
     "Loss",
     "Plan",
