@@ -77,6 +77,14 @@ def test_the_snippets_of_the_readme_run_as_written(monkeypatch, capsys):
     assert torch.equal(model(**inputs).logits, fresh(**inputs).logits)
 
 
+def test_the_snippet_of_the_quickstart_runs_as_written(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (code,) = blocks((ROOT / "docs/quickstart.md").read_text())
+    exec(code, {})
+    answers = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert answers == ["three"] * 5
+
+
 def test_the_snippet_of_the_python_page_runs(scope, capsys):
     (code,) = blocks(PYTHON)
     four_bit = code.index("model, processor = pitome_vlm.load(path, keep=0.25, load_in_4bit")
