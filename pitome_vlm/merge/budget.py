@@ -52,7 +52,7 @@ def schedule_for(
         tower_share=config.tower_share or algorithm.tower_share,
         projector_steps=1 if algorithm.one_step else config.projector_steps,
         one_step=algorithm.one_step,
-        few=algorithm.few_layers,
+        few=algorithm.few_layers and stage == "both",
         pairwise=algorithm.pairwise,
         fewest=Budget(keep=config.keep_range[0]) if config.is_adaptive else None,
         after_layer=config.placement == "after_layer",

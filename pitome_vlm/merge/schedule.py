@@ -169,7 +169,7 @@ def default_layers(shape: TowerShape, budget: Budget, few: bool) -> tuple[int, .
     Args:
         shape: the tower.
         budget: what has to come out.
-        few: the algorithm merges in few layers of every tower (`Algorithm.few_layers`).
+        few: the algorithm merges in few layers of any tower (`Algorithm.few_layers`).
     """
     per_layer = budget.ratio is not None and (shape.tower_only or not shape.few)
     if per_layer or not (shape.few or few):

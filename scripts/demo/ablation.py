@@ -88,16 +88,16 @@ def started(wanted: argparse.Namespace, stored: Path, same: dict[str, Any]) -> d
     return results
 
 
-def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
+def measure(wanted: argparse.Namespace, stored: Path, used_layers: int) -> dict[str, Any]:
     """Measure the cells that are not stored yet, saving after every few."""
     split, size = wanted.split, wanted.batch_size
     path, samples = wanted.model or checkpoint_path(), load_split(split, wanted.limit)
     same = {"questions": len(samples), "checkpoint": checkpoint_fingerprint(str(path))}
-    results = started(wanted, stored, same)
+    results = started(wanted, stored, same) | {"used_layers": used_layers}
     known = results["cells"]
     todo = [
         cell
-        for cell in cells()
+        for cell in cells(used_layers)
         if cell.varies(wanted.varied)
         and not (cell.key in known and holds(known[cell.key], cell.setting.config))
     ]
@@ -135,9 +135,10 @@ def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
     return results
 
 
-def add_costs(known: dict[str, Any], model: Any) -> None:
+def add_costs(results: dict[str, Any], model: Any) -> None:
     """Count what every measured cell costs until the first token, in place."""
-    for cell in cells():
+    known = results["cells"]
+    for cell in cells(results["used_layers"]):
         if cell.key in known:
             after = describe(model, config=cell.setting.config).after
             known[cell.key]["flops"] = after.total_flops
@@ -159,8 +160,9 @@ def main() -> None:
     model = prepare(wanted.model or checkpoint_path())[0]
     wanted.output.mkdir(parents=True, exist_ok=True)
     stored = wanted.output / f"ablation_{wanted.split}.json"
-    results = json.loads(stored.read_text()) if wanted.rewrite else measure(wanted, stored)
-    add_costs(results["cells"], model)
+    layers = describe(model).schedule.used_layers
+    results = json.loads(stored.read_text()) if wanted.rewrite else measure(wanted, stored, layers)
+    add_costs(results, model)
     write_text(stored, json.dumps(results, separators=(",", ":")) + "\n")
     write_text(stored.with_suffix(".md"), report(results))
     print(table(results))

@@ -23,6 +23,8 @@ from .stored import holds
 BUDGETS = (72, 36, 18, 9)
 # How a model is asked: an option of rows, not of `MergeConfig`.
 ASK = "ask"
+# The layers that the bundled model's tower runs; other towers have others.
+EVERY = tuple(range(7))
 # (what is varied, its value, the options that differ from the default)
 ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("default", "pitome_plus, hidden states, calibrated", {}),
@@ -45,8 +47,8 @@ ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("placement", "after the layer", {"placement": "after_layer"}),
     ("stage", "tower", {"stage": "tower"}),
     ("stage", "projector", {"stage": "projector"}),
-    ("tower layers", "all seven", {"layers": tuple(range(7))}),
-    ("tower layers", "all seven, share 1/3", {"layers": tuple(range(7)), "tower_share": 1 / 3}),
+    ("tower layers", "all", {"layers": EVERY}),
+    ("tower layers", "all, share 1/3", {"layers": EVERY, "tower_share": 1 / 3}),
     ("tower layers", "1, 3 and 5", {"layers": (1, 3, 5)}),
     ("tower layers", "1, 3 and 5, share 1/3", {"layers": (1, 3, 5), "tower_share": 1 / 3}),
     ("tower layers", "0 and 2", {"layers": (0, 2)}),
@@ -145,11 +147,19 @@ class Cell(NamedTuple):
         return groups is None or self.row[0] in (*groups, "unreduced", "default")
 
 
-def cells() -> Iterator[Cell]:
-    """Every cell of the table; the unreduced model first."""
+def cells(used_layers: int) -> Iterator[Cell]:
+    """Every cell of the table; the unreduced model first.
+
+    Args:
+        used_layers: of the tower that are run. Rows of layers that it has not are left out.
+    """
     yield Cell(("unreduced", ""), "unreduced", Setting("no reduction", BASELINE), ask)
     for group, value, options in ROWS:
         chosen = {name: option for name, option in options.items() if name != ASK}
+        if chosen.get("layers") == EVERY:
+            chosen["layers"] = tuple(range(used_layers))
+        if max(chosen.get("layers", (0,))) >= used_layers:
+            continue
         for tokens in BUDGETS:
             config = MergeConfig.from_dict({"tokens": tokens, **chosen})
             setting = Setting(f"{group}: {value}", config)
@@ -157,11 +167,11 @@ def cells() -> Iterator[Cell]:
             yield Cell((group, value), key, setting, options.get(ASK, ask))
 
 
-def complete_rows(known: dict[str, Any]) -> set[tuple[str, str]]:
+def complete_rows(results: dict[str, Any]) -> set[tuple[str, str]]:
     """(group, value) of the rows whose cells are all measured and still hold."""
-    missing = {
-        cell.row
-        for cell in cells()
-        if cell.key not in known or not holds(known[cell.key], cell.setting.config)
-    }
-    return {(group, value) for group, value, _ in ROWS} - missing
+    known, missing = results["cells"], set()
+    rows = {cell.row: None for cell in cells(results["used_layers"])}
+    for cell in cells(results["used_layers"]):
+        if cell.key not in known or not holds(known[cell.key], cell.setting.config):
+            missing.add(cell.row)
+    return set(rows) - missing

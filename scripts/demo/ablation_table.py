@@ -35,7 +35,7 @@ def table(results: dict[str, Any]) -> str:
     whole = f"{100 * right['unreduced'].mean():.1f}"
     everything = results["cells"]["unreduced"]["flops"]
     lines = [["no reduction", "all 144 tokens", *[whole] * len(BUDGETS), "100 %"]]
-    complete = complete_rows(results["cells"])
+    complete = complete_rows(results)
     for group, value, options in ROWS:
         if (group, value) not in complete:
             continue
@@ -67,7 +67,7 @@ def places_table(results: dict[str, Any]) -> str:
     whole = right("unreduced")
     lines = [["no reduction", *[f"{100 * whole.mean():.1f}"] * len(BUDGETS)]]
     for name, row in TOLD:
-        if row not in complete_rows(results["cells"]):
+        if row not in complete_rows(results):
             continue
         cells = [name]
         for tokens in BUDGETS:

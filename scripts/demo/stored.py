@@ -31,7 +31,8 @@ def _merges_in_rounds(config: MergeConfig) -> bool:
 
 def _merges_where_none_are_named(config: MergeConfig) -> bool:
     named = config.layers is not None or config.ratio is not None
-    return config.algorithm == "pitome_plus" and config.stage != "projector" and not named
+    both = config.stage in (None, "both")
+    return config.algorithm == "pitome_plus" and both and not named
 
 
 # What came to mean something else under the same configuration, and for which. New entries go to

@@ -251,6 +251,7 @@ class TestDescribe:
         for options, expected in (
             ({"keep": 0.25}, (1, 2)),
             ({"keep": 0.25, "layers": every}, every),
+            ({"keep": 0.25, "stage": "tower"}, every),
             ({"keep": 0.25, "algorithm": "tome"}, every),
             ({"keep": 0.25, "algorithm": "pitome"}, every),
             ({"ratio": 0.9}, every),

@@ -14,7 +14,8 @@ An edge is only good while there is a choice: with half of the tokens to go ever
 would have to merge. So at most a quarter of them go at once, and a step that asks for more takes
 several rounds, each on the means of the last one. Rounds are worth it, many merging layers are not:
 two of them, after a quarter and after half of the tower, are level with all (eval/results/ablation,
-"tower layers"), so where no layers are named only those merge.
+"tower layers"), so where no layers are named only those merge. That holds while the projector
+does its share: with all of the reduction in the tower, every layer merges.
 
 Pairs run out when few tokens are left: at 1/16 of the tokens some layer has to merge what should
 stay apart. So the tower does two thirds of the (logarithmic) reduction, and the last third is one
