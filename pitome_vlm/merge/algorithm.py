@@ -158,8 +158,8 @@ class Algorithm:
         tower_share: with stage "both", share of the (logarithmic) reduction done in the tower
             when the user does not say.
         one_step: reduces once, at the last merging layer.
-        few_layers: merges in few layers of a tower where none are named and what is left to do is
-            done after it, with stage "both" (`default_layers`).
+        few_layers: merges in two layers of a tower where none are named and the rest is left to
+            the projector, with stage "both" (`default_layers`).
         needs_grid: works on the whole patch grid only.
         needs_attention: reads `MergeContext.cls_attention`, hence works inside the tower only.
         metric: what tokens are compared by when the user does not say.

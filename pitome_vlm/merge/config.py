@@ -70,9 +70,9 @@ class MergeConfig:
         algorithm: name in the registry (`pitome_vlm.algorithms.available()`).
         stage: merge inside the vision tower, on the features the projector reads, or both. None
             takes the algorithm's own place.
-        layers: tower layers that merge (0-based). None means every layer that is run; those after
-            a quarter and after half of the tower with `pitome_plus` at stage="both", and in towers
-            that no published algorithm was made for.
+        layers: tower layers that merge (0-based). None means every layer that is run; with
+            `pitome_plus` at stage="both", those after three and five eighths of the tower; in
+            towers that no published algorithm was made for, those after a quarter and a half.
         tower_share: with stage="both", the share of the (logarithmic) reduction done in the
             tower, in (0, 1). None takes the algorithm's own.
         projector_steps: steps at the projector; None means the fewest possible.

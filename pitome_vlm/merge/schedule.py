@@ -17,6 +17,7 @@ from .steps import (
     geometric_counts,
     halving_steps,
     merging_layers,
+    middle_layers,
     plan_counts,
     split_target,
 )
@@ -143,7 +144,7 @@ class TowerShape:
             do with fewer.
         typical: see `Schedule`.
         spread: see `Schedule`.
-        few: every algorithm merges in few layers where none are named (`default_layers`).
+        few: every algorithm merges in `few_layers` where none are named (`default_layers`).
     """
 
     n_tokens: int
@@ -164,17 +165,18 @@ def default_layers(shape: TowerShape, budget: Budget, few: bool) -> tuple[int, .
     """The layers that merge where none are named; None for all that are run.
 
     Published algorithms merge in every layer of the towers that they were published for, and so
-    does whatever `ratio` is given for, the paper's fraction per layer.
+    does whatever `ratio` is given for, the paper's fraction per layer. Earlier layers than
+    `middle_layers` save more and lose more (eval/results/ablation, "tower layers").
 
     Args:
         shape: the tower.
         budget: what has to come out.
-        few: the algorithm merges in few layers of any tower (`Algorithm.few_layers`).
+        few: the algorithm merges in two layers of any tower (`Algorithm.few_layers`).
     """
     per_layer = budget.ratio is not None and (shape.tower_only or not shape.few)
     if per_layer or not (shape.few or few):
         return None
-    return few_layers(shape.used_layers)
+    return few_layers(shape.used_layers) if shape.few else middle_layers(shape.used_layers)
 
 
 def build_schedule(

@@ -151,13 +151,18 @@ def split_target(n_tokens: int, target: int, tower_share: float) -> int:
 
 
 def few_layers(n_layers: int) -> tuple[int, ...]:
-    """The layers after a quarter and after half of a tower of `n_layers`, rounded up.
+    """The layers after a quarter and after half of a tower of `n_layers`.
 
-    For merging that costs more than a layer saves when it is done in each: the earlier half of the
-    reduction saves three quarters of the layers, the later one half of them, and what is merged
-    has been through a quarter of the tower at least.
+    For towers whose merging costs more than their layers save when it is done in each: the earlier
+    half of the reduction saves three quarters of the layers, the later one half of them, and what
+    is merged has been through a quarter of the tower at least.
     """
-    return tuple(sorted({-(-n_layers // part) - 1 for part in (4, 2)}))
+    return tuple(sorted({max(0, n_layers // part - 1) for part in (4, 2)}))
+
+
+def middle_layers(n_layers: int) -> tuple[int, ...]:
+    """The layers after three and after five eighths of a tower of `n_layers`, rounded up."""
+    return tuple(sorted({-(-part * n_layers // 8) - 1 for part in (3, 5)}))
 
 
 def merging_layers(used_layers: int, layers: Sequence[int] | None) -> tuple[int, ...]:

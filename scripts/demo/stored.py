@@ -41,6 +41,7 @@ CHANGES: tuple[tuple[str, Predicate], ...] = (
     ("layers match in the order of the published code, not in raster order", _matches_alternately),
     ("steps over a quarter of the tokens are made in rounds", _merges_in_rounds),
     ("two layers merge where none are named, not all", _merges_where_none_are_named),
+    ("those two are later ones", _merges_where_none_are_named),
 )
 
 

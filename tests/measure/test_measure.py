@@ -237,7 +237,7 @@ class TestDescribe:
         assert told.schedule == schedule_of(model)
         assert (told.tokens_in, told.tokens_out) == (144, 36)
         layers, before, after = zip(*told.tower_steps, strict=True)
-        assert layers == (1, 2)
+        assert layers == (1, 3)
         assert before == (144, *after[:-1])
         assert after[-1] == told.projector_steps[0][0] == 72
         assert told.projector_steps[-1][1] == 36
@@ -249,7 +249,7 @@ class TestDescribe:
     def test_layers_that_merge_where_none_are_named(self, model):
         every = (0, 1, 2, 3, 4)
         for options, expected in (
-            ({"keep": 0.25}, (1, 2)),
+            ({"keep": 0.25}, (1, 3)),
             ({"keep": 0.25, "layers": every}, every),
             ({"keep": 0.25, "stage": "tower"}, every),
             ({"keep": 0.25, "algorithm": "tome"}, every),

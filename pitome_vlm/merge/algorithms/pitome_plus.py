@@ -13,7 +13,7 @@ of that background. Nothing is protected beforehand; isolated tokens have no goo
 An edge is only good while there is a choice: with half of the tokens to go every token of one half
 would have to merge. So at most a quarter of them go at once, and a step that asks for more takes
 several rounds, each on the means of the last one. Rounds are worth it, many merging layers are not:
-two of them, after a quarter and after half of the tower, are level with all (eval/results/ablation,
+two of them, after three and five eighths of the tower, are level with all (eval/results/ablation,
 "tower layers"), so where no layers are named only those merge. That holds while the projector
 does its share: with all of the reduction in the tower, every layer merges.
 
