@@ -69,10 +69,11 @@ def headline(measured: Measured) -> str:
     ends = difference_interval(measured.samples, ours, base)
     low, high = (100 + end / base.mean() for end in ends)
     timed = [size for size in BATCHES if any(row["batch"] == size for row in measured.times)]
-    sooner = " and ".join(
-        f"{measured.faster(RECOMMENDED, HEADLINE_TOKENS, size)} sooner at batch {size}"
-        for size in timed
+    last, *others = (
+        f"{measured.faster(RECOMMENDED, HEADLINE_TOKENS, size)}{{}} at batch {size}"
+        for size in sorted(timed, reverse=True)
     )
+    sooner = ", ".join([last.format(" sooner"), *(one.format("") for one in others)])
     return (
         f"**{HEADLINE_TOKENS} instead of {measured.base.tokens} visual tokens keep "
         f"{100 * ours.mean() / base.mean():.1f} % of the accuracy, and the first token comes "
