@@ -16,6 +16,8 @@ from .options import MAX_KEEP, OPTIONS_KEY, PlannedServing, served_config
 
 # What a request may name; the algorithm only to say which one it expects.
 _WORDS = ("keep", "tokens", "algorithm")
+# Options of processors that the model's weights fix; with others its engine process would die.
+_FIXED = ("patch_size", "temporal_patch_size", "merge_size")
 
 
 def requested(plan: PlannedServing, asked: Any) -> PlannedServing:
@@ -57,6 +59,26 @@ def requested(plan: PlannedServing, asked: Any) -> PlannedServing:
         raise ValueError(f"{name}: {error}") from error
     _check_most(plan, found, name, budget)
     return found
+
+
+def check_fixed(options: Mapping[str, Any], processor: Any) -> None:
+    """Refuse options of a request that make patches which the model cannot read.
+
+    Args:
+        options: the request's `mm_processor_kwargs`.
+        processor: the model's.
+
+    Raises:
+        ValueError: one differs from the processor's own.
+    """
+    for name in _FIXED:
+        for owner in (processor, getattr(processor, "image_processor", None)):
+            own = getattr(owner, name, None)
+            if name in options and own is not None and options[name] != own:
+                raise ValueError(
+                    f"mm_processor_kwargs: {name} must be {own!r}, which the model was trained "
+                    f"with, got {options[name]!r:.100}"
+                )
 
 
 def _check_most(

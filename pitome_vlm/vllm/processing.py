@@ -21,7 +21,7 @@ from vllm.multimodal.parse import EmbeddingItems
 
 from ..merge.counts import Footprint
 from ..releases import vllm_replacement
-from .budgets import as_numbers, largest, requested
+from .budgets import as_numbers, check_fixed, largest, requested
 from .options import OPTIONS_KEY, PlannedServing, plan_serving
 
 if TYPE_CHECKING:
@@ -84,9 +84,10 @@ class MergedProcessor(Processor):
         """Process one request.
 
         Raises:
-            ValueError: its budget is not allowed here.
+            ValueError: its budget or another of its options is not allowed here.
         """
         options = dict(inputs.hf_processor_mm_kwargs or {})
+        check_fixed(options, self.info.get_hf_processor())
         own = copy.copy(self)
         own._plan = requested(self.info.plan, options.pop(OPTIONS_KEY, None))
         if own._plan.config.by_pixels:

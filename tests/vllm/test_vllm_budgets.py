@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from pitome_vlm import MergeConfig
 from pitome_vlm.cli import app
 from pitome_vlm.merge.pixels import keep_of
 from pitome_vlm.vllm import hf_overrides, plan_serving
-from pitome_vlm.vllm.budgets import as_numbers, from_numbers, largest, requested
+from pitome_vlm.vllm.budgets import as_numbers, check_fixed, from_numbers, largest, requested
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,15 @@ def test_a_request_s_budget_is_the_config_with_that_budget(model_config):
         assert (found.size_bias, found.places) == (plan.size_bias, plan.places)
     # The same budget has the same name, however it came about.
     assert requested(plan, {"keep": 0.25}).salt == plan.salt
+
+
+def test_options_that_the_weights_fix_stay_as_they_are():
+    images = SimpleNamespace(merge_size=2, patch_size=14)
+    for processor in (SimpleNamespace(image_processor=images), images):
+        check_fixed({"merge_size": 2, "patch_size": 14, "max_pixels": 5, "nonsense": 1}, processor)
+        for name, value in (("merge_size", 1), ("patch_size", "x"), ("patch_size", None)):
+            with pytest.raises(ValueError, match=f"{name} must be .*, got"):
+                check_fixed({name: value}, processor)
 
 
 def test_what_travels_with_an_image_leads_back_to_its_budget(model_config):
