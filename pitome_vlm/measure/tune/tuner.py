@@ -160,7 +160,8 @@ class _Run:
         """Search, check and judge."""
         plan, asker = self.plan, self.measurer.asker
         recipes = list(plan.recipes) if plan.recipes is not None else default_recipes()
-        most = len(recipes) * len(self.counts) + plan.max_checks
+        # One more: the comparison with smaller images.
+        most = len(recipes) * len(self.counts) + plan.max_checks + 1
         self.measurer.tell(Event("plan", count=most))
         if asker.counted_per != "image":
             self._note(

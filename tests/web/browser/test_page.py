@@ -157,10 +157,10 @@ def request(server, name, image, *rest):
     """The outcome of one request as the page makes it: "complete" or an error, and its data."""
     given = {"path": image, "meta": {"_type": "gradio.FileData"}}
     address = f"{server}/gradio_api/call/{name}"
-    asked = httpx.post(address, json={"data": [given, *rest]}, timeout=SOON / 1000)
+    asked = httpx.post(address, json={"data": [given, *rest]}, timeout=2 * SOON / 1000)
     if asked.status_code != 200:
         return "refused", asked.text
-    answer = httpx.get(f"{address}/{asked.json()['event_id']}", timeout=SOON / 1000).text
+    answer = httpx.get(f"{address}/{asked.json()['event_id']}", timeout=2 * SOON / 1000).text
     kind, data = re.findall(r"event: (complete|error)\ndata: (.*)", answer)[-1]
     return kind, json.loads(data)
 
