@@ -73,7 +73,7 @@ def test_visualize(folders, tmp_path):
         out = tmp_path / folder.name
         given = ("--model", str(folder), "--image", image, "--ratio", "0.8", "-o", str(out))
         run("visualize", *given)
-        assert Image.open(out / "image-merged.png").size == (480, 480)
+        assert Image.open(out / "image-merged.png").size == (512, 544)  # with a caption
 
 
 def test_bench(folders, tmp_path):

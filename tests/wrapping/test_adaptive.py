@@ -92,7 +92,7 @@ def test_an_image_does_not_depend_on_its_batch():
 
 @pytest.fixture
 def model():
-    return pitome_vlm.wrap(tiny_model(), keep="auto", quality=0.8, keep_range=(0.05, 0.5))
+    return pitome_vlm.wrap(tiny_model(), keep="auto", quality=0.7, keep_range=(0.05, 0.5))
 
 
 def mixed_batch():
