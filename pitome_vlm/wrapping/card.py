@@ -7,6 +7,7 @@ section says is up to `peft_card` and `model_card`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -72,3 +73,54 @@ def upload(
             written.data["tags"] = sorted({*(written.data.get("tags") or ()), *tags})
             written.save(card)
         return hub.upload_folder(repo_id=repo_id, folder_path=folder, token=token, **commit)
+
+
+class PushesWithCard:
+    """Mixin before a class with `save_pretrained`, whose folder has a card with our section."""
+
+    _pitome_commit = "Upload model"
+    save_pretrained: Callable[..., Any]
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tags: list[str] | None = None,
+        **saving: Any,
+    ) -> Any:
+        """Upload what `save_pretrained` writes, its section of the card included.
+
+        As transformers does it, but the card on the hub is kept and its section replaced:
+        transformers would put an empty card in its place.
+
+        Args:
+            repo_id: [organisation/]name.
+            commit_message: of the commit.
+            commit_description: of the commit.
+            private: whether a new repository is private.
+            token: of the hub.
+            revision: branch to commit to.
+            create_pr: open a pull request instead.
+            tags: further tags for the card.
+            **saving: of `save_pretrained`, for instance `max_shard_size`.
+
+        Returns:
+            What `HfApi.upload_folder` returns.
+        """
+        return upload(
+            functools.partial(self.save_pretrained, **saving),
+            repo_id,
+            private=private,
+            token=token,
+            tags=tags,
+            commit_message=commit_message or self._pitome_commit,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )

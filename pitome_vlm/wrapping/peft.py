@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from ..adapters.swap import BASE, is_swapped
 from .arguments import by_name
-from .card import CARD_NAME, upload
+from .card import CARD_NAME, PushesWithCard
 from .merging import STATE, Merging
 from .peft_card import card_section, update_card
 from .peft_record import PeftRecord
@@ -21,17 +21,18 @@ from .peft_record import PeftRecord
 TRAINING = "_pitome_training"
 
 
-class WrappedPeft:
+class WrappedPeft(PushesWithCard):
     """Mixin that `wrap` puts before the class of a `PeftModel`; `forward` is not touched."""
 
     _pitome_mirrored = ("save_pretrained",)
+    _pitome_commit = "Upload adapter"
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save the adapter with `pitome_config.json` and `pitome_adapter.json` next to it."""
         if not hasattr(type(self), BASE):
             # Unwrapped while another library held on to this method.
             return type(self).save_pretrained(self, *args, **kwargs)
-        original = super().save_pretrained  # type: ignore[misc]
+        original = super().save_pretrained
         call = by_name(original, args, kwargs)
         merging = _merging(self)
         if merging is not None and call.get("is_main_process", True):
@@ -53,51 +54,6 @@ class WrappedPeft:
             base, record = self.get_base_model(), _record(self)  # type: ignore[attr-defined]
             section = card_section(record, merging.config, merging.plan(base).schedule)
             update_card(path, previous, section, record.base_model)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        tags: list[str] | None = None,
-        **unused: Any,
-    ) -> Any:
-        """Upload the adapter and all files next to it.
-
-        As transformers does it, but the card is the adapter's: transformers would put an empty
-        one in its place. A card that is on the hub already is kept and its section replaced.
-
-        Args:
-            repo_id: [organisation/]name.
-            commit_message: of the commit.
-            commit_description: of the commit.
-            private: whether a new repository is private.
-            token: of the hub.
-            revision: branch to commit to.
-            create_pr: open a pull request instead.
-            tags: further tags for the card.
-            **unused: further arguments of `PreTrainedModel.push_to_hub` (sizes of shards).
-
-        Returns:
-            What `HfApi.upload_folder` returns.
-        """
-        del unused
-        return upload(
-            self.save_pretrained,
-            repo_id,
-            private=private,
-            token=token,
-            tags=tags,
-            commit_message=commit_message or "Upload adapter",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
 
 
 def can_remember(model: Any) -> bool:

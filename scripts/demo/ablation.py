@@ -88,8 +88,9 @@ def started(wanted: argparse.Namespace, stored: Path, same: dict[str, Any]) -> d
     return results
 
 
-def measure(wanted: argparse.Namespace, stored: Path, used_layers: int) -> dict[str, Any]:
+def measure(wanted: argparse.Namespace, stored: Path, model: Any) -> dict[str, Any]:
     """Measure the cells that are not stored yet, saving after every few."""
+    used_layers = describe(model).schedule.used_layers
     split, size = wanted.split, wanted.batch_size
     path, samples = wanted.model or checkpoint_path(), load_split(split, wanted.limit)
     same = {"questions": len(samples), "checkpoint": checkpoint_fingerprint(str(path))}
@@ -129,7 +130,7 @@ def measure(wanted: argparse.Namespace, stored: Path, used_layers: int) -> dict[
                     "correct": correct,
                 }
             results["minutes"] += (time.time() - start) / 60
-            facts = facts_of(wanted, prepare(path)[0], same)
+            facts = facts_of(wanted, model, same)
             results |= with_run(results, facts, [cell.setting.name for cell in piece])
             write_text(stored, json.dumps(results, separators=(",", ":")) + "\n")
     return results
@@ -160,8 +161,7 @@ def main() -> None:
     model = prepare(wanted.model or checkpoint_path())[0]
     wanted.output.mkdir(parents=True, exist_ok=True)
     stored = wanted.output / f"ablation_{wanted.split}.json"
-    layers = describe(model).schedule.used_layers
-    results = json.loads(stored.read_text()) if wanted.rewrite else measure(wanted, stored, layers)
+    results = json.loads(stored.read_text()) if wanted.rewrite else measure(wanted, stored, model)
     add_costs(results, model)
     write_text(stored, json.dumps(results, separators=(",", ":")) + "\n")
     write_text(stored.with_suffix(".md"), report(results))

@@ -169,9 +169,11 @@ def cells(used_layers: int) -> Iterator[Cell]:
 
 def complete_rows(results: dict[str, Any]) -> set[tuple[str, str]]:
     """(group, value) of the rows whose cells are all measured and still hold."""
-    known, missing = results["cells"], set()
-    rows = {cell.row: None for cell in cells(results["used_layers"])}
+    known = results["cells"]
+    rows: set[tuple[str, str]] = set()
+    gaps: set[tuple[str, str]] = set()
     for cell in cells(results["used_layers"]):
+        rows.add(cell.row)
         if cell.key not in known or not holds(known[cell.key], cell.setting.config):
-            missing.add(cell.row)
-    return set(rows) - missing
+            gaps.add(cell.row)
+    return rows - gaps

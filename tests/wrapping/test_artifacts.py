@@ -385,7 +385,7 @@ class TestPushToHub:
         monkeypatch.setattr(module.ModelCard, "load", load)
         return seen
 
-    def test_everything_beside_the_adapter_goes_with_it(self, adapter, hub):
+    def test_everything_next_to_the_adapter_goes_with_it(self, adapter, hub):
         model = pitome_vlm.load(adapter)[0]
         done = model.push_to_hub("me/adapter", private=True, commit_message="hi", tags=["mine"])
         assert done == "commit"

@@ -56,8 +56,11 @@ def prompt_of(request):
     if request.get("frames"):
         data["video"] = frames_of(request["frames"])
     own = {"multi_modal_data": data} if data else {}
+    options = dict(request.get("processor", {}))
     if request.get("pitome"):
-        own["mm_processor_kwargs"] = {"pitome": request["pitome"]}
+        options["pitome"] = request["pitome"]
+    if options:
+        own["mm_processor_kwargs"] = options
     return {"prompt": request["prompt"], **own}
 
 

@@ -21,12 +21,13 @@ if features_from("qwen3_5") <= RELEASE:
     # The stand-in for linear attention is of vLLM 0.32.
     KINDS.append("qwen3_5")
 CONTROLS = ("compact decoding", "no sizes", "no places")
-# One runs in two processes, each with half of the heads; in one something is wrong on purpose.
+# One runs in two processes, each with half of the heads; in one something is wrong on purpose; the
+# layers of one are compiled.
 PARALLEL = {"several": True, "tensor_parallel_size": 2, "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
 HOW = {
     "qwen2_vl": PARALLEL,
-    "qwen2_5_vl": {"controls": CONTROLS},
-    "qwen3_vl": {},
+    "qwen2_5_vl": {"enforce_eager": False},
+    "qwen3_vl": {"controls": CONTROLS},
     "qwen3_5": {"linear_attention": True},
 }
 
@@ -45,6 +46,9 @@ def refused(images, folder):
         ({**prompt, "pitome": {"keep": 2}}, "keep must be in (0, 1]"),
         ({**prompt, "pitome": {"keep": "auto"}}, "keep='auto' is not served"),
         ({**prompt, "images": [str(thin)]}, "Failed to apply"),
+        # With patches of another size the engine's process would die.
+        ({**prompt, "processor": {"patch_size": 3}}, "patch_size must be 8"),
+        ({**prompt, "processor": {"merge_size": 1}}, "merge_size must be 2"),
         ({"prompt": "<video> what", "images": [], "frames": images[:4]}, "video"),
     ]
 
