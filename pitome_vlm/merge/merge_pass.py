@@ -59,7 +59,7 @@ class MergePass:
     counted: Schedule | None = None
     watch: Watch | None = None
     _after: dict[int, int] = field(default_factory=dict)
-    _biases: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+    _bias: tuple[Tensor, Tensor] | None = None  # the sizes, and the bias made of them
 
     def __post_init__(self) -> None:
         self._after = dict(self.schedule.tower)
@@ -98,10 +98,9 @@ class MergePass:
         sizes = self.sizes_before(layer) if self.proportional else None
         if sizes is None:
             return None
-        key = max((one for one in self.plans if one < layer), default=-1), dtype
-        if key not in self._biases:
-            self._biases[key] = log_size_bias(sizes, dtype)
-        return self._biases[key]
+        if self._bias is None or self._bias[0] is not sizes or self._bias[1].dtype != dtype:
+            self._bias = sizes, log_size_bias(sizes, dtype)
+        return self._bias[1]
 
     @property
     def proportional(self) -> bool:
