@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from typing import Any
 
 import torch
@@ -35,6 +36,16 @@ def leading_tokens(tower: nn.Module, vision_config: Any) -> int:
     Raises:
         TypeError: the tower makes fewer tokens than its grid has patches.
     """
+    # Every call asks, and the answer takes a walk through all modules of the tower.
+    if tower not in _LEADING:
+        _LEADING[tower] = _leading_tokens(tower, vision_config)
+    return _LEADING[tower]
+
+
+_LEADING: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+def _leading_tokens(tower: nn.Module, vision_config: Any) -> int:
     try:
         find_encoder_layers(tower)
     except TypeError:

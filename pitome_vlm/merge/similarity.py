@@ -230,12 +230,16 @@ def _farthest_first(distance: Tensor, n_out: int) -> Tensor:
     """`Similarity.farthest_first` on all distances [B, N, N], whose diagonal is overwritten."""
     own = distance.diagonal(0, -2, -1)
     own.fill_(math.inf)
-    choice = _first_of_largest(distance.amin(-1))
+    choice = _first_of_largest(distance.amin(-1))[:, 0]
     # What is chosen stays at minus infinity and is never the farthest again.
     own.fill_(-math.inf)
-    chosen, to_chosen = [choice], take_tokens(distance, choice)[:, 0]
+    images, n_tokens = own.shape
+    rows = distance.flatten(0, 1)
+    first = torch.arange(0, images * n_tokens, n_tokens, device=rows.device)
+    chosen, to_chosen = [choice], rows.index_select(0, choice + first)
+    # As few operators as can be: at this length they take longer than what they compute.
     for _ in range(n_out - 1):
-        choice = to_chosen.argmax(-1, keepdim=True)
+        choice = to_chosen.argmax(-1)
         chosen.append(choice)
-        to_chosen = torch.minimum(to_chosen, take_tokens(distance, choice)[:, 0])
-    return torch.cat(chosen, 1)
+        to_chosen = torch.minimum(to_chosen, rows.index_select(0, choice + first))
+    return torch.stack(chosen, 1)

@@ -22,12 +22,12 @@ class Compaction:
 
     Attributes:
         keep: [B, T] bool, columns that stay.
-        column: [B, T] int64, new column of every column that stays.
+        source: [B, S] int64, the column that every new one was; 0 where a row is padded.
         valid: [B, S] bool, new columns that hold something.
     """
 
     keep: Tensor
-    column: Tensor
+    source: Tensor
     valid: Tensor
 
     @property
@@ -37,11 +37,11 @@ class Compaction:
 
     def take(self, values: Tensor, fill: float | int | bool) -> Tensor:
         """[B, T, ...] to [B, S, ...], `fill` where a row is padded."""
-        out = values.new_full((*self.valid.shape, *values.shape[2:]), fill)
-        rows = torch.arange(len(values), device=values.device)[:, None].expand_as(self.keep)
-        keep = self.keep.to(values.device)
-        out[rows[keep], self.column.to(values.device)[keep]] = values[keep]
-        return out
+        source, padded = self.source.to(values.device), ~self.valid.to(values.device)
+        if more := values.shape[2:]:
+            axes = (..., *(None for _ in more))
+            source, padded = source[axes].expand(*source.shape, *more), padded[axes]
+        return values.gather(1, source).masked_fill_(padded, fill)
 
 
 def surplus_placeholders(
@@ -178,7 +178,11 @@ def compaction(
         column = column + (width - lengths)[:, None]
     places = torch.arange(width, device=keep.device)[None]
     valid = places >= (width - lengths)[:, None] if left else places < lengths[:, None]
-    return Compaction(keep, column, valid)
+    every = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+    # What goes is written to one column more, which is cut off.
+    source = torch.zeros(len(keep), width + 1, dtype=torch.int64, device=keep.device)
+    source.scatter_(1, torch.where(keep, column, width), every)
+    return Compaction(keep, source[:, :width], valid)
 
 
 def compact_positions(position_ids: Tensor, drop: Tensor) -> Tensor:
