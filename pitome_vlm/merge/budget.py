@@ -94,6 +94,12 @@ def _check_stage(
                 f"{option}={getattr(config, option)} has no effect at stage={stage!r}, where "
                 f"{algorithm.name!r} merges here; leave it out or name another stage"
             )
+    if config.compile and (stage == "projector" or shape.typical):
+        where = "after the tower only" if stage == "projector" else "in images of any size"
+        raise ValueError(
+            "compile=True compiles merging inside a tower that sees images of one size, but "
+            f"{algorithm.name!r} merges {where} here; leave it out"
+        )
     if config.is_adaptive and algorithm.one_step and not config.by_pixels:
         raise ValueError(
             f"algorithm {algorithm.name!r} reduces in one step, so it cannot stop where an image "

@@ -94,6 +94,9 @@ class MergeConfig:
         temporal_window: frames whose tokens are merged together, >= 2; windows do not overlap.
         skip_unused_layers: with keep=1.0 too, leave out the tower layers whose output nobody reads
             (1 of 24 in LLaVA-1.5), as is always done where anything is merged.
+        compile: compile the decision which tokens merge in the tower (`torch.compile`, one graph
+            per merging layer and batch size, made when first needed). For towers that see images
+            of one size.
         seed: seed of everything random, 0 to 2**32 - 1.
         options: the algorithm's own options, an object of `Algorithm.options`; None where all are
             at their defaults. See `own`.
@@ -120,6 +123,7 @@ class MergeConfig:
     temporal: bool
     temporal_window: int
     skip_unused_layers: bool
+    compile: bool
     seed: int
     options: object | None
 
@@ -148,6 +152,7 @@ class MergeConfig:
         temporal: bool = False,
         temporal_window: int = 8,
         skip_unused_layers: bool = False,
+        compile: bool = False,
         seed: int = 0,
         options: object | None = None,
         **own: Any,

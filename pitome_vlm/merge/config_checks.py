@@ -47,7 +47,7 @@ def choices(config: Any) -> None:
         if getattr(config, name) is not None:
             check_choice(name, getattr(config, name), get_args(kind))
     maybe = ("proportional_attention", "size_bias")
-    for name in ("weighted", "restore_order", "temporal", "skip_unused_layers", *maybe):
+    for name in ("weighted", "restore_order", "temporal", "skip_unused_layers", "compile", *maybe):
         if name not in maybe or getattr(config, name) is not None:
             check_flag(name, getattr(config, name))
 

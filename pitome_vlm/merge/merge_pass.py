@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .adaptive import Adapted, adapt
 from .algorithm import Algorithm, MergeContext, log_size_bias, make_plan
+from .compiled import compiled_plan
 from .config import MergeConfig
 from .counts import Footprint, TokenCount, count_tokens
 from .plan import MergePlan
@@ -179,7 +180,8 @@ class MergePass:
         return self.plans[earlier[-1]].order if earlier else None
 
     def _planned(self, layer: int, metric: Tensor, context: MergeContext) -> MergePlan:
-        return make_plan(self.algorithm, metric, self._after[layer], ctx=context)
+        make = compiled_plan if self.config.compile else make_plan
+        return make(self.algorithm, metric, self._after[layer], ctx=context)
 
     def carry(self, state: Tensor, from_layer: int) -> Tensor:
         """Bring a shallower hidden state to the final count with the merges made after it.

@@ -9,7 +9,8 @@ Axes: B images, N tokens before, M tokens after a merge, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,6 +165,19 @@ class MergePlan:
         batch, n_tokens = assign.shape
         first = torch.full((batch, n_out), n_tokens, dtype=torch.int64, device=assign.device)
         return cls.from_groups(assign, first.scatter_reduce(1, assign, _raster(assign), "amin"))
+
+    def taken_apart(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a plan is made of and what `apply` derives from it, for `put_together`."""
+        _ = self._target
+        own = {item.name: getattr(self, item.name) for item in fields(self) if item.init}
+        return own, {**self._known, "index": self._index}
+
+    @classmethod
+    def put_together(cls, own: dict[str, Any], known: dict[str, Tensor]) -> MergePlan:
+        """The inverse of `taken_apart`: a compiled function can return these, but no plan."""
+        plan = cls(**own)
+        plan._known.update(known)
+        return plan
 
     def then(self, later: MergePlan) -> MergePlan:
         """This plan followed by another one on its output, as one plan."""
