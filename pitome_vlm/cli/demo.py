@@ -16,67 +16,78 @@ from .terminal import progress_bars, quiet, show_table, write
 if TYPE_CHECKING:
     from ..demo import Sample
     from ..measure.demo_benchmark import Outcome
-    from ..measure.visualize import Figure, Table
-    from .demo_run import Demo, Score
+    from .demo_run import Demo, Scene, Score
 
-IMAGE_SIZE = 480
-FILES = ("scene.png", "overlay.png", "report.html")
-# The table of one scene has seven columns; on 80 characters its questions are folded to this width.
+# As `demo_page.FILES`, whose import takes longer than the first line may.
+FILES = ("scene.png", "scene-compared.png", "report.html")
+# The questions of one scene are folded to this width, so that its table fits 80 characters.
 NARROW_QUESTION = 14
 
 
 def demo(
     output: Annotated[
         Path,
-        o.output_option("Folder for scene.png, overlay.png and report.html."),
+        o.output_option("Folder for scene.png, scene-compared.png and report.html."),
     ] = Path("pitome-demo"),
     questions: Annotated[
         int, o.plain("Number of held-out questions to measure accuracy on.", "N")
     ] = 135,
-    seed: Annotated[int, o.plain("Random seed for choosing scene and questions.", "N", min=0)] = 0,
+    seed: Annotated[
+        int | None,
+        o.plain("Random seed for drawing another scene and other questions.", "N", min=0),
+    ] = None,
     report: Annotated[
         bool, o.plain("Whether to write images and report.html.", None, "--report/--no-report")
     ] = True,
     overwrite: o.Overwrite = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Compare PiToMe with ToMe, random selection and pooling on the bundled tiny LLaVA.
+    """Show on the bundled tiny LLaVA what merging keeps, what it costs and what it saves.
 
-    Needs no network and is done in about a minute.
+    Compares the default with ToMe, PiToMe as published and random selection. Needs no network and
+    is done in about a minute.
     """
     started = time.perf_counter()
     if report:
         check_output(output, FILES, overwrite=overwrite)
+    write("A tiny LLaVA answers the same questions with all visual tokens and with fewer.")
     with quiet(verbose):
-        from .demo_run import balanced, choose_scene, held_out, load_demo
+        from .demo_run import balanced, chosen_scene, held_out, load_demo
         from .session import one_thread
 
-        samples = held_out()
-        scene, asked = choose_scene(samples, seed), balanced(samples, questions, seed)
+        scene, asked = chosen_scene(seed), balanced(held_out(), questions, seed or 0)
         run = load_demo(verbose=verbose)
         with one_thread():
             answers = run.answers(scene)
             _show_scene(run, scene, answers)
+            if report:
+                from .demo_page import write_images, write_page
+
+                _show_files(write_images(output, run, scene, answers))
             scores = _scores(run, asked)
             _show_scores(run, scores)
             if report:
-                for path in _write_files(output, run, scene, answers, scores, seed):
-                    write(str(path))
+                _show_files([write_page(output, run, scene, answers, scores, seed)])
     write(f"{time.perf_counter() - started:.0f} s in total")
 
 
-def _show_scene(run: Demo, scene: Sequence[Sample], outcomes: Sequence[Outcome]) -> None:
-    from .demo_run import SHOWN_KEEP, SPLIT, UNMERGED
+def _show_files(paths: Sequence[Path]) -> None:
+    for path in paths:
+        write(str(path))
+
+
+def _show_scene(run: Demo, scene: Scene, outcomes: Sequence[Outcome]) -> None:
+    from .demo_run import DEFAULT, SHOWN_KEEP, UNMERGED, setting, what_is_kept
 
     weights = sum(p.numel() for p in run.model.parameters())
     write(
-        f"The bundled LLaVA has {weights / 1e6:.1f} M parameters. Scene {scene[0].scene_id} "
-        f"({SPLIT} split) was not part of its training."
+        f"It has {weights / 1e6:.1f} M parameters. Scene {scene.number} of the split {scene.split} "
+        "was not part of its training."
     )
     write("")
     columns = ["question", "answer"]
     for outcome in outcomes:
-        kept = "" if outcome.setting == UNMERGED else f"\n{SHOWN_KEEP:.0%}"
+        kept = "" if outcome.setting == UNMERGED else f"\n{outcome.tokens} tokens"
         columns.append(outcome.setting.name.replace(" ", "\n") + kept)
     rows: list[list[str | Text]] = [
         [
@@ -84,9 +95,10 @@ def _show_scene(run: Demo, scene: Sequence[Sample], outcomes: Sequence[Outcome])
             sample.answer,
             *(_marked(outcome.answers[index], sample.answer) for outcome in outcomes),
         ]
-        for index, sample in enumerate(scene)
+        for index, sample in enumerate(scene.samples)
     ]
     show_table("One held-out scene", columns, rows, folds=(0, NARROW_QUESTION))
+    write(f"{DEFAULT}: {what_is_kept(scene, run.groups(setting(DEFAULT, SHOWN_KEEP), scene))}")
 
 
 def _marked(answer: str, right: str) -> Text:
@@ -97,11 +109,12 @@ def _marked(answer: str, right: str) -> Text:
 
 
 def _scores(run: Demo, asked: Sequence[Sample]) -> list[Score]:
-    from .demo_run import KEEPS, TIMED_RUNS, settings
+    from .demo_run import KEEPS, METHODS, TIMED_BATCHES, TIMED_RUNS, settings
 
     with progress_bars() as progress:
-        asking = progress.add_task("questions ", total=len(settings(*KEEPS)) * len(asked))
-        timing = progress.add_task("timed runs", total=TIMED_RUNS)
+        answers = len(settings(METHODS, *KEEPS)) * len(asked)
+        asking = progress.add_task("questions ", total=answers)
+        timing = progress.add_task("timed runs", total=TIMED_RUNS * len(TIMED_BATCHES))
         return run.scores(
             asked,
             lambda count: progress.advance(asking, count),
@@ -119,94 +132,3 @@ def _show_scores(run: Demo, scores: list[Score]) -> None:
         starts=new_budgets(scores),
     )
     write(note(scores))
-
-
-def _write_files(
-    folder: Path,
-    run: Demo,
-    scene: Sequence[Sample],
-    answers: Sequence[Outcome],
-    scores: Sequence[Score],
-    seed: int,
-) -> list[Path]:
-    """Write scene.png, overlay.png and report.html, and return their paths."""
-    from ..common import write_bytes, write_text
-    from ..measure.tables import png
-    from ..measure.visualize import html_report, strip
-    from .demo_run import SHOWN_KEEP
-
-    figures = _figures(run, scene[0].scene_id)
-    # The strip shows the compared methods at one budget; the page has the others as well.
-    shown = [f for f in figures if f.note in ("", _kept(SHOWN_KEEP))]
-    paths = [folder / name for name in FILES]
-    write_bytes(paths[0], png(figures[0].image))
-    write_bytes(paths[1], png(strip([(figure.caption, figure.image) for figure in shown])))
-    page = html_report(
-        "Fewer visual tokens, same questions",
-        lead=(
-            "A tiny LLaVA answers questions about a scene it has not seen before. Each image shows "
-            "which patches became one visual token: same colour and outline, same token. Outlined "
-            "in white: kept as it is. Grey: dropped."
-        ),
-        figures=figures,
-        tables=[_answer_table(scene, answers), _score_table(run, scores)],
-        footer=_footer(run, seed),
-    )
-    write_text(paths[2], page)
-    return paths
-
-
-def _kept(keep: float) -> str:
-    return f"{keep:.0%} of the tokens"
-
-
-def _figures(run: Demo, scene_id: int) -> list[Figure]:
-    from ..demo import scene_image
-    from ..measure.visualize import Figure, overlay
-    from .demo_run import KEEPS, SHOWN_KEEP, SPLIT, settings
-
-    image = scene_image(scene_id, SPLIT, IMAGE_SIZE)
-    figures = [Figure(image, "The image")]
-    # The model looks at the scene at its own size; the large image is drawn for the reader.
-    model_input = scene_image(scene_id, SPLIT)
-    for setting in [*settings(SHOWN_KEEP)[1:], settings(min(KEEPS))[1]]:
-        groups = run.groups(setting, model_input)
-        drawn = overlay(image, groups, size=IMAGE_SIZE)
-        caption = f"{setting.name}, {groups.tokens} tokens"
-        figures.append(Figure(drawn, caption, _kept(setting.config.budget.keep or 1.0)))
-    return figures
-
-
-def _answer_table(scene: Sequence[Sample], outcomes: Sequence[Outcome]) -> Table:
-    from ..measure.visualize import Cell, Table
-    from .demo_run import SHOWN_KEEP
-
-    rows: list[list[str | Cell]] = []
-    for index, sample in enumerate(scene):
-        given = [Cell(o.answers[index], bool(o.correct[index])) for o in outcomes]
-        rows.append([sample.question, sample.answer, *given])
-    return Table(
-        f"Questions about this scene, {_kept(SHOWN_KEEP)}",
-        ["question", "right answer", *(outcome.setting.name for outcome in outcomes)],
-        rows,
-    )
-
-
-def _score_table(run: Demo, scores: Sequence[Score]) -> Table:
-    from ..measure.visualize import Table
-    from .demo_run import new_budgets, note, score_columns, score_row
-
-    return Table(
-        f"{len(scores[0].outcome.answers)} held-out questions, the same number of every type",
-        score_columns(run.model),
-        [score_row(score, scores[0]) for score in scores],
-        note=note(scores),
-        numbers=frozenset(range(1, 7)),
-        starts=new_budgets(scores),
-    )
-
-
-def _footer(run: Demo, seed: int) -> str:
-    from ..measure.provenance import in_words, provenance
-
-    return f"Measured by pitome-vlm demo: {in_words(provenance(run.model, seed=seed))}."

@@ -1,6 +1,6 @@
 """The measurements of `pitome-vlm demo`: what is compared, on which questions, how it is timed.
 
-Everything is computed on the spot; no number is stored.
+Every number and every answer is computed on the spot; only the scene is stored.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 import random
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
-
-from ..demo import Sample, load_split
-from ..measure.demo_benchmark import Outcome, Setting, accuracy_interval, batches, run
+from ..demo import Sample, load_split, scene_image
+from ..demo import scene as described
+from ..demo.drawing import object_map
+from ..demo.shown import shown
+from ..measure.demo_benchmark import Outcome, Setting, accuracy_interval, first_token_times, run
 from ..measure.description import describe_llava
-from ..measure.timing import time_prefill
 from ..measure.visualize import SourceMap, source_map
 from ..merge.config import DEFAULT_KEEP, MergeConfig
 from ..wrapping.wrap import wrapped
@@ -25,11 +25,13 @@ from .session import DEMO, load_model
 
 SPLIT = "test"
 BATCH = 45
-TIMED_RUNS = 20
-TIMED_BATCH = 2
+TIMED_RUNS = 10
+TIMED_BATCHES = (1, 8)
+DEFAULT, PAPER = "pitome_plus", "paper"
 UNMERGED = Setting("no merging", MergeConfig(keep=1.0, algorithm="none"))
-TITLES = {"pitome_plus": "PiToMe+", "tome": "ToMe", "random": "random", "pool": "pool"}
-KEEPS = (0.5, 0.25, 0.11)
+SCENE_METHODS = (DEFAULT, "tome", PAPER)
+METHODS = (*SCENE_METHODS, "random")
+KEEPS = (0.5, 0.25, 0.125)
 SHOWN_KEEP = DEFAULT_KEEP
 # Kinds of scenes with several objects, so that there is something to look at.
 SHOWN_KINDS = ("scattered", "identical", "digits", "crowded")
@@ -44,24 +46,46 @@ class Score:
     Attributes:
         outcome: the answers.
         interval: 95 % interval of the accuracy in percent.
-        prefill_ms: median time from pixels to the first token.
+        first_token_ms: median time from pixels to the first token, by size of the batch.
         kv_bytes: size of the KV cache of one image's tokens.
     """
 
     outcome: Outcome
     interval: tuple[float, float]
-    prefill_ms: float
+    first_token_ms: Mapping[int, float]
     kv_bytes: float
 
 
-def settings(*keeps: float) -> list[Setting]:
+@dataclass(frozen=True)
+class Scene:
+    """A scene to look at.
+
+    Attributes:
+        split: where it is from.
+        samples: all questions about it.
+        question: number of the one that the images are about.
+    """
+
+    split: str
+    samples: Sequence[Sample]
+    question: int = 0
+
+    @property
+    def number(self) -> int:
+        """Its number in the split."""
+        return self.samples[0].scene_id
+
+
+def setting(method: str, keep: float) -> Setting:
+    """A method at a fraction of the visual tokens; `paper` is PiToMe as published."""
+    if method == PAPER:
+        return Setting(method, MergeConfig.preset(PAPER, keep=keep))
+    return Setting(method, MergeConfig(keep=keep, algorithm=method))
+
+
+def settings(methods: Sequence[str], *keeps: float) -> list[Setting]:
     """The unmerged model, then every method at every given fraction of the visual tokens."""
-    merged = [
-        Setting(title, MergeConfig(keep=keep, algorithm=name))
-        for keep in keeps
-        for name, title in TITLES.items()
-    ]
-    return [UNMERGED, *merged]
+    return [UNMERGED, *(setting(method, keep) for keep in keeps for method in methods)]
 
 
 def load_demo(*, verbose: bool = False) -> Demo:
@@ -74,7 +98,16 @@ def held_out() -> list[Sample]:
     return load_split(SPLIT)
 
 
-def choose_scene(samples: Sequence[Sample], seed: int) -> list[Sample]:
+def chosen_scene(seed: int | None) -> Scene:
+    """The scene of the README, or one with several objects that the seed draws."""
+    if seed is not None:
+        return Scene(SPLIT, draw_scene(held_out(), seed))
+    stored = shown()
+    about = [one for one in load_split(stored.split) if one.scene_id == stored.scene_id]
+    return Scene(stored.split, about, [one.question for one in about].index(stored.question))
+
+
+def draw_scene(samples: Sequence[Sample], seed: int) -> list[Sample]:
     """All questions about one scene with several objects, drawn by the seed."""
     scenes: dict[int, list[Sample]] = defaultdict(list)
     for sample in samples:
@@ -107,10 +140,17 @@ class Demo:
         self.model = model
         self.processor = processor
 
-    def answers(self, scene: Sequence[Sample]) -> list[Outcome]:
-        """All questions about one scene, unmerged and under every method."""
-        chosen = settings(SHOWN_KEEP)
-        return run(self.model, self.processor, chosen, scene, split=SPLIT, batch_size=len(scene))
+    def answers(self, scene: Scene) -> list[Outcome]:
+        """All questions about one scene, unmerged and under the methods that the README names."""
+        chosen, asked = settings(SCENE_METHODS, SHOWN_KEEP), scene.samples
+        return run(
+            self.model, self.processor, chosen, asked, split=scene.split, batch_size=len(asked)
+        )
+
+    def groups(self, chosen: Setting, scene: Scene) -> SourceMap:
+        """Which patches of the scene a setting merges, at the size that questions are asked at."""
+        with wrapped(self.model, config=chosen.config):
+            return source_map(self.model, self.processor, scene_image(scene.number, scene.split))
 
     def scores(
         self,
@@ -123,72 +163,68 @@ class Demo:
         `asked` is called with the number of questions after every batch, `timed` with 1 after every
         round of timing.
         """
-        chosen = settings(*KEEPS)
+        chosen = settings(METHODS, *KEEPS)
+        given: Any = {"split": SPLIT}
         outcomes = run(
-            self.model,
-            self.processor,
-            chosen,
-            samples,
-            split=SPLIT,
-            batch_size=BATCH,
-            advance=asked,
+            self.model, self.processor, chosen, samples, batch_size=BATCH, advance=asked, **given
         )
-        times = self._times(chosen, samples, timed)
+        times: dict[int, list[float]] = {}
+        for size in TIMED_BATCHES:
+            rounds = first_token_times(
+                self.model,
+                self.processor,
+                chosen,
+                samples[:size],
+                rounds=TIMED_RUNS,
+                advance=timed,
+                **given,
+            )
+            times[size] = [statistics.median(one) for one in rounds]
         return [
             Score(
                 outcome,
                 accuracy_interval(samples, outcome.correct),
-                times[outcome.setting],
-                kv_bytes,
+                {size: times[size][row] for size in TIMED_BATCHES},
+                describe_llava(self.model, config=own.config).after.kv_bytes_per_image,
             )
-            for outcome, kv_bytes in zip(outcomes, map(self._kv_bytes, chosen), strict=True)
+            for row, (own, outcome) in enumerate(zip(chosen, outcomes, strict=True))
         ]
 
-    def groups(self, setting: Setting, image: Image.Image) -> SourceMap:
-        """Which patches of an image a setting merges."""
-        with wrapped(self.model, config=setting.config):
-            return source_map(self.model, self.processor, image)
 
-    def _kv_bytes(self, setting: Setting) -> float:
-        return describe_llava(self.model, config=setting.config).after.kv_bytes_per_image
-
-    def _times(
-        self, chosen: Sequence[Setting], samples: Sequence[Sample], timed: Callable[[int], object]
-    ) -> dict[Setting, float]:
-        """Median milliseconds from pixels to the first token.
-
-        The settings take turns, so that other load on the machine affects all of them alike.
-        """
-        batch = next(batches(self.processor, samples[:TIMED_BATCH], SPLIT, TIMED_BATCH))
-        inputs = {name: value.to(self.model.device) for name, value in batch.items()}
-        times: dict[Setting, list[float]] = defaultdict(list)
-        for turn in range(1 + TIMED_RUNS):
-            for setting in chosen:
-                with wrapped(self.model, config=setting.config):
-                    timing = time_prefill(self.model, inputs, repeats=1, warmup=0)
-                if turn:  # the first round warms up
-                    times[setting].append(timing.median_ms)
-            if turn:
-                timed(1)
-        return {setting: statistics.median(values) for setting, values in times.items()}
+def what_is_kept(scene: Scene, groups: SourceMap) -> str:
+    """How the tokens of a scene are shared between its objects and the background."""
+    rows, columns = groups.grid
+    pixels = object_map(described(scene.number, scene.split))
+    height, width = pixels.shape
+    # [rows, columns]: patches that an object reaches into.
+    touched = pixels.reshape(rows, height // rows, columns, width // columns).any((1, 3))
+    tokens, patches = len(set(groups.groups[touched])), int(touched.sum())
+    return (
+        f"{tokens} of its {groups.tokens} tokens show the objects, which {patches} of the "
+        f"{touched.size} patches do; the other {touched.size - patches}, plain background, became "
+        f"{groups.tokens - tokens} tokens."
+    )
 
 
 def score_columns(model: Any) -> list[str]:
     """Heads of the rows that `score_row` makes."""
     dtype = str(model.dtype).removeprefix("torch.")
-    return ["method", "tokens", "right", "95 %", "prefill", "faster", f"KV ({dtype})"]
+    times = [head for size in TIMED_BATCHES for head in (f"batch {size}", "faster")]
+    return ["method", "tokens", "right", "95 %", *times, f"KV ({dtype})"]
 
 
 def score_row(score: Score, first: Score) -> list[str]:
     """A row of the comparison as text; `first` is the unmerged model."""
     low, high = score.interval
+    times = []
+    for size, ms in score.first_token_ms.items():
+        times += [f"{ms:.0f} ms", f"{first.first_token_ms[size] / ms:.2f}x"]
     return [
         score.outcome.setting.name,
         f"{score.outcome.tokens:g}",
         f"{score.outcome.accuracy:.1f} %",
         f"{low:.0f} to {high:.0f}",
-        f"{score.prefill_ms:.1f} ms",
-        f"{first.prefill_ms / score.prefill_ms:.2f}x",
+        *times,
         f"{score.kv_bytes / 1024:.0f} KiB",
     ]
 
@@ -202,10 +238,12 @@ def new_budgets(scores: Sequence[Score]) -> frozenset[int]:
 def note(scores: Sequence[Score]) -> str:
     """What a reader has to know about the numbers."""
     widest = max((score.interval for score in scores), key=lambda i: i[1] - i[0])
+    sizes = " and ".join(map(str, TIMED_BATCHES))
     return (
         f"A small sample: the true accuracy may be {(widest[1] - widest[0]) / 2:.0f} points higher "
         "or lower, so neighbouring rows may swap. Results on all held-out questions are in "
-        f"{FULL_TABLE} of the repository.\nPrefill: from pixels to the first token of "
-        f"{TIMED_BATCH} prompts at once, median of {TIMED_RUNS} runs, methods taking turns; "
+        f"{FULL_TABLE} of the repository.\n"
+        f"{DEFAULT}: the default; {PAPER}: PiToMe as published. Batch {sizes}: from the pixels of "
+        f"so many images to the first token, median of {TIMED_RUNS} runs, methods taking turns; "
         "faster: than no merging. KV: size of the KV cache per image."
     )

@@ -19,6 +19,7 @@ from ..wrapping.encode import visual_token_counts
 from ..wrapping.wrap import wrapped
 from . import asking, resize
 from .stats import Interval, mean_interval
+from .timing import time_prefill
 
 # One word and the end token; a second word would be a wrong answer anyway.
 ANSWER_TOKENS = 3
@@ -128,6 +129,47 @@ def run(
         Outcome(setting, _average(counts), given, np.array(given) == truth)
         for setting, counts, given in zip(settings, tokens, answers, strict=True)
     ]
+
+
+def first_token_times(
+    model: Any,
+    processor: Any,
+    settings: Sequence[Setting],
+    samples: Sequence[Sample],
+    *,
+    split: str,
+    rounds: int,
+    advance: Callable[[int], object] | None = None,
+) -> list[list[float]]:
+    """How long one batch of questions takes from pixels to the first token.
+
+    The settings take turns, so that whatever else the machine does falls on all of them; a round
+    that is not counted warms up.
+
+    Args:
+        model: the demo model, not wrapped; it is left as it was.
+        processor: its processor.
+        settings: what to compare.
+        samples: the questions of the batch, from `load_split(split)`.
+        split: where the images come from.
+        rounds: timed runs of every setting.
+        advance: called with 1 after every timed round.
+
+    Returns:
+        Milliseconds of every round, one list per setting.
+    """
+    batch = next(batches(processor, samples, split, len(samples)))
+    inputs = {name: value.to(model.device) for name, value in batch.items()}
+    times: list[list[float]] = [[] for _ in settings]
+    for turn in range(1 + rounds):
+        for own, setting in zip(times, settings, strict=True):
+            with wrapped(model, config=setting.config):
+                timing = time_prefill(model, inputs, repeats=1, warmup=0)
+            if turn:
+                own.append(timing.median_ms)
+        if turn and advance:
+            advance(1)
+    return times
 
 
 def _answered(

@@ -1,87 +1,93 @@
-"""Choose the scene of the README by a rule on val, and draw it: `--output docs/assets`.
+"""Choose the scene of the README and of `pitome-vlm demo` by a rule on val, and draw it.
+
+    python -m scripts.demo.scene --output docs/assets
 
 The rule: among scenes with several objects whose questions the model answers right both unmerged
 and under the default at a quarter of the tokens, the one with the most questions that ToMe or
-PiToMe as published gets wrong; the lowest number where several are level.
+PiToMe as published gets wrong; the lowest number where several are level. Of its questions, the
+one that most of them get wrong; one that counts where several are level, because its answer can be
+checked in the image, then the first.
 
-Writes scene.png, and scene-compared.png as `pitome-vlm visualize` draws it. About 100 s of CPU;
-`--scene N` skips the choice.
+Stores the choice in pitome_vlm/demo/shown.json and writes the images of the demo. About 100 s of
+CPU; `--keep-choice` draws the stored scene again.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 
-import pitome_vlm
-from pitome_vlm import MergeConfig
-from pitome_vlm.cli import app
-from pitome_vlm.common import write_bytes
-from pitome_vlm.demo import Sample, load_split, scene_image
-from pitome_vlm.measure.demo_benchmark import Setting, run
-from pitome_vlm.measure.tables import png
+from pitome_vlm.cli.demo_page import write_images
+from pitome_vlm.cli.demo_run import (
+    SCENE_METHODS,
+    SHOWN_KEEP,
+    SHOWN_KINDS,
+    Demo,
+    chosen_scene,
+    load_demo,
+    settings,
+)
+from pitome_vlm.common import write_text
+from pitome_vlm.demo import Sample, load_split
+from pitome_vlm.demo.shown import SHOWN_FILE, Shown
+from pitome_vlm.measure.demo_benchmark import run
 
 SPLIT = "val"
-TOKENS = 36
-# A multiple of the 120 pixels that the model sees, large enough to look at.
-SIZE = 480
-# One object or a plain board leave nothing to tell methods apart by.
-KINDS = ("scattered", "identical", "digits", "crowded")
-UNMERGED, DEFAULT = "none", "pitome_plus"
+COUNTING = "count"
 
 
-def settings() -> list[Setting]:
-    """What the rule looks at."""
-    return [
-        Setting(UNMERGED, MergeConfig(keep=1.0, algorithm="none")),
-        Setting(DEFAULT, MergeConfig(tokens=TOKENS)),
-        Setting("tome", MergeConfig(tokens=TOKENS, algorithm="tome")),
-        Setting("paper", MergeConfig.preset("paper", tokens=TOKENS)),
-    ]
+def choose(samples: list[Sample], right: np.ndarray) -> Shown:
+    """What the rule chooses.
+
+    Args:
+        samples: questions of `SPLIT` about scenes with several objects.
+        right: [settings, questions] bool, unmerged and the default first, then ToMe and PiToMe as
+            published.
+    """
+    numbers: dict[int, list[int]] = defaultdict(list)
+    for number, sample in enumerate(samples):
+        numbers[sample.scene_id].append(number)
+    answered = {scene: own for scene, own in numbers.items() if right[:2, own].all()}
+    scene = min(answered, key=lambda one: (right[2:, answered[one]].sum(), one))
+    question = min(
+        answered[scene],
+        key=lambda one: (right[2:, one].sum(), samples[one].question_type != COUNTING, one),
+    )
+    return Shown(SPLIT, scene, samples[question].question)
 
 
-def choose(model: Any, processor: Any) -> int:
-    """The scene of the rule."""
-    samples = [sample for sample in load_split(SPLIT) if sample.kind in KINDS]
-    outcomes = run(model, processor, settings(), samples, split=SPLIT)
-    wrong: dict[int, list[int]] = defaultdict(lambda: [0, 0])
-    for index, sample in enumerate(samples):
-        ours, others = wrong[sample.scene_id], outcomes[2:]
-        ours[0] += sum(not outcome.correct[index] for outcome in outcomes[:2])
-        ours[1] += sum(not outcome.correct[index] for outcome in others)
-    return min((one for one in wrong if not wrong[one][0]), key=lambda one: (-wrong[one][1], one))
-
-
-def answers(model: Any, processor: Any, scene: int) -> list[tuple[Sample, dict[str, str]]]:
-    """Every question about the scene with the answer of each method."""
-    about = [sample for sample in load_split(SPLIT) if sample.scene_id == scene]
-    outcomes = run(model, processor, settings(), about, split=SPLIT)
-    return [
-        (sample, {outcome.setting.name: outcome.answers[index] for outcome in outcomes})
-        for index, sample in enumerate(about)
-    ]
+def apply_rule(demo: Demo) -> Shown:
+    """Ask every question that the rule looks at."""
+    samples = [sample for sample in load_split(SPLIT) if sample.kind in SHOWN_KINDS]
+    compared = settings(SCENE_METHODS, SHOWN_KEEP)
+    outcomes = run(demo.model, demo.processor, compared, samples, split=SPLIT)
+    return choose(samples, np.stack([outcome.correct for outcome in outcomes]))
 
 
 def main() -> None:
-    """Choose, write, and print what is asked and answered."""
+    """Choose, store and draw; print what is asked and answered."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--scene", type=int, help="number of the scene, without choosing")
+    parser.add_argument("--keep-choice", action="store_true", help="draw the stored scene")
     wanted = parser.parse_args()
     torch.set_num_threads(1)
-    model, processor = pitome_vlm.load("demo", dtype="float32")
-    scene = choose(model, processor) if wanted.scene is None else wanted.scene
-    print(f"scene {scene} of {SPLIT}")
-    for sample, given in answers(model, processor, scene):
+    demo = load_demo()
+    if not wanted.keep_choice:
+        choice = json.dumps(dataclasses.asdict(apply_rule(demo)), indent=2)
+        write_text(SHOWN_FILE, choice + "\n")
+    scene = chosen_scene(None)
+    outcomes = demo.answers(scene)
+    for index, sample in enumerate(scene.samples):
+        given = {outcome.setting.name: outcome.answers[index] for outcome in outcomes}
         print(f"{sample.question} {sample.answer}: {given}")
-    image = wanted.output / "scene.png"
-    write_bytes(image, png(scene_image(scene, SPLIT, SIZE)))
-    command = f"visualize --model demo --image {image} --keep 0.25 --algorithms {DEFAULT}"
-    app([*command.split(), "--output", str(wanted.output), "--overwrite"], standalone_mode=False)
+    for path in write_images(wanted.output, demo, scene, outcomes):
+        print(path)
 
 
 if __name__ == "__main__":

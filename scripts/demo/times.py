@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 
-import pitome_vlm
 from pitome_vlm.common import markdown_table
 from pitome_vlm.demo import load_split
-from pitome_vlm.measure.demo_benchmark import Setting, batches
-from pitome_vlm.measure.timing import time_prefill
+from pitome_vlm.measure.demo_benchmark import Setting, first_token_times
 
 BATCHES = (1, 8)
 ROUNDS = 30
@@ -23,9 +21,6 @@ def time_rows(
     model: Any, processor: Any, split: str, settings: Sequence[tuple[int, Setting]], hardware: str
 ) -> list[dict[str, Any]]:
     """Milliseconds from pixels to the first token, for every setting and size of a batch.
-
-    The settings take turns, so that whatever else the machine does falls on all of them; the first
-    round warms up.
 
     Args:
         model: the demo model, not wrapped.
@@ -40,14 +35,9 @@ def time_rows(
     """
     rows = []
     for size in BATCHES:
-        batch = next(batches(processor, load_split(split, size), split, size))
-        times: list[list[float]] = [[] for _ in settings]
-        for turn in range(1 + ROUNDS):
-            for index, (_, setting) in enumerate(settings):
-                with pitome_vlm.wrapped(model, config=setting.config):
-                    timing = time_prefill(model, batch, repeats=1, warmup=0)
-                if turn:
-                    times[index].append(timing.median_ms)
+        samples = load_split(split, size)
+        compared = [setting for _, setting in settings]
+        times = first_token_times(model, processor, compared, samples, split=split, rounds=ROUNDS)
         for (tokens, setting), measured in zip(settings, times, strict=True):
             low, middle, high = np.percentile(measured, [25, 50, 75])
             row = {"method": setting.name, "tokens": tokens, "batch": size, "hardware": hardware}
