@@ -14,11 +14,12 @@ import numpy as np
 from torch import Tensor
 
 from ..demo.dataset import Sample, scene_image
+from ..demo.second import SecondQuestion
 from ..merge.config import MergeConfig
 from ..wrapping.encode import visual_token_counts
 from ..wrapping.wrap import wrapped
 from . import asking, resize
-from .stats import Interval, mean_interval
+from .stats import Interval, mean_interval, simultaneous_intervals
 from .timing import time_prefill
 
 # One word and the end token; a second word would be a wrong answer anyway.
@@ -70,6 +71,18 @@ class Outcome:
         return 100.0 * float(self.correct.mean())
 
 
+def prompt_of(processor: Any, sample: Sample) -> str:
+    """The prompt of a question; the first one and its right answer go before a second one."""
+    if not isinstance(sample, SecondQuestion):
+        return asking.question_prompt(processor, sample.question)
+    turns = [
+        asking.user_message(sample.first_question, images=1),
+        asking.assistant_message(sample.first_answer),
+        asking.user_message(sample.question),
+    ]
+    return asking.prompt_text(processor, turns)
+
+
 def batches(
     processor: Any, samples: Sequence[Sample], split: str, batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
@@ -78,7 +91,7 @@ def batches(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]
-        texts = [asking.question_prompt(processor, sample.question) for sample in part]
+        texts = [prompt_of(processor, sample) for sample in part]
         yield asking.encoded(processor, texts, [scene_image(s.scene_id, split) for s in part])
 
 
@@ -209,12 +222,26 @@ def accuracy_interval(samples: Sequence[Sample], correct: np.ndarray) -> Interva
     return mean_interval(100.0 * correct, _scenes(samples), extremes=(0, 100))
 
 
-def difference_interval(
-    samples: Sequence[Sample], correct: np.ndarray, other: np.ndarray
-) -> Interval:
-    """95 % interval of an accuracy minus another on the same questions, in percentage points."""
-    differences = 100.0 * (correct.astype(float) - other.astype(float))
-    return mean_interval(differences, _scenes(samples), extremes=(-100, 100))
+def difference_intervals(
+    samples: Sequence[Sample], differences: Sequence[np.ndarray]
+) -> list[Interval]:
+    """95 % intervals of several paired differences that hold together, in percentage points.
+
+    Args:
+        samples: the questions.
+        differences: of shares of right answers, [questions] each, NaN for questions that a
+            difference is not about.
+    """
+    points = 100.0 * np.asarray(differences, float)
+    return simultaneous_intervals(points, _scenes(samples), extremes=(-100, 100))
+
+
+def family_words(count: int) -> str:
+    """The sentence that says how the intervals of a table of `count` differences are corrected."""
+    return (
+        f"Intervals of differences are simultaneous: the {count} of them hold together with 95 % "
+        "(max-t bootstrap over images), so they are wider than those of a single comparison."
+    )
 
 
 def accuracy_by(samples: Sequence[Sample], correct: np.ndarray, attribute: str) -> dict[str, float]:

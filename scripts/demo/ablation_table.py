@@ -8,7 +8,7 @@ import numpy as np
 
 from pitome_vlm.common import markdown_table
 from pitome_vlm.demo import load_split
-from pitome_vlm.measure.demo_benchmark import difference_interval
+from pitome_vlm.measure.demo_benchmark import difference_intervals, family_words
 
 from .ablation_rows import BUDGETS, ROWS, complete_rows
 from .stored import later_words
@@ -36,22 +36,33 @@ def table(results: dict[str, Any]) -> str:
     everything = results["cells"]["unreduced"]["flops"]
     lines = [["no reduction", "all 144 tokens", *[whole] * len(BUDGETS), "100 %"]]
     complete = complete_rows(results)
-    for group, value, options in ROWS:
-        if (group, value) not in complete:
-            continue
+    rows = [row for row in ROWS if row[:2] in complete]
+    differences = [
+        right[f"{group}/{value}/{tokens}"] - right[f"default/{ROWS[0][1]}/{tokens}"]
+        for group, value, options in rows
+        for tokens in BUDGETS
+        if options
+    ]
+    shown = iter(_with_ends(samples, differences))
+    for group, value, options in rows:
         cells = [group, value]
         for tokens in BUDGETS:
             own = right[f"{group}/{value}/{tokens}"]
-            default = right[f"default/{ROWS[0][1]}/{tokens}"]
-            if not options:
-                cells.append(f"**{100 * own.mean():.1f}**")
-                continue
-            low, high = difference_interval(samples, own, default)
-            cells.append(f"{100 * (own - default).mean():+.1f} ({low:+.1f} to {high:+.1f})")
+            cells.append(next(shown) if options else f"**{100 * own.mean():.1f}**")
         costs = results["cells"][f"{group}/{value}/{COST_AT}"]["flops"]
         lines.append([*cells, f"{100 * costs / everything:.0f} %"])
     columns = ["varied", "value", *(f"{tokens} tokens" for tokens in BUDGETS), "FLOPs"]
-    return markdown_table(columns, lines)
+    return "\n".join([markdown_table(columns, lines), "", family_words(len(differences))])
+
+
+def _with_ends(samples: list[Any], differences: list[np.ndarray]) -> list[str]:
+    """Differences in points with intervals that hold together."""
+    return [
+        f"{100 * one.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+        for one, (low, high) in zip(
+            differences, difference_intervals(samples, differences), strict=True
+        )
+    ]
 
 
 def places_table(results: dict[str, Any]) -> str:
@@ -66,17 +77,15 @@ def places_table(results: dict[str, Any]) -> str:
 
     whole = right("unreduced")
     lines = [["no reduction", *[f"{100 * whole.mean():.1f}"] * len(BUDGETS)]]
-    for name, row in TOLD:
-        if row not in complete_rows(results):
-            continue
-        cells = [name]
-        for tokens in BUDGETS:
-            own = right("/".join((*row, str(tokens))))
-            low, high = difference_interval(chosen, own, whole)
-            cells.append(f"{100 * (own - whole).mean():+.1f} ({low:+.1f} to {high:+.1f})")
-        lines.append(cells)
+    told = [(name, row) for name, row in TOLD if row in complete_rows(results)]
+    differences = [
+        right("/".join((*row, str(tokens)))) - whole for _, row in told for tokens in BUDGETS
+    ]
+    shown = iter(_with_ends(chosen, differences))
+    lines += [[name, *(next(shown) for _ in BUDGETS)] for name, _ in told]
     words = f"## The {len(chosen)} questions about places\n\nIn which corner, left or right, above "
-    words += "or below; in points, minus no reduction.\n\n"
+    words += "or below; in points, minus no reduction. "
+    words += f"{family_words(len(differences))}\n\n"
     return words + markdown_table(["positions", *(f"{n} tokens" for n in BUDGETS)], lines)
 
 
@@ -93,8 +102,8 @@ def report(results: dict[str, Any]) -> str:
         f"# Ablation on the demo {facts['split']} split",
         "",
         f"Made by `{facts.get('command', standard)}`. The first rows are percent right; every "
-        "other row is its difference to the default in points, with the 95 % interval of the "
-        "paired difference (bootstrap over images). An interval that holds 0 shows no difference. "
+        "other row is its paired difference to the default in points, with its 95 % interval. An "
+        "interval that holds 0 shows no difference. "
         f"FLOPs: up to the first token at {COST_AT} tokens, in percent of no reduction.",
         "",
         table(results),

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from pitome_vlm.common import markdown_table
-from pitome_vlm.measure.demo_benchmark import accuracy_interval, difference_interval
+from pitome_vlm.measure.demo_benchmark import accuracy_interval
 
-from .report import BASELINE, PAPER, RECOMMENDED, SELECTORS, Row
+from .report import BASELINE, PAPER, RECOMMENDED, SELECTORS, Row, kept_shares
 from .times import BATCHES, by_name, faster, hardware_of
 
 BUDGETS = (72, 36, 18)
@@ -65,9 +65,7 @@ class Measured:
 
 def headline(measured: Measured) -> str:
     """One sentence: what a quarter of the tokens keeps, and what it saves."""
-    base, ours = measured.base.correct, measured.row(RECOMMENDED, HEADLINE_TOKENS).correct
-    ends = difference_interval(measured.samples, ours, base)
-    low, high = (100 + end / base.mean() for end in ends)
+    kept, (low, high) = kept_shares(measured.samples, measured.rows)[HEADLINE_TOKENS]
     timed = [size for size in BATCHES if any(row["batch"] == size for row in measured.times)]
     last, *others = (
         f"{measured.faster(RECOMMENDED, HEADLINE_TOKENS, size)}{{}} at batch {size}"
@@ -76,7 +74,7 @@ def headline(measured: Measured) -> str:
     sooner = ", ".join([last.format(" sooner"), *(one.format("") for one in others)])
     return (
         f"**{HEADLINE_TOKENS} instead of {measured.base.tokens} visual tokens keep "
-        f"{100 * ours.mean() / base.mean():.1f} % of the accuracy, and the first token comes "
+        f"{kept:.1f} % of the accuracy, and the first token comes "
         f"{sooner}.** The bundled model of 3 M parameters, {measured.facts['questions']} "
         f"held-out questions ({low:.1f} to {high:.1f} %), one thread of a CPU."
     )

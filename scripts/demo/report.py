@@ -20,8 +20,10 @@ from pitome_vlm.measure.demo_benchmark import (
     Setting,
     accuracy_by,
     accuracy_interval,
-    difference_interval,
+    difference_intervals,
+    family_words,
 )
+from pitome_vlm.measure.stats import Interval
 
 from .stored import CHANGES
 from .times import time_table
@@ -92,6 +94,8 @@ def table(samples: list[Any], rows: list[Row]) -> str:
     """Accuracy and the paired difference to no merging, in Markdown."""
     base = next(row for row in rows if row.name == BASELINE)
     columns = ["visual tokens", "method", "accuracy %", "95 % interval", "minus none"]
+    paired = [row.correct - base.correct for row in rows if row is not base]
+    ends = iter(difference_intervals(samples, paired))
     lines = []
     for row in rows:
         low, high = accuracy_interval(samples, row.correct)
@@ -100,52 +104,67 @@ def table(samples: list[Any], rows: list[Row]) -> str:
         if row is base:
             cells += ["", ""]
         else:
-            paired = row.correct - base.correct
-            low, high = difference_interval(samples, row.correct, base.correct)
-            cells.append(f"{100 * paired.mean():+.1f}")
+            low, high = next(ends)
+            cells.append(f"{100 * (row.correct - base.correct).mean():+.1f}")
             cells.append(f"{low:+.1f} to {high:+.1f}")
         lines.append(cells)
-    return markdown_table([*columns, "95 % interval"], lines)
+    shown = markdown_table([*columns, "95 % interval"], lines)
+    return "\n".join([shown, "", f"{family_words(len(paired))} Those of accuracies are single."])
 
 
 def against_recommended(samples: list[Any], rows: list[Row]) -> list[str]:
     """The default minus every other method, paired, at every budget."""
     found = {(row.name, row.tokens): row.correct for row in rows}
     names = [name for name in dict.fromkeys(row.name for row in rows) if name != BASELINE]
+    names.remove(RECOMMENDED)
     budgets = budgets_of(rows)
+    pairs = {
+        (name, tokens): found[RECOMMENDED, tokens] - found[name, tokens]
+        for name in names
+        for tokens in budgets
+    }
+    ends = dict(zip(pairs, difference_intervals(samples, list(pairs.values())), strict=True))
     lines = []
     for name in names:
-        if name == RECOMMENDED:
-            continue
         cells = [name]
         for tokens in budgets:
-            own, other = found[RECOMMENDED, tokens], found[name, tokens]
-            paired = 100 * (own - other)
-            low, high = difference_interval(samples, own, other)
+            low, high = ends[name, tokens]
             sign = "" if low > 0 else " (not shown)" if high >= 0 else " (worse)"
-            cells.append(f"{paired.mean():+.1f} [{low:+.1f}, {high:+.1f}]{sign}")
+            mean = 100 * pairs[name, tokens].mean()
+            cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]{sign}")
         lines.append(cells)
-    note = (
-        'Points, with the 95 % interval of the paired difference. "not shown": the interval '
-        "reaches 0."
-    )
+    note = f'Points. {family_words(len(pairs))} "not shown": the interval reaches 0.'
     shown = markdown_table(["method", *(f"{tokens} tokens" for tokens in budgets)], lines)
     return [f"## {RECOMMENDED} minus the others", "", shown, "", note, ""]
 
 
-def kept_share(samples: list[Any], rows: list[Row]) -> list[str]:
-    """How much of the unreduced accuracy the default keeps."""
+def kept_shares(samples: list[Any], rows: list[Row]) -> dict[int, tuple[float, Interval]]:
+    """How many percent of the unreduced accuracy the default keeps, by tokens.
+
+    The intervals hold together for all budgets.
+    """
     base = next(row for row in rows if row.name == BASELINE).correct
+    ours = [row for row in rows if row.name == RECOMMENDED]
+    ends = difference_intervals(samples, [row.correct - base for row in ours])
+    return {
+        row.tokens: (
+            100 * row.correct.mean() / base.mean(),
+            Interval(100 + low / base.mean(), 100 + high / base.mean()),
+        )
+        for row, (low, high) in zip(ours, ends, strict=True)
+    }
+
+
+def kept_share(samples: list[Any], rows: list[Row]) -> list[str]:
+    """The section on `kept_shares`."""
     columns = ["visual tokens", "share of the unreduced accuracy", "95 % interval"]
-    lines = []
-    for row in rows:
-        if row.name == RECOMMENDED:
-            low, high = difference_interval(samples, row.correct, base)
-            share = [100 + part / base.mean() for part in (low, high)]
-            whole = 100 * row.correct.mean() / base.mean()
-            interval = f"{share[0]:.1f} to {share[1]:.1f} %"
-            lines.append([str(row.tokens), f"{whole:.1f} %", interval])
-    return ["## What the default keeps", "", markdown_table(columns, lines), ""]
+    kept = kept_shares(samples, rows)
+    lines = [
+        [str(tokens), f"{whole:.1f} %", f"{ends.low:.1f} to {ends.high:.1f} %"]
+        for tokens, (whole, ends) in kept.items()
+    ]
+    shown = markdown_table(columns, lines)
+    return ["## What the default keeps", "", shown, "", family_words(len(kept)), ""]
 
 
 def breakdown(samples: list[Any], rows: list[Row], attribute: str, title: str) -> list[str]:

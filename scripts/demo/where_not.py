@@ -8,7 +8,8 @@ import numpy as np
 
 from pitome_vlm.common import markdown_table
 from pitome_vlm.demo import Sample
-from pitome_vlm.measure.demo_benchmark import difference_interval
+from pitome_vlm.measure.demo_benchmark import difference_intervals, family_words
+from pitome_vlm.measure.stats import Interval
 
 # Percentage points.
 BOUND = 1.0
@@ -25,43 +26,39 @@ def where_not(
         unreduced: [questions] share of right answers, without merging.
         merged: the same by token count, largest first.
     """
-    lines = [
-        line
-        for attribute, title in _PARTS.items()
-        for line in _lines(samples, unreduced, merged, attribute, title)
+    parts = _parts_of(samples)
+    losses = [
+        np.where(own, correct - unreduced, np.nan)
+        for own in parts.values()
+        for correct in merged.values()
     ]
+    ends = iter(difference_intervals(samples, losses))
+    lines = []
+    for title, own in parts.items():
+        cells = [_loss(correct[own] - unreduced[own], next(ends)) for correct in merged.values()]
+        if any(cells):
+            lines.append([title, str(own.sum()), f"{100 * unreduced[own].mean():.1f}", *cells])
     columns = ["", "questions", "unreduced %", *(f"{tokens} tokens" for tokens in merged)]
     shown = markdown_table(columns, lines) if lines else "None."
     note = (
         f"Question types and kinds of scene whose loss under the default exceeds {BOUND:g} point: "
-        f"the whole 95 % interval of the paired difference lies below -{BOUND:g}. Points, with "
-        "that interval; cells without a number do not exceed it. Not corrected for the number of "
-        "types: a warning too many costs less than one too few."
+        f"the whole interval of the paired difference lies below -{BOUND:g}. Points, with that "
+        f"interval; cells without a number do not exceed it. {family_words(len(losses))}"
     )
     return ["## Do not merge here", "", shown, "", note, ""]
 
 
-def _lines(
-    samples: Sequence[Sample],
-    unreduced: np.ndarray,
-    merged: Mapping[int, np.ndarray],
-    attribute: str,
-    title: str,
-) -> list[list[str]]:
-    labels = np.array([getattr(sample, attribute) for sample in samples])
-    lines = []
-    for label in sorted(set(labels)):
-        own = np.flatnonzero(labels == label)
-        asked, base = [samples[place] for place in own], unreduced[own]
-        cells = [_loss(asked, base, correct[own]) for correct in merged.values()]
-        if any(cells):
-            lines.append([f"{title}: {label}", str(len(own)), f"{100 * base.mean():.1f}", *cells])
-    return lines
+def _parts_of(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+    """[questions] bool by question type and kind of scene."""
+    found = {}
+    for attribute, title in _PARTS.items():
+        labels = np.array([getattr(sample, attribute) for sample in samples])
+        found |= {f"{title}: {label}": labels == label for label in sorted(set(labels))}
+    return found
 
 
-def _loss(samples: Sequence[Sample], base: np.ndarray, correct: np.ndarray) -> str:
+def _loss(differences: np.ndarray, ends: Interval) -> str:
     """The loss with its interval; nothing where it does not exceed the bound."""
-    low, high = difference_interval(samples, correct, base)
-    if high >= -BOUND:
+    if ends.high >= -BOUND:
         return ""
-    return f"{100 * (correct.mean() - base.mean()):+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"{100 * differences.mean():+.1f} [{ends.low:+.1f}, {ends.high:+.1f}]"

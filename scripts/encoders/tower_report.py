@@ -10,7 +10,7 @@ import numpy as np
 
 from pitome_vlm.common import markdown_table
 from pitome_vlm.measure.provenance import in_words
-from pitome_vlm.measure.stats import mean_interval
+from pitome_vlm.measure.stats import Interval, mean_interval, simultaneous_intervals
 
 from .tower_cells import LEVELS, RECIPES
 from .tower_weights import PROVENANCE
@@ -34,17 +34,27 @@ MEASURES: dict[str, tuple[Scores, float]] = {
 }
 
 
-def interval(scores: np.ndarray, most: float, *, paired: bool = False) -> tuple[float, float]:
-    """95 % interval of a mean, items resampled.
+def interval(scores: np.ndarray, most: float) -> Interval:
+    """95 % interval of a mean, items resampled."""
+    return mean_interval(scores, range(len(scores)), extremes=_extremes(scores, 0.0, most))
 
-    Two more items are among them, with the lowest and highest score there can be; of a cosine,
-    which hardly ever is -1, with the lowest and highest there are.
+
+def together(differences: Sequence[np.ndarray], most: float) -> list[Interval]:
+    """Intervals of paired differences on the same items that hold together.
+
+    With 99 %, so that those of all five measures do with 95 % (Bonferroni).
     """
-    extremes = (-most if paired else 0.0, most)
-    if most == 1.0:
-        extremes = (float(scores.min()), float(scores.max()))
-    ends = mean_interval(scores, range(len(scores)), extremes=extremes)
-    return ends.low, ends.high
+    extremes = [_extremes(one, -most, most) for one in differences]
+    items, level = range(len(differences[0])), 1 - 0.05 / len(MEASURES)
+    return simultaneous_intervals(differences, items, extremes=extremes, level=level)
+
+
+def _extremes(scores: np.ndarray, least: float, most: float) -> tuple[float, float]:
+    """The scores of the two added items: the lowest and the highest that there can be.
+
+    Of a cosine, which hardly ever is -1, those that there are.
+    """
+    return (float(scores.min()), float(scores.max())) if most == 1.0 else (least, most)
 
 
 def _digits(most: float) -> int:
@@ -72,21 +82,25 @@ def level_table(cells: Mapping[str, Any], level: float) -> str:
 
 def against(cells: Mapping[str, Any], other: str) -> str:
     """Every recipe minus another one on the same items, at every level."""
-    lines = []
-    for name in RECIPES:
-        for title, (scores, most) in MEASURES.items():
-            line, places = [name, title], _digits(most)
-            for level in LEVELS:
-                pair = [cells.get(f"{one}/{level:g}") for one in (name, other)]
-                if name == other or None in pair:
-                    line.append("")
-                    continue
-                difference = scores(pair[0]) - scores(pair[1])
-                low, high = interval(difference, most, paired=True)
-                shown = f"{difference.mean():+.{places}f} ({low:+.{places}f} to {high:+.{places}f})"
-                line.append(f"**{shown}**" if low > 0 or high < 0 else shown)
-            if any(line[2:]):
-                lines.append(line)
+    shown: dict[tuple[str, str, float], str] = {}
+    for title, (scores, most) in MEASURES.items():
+        pairs = {
+            (name, level): scores(cells[f"{name}/{level:g}"]) - scores(cells[f"{other}/{level:g}"])
+            for name in RECIPES
+            for level in LEVELS
+            if name != other and {f"{name}/{level:g}", f"{other}/{level:g}"} <= set(cells)
+        }
+        places = _digits(most)
+        ends = together(list(pairs.values()), most)
+        for ((name, level), difference), (low, high) in zip(pairs.items(), ends, strict=True):
+            text = f"{difference.mean():+.{places}f} ({low:+.{places}f} to {high:+.{places}f})"
+            shown[name, title, level] = f"**{text}**" if low > 0 or high < 0 else text
+    lines = [
+        [name, title, *(shown.get((name, title, level), "") for level in LEVELS)]
+        for name in RECIPES
+        for title in MEASURES
+        if any((name, title, level) in shown for level in LEVELS)
+    ]
     head = ["recipe", "measure", *(f"FLOPs {round(100 * level)} %" for level in LEVELS)]
     return markdown_table(head, lines)
 
@@ -125,8 +139,8 @@ def report(results: Mapping[str, Any]) -> str:
         f"- Photos: {len(cells[UNMERGED]['photo_cls'])} that scikit-image and scikit-learn ship, "
         "at 224 pixels; merged against unmerged features.",
         "Every recipe leaves the count whose FLOPs (layers, with comparing tokens) are nearest to "
-        "the level. All layers merge unless it says otherwise. Intervals: 95 %, items resampled, "
-        "differences paired.",
+        "the level. All layers merge unless it says otherwise. Intervals of means: 95 %, items "
+        "resampled, each for itself.",
     ]
     if missing:
         parts.append(f"**{missing} of {len(wanted)} cells are not measured yet.** The run resumes.")
@@ -138,7 +152,9 @@ def report(results: Mapping[str, Any]) -> str:
         if any(f"{other}/{level:g}" in cells for level in LEVELS):
             parts += [
                 f"## Minus {other}",
-                "Bold: the interval does not hold 0.",
+                "Bold: the interval does not hold 0. Intervals are simultaneous: those of this "
+                "table hold together with 95 % (max-t bootstrap over items for every measure, "
+                "Bonferroni for the five measures).",
                 against(cells, other),
             ]
     if results.get("spectral"):

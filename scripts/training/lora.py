@@ -35,7 +35,7 @@ from pitome_vlm.demo.scenes import KINDS, Scene, layout_hash, sample_scene
 from pitome_vlm.measure.demo_benchmark import Setting, run
 from pitome_vlm.measure.provenance import provenance
 
-from .lora_report import write_report
+from .lora_report import rewrite_report, write_report
 
 TOKENS = 16
 # The buckets of layouts that the demo's dataset leaves to training (its module docstring).
@@ -233,6 +233,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--fresh", action="store_true", help="forget what is in --work")
+    parser.add_argument("--rewrite", action="store_true", help="the page again, without a run")
     return parser.parse_args()
 
 
@@ -242,6 +243,9 @@ def main() -> None:
     unknown = set(names) - {trial.name for trial in TRIALS}
     if unknown:
         raise SystemExit(f"unknown trials: {', '.join(sorted(unknown))}")
+    if options.rewrite:
+        rewrite_report(options.output)
+        return
     if options.fresh:
         shutil.rmtree(options.work, ignore_errors=True)
     options.work.mkdir(parents=True, exist_ok=True)

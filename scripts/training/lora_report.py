@@ -15,7 +15,11 @@ import numpy as np
 from pitome_vlm import MergeConfig
 from pitome_vlm.common import markdown_table, write_text
 from pitome_vlm.demo import Sample
-from pitome_vlm.measure.demo_benchmark import accuracy_interval, difference_interval
+from pitome_vlm.measure.demo_benchmark import (
+    accuracy_interval,
+    difference_intervals,
+    family_words,
+)
 
 TITLES = {
     "base": "untrained",
@@ -35,6 +39,13 @@ def write_report(
     raw = {"recipe": recipe, "samples": [vars(sample) for sample in samples], "trials": results}
     write_text(folder / "results.json", json.dumps(raw) + "\n")
     write_text(folder / "report.md", report(samples, results, recipe))
+
+
+def rewrite_report(folder: Path) -> None:
+    """report.md again, out of results.json."""
+    raw = json.loads((folder / "results.json").read_text())
+    samples = [Sample(**one) for one in raw["samples"]]
+    write_text(folder / "report.md", report(samples, raw["trials"], raw["recipe"]))
 
 
 def report(samples: Sequence[Sample], results: list[dict[str, Any]], recipe: dict[str, Any]) -> str:
@@ -91,35 +102,41 @@ def _rows(samples: Sequence[Sample], results: list[dict[str, Any]]) -> Any:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     columns = ["visual tokens", "merging", "model", "accuracy %", "95 %", "won back", "95 %"]
+    gained, lost = {}, {}
+    for number, row in enumerate(rows):
+        before, whole = _untrained(rows, row, row["method"]), _untrained(rows, row, "none")
+        if row["trained"] and before is not None:
+            gained[number] = row["right"] - before
+            if whole is not None and row["method"] != "none":
+                lost[number] = whole - before
+    samples, family = rows[0]["samples"], [*gained.values(), *lost.values()]
+    found = difference_intervals(samples, family)
+    ends = dict(zip(gained, found, strict=False))
+    # What merging had cost, where that is shown.
+    costly = {
+        number: 100 * lost[number].mean()
+        for number, interval in zip(lost, found[len(gained) :], strict=True)
+        if interval.low > 0
+    }
     lines = []
-    for row in rows:
-        samples, right = row["samples"], row["right"]
-        low, high = accuracy_interval(samples, right)
+    for number, row in enumerate(rows):
+        low, high = accuracy_interval(samples, row["right"])
         cells = [
             str(row["tokens"]),
             METHODS.get(row["method"], row["method"]),
             TITLES.get(row["trial"], row["trial"]),
-            f"{100 * right.mean():.1f}",
+            f"{100 * row['right'].mean():.1f}",
             f"{low:.1f} to {high:.1f}",
         ]
-        before = _untrained(rows, row, row["method"])
-        whole = _untrained(rows, row, "none")
-        if row["trained"] and before is not None:
-            gained = right - before
-            low, high = difference_interval(samples, right, before)
-            cells += [f"{100 * gained.mean():+.1f}", f"{low:+.1f} to {high:+.1f}"]
-            cells.append(_share_of_loss(samples, gained, whole, before))
+        if number in gained:
+            points, (low, high) = 100 * gained[number].mean(), ends[number]
+            share = f"{100 * points / costly[number]:.0f} %" if number in costly else ""
+            cells += [f"{points:+.1f}", f"{low:+.1f} to {high:+.1f}", share]
         else:
             cells += ["", "", ""]
         lines.append(cells)
-    return markdown_table([*columns, "of the loss"], lines)
-
-
-def _share_of_loss(samples: Any, gained: Any, whole: Any, before: Any) -> str:
-    """Gain over loss in percent; nothing where a loss is not shown, and nothing to win back."""
-    if whole is None or difference_interval(samples, whole, before).low <= 0:
-        return ""
-    return f"{100 * gained.mean() / (whole - before).mean():.0f} %"
+    shown = markdown_table([*columns, "of the loss"], lines)
+    return "\n".join([shown, "", family_words(len(family))])
 
 
 def _untrained(rows: list[dict[str, Any]], row: dict[str, Any], method: str) -> Any:

@@ -47,7 +47,7 @@ class TestIntervals:
         assert len({sample.scene_id for sample in samples}) == 7
         low, high = demo_benchmark.accuracy_interval(samples, right)
         assert 85 < low < 100 == high
-        low, high = demo_benchmark.difference_interval(samples, right, right)
+        ((low, high),) = demo_benchmark.difference_intervals(samples, [0.0 * right])
         assert -10 < low < 0 < high < 10
 
     def test_no_difference_is_no_certainty_and_lies_around_zero(self):
@@ -78,6 +78,50 @@ class TestIntervals:
             low, high = stats.mean_interval(values, clusters)
             covered += low <= 0.8 <= high
         assert 0.9 <= covered / 120 <= 1
+
+    def test_a_family_is_wrong_about_any_of_its_means_as_often_as_it_says(self):
+        clusters, wrong, single = images_of(30, 4), 0, 0
+        for seed in range(50):
+            rng = np.random.default_rng(seed)
+            # Twenty differences of nothing, the questions of an image alike.
+            family = np.repeat(rng.choice([-1.0, 0, 0, 1], (20, 30)), 4, axis=1)
+            ends = stats.simultaneous_intervals(family, clusters)
+            wrong += any(low > 0 or high < 0 for low, high in ends)
+            if not seed:
+                low, high = stats.mean_interval(family[0], clusters, extremes=(-1, 1))
+            single += any(abs(one.mean()) > (high - low) / 2 for one in family)
+        assert wrong <= 6
+        assert single >= 20
+
+    def test_means_that_move_together_are_corrected_as_one(self):
+        rng, clusters = np.random.default_rng(1), images_of(40, 5)
+        first = np.repeat(rng.choice([-1.0, 0, 0, 0, 1], 40), 5)
+        alone, *copies = stats.simultaneous_intervals([first] * 8, clusters)
+        assert copies == [alone] * 7
+        (single,) = stats.simultaneous_intervals([first], clusters)
+        assert alone == pytest.approx(single)
+        pointwise = stats.mean_interval(first, clusters, extremes=(-1, 1))
+        assert single == pytest.approx(pointwise, abs=0.03)
+        others = [np.repeat(rng.choice([-1.0, 0, 0, 0, 1], 40), 5) for _ in range(8)]
+        widest = stats.simultaneous_intervals([first, *others], clusters)[0]
+        bonferroni = stats.mean_interval(first, clusters, extremes=(-1, 1), level=1 - 0.05 / 9)
+        assert single.high - single.low < widest.high - widest.low
+        assert widest.high - widest.low < 1.1 * (bonferroni.high - bonferroni.low)
+
+    def test_means_of_some_questions_only(self):
+        values, clusters = np.array([1.0, 0, 1, 1, 0, 1, 1, 0]), images_of(4, 2)
+        part = np.where(np.arange(8) < 6, values, np.nan)
+        (kept,) = stats.simultaneous_intervals([part], clusters)
+        (whole,) = stats.simultaneous_intervals([values], clusters)
+        assert kept.high - kept.low > whole.high - whole.low
+        assert sum(kept) / 2 == pytest.approx(4 / 8)
+        scaled = stats.simultaneous_intervals([100 * part], clusters, extremes=(-100, 100))
+        assert scaled[0] == pytest.approx((100 * kept.low, 100 * kept.high))
+        assert stats.simultaneous_intervals([], clusters) == []
+        with pytest.raises(ValueError, match="mean 1 of the family is of no question"):
+            stats.simultaneous_intervals([values, values * np.nan], clusters)
+        with pytest.raises(ValueError, match="got 4 for 8 values"):
+            stats.simultaneous_intervals([values], clusters[:4])
 
     def test_percentages_are_the_same_interval(self):
         values, clusters = np.array([1.0, 0, 1, 1, 0, 1]), [0, 0, 1, 1, 2, 2]
