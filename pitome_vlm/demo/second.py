@@ -46,8 +46,10 @@ def second_questions(samples: Sequence[Sample]) -> list[SecondQuestion]:
             if _named(other) and named.isdisjoint(_named(other))
         ]
         if named and others:
-            before = {"first_question": others[0].question, "first_answer": others[0].answer}
-            found.append(SecondQuestion(**vars(sample), **before))
+            question, answer = others[0].question, others[0].answer
+            found.append(
+                SecondQuestion(**vars(sample), first_question=question, first_answer=answer)
+            )
     return found
 
 
