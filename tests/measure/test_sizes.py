@@ -162,6 +162,23 @@ def test_what_is_drawn():
         find_adapter(tiny("molmo2")).image_planes(tiny("molmo2"), {})
 
 
+@else_refused("deepseek_vl", "paligemma")
+def test_padding_is_drawn_and_an_image_that_is_seen_whole_stays_sharp():
+    colours = np.linspace(0, 255, 130, dtype=np.uint8)[None, :, None]
+    photo = Image.fromarray(np.broadcast_to(colours, (60, 130, 3)).copy())
+    drawn = {}
+    for name in ("deepseek_vl", "paligemma"):
+        model = pitome_vlm.wrap(tiny(name), keep=0.25)
+        (part,) = source_maps(model, stand_in(name), photo)
+        drawn[name] = np.asarray(part.image)
+    assert np.array_equal(drawn["paligemma"], np.asarray(photo))
+    seen = drawn["deepseek_vl"].astype(int)
+    assert seen.shape == (32, 32, 3)
+    # 15 rows in the middle hold the image, the others its processor's one colour.
+    assert (np.ptp(seen, axis=1).max(-1) > 200).sum() == 15
+    assert (seen[0] == seen[0, 0]).all()
+
+
 @else_refused("kimi_k25", "qwen3_vl")
 def test_frames_that_share_their_tokens():
     """Kimi pools four frames, Qwen makes patches of two."""

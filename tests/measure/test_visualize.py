@@ -163,7 +163,7 @@ def test_several_tiles_are_refused():
         source_map(model, tiles, photo())
 
 
-@pytest.mark.parametrize("size", [(160, 100), (90, 210), (96, 96)])
+@pytest.mark.parametrize("size", [(160, 100), (90, 211), (97, 96), (96, 96)])
 @pytest.mark.parametrize(
     "make",
     [
@@ -197,6 +197,15 @@ def test_seen_region_is_what_the_processor_hands_over(make, size):
     ours = np.asarray(region(image, box, (SIDE, SIDE)), np.float32)
     assert inside.mean() > 0.3
     assert np.abs(ours - handed)[inside].mean() < 4
+    # To the pixel of the tower: in an image whose colours are places.
+    rows, columns = np.mgrid[: size[1], : size[0]]
+    colours = np.stack([255 * columns / size[0], 255 * rows / size[1], 0 * rows], -1)
+    places = Image.fromarray(colours.round().astype(np.uint8))
+    pixels = image_processor(images=places, return_tensors="pt")["pixel_values"][0]
+    wanted = ((pixels * std + mean) * 255).permute(1, 2, 0).numpy()[..., :2]
+    found = np.asarray(region(places, box, (SIDE, SIDE)), np.float32)[..., :2]
+    moved = (found - wanted)[inside].mean(0) / 255 * SIDE / (right - left, lower - upper)
+    assert np.abs(moved).max() < 0.1
     shifted = tuple(edge + 0.1 for edge in box)
     wrong = np.asarray(region(image, shifted, (SIDE, SIDE)), np.float32)
     assert np.abs(wrong - handed)[inside].mean() > 8

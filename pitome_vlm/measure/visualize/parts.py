@@ -19,6 +19,10 @@ from ...merge.tokens import VisualTokens
 from ...wrapping.wrap import merging_of
 from .sources import SourceMap, source_map
 
+# Mean difference, of 255, up to which an image counts as stretched only: ways of resizing differ by
+# less, a crop or padding by more.
+STRETCHED = 8.0
+
 
 @dataclass(frozen=True, eq=False)
 class Part:
@@ -69,9 +73,7 @@ def source_maps(model: nn.Module, processor: Any, image: Image.Image) -> list[Pa
             for name, value in given.items()
         }
         visual = merging.adapter.encode(base, given, merge_pass)[0].visual
-    images = [image] * len(planes)
-    if len(planes) > 1:
-        images = _tiles(made, processor, len(planes))
+    images = _shown(image, made, processor, [len(own) for own in planes])
     drops = _drops(merge_pass)
     parts = []
     for index, own in enumerate(planes):
@@ -101,6 +103,27 @@ def _drops(merge_pass: MergePass) -> bool:
         return False
     features = torch.linspace(0, 1, 32).view(1, 8, 4)
     return make_plan(algorithm, features, 6, ctx=merge_pass.projector_context(0)).prune
+
+
+def _shown(
+    image: Image.Image, made: Mapping[str, Any], processor: Any, planes: list[int]
+) -> list[Image.Image]:
+    """What the planes of every tile are drawn on; `planes` counts them.
+
+    The image itself, sharp and undistorted, where the tower sees all of it; else what it sees.
+    """
+    if len(planes) > 1:
+        return _tiles(made, processor, len(planes))
+    pixels = made.get("pixel_values")
+    # One that comes as patches, or as an overview with tiles, is seen whole.
+    if planes != [1] or pixels is None or pixels.dim() < 4 or pixels.shape[-3] != 3:
+        return [image]
+    if pixels.shape[:-3].numel() != 1:
+        return [image]
+    (seen,) = _tiles(made, processor, 1)
+    whole = image.convert("RGB").resize(seen.size, Image.Resampling.BICUBIC)
+    difference = np.abs(np.asarray(seen, np.float32) - np.asarray(whole, np.float32)).mean()
+    return [image if difference < STRETCHED else seen]
 
 
 def _tiles(made: Mapping[str, Any], processor: Any, count: int) -> list[Image.Image]:

@@ -160,35 +160,44 @@ def seen_region(image_processor: Any, size: tuple[int, int]) -> Box:
     ):
         # LlavaImageProcessor centres the image on a square as large as its longer side.
         side = max(width, height)
-        across, down = (side / width - 1) / 2, (side / height - 1) / 2
-        return -across, -down, 1 + across, 1 + down
+        left, upper = (side - width) // 2, (side - height) // 2
+        return _fractions((-left, -upper, side - left, side - upper), size)
     if not getattr(image_processor, "do_center_crop", None):
         return WHOLE
-    resized = _resized(image_processor, width, height)
     crop = _sides(image_processor.crop_size)
     if crop is None:
         return WHOLE
-    across, down = (crop[0] / resized[0] - 1) / 2, (crop[1] / resized[1] - 1) / 2
-    return -across, -down, 1 + across, 1 + down
+    resized = _resized(image_processor, width, height)
+    # Whole pixels, rounded as processors do.
+    left, upper = ((side - own) // 2 for side, own in zip(resized, crop, strict=True))
+    return _fractions((left, upper, left + crop[0], upper + crop[1]), resized)
 
 
-def _resized(image_processor: Any, width: int, height: int) -> tuple[float, float]:
+def _fractions(edges: tuple[int, int, int, int], size: tuple[int, int]) -> Box:
+    """Pixels as fractions of a width and height."""
+    left, upper, right, lower = edges
+    width, height = size
+    return left / width, upper / height, right / width, lower / height
+
+
+def _resized(image_processor: Any, width: int, height: int) -> tuple[int, int]:
     if not getattr(image_processor, "do_resize", True):
         return width, height
     size = image_processor.size
     shortest = _get(size, "shortest_edge")
     if shortest:
-        scale = shortest / min(width, height)
-        return width * scale, height * scale
+        # As whole numbers: 96 / 90 * 90 may be less than 96.
+        short = min(width, height)
+        return shortest * width // short, shortest * height // short
     return _sides(size) or (width, height)
 
 
-def _sides(size: Any) -> tuple[float, float] | None:
+def _sides(size: Any) -> tuple[int, int] | None:
     width, height = _get(size, "width"), _get(size, "height")
     return (width, height) if width and height else None
 
 
-def _get(size: Any, name: str) -> float | None:
+def _get(size: Any, name: str) -> int | None:
     """A side from a dict (transformers 4) or a SizeDict (transformers 5)."""
     value = size.get(name) if isinstance(size, Mapping) else getattr(size, name, None)
-    return None if value is None else float(value)
+    return None if value is None else int(value)
