@@ -241,10 +241,8 @@ def opened(given: Any, max_pixels: int | None, share: float | None = None) -> Im
         TypeError: in no form of an image.
     """
     image = load_image(given)
-    pixels = wanted = image.width * image.height
-    if max_pixels is not None:
-        wanted = min(wanted, max_pixels)
-    wanted = wanted if share is None else wanted * share
+    pixels = image.width * image.height
+    wanted = (1.0 if share is None else share) * min(pixels, max_pixels or pixels)
     if wanted < pixels:
         scale = math.sqrt(wanted / pixels)
         size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
