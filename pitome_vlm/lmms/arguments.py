@@ -37,8 +37,6 @@ class ModelArguments:
         revision: branch, tag or commit on the hub.
         max_pixels: scale larger images down to this many pixels before the processor sees
             them; None leaves them alone.
-        image_share: then scale every image to this share of its pixels, in (0, 1]: the baseline of
-            smaller images, for models whose tokens follow the size of an image.
         system_prompt: text of a system turn at the start of every prompt, or a file that holds it.
         batch_size: requests at a time.
     """
@@ -54,7 +52,6 @@ class ModelArguments:
     peft: str | None = None
     revision: str | None = None
     max_pixels: int | None = None
-    image_share: float | None = None
     system_prompt: str | None = None
     batch_size: int = 1
 
@@ -67,12 +64,6 @@ class ModelArguments:
             value = getattr(self, name)
             if value is not None:
                 whole_number(name, value, 1)
-        share = self.image_share
-        if share is not None:
-            if isinstance(share, bool) or not isinstance(share, (int, float)):
-                raise TypeError(f"image_share must be a number in (0, 1], got {share!r}")
-            if not 0 < share <= 1:
-                raise ValueError(f"image_share must be in (0, 1], got {share}")
         if self.device is not None and self.device_map is not None:
             raise ValueError(
                 f"only one of device and device_map can be given, got device={self.device} and "

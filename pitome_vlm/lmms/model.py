@@ -26,7 +26,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..common import check_text
-from ..loading.image_processors import size_limit
 from ..measure.asking import image_token, prompt_text
 from ..merge.config import MergeConfig
 from ..wrapping.wrap import is_wrapped, unwrap, wrap
@@ -96,11 +95,6 @@ class PitomeLlava(lmms):
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
         self.engine = Engine(*load_model(self.arguments, self.accelerator))
-        if self.arguments.image_share is not None and size_limit(self.processor) is None:
-            raise ValueError(
-                "image_share changes nothing here: the processor brings every image, or every tile "
-                f"of one, to one size, got {self.arguments.image_share}"
-            )
         self.answering_seconds = 0.0
         self.system_prompt = self._resolve_system_prompt(self.arguments.system_prompt)
 
@@ -284,8 +278,7 @@ class PitomeLlava(lmms):
     def _prompt(self, call: Call, raw: Any) -> Prompt:
         placeholder = image_token(self.processor)
         messages, given = plain_messages(raw, placeholder, self.system_prompt)
-        limits = self.arguments.max_pixels, self.arguments.image_share
-        images = [opened(one, *limits) for one in given]
+        images = [opened(one, self.arguments.max_pixels) for one in given]
         return Prompt(call, prompt_text(self.processor, messages), images)
 
     def _begun(self, call: Call) -> _Dialogue:

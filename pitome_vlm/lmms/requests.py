@@ -228,23 +228,16 @@ def _marked_text(text: str, placeholder: str) -> list[dict[str, Any]]:
     return content
 
 
-def opened(given: Any, max_pixels: int | None, share: float | None = None) -> Image.Image:
+def opened(given: Any, max_pixels: int | None) -> Image.Image:
     """An RGB image from what a task hands over, scaled down where it is too large.
-
-    Args:
-        given: the image in any form.
-        max_pixels: at most so many pixels.
-        share: and then this share of them.
 
     Raises:
         ImageError: a file that is no image.
         TypeError: in no form of an image.
     """
     image = load_image(given)
-    pixels = image.width * image.height
-    wanted = (1.0 if share is None else share) * min(pixels, max_pixels or pixels)
-    if wanted < pixels:
-        scale = math.sqrt(wanted / pixels)
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        scale = math.sqrt(max_pixels / (image.width * image.height))
         size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
         image = image.resize(size, Image.Resampling.BICUBIC)
     return image

@@ -17,7 +17,7 @@ from .options import MAX_KEEP, OPTIONS_KEY, PlannedServing, served_config
 # What a request may name; the algorithm only to say which one it expects.
 _WORDS = ("keep", "tokens", "algorithm")
 # Options of processors that the model's weights fix; with others its engine process would die.
-_FIXED = ("patch_size", "temporal_patch_size", "merge_size")
+_FIXED = ("patch_size", "temporal_patch_size", "merge_size", "image_grid_pinpoints")
 
 
 def requested(plan: PlannedServing, asked: Any) -> PlannedServing:
@@ -62,7 +62,7 @@ def requested(plan: PlannedServing, asked: Any) -> PlannedServing:
 
 
 def check_fixed(options: Mapping[str, Any], processor: Any) -> None:
-    """Refuse options of a request that make patches which the model cannot read.
+    """Refuse options of a request that make patches or tiles which the model cannot read.
 
     Args:
         options: the request's `mm_processor_kwargs`.
@@ -76,9 +76,30 @@ def check_fixed(options: Mapping[str, Any], processor: Any) -> None:
             own = getattr(owner, name, None)
             if name in options and own is not None and options[name] != own:
                 raise ValueError(
-                    f"mm_processor_kwargs: {name} must be {own!r}, which the model was trained "
-                    f"with, got {options[name]!r:.100}"
+                    f"mm_processor_kwargs: {name} must be {own!r:.100}, which the model was "
+                    f"trained with, got {options[name]!r:.100}"
                 )
+
+
+def check_side(pixels: Tensor, side: Any) -> None:
+    """Refuse images that a request's options brought to a size which the model cannot read.
+
+    Args:
+        pixels: of an image, tile or frames, [..., 3, H, W]; of patches, [n, C], any will do.
+        side: `image_size` of the model's tower: one number, (H, W), or None for any.
+
+    Raises:
+        ValueError: they have another size.
+    """
+    if side is None or pixels.ndim < 3:
+        return
+    high, wide = (side, side) if isinstance(side, int) else side
+    if tuple(pixels.shape[-2:]) != (high, wide):
+        raise ValueError(
+            f"mm_processor_kwargs: images or their tiles must become {high} x {wide} pixels, which "
+            f"the model was trained with, got {' x '.join(map(str, pixels.shape[-2:]))}; leave out "
+            "size, crop_size and do_resize"
+        )
 
 
 def _check_most(

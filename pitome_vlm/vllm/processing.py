@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from vllm.multimodal.parse import EmbeddingItems
 
 from ..merge.counts import Footprint
 from ..releases import vllm_replacement
-from .budgets import as_numbers, check_fixed, largest, requested
+from .budgets import as_numbers, check_fixed, check_side, largest, requested
 from .options import OPTIONS_KEY, PlannedServing, plan_serving
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from vllm.multimodal.processing import BaseProcessingInfo as Info
 else:
     Dummies = Processor = Info = object
+
+
+# Inputs that hold pixels, of images and of videos.
+_PIXELS = {"pixel_values", "pixel_values_videos"}
 
 
 class MergedInfo(Info):
@@ -98,7 +103,13 @@ class MergedProcessor(Processor):
         salted.get_mm_hashes = functools.partial(
             _salted_names, salted.get_mm_hashes, own._plan.salt
         )
-        return super(MergedProcessor, own).apply(salted, timing_ctx)
+        try:
+            return super(MergedProcessor, own).apply(salted, timing_ctx)
+        except TypeError as error:
+            # vLLM's InternVL hands some options to a function that has them already.
+            if not options:
+                raise
+            raise ValueError(f"mm_processor_kwargs: {error}") from error
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,6 +124,10 @@ class MergedProcessor(Processor):
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any
     ) -> Any:
+        side = getattr(self.info.get_hf_config().vision_config, "image_size", None)
+        for item in itertools.chain.from_iterable(out_mm_kwargs.values()):
+            for name in _PIXELS & item.keys():
+                check_side(item[name].data, side)
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         if not self.info.plan.merges:
             return updates

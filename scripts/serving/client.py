@@ -30,14 +30,16 @@ except ImportError as error:
 START_TIMEOUT = 600
 
 
-def data_url(scene_id: int, number: int = 0) -> str:
+def data_url(scene_id: int, number: int = 0, size: tuple[int, int] | None = None) -> str:
     """A scene's image as it travels in a request.
 
     Args:
         scene_id: of the test split.
         number: another one gives another image to every cache, by the colour of one pixel.
+        size: width and height in pixels; None for the scene's own.
     """
     image, buffer = scene_image(scene_id, "test").convert("RGB"), io.BytesIO()
+    image = image.resize(size) if size else image
     if number:
         image.putpixel((0, 0), (number & 255, number >> 8 & 255, number >> 16 & 255))
     image.save(buffer, "PNG")

@@ -2,7 +2,7 @@
 
     python -m scripts.serving.memory --keep 0.25 1.0 --kernels 16 1024 --thousands 6 -o memory
 
-One server after the other for every budget and every `--kernels`. Memory is what a process holds
+One server after the other for every model, budget and `--kernels`. Memory is what a process holds
 for itself (RssAnon of /proc/PID/status): neither the files it maps nor the buffers that vLLM's
 processes share, which have a fixed size and are touched bit by bit.
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import itertools
 import json
 import random
 import shlex
@@ -121,11 +122,21 @@ def own_memory(pid: int) -> int:
     raise ValueError(f"process {pid} has ended")
 
 
-def requests(model: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """Questions about scenes of the test split with broken ones among them."""
+def requests(
+    model: str, count: int, seed: int, sizes: list[tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """Questions about scenes of the test split with broken ones among them.
+
+    Args:
+        model: as the server calls it.
+        count: of requests.
+        seed: of the draw.
+        sizes: in pixels, in turns; empty for the scenes' own.
+    """
     draw = random.Random(seed)
     asked = load_split("test", QUESTIONS)
-    good = {one.scene_id: data_url(one.scene_id) for one in asked}
+    turns = itertools.cycle(sizes or [None])
+    good = {one.scene_id: data_url(one.scene_id, size=next(turns)) for one in asked}
     bad = list(broken_urls(next(iter(good.values()))).values())
     found = []
     for _ in range(count):
@@ -135,6 +146,12 @@ def requests(model: str, count: int, seed: int) -> list[dict[str, Any]]:
         del body["stream"], body["stream_options"]
         found.append(body)
     return found
+
+
+def size(words: str) -> tuple[int, int]:
+    """Width and height of "640x480"."""
+    width, height = words.split("x")
+    return int(width), int(height)
 
 
 def watch(url: str, pid: int, label: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -149,7 +166,7 @@ def watch(url: str, pid: int, label: str, options: argparse.Namespace) -> dict[s
         sent = 0
         for step in tqdm(range(options.thousands + 1), desc=label, disable=None):
             count = 1000 if step else WARM_UP
-            codes.update(pool.map(send, requests(model, count, step)))
+            codes.update(pool.map(send, requests(model, count, step, options.sizes)))
             sent += count
             rows.append({"requests": sent, **held(pid)})
     return {"label": label, "rows": rows, "codes": dict(sorted(codes.items()))}
@@ -157,11 +174,12 @@ def watch(url: str, pid: int, label: str, options: argparse.Namespace) -> dict[s
 
 def report(runs: list[dict[str, Any]], machine: dict[str, Any], command: str) -> str:
     """One table; MiB after every thousand requests."""
-    heads = [f"{run['label']}: {name}" for run in runs for name in ("front end", "workers")]
-    lines = ["| requests | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for rows in zip(*(run["rows"] for run in runs), strict=True):
-        cells = [f"{row[name] / 2**20:.0f}" for row in rows for name in ("front end", "workers")]
-        lines.append(f"| {rows[0]['requests']} | {' | '.join(cells)} |")
+    sent = [row["requests"] for row in runs[0]["rows"]]
+    lines = [f"| after requests | {' | '.join(map(str, sent))} |", "|---" * (len(sent) + 1) + "|"]
+    for run in runs:
+        for name in ("front end", "workers"):
+            cells = [f"{row[name] / 2**20:.0f}" for row in run["rows"]]
+            lines.append(f"| {run['label']}: {name} | {' | '.join(cells)} |")
     codes = "; ".join(
         f"{run['label']}: "
         + ", ".join(f"{count} times HTTP {code}" for code, count in run["codes"].items())
@@ -175,7 +193,8 @@ def report(runs: list[dict[str, Any]], machine: dict[str, Any], command: str) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo")
+    parser.add_argument("--model", nargs="+", default=["demo"])
+    parser.add_argument("--sizes", type=size, nargs="+", default=[], help="of images, as 640x480")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.25, 1.0])
     parser.add_argument("--kernels", type=int, nargs="+", default=[16], help="that oneDNN keeps")
     parser.add_argument("--thousands", type=int, default=6, help="of requests")
@@ -184,22 +203,25 @@ def main() -> None:
     parser.add_argument("--vllm", default=SERVER, help="options of vLLM's server, one string")
     parser.add_argument("-o", "--output", required=True, help="without suffix: .md and .json")
     options = parser.parse_args()
-    runs = []
-    for kernels in options.kernels:
-        for keep in options.keep:
-            words = ["--keep", str(keep), *shlex.split(options.vllm)]
-            label = f"keep={keep:g}, {kernels} kernels"
-            variables = {KERNELS: str(kernels)}
-            with server(options.model, words, options.port, variables) as (url, pid):
-                runs.append(watch(url, pid, label, options))
+    runs: list[dict[str, Any]] = []
+    for model, kernels, keep in itertools.product(options.model, options.kernels, options.keep):
+        words = ["--keep", str(keep), *shlex.split(options.vllm)]
+        label = f"{Path(model).name}, keep={keep:g}, {kernels} kernels"
+        with server(model, words, options.port, {KERNELS: str(kernels)}) as (url, pid):
+            runs.append(watch(url, pid, label, options))
+        # Every time, so that hours are not lost with the last server.
+        write(runs, Path(options.output))
+    print(Path(options.output + ".md").read_text())
+
+
+def write(runs: list[dict[str, Any]], output: Path) -> None:
+    """Into two files, called as `output` with a suffix."""
     machine, command = environment(), command_line()
-    output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     result = {"command": command, "machine": machine, "runs": runs}
     output.with_name(output.name + ".json").write_text(json.dumps(result, indent=2) + "\n")
     text = f"# Memory of a vLLM server in MiB\n\n{report(runs, machine, command)}"
     output.with_name(output.name + ".md").write_text(text)
-    print(text)
 
 
 if __name__ == "__main__":

@@ -37,9 +37,6 @@ from pitome_vlm.merge.config import MergeConfig, option_names
         ("pretrained=demo,keep=0.25,batch_size=0", "batch_size must be at least 1, got 0"),
         ("pretrained=demo,keep=0.25,batch_size=auto", "batch_size must be a whole number"),
         ("pretrained=demo,keep=0.25,max_pixels=0", "max_pixels must be at least 1, got 0"),
-        ("pretrained=demo,keep=0.25,image_share=0", r"image_share must be in \(0, 1\], got 0"),
-        ("pretrained=demo,keep=0.25,image_share=all", "image_share must be a number in"),
-        ("pretrained=demo,keep=0.25,image_share=0.5", "image_share changes nothing here"),
         ("pretrained=demo,keep=0.25,device=cpu,device_map=auto", "only one of device and"),
         ("pretrained=demo,keep=0.25,peft=./nowhere", "peft=./nowhere: no such folder"),
         ("pretrained=demo,tokens=999", "tokens must be"),
@@ -84,9 +81,6 @@ def test_images_are_scaled_down_only_where_asked(tmp_path):
     assert opened(image, 20_000).size == (200, 100)
     assert opened(image, 5_000).size == (100, 50)
     assert opened(image, 1).size == (1, 1)
-    assert opened(image, None, 0.25).size == (100, 50)
-    assert opened(image, 5_000, 0.25).size == (50, 25)
-    assert opened(image, 10**6, 1.0).size == (200, 100)
     image.save(tmp_path / "a.png")
     assert opened(tmp_path / "a.png", None).mode == "RGB"
     with pytest.raises(TypeError, match=r"an image must be a path, bytes.*, got int"):

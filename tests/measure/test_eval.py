@@ -298,12 +298,10 @@ def test_suites_are_lmms_eval_configs_of_known_tasks(task_manager):
         "llava-next-peers": ["640", "320", "160"],
         "llava15-paper": llava15,
         "llava15-peers": llava15,
-        "multi-turn": llava15,
         "quick": llava15,
         "qwen25vl-ocr": ["keep=0.25", "keep=0.1"],
         "qwen3vl": ["keep=0.5", "keep=0.25", "keep=0.125"],
         "refcoco": llava15,
-        "vtc": ["keep=0.25", "keep=0.1111", "keep=0.0625", "keep=0.04", "keep=0.01"],
     }
     assert suites.available() == sorted(budgets)
     for name in suites.available():

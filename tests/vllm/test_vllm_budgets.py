@@ -16,7 +16,14 @@ from pitome_vlm import MergeConfig
 from pitome_vlm.cli import app
 from pitome_vlm.merge.pixels import keep_of
 from pitome_vlm.vllm import hf_overrides, plan_serving
-from pitome_vlm.vllm.budgets import as_numbers, check_fixed, from_numbers, largest, requested
+from pitome_vlm.vllm.budgets import (
+    as_numbers,
+    check_fixed,
+    check_side,
+    from_numbers,
+    largest,
+    requested,
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +61,20 @@ def test_options_that_the_weights_fix_stay_as_they_are():
         for name, value in (("merge_size", 1), ("patch_size", "x"), ("patch_size", None)):
             with pytest.raises(ValueError, match=f"{name} must be .*, got"):
                 check_fixed({name: value}, processor)
+
+
+def test_images_that_options_brought_to_another_size_are_refused():
+    for side in (64, [64, 64]):
+        check_side(torch.zeros(3, 64, 64), side)
+        check_side(torch.zeros(5, 3, 64, 64), side)
+        # Patches of any number.
+        check_side(torch.zeros(70, 192), side)
+        for shape in ((3, 32, 32), (3, 64, 60), (2, 64, 64, 3)):
+            with pytest.raises(
+                ValueError, match=r"must become 64 x 64 pixels, .* got .* leave out"
+            ):
+                check_side(torch.zeros(shape), side)
+    check_side(torch.zeros(3, 32, 32), None)
 
 
 def test_what_travels_with_an_image_leads_back_to_its_budget(model_config):

@@ -132,7 +132,6 @@ def engine(tmp_path):
             "controls": list(controls),
             "refused": [request for request, _ in refused],
             "second_runner": second_runner,
-            "linear_attention": linear_attention,
             "features": list(features),
             "pixels": str(tmp_path / "pixels.pt"),
         }
@@ -142,6 +141,8 @@ def engine(tmp_path):
         job_path.write_text(json.dumps(job))
         command = [sys.executable, str(HERE / "offline.py"), str(job_path), str(result_path)]
         own = {} if several else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        if linear_attention:
+            own["LINEAR_ATTENTION_IN_FLOAT32"] = "1"
         if second_runner:
             own |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
         done = subprocess.run(

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.metadata
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -159,8 +160,6 @@ def main(job_path, result_path):
     job = json.loads(Path(job_path).read_text())
     if job["second_runner"]:
         second_runner()
-    if job["linear_attention"]:
-        importlib.import_module("gdn_in_float32").install()
     from vllm import LLM
 
     llm = LLM(**job["engine"])
@@ -171,6 +170,10 @@ def main(job_path, result_path):
     if job["features"]:
         torch.save(features(llm, job), result_path + ".pt")
 
+
+# Before vLLM, in all processes of an engine: each of them runs this file under another name.
+if "LINEAR_ATTENTION_IN_FLOAT32" in os.environ:
+    importlib.import_module("gdn_in_float32").install()
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

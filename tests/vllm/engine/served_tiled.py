@@ -42,6 +42,19 @@ SIZES = [(180, 100), (60, 150), (90, 90), (128, 128), (200, 60), (64, 190), (127
 WORDS = ["how many stars are there?", "what colour is the circle?", "what is this", "which shape?"]
 
 
+# Options of an engine in which two processes have half of the heads each.
+PARALLEL = {"several": True, "tensor_parallel_size": 2, "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
+# Options of a request, with what is said: the engine's process would die of them.
+SMALL = {"height": 32, "width": 32}
+SQUARES = [("size", SMALL, "must become 64 x 64 pixels")]
+DEADLY = {
+    "internvl": [("size", SMALL, "mm_processor_kwargs: ")],
+    "llava_next": [("crop_size", SMALL, "must become 64 x 64 pixels")],
+    "llava_onevision": [*SQUARES, ("image_grid_pinpoints", [[64, 64]], "pinpoints must be")],
+    "grid": [("patch_size", 3, "patch_size must be 8"), ("merge_size", 1, "merge_size must be 2")],
+}
+
+
 def save_tiled(folder: Path, model_type: str) -> str:
     """A random checkpoint; weights are large enough for answers to depend on everything."""
     torch.manual_seed(0)
@@ -157,6 +170,27 @@ def frames_of(paths: list[str]) -> np.ndarray:
     return np.stack(
         [np.asarray(Image.open(path).convert("RGB").resize((80, 60))) for path in paths]
     )
+
+
+def refused_requests(prompt: str, paths: list[str], kind: str) -> list[tuple[dict, str]]:
+    """Requests that no server can answer, with what is said to them.
+
+    Args:
+        prompt: about one image.
+        paths: of images.
+        kind: of the model.
+    """
+    asked = {"prompt": prompt, "images": paths[:1]}
+    return [
+        ({**asked, "pitome": {"keep": 2}}, "keep must be in (0, 1]"),
+        ({**asked, "pitome": {"tokens": 0}}, "tokens must be"),
+        ({**asked, "pitome": {"algorithm": "pool"}}, "algorithm must be this server's"),
+        ({**asked, "prompt": f"{prompt} {prompt} {prompt}", "images": paths[:3]}, "At most 2"),
+        *(
+            ({**asked, "processor": {name: value}}, said)
+            for name, value, said in DEADLY.get(kind, SQUARES)
+        ),
+    ]
 
 
 def reference_tiled(path, requests, config, *, tokens: int = ANSWER_TOKENS, unseen=(), noise=None):

@@ -11,7 +11,7 @@ pytest.importorskip("vllm.version", reason="make test-vllm builds an environment
 from compared import answers, check_varied
 from PIL import Image
 from served_grids import CONFIGS, WRITTEN, grid_requests, save_grids, write_answers
-from served_tiled import reference_tiled, save_images
+from served_tiled import PARALLEL, reference_tiled, refused_requests, save_images
 from test_tiled import check_names
 
 from pitome_vlm.releases import RELEASE, features_from
@@ -21,14 +21,13 @@ if features_from("qwen3_5") <= RELEASE:
     # The stand-in for linear attention is of vLLM 0.32.
     KINDS.append("qwen3_5")
 CONTROLS = ("compact decoding", "no sizes", "no places")
-# One runs in two processes, each with half of the heads; in one something is wrong on purpose; the
+# Two run in two processes, each with half of the heads; in one something is wrong on purpose; the
 # layers of one are compiled.
-PARALLEL = {"several": True, "tensor_parallel_size": 2, "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
 HOW = {
     "qwen2_vl": PARALLEL,
     "qwen2_5_vl": {"enforce_eager": False},
     "qwen3_vl": {"controls": CONTROLS},
-    "qwen3_5": {"linear_attention": True},
+    "qwen3_5": {**PARALLEL, "linear_attention": True},
 }
 
 
@@ -43,12 +42,9 @@ def refused(images, folder):
     Image.new("RGB", (1, 400)).save(thin)
     prompt = {"prompt": "<start><image><end> what is this", "images": images[:1]}
     return [
-        ({**prompt, "pitome": {"keep": 2}}, "keep must be in (0, 1]"),
+        *refused_requests(prompt["prompt"], images, "grid"),
         ({**prompt, "pitome": {"keep": "auto"}}, "keep='auto' is not served"),
         ({**prompt, "images": [str(thin)]}, "Failed to apply"),
-        # With patches of another size the engine's process would die.
-        ({**prompt, "processor": {"patch_size": 3}}, "patch_size must be 8"),
-        ({**prompt, "processor": {"merge_size": 1}}, "merge_size must be 2"),
         ({"prompt": "<video> what", "images": [], "frames": images[:4]}, "video"),
     ]
 
@@ -68,7 +64,7 @@ def library_answers(kind, path, requests):
 def test_answers_are_the_library_s(engine, images, tmp_path, kind):
     """One batch in which requests have other budgets, and once more from the cache."""
     path, requests = save_grids(tmp_path / kind, kind), grid_requests(images)
-    found = engine(
+    first, second, *controls = engine(
         path,
         requests,
         CONFIGS[kind],
@@ -83,13 +79,13 @@ def test_answers_are_the_library_s(engine, images, tmp_path, kind):
     )
     expected = library_answers(kind, path, requests)
     check_varied(expected)
-    assert [answers(one) for one in found[:2]] == [expected] * 2
-    assert sum(one["cached_tokens"] > 0 for one in found[1]) >= 6
+    assert answers(first) == answers(second) == expected
+    assert sum(one["cached_tokens"] > 0 for one in second) >= 6
     # Where nothing is merged on request, answers are those of the model itself.
     whole = [one for one in requests if one["pitome"] == {"keep": 1.0}]
     stock = reference_tiled(path, whole, None)
     assert [one for one, asked in zip(expected, requests, strict=True) if asked in whole] == stock
-    check_names(requests, found[0])
-    for wrong in found[2:]:
+    check_names(requests, first)
+    for wrong in controls:
         pairs = zip(answers(wrong), expected, strict=True)
         assert sum(own == other for own, other in pairs) <= 12

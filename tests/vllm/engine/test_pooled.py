@@ -9,9 +9,8 @@ import pytest
 pytest.importorskip("vllm.version", reason="make test-vllm builds an environment with vLLM")
 
 from compared import answers, check_varied
-from served_pooled import CONFIG, WRITTEN, library, pooled_requests, save_pooled
-from served_tiled import save_images
-from test_grids import PARALLEL
+from served_pooled import CONFIG, MARKS, WRITTEN, library, pooled_requests, save_pooled
+from served_tiled import PARALLEL, refused_requests, save_images
 
 from pitome_vlm.releases import RELEASE, features_from
 
@@ -30,7 +29,8 @@ MOST_TIES = 1
 def test_answers_are_the_library_s(engine, tmp_path, kind):
     """One batch in which requests have other budgets, and once more from the cache."""
     path = save_pooled(tmp_path / kind, kind)
-    requests = pooled_requests(kind, save_images(tmp_path / "images"))
+    images = save_images(tmp_path / "images")
+    requests = pooled_requests(kind, images)
     first, second, *controls = engine(
         path,
         requests,
@@ -41,6 +41,7 @@ def test_answers_are_the_library_s(engine, tmp_path, kind):
         max_model_len=LENGTHS[kind],
         block_size=32,
         enable_prefix_caching=True,
+        refused=refused_requests(f"{MARKS[kind]} what is this", images, kind),
         **HOW[kind],
     )
     written = [[tuple(one) for one in own] for own in json.loads(WRITTEN.read_text())[kind]]

@@ -7,7 +7,15 @@ import pytest
 pytest.importorskip("vllm.version", reason="make test-vllm builds an environment with vLLM")
 
 from compared import answers, check_varied
-from served_tiled import reference_tiled, save_images, save_tiled, tiled_requests, video_requests
+from served_tiled import (
+    PARALLEL,
+    reference_tiled,
+    refused_requests,
+    save_images,
+    save_tiled,
+    tiled_requests,
+    video_requests,
+)
 
 from pitome_vlm import MergeConfig
 
@@ -24,17 +32,6 @@ BUDGETS = {
 }
 
 
-# In two processes one of them, in one the other.
-PARALLEL = {
-    "llava_next": {
-        "several": True,
-        "tensor_parallel_size": 2,
-        "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
-    },
-    "llava_onevision": {},
-}
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return save_images(tmp_path_factory.mktemp("tiled_images"))
@@ -42,7 +39,7 @@ def images(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_the_library_s(engine, images, tmp_path, kind):
-    """One batch in which requests have other budgets, and once more from the cache."""
+    """One batch of several budgets, in two processes, and once more from the cache."""
     path, requests = save_tiled(tmp_path / kind, kind), tiled_requests(images)
     if kind == "llava_onevision":
         requests += video_requests(images)
@@ -57,7 +54,8 @@ def test_answers_are_the_library_s(engine, images, tmp_path, kind):
         max_model_len=1400,
         block_size=32,
         enable_prefix_caching=True,
-        **PARALLEL[kind],
+        refused=refused_requests("<image> what is this", images, kind),
+        **PARALLEL,
     )
     expected = reference_tiled(path, requests, CONFIG)
     check_varied(expected)
