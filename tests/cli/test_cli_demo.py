@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -94,6 +96,19 @@ def test_the_sample_is_balanced_and_depends_on_the_seed_only():
     scene = draw_scene(samples, 0)
     assert len(scene) >= 5
     assert len({sample.scene_id for sample in scene}) == 1
+
+
+def test_the_first_line_does_not_wait_for_torch(tmp_path):
+    script = (
+        "import importlib, sys\n"
+        "from pitome_vlm.cli import app\n"
+        "module = importlib.import_module('pitome_vlm.cli.demo')\n"
+        "module.write = lambda text: sys.exit(text + str({'torch', 'transformers'} & set(sys.modules)))\n"
+        f"app(['demo', '--output', {str(tmp_path)!r}])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stderr.startswith("A tiny LLaVA"), done.stderr
+    assert done.stderr.endswith("set()\n")
 
 
 def test_the_stored_scene_is_one_of_val_that_methods_answer_differently():
