@@ -103,7 +103,8 @@ def test_the_first_line_does_not_wait_for_torch(tmp_path):
         "import importlib, sys\n"
         "from pitome_vlm.cli import app\n"
         "module = importlib.import_module('pitome_vlm.cli.demo')\n"
-        "module.write = lambda text: sys.exit(text + str({'torch', 'transformers'} & set(sys.modules)))\n"
+        "heavy = {'torch', 'transformers'}\n"
+        "module.write = lambda text: sys.exit(text + str(heavy & set(sys.modules)))\n"
         f"app(['demo', '--output', {str(tmp_path)!r}])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
