@@ -149,6 +149,7 @@ bench-ablation: $(VENV)/.dev ## regenerate eval/results/ablation; resumes
 	$(BIN)/python -m scripts.demo.ablation --split test --limit 600 --output eval/results/ablation
 	$(BIN)/python -m scripts.demo.ablation --split structured_val --limit 1200 --output eval/results/ablation \
 		--varied calibration "tower layers" "tower share"
+	$(BIN)/python -m scripts.demo.second --split val --limit 600 --output eval/results/ablation
 
 eval-demo: $(VENV)/.dev ## the bundled model with lmms-eval into build/demo_vqa; RESUME=1 resumes
 	test -n "$(RESUME)" || rm -rf build/demo_vqa

@@ -34,7 +34,7 @@ from pitome_vlm.measure.provenance import checkpoint_fingerprint
 
 from .ablation_rows import BASELINE, BUDGETS, ROWS
 from .ablation_table import TOLD
-from .benchmark import asking, load_model, run_facts
+from .benchmark import ROWS_BETWEEN_SAVES, asking, load_model, run_facts
 from .stored import CHANGES, holds, later_words, with_run
 
 UNREDUCED = "unreduced"
@@ -79,16 +79,18 @@ def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
         for key, one in settings().items()
         if not (key in known and holds(known[key], one.config))
     }
+    keys = list(todo)
     with asking(wanted, samples) as ask:
-        for key, setting in tqdm(todo.items(), unit="row"):
-            (outcome,) = ask([setting])
-            known[key] = {
-                "config": setting.config.to_dict(),
-                "changes": len(CHANGES),
-                "tokens": outcome.tokens,
-                "correct": "".join("01"[int(right)] for right in outcome.correct),
-            }
-            results |= with_run(results, facts, [setting.name])
+        for begin in tqdm(range(0, len(keys), ROWS_BETWEEN_SAVES), unit="save"):
+            part = keys[begin : begin + ROWS_BETWEEN_SAVES]
+            for key, outcome in zip(part, ask([todo[key] for key in part]), strict=True):
+                known[key] = {
+                    "config": outcome.setting.config.to_dict(),
+                    "changes": len(CHANGES),
+                    "tokens": outcome.tokens,
+                    "correct": "".join("01"[int(right)] for right in outcome.correct),
+                }
+            results |= with_run(results, facts, [todo[key].name for key in part])
             write_text(stored, json.dumps(results, separators=(",", ":")) + "\n")
     return results
 
