@@ -135,8 +135,9 @@ def requests(
     """
     draw = random.Random(seed)
     asked = load_split("test", QUESTIONS)
+    scenes = dict.fromkeys(one.scene_id for one in asked)
     turns = itertools.cycle(sizes or [None])
-    good = {one.scene_id: data_url(one.scene_id, size=next(turns)) for one in asked}
+    good = {one: data_url(one, size=own) for one, own in zip(scenes, turns, strict=False)}
     bad = list(broken_urls(next(iter(good.values()))).values())
     found = []
     for _ in range(count):
