@@ -144,10 +144,8 @@ GEMMA4 = LayerParts(
 )
 # SigLIP's layers with places of their own, on images in one sequence.
 PADDLE_OCR = LayerParts(scale="scaling", dropout="attention_dropout", rotary=1)
-LAYERS = (CLIP_LIKE, INTERNVL, AIMV2, PIXTRAL, GEMMA4, PADDLE_OCR)
-
-# What plain encoders add to these. Before release 5 of transformers, attention and MLP of ViT,
-# DeiT, ViTMAE and DINOv2 were modules of several parts.
+# Before release 5 of transformers, attention and MLP of ViT, DeiT, ViTMAE and DINOv2 were modules
+# of several parts.
 VIT = LayerParts(
     norms=("layernorm_before", "layernorm_after"),
     attention="attention",
@@ -177,9 +175,12 @@ OLD_VIT = dataclasses.replace(
     **_OLD_ATTENTION,
 )
 OLD_DINO = dataclasses.replace(DINO, **_OLD_ATTENTION)
+LAYERS = (CLIP_LIKE, INTERNVL, AIMV2, DINO, OLD_DINO, PIXTRAL, GEMMA4, PADDLE_OCR)
+
+# What plain encoders add to these.
 BLIP = LayerParts(projections=("qkv",), output=("projection",))
 BLIP2 = dataclasses.replace(BLIP, dropout="attention_dropout")
-ENCODER_LAYERS = (*LAYERS, VIT, DINO, DINOV3, OLD_VIT, OLD_DINO, BLIP2, BLIP)
+ENCODER_LAYERS = (*LAYERS, VIT, DINOV3, OLD_VIT, BLIP2, BLIP)
 
 
 def reach(module: Any, path: str) -> Any:

@@ -87,8 +87,8 @@ def find_encoder_layers(
         raise TypeError(
             f"vision tower {type(tower).__name__} is not supported inside the tower: looked for "
             "a ModuleList of pre-norm layers built like those of CLIP and SigLIP (layer_norm1, "
-            "self_attn with q_proj, k_proj, v_proj, out_proj, layer_norm2, mlp), InternVL or "
-            'AIMv2; merge after it with stage="projector" instead'
+            "self_attn with q_proj, k_proj, v_proj, out_proj, layer_norm2, mlp), InternVL, AIMv2 "
+            'or DINOv2; merge after it with stage="projector" instead'
         )
     refuse_checkpoint_wrapper(found)
     return found

@@ -30,6 +30,11 @@ def has_class_token(tower: nn.Module) -> bool:
     )
 
 
+def has_registers(tower: nn.Module) -> bool:
+    """Whether the tower puts registers between class token and patches (DINOv2 with registers)."""
+    return any(hasattr(module, "register_tokens") for module in tower.modules())
+
+
 def leading_tokens(tower: nn.Module, vision_config: Any) -> int:
     """Tokens that are not patches: a class token, registers (DINOv2).
 
@@ -48,14 +53,17 @@ _LEADING: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary(
 def _leading_tokens(tower: nn.Module, vision_config: Any) -> int:
     try:
         find_encoder_layers(tower)
+        known = not has_registers(tower)
     except TypeError:
+        known = False
+    if not known:
         length = _sequence_length(_Described(vision_config))
         rows, columns = patch_grid(vision_config)
         if length < rows * columns:
             raise TypeError(
                 f"a {vision_config.model_type} vision tower makes {length} tokens of an image of "
                 f"{rows} x {columns} patches; only towers that keep all patches are supported"
-            ) from None
+            )
         return length - rows * columns
     return int(has_class_token(tower))
 

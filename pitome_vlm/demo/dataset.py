@@ -118,10 +118,27 @@ def scene_questions(
     rng = random.Random(f"{SEED}/questions/{split}/{scene_id}")
     described = scene(scene_id, split)
     pools = {name: questions_of_type(described, name, rng) for name in QUESTION_TYPES}
+    return picked(pools, count, rng, counts)
+
+
+def picked(
+    pools: dict[str, list[Question]],
+    count: int,
+    rng: random.Random,
+    counts: Counter[tuple[str, str]],
+) -> list[Question]:
+    """Up to `count` of the questions that an image supports, the rarest so far first.
+
+    Args:
+        pools: questions by type; those that are picked are removed.
+        count: at most so many, and no more than `MAX_PER_TYPE` of a type.
+        rng: decides between equals.
+        counts: as in `scene_questions`.
+    """
     chosen: list[Question] = []
     while len(chosen) < count:
         asked = Counter(question.type for question in chosen)
-        order = [n for n in QUESTION_TYPES if pools[n] and asked[n] < MAX_PER_TYPE]
+        order = [n for n in pools if pools[n] and asked[n] < MAX_PER_TYPE]
         if not order:
             break
         rng.shuffle(order)

@@ -80,20 +80,34 @@ def encode_question(text: str, words: dict[str, int]) -> list[int]:
 
 def build_processor() -> LlavaProcessor:
     """The processor that belongs to the demo checkpoint, built from code alone."""
+    return processor_of(vocabulary(), IMAGE_SIZE, PATCH_SIZE, ([0.5] * 3, [0.5] * 3))
+
+
+def processor_of(
+    words: dict[str, int], size: int, patch: int, normalised: tuple[list[float], list[float]]
+) -> LlavaProcessor:
+    """A processor with the demo's prompt format.
+
+    Args:
+        words: to token ids; the special tokens are those of the demo.
+        size: of the square that images are shrunk to, in pixels.
+        patch: of a patch.
+        normalised: mean and deviation by channel, of values in [0, 1].
+    """
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     image_processor = CLIPImageProcessor(
         do_resize=True,
-        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        size={"height": size, "width": size},
         do_center_crop=False,
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
+        image_mean=normalised[0],
+        image_std=normalised[1],
         do_convert_rgb=True,
     )
     return LlavaProcessor(
         image_processor=image_processor,
-        tokenizer=_build_tokenizer(),
-        patch_size=PATCH_SIZE,
+        tokenizer=_build_tokenizer(words),
+        patch_size=patch,
         vision_feature_select_strategy="default",
         image_token="<image>",
         num_additional_image_tokens=1,
@@ -101,11 +115,11 @@ def build_processor() -> LlavaProcessor:
     )
 
 
-def _build_tokenizer() -> PreTrainedTokenizerFast:
+def _build_tokenizer(words: dict[str, int]) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.WordLevel(vocabulary(), unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     spaced = [normalizers.Replace(mark, f" {mark} ") for mark in "?.,!"]
     core.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace("color", "colour"), *spaced]

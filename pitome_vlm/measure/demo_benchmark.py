@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from ..demo.dataset import Sample, scene_image
@@ -24,6 +25,8 @@ from .timing import time_prefill
 
 # One word and the end token; a second word would be a wrong answer anyway.
 ANSWER_TOKENS = 3
+# From the number of a scene and its split to the image.
+Images = Callable[[int, str], Image.Image]
 # From a model, its processor and a batch to one answer per question.
 Answers = Callable[[Any, Any, dict[str, Tensor]], list[str]]
 
@@ -84,7 +87,11 @@ def prompt_of(processor: Any, sample: Sample) -> str:
 
 
 def batches(
-    processor: Any, samples: Sequence[Sample], split: str, batch_size: int
+    processor: Any,
+    samples: Sequence[Sample],
+    split: str,
+    batch_size: int,
+    image_of: Images = scene_image,
 ) -> Iterator[dict[str, Tensor]]:
     """Processor output for the samples, `batch_size` (>= 1) questions at a time."""
     if batch_size < 1:
@@ -92,7 +99,7 @@ def batches(
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]
         texts = [prompt_of(processor, sample) for sample in part]
-        yield asking.encoded(processor, texts, [scene_image(s.scene_id, split) for s in part])
+        yield asking.encoded(processor, texts, [image_of(s.scene_id, split) for s in part])
 
 
 def ask(model: Any, processor: Any, batch: dict[str, Tensor]) -> list[str]:
@@ -110,6 +117,7 @@ def run(
     batch_size: int = 48,
     advance: Callable[[int], object] | None = None,
     answers_of: Answers = ask,
+    image_of: Images = scene_image,
 ) -> list[Outcome]:
     """Ask questions of a split under every setting.
 
@@ -124,13 +132,14 @@ def run(
         batch_size: questions at a time.
         advance: called with the number of questions after every batch of a setting.
         answers_of: how the wrapped model, its processor and a batch become answers.
+        image_of: the image of a scene, for questions of other scenes than the demo's.
 
     Returns:
         One outcome per setting.
     """
     answers: list[list[str]] = [[] for _ in settings]
     tokens: list[list[int]] = [[] for _ in settings]
-    for batch in batches(processor, samples, split, batch_size):
+    for batch in batches(processor, samples, split, batch_size, image_of):
         for index, setting in enumerate(settings):
             counts, given = _answered(model, processor, batch, setting, answers_of)
             tokens[index] += counts

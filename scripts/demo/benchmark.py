@@ -28,7 +28,7 @@ from tqdm import tqdm
 import pitome_vlm
 from pitome_vlm import MergeConfig
 from pitome_vlm.common import write_text
-from pitome_vlm.demo import checkpoint_path, load_split
+from pitome_vlm.demo import Sample, checkpoint_path, load_split
 from pitome_vlm.demo.dataset import HELD_OUT, SPLIT_SCENES
 from pitome_vlm.demo.processor import PATCHES
 from pitome_vlm.measure.demo_benchmark import Outcome, Setting, concatenate, run
@@ -108,6 +108,7 @@ def timed_settings(budgets: list[int]) -> list[tuple[int, Setting]]:
 
 
 ROWS_BETWEEN_SAVES = 4
+Asking = Callable[[list[Setting]], list[Outcome]]
 _LOADED: list[Any] = []
 
 
@@ -161,16 +162,15 @@ def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["method"], config["keep"], config["tokens"], config["seed"], row.get("resize")
 
 
-def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
-    """Ask what is missing, saving after every few rows, and time the default if it is among it.
+def kept(stored: Path, samples: list[Any], checkpoint: str, *, overwrite: bool) -> dict[str, Any]:
+    """What an earlier run left of the same questions, or nothing yet.
 
     Raises:
-        SystemExit: the stored rows are of other questions.
+        SystemExit: the stored rows are of other questions or of another model.
     """
-    split, samples = wanted.split, load_split(wanted.split, wanted.limit)
-    old = {"samples": [vars(sample) for sample in samples], "outcomes": [], "costs": []}
-    asked = old["samples"]
-    if stored.is_file() and not wanted.overwrite:
+    asked = [vars(sample) for sample in samples]
+    old = {"samples": asked, "outcomes": [], "costs": []}
+    if stored.is_file() and not overwrite:
         old = json.loads(stored.read_text())
     old.setdefault("times", [])
     if old["samples"] != asked:
@@ -178,40 +178,82 @@ def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
             f"{stored} holds {len(old['samples'])} other questions; give the same --split and "
             "--limit, another --output, or --overwrite"
         )
-    path = wanted.model or checkpoint_path()
-    checkpoint = checkpoint_fingerprint(str(path))
     if old.get("provenance", {}).get("checkpoint", checkpoint) != checkpoint:
         raise SystemExit(f"{stored} was made with another model; give --output or --overwrite")
+    return old
+
+
+def missing(old: dict[str, Any], settings: list[Setting]) -> list[Setting]:
+    """Those of some settings that are not measured yet, or are no longer what they were."""
     rows = {key(one): one for one in old["outcomes"]}
-    settings = {key(setting_values(one)): one for one in wanted_settings(wanted)}
+    named = {key(setting_values(one)): one for one in settings}
+    return [
+        one for name, one in named.items() if not (name in rows and holds(rows[name], one.config))
+    ]
+
+
+def with_rows(
+    old: dict[str, Any],
+    settings: list[Setting],
+    todo: list[Setting],
+    ask: Asking,
+    facts: dict[str, Any],
+    stored: Path,
+) -> dict[str, Any]:
+    """Results with some more rows, saved after every few.
+
+    Args:
+        old: of `kept`.
+        settings: all rows of the table, in its order.
+        todo: those of them that are to be measured.
+        ask: from some settings to their outcomes.
+        facts: of this run.
+        stored: file of the results.
+    """
+    samples = [Sample(**values) for values in old["samples"]]
+    rows = {key(one): one for one in old["outcomes"]}
+    names = [key(setting_values(one)) for one in settings]
+    for begin in tqdm(range(0, len(todo), ROWS_BETWEEN_SAVES), unit="save", smoothing=0):
+        part = todo[begin : begin + ROWS_BETWEEN_SAVES]
+        found = [outcome_values(one) for one in ask(part)]
+        rows |= {key(one): one for one in found}
+        # Rows that are no longer asked for stay, after the others.
+        order = [name for name in dict.fromkeys([*names, *rows]) if name in rows]
+        runs = with_run(old, facts, [one.name for one in part])
+        costs = {"costs": old["costs"], "times": old["times"]}
+        old = raw(samples, [rows[name] for name in order], costs, runs)
+        write_text(stored, json.dumps(old, separators=(",", ":")) + "\n")
+    return old
+
+
+def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
+    """Ask what is missing, and time the default if it is among it."""
+    samples, path = load_split(wanted.split, wanted.limit), wanted.model or checkpoint_path()
+    checkpoint = checkpoint_fingerprint(str(path))
+    old = kept(stored, samples, checkpoint, overwrite=wanted.overwrite)
+    settings = wanted_settings(wanted)
     todo = [
-        (name, one)
-        for name, one in settings.items()
-        if not (name in rows and holds(rows[name], one.config))
-        and (wanted.methods is None or one.name in wanted.methods)
+        one
+        for one in missing(old, settings)
+        if wanted.methods is None or one.name in wanted.methods
     ]
     model, processor = load_model(path)
     facts = run_facts(wanted, model, len(samples)) | {"checkpoint": checkpoint}
-    with asking(wanted, samples) as ask:
-        for begin in tqdm(range(0, len(todo), ROWS_BETWEEN_SAVES), unit="save", smoothing=0):
-            part = todo[begin : begin + ROWS_BETWEEN_SAVES]
-            found = ask([one for _, one in part])
-            rows |= {name: outcome_values(one) for (name, _), one in zip(part, found, strict=True)}
-            # Rows that are no longer asked for stay, after the others.
-            order = [name for name in dict.fromkeys([*settings, *rows]) if name in rows]
-            runs = with_run(old, facts, [one.name for _, one in part])
-            kept = {"costs": old["costs"], "times": old["times"]}
-            old = raw(samples, [rows[name] for name in order], kept, runs)
-            write_text(stored, json.dumps(old, separators=(",", ":")) + "\n")
-    if not old["costs"] or any(one.name == RECOMMENDED for _, one in todo):
+    size = wanted.batch_size
+    # Parts are whole batches, so the answers do not depend on the number of processes.
+    parts = [samples[i : i + size] for i in range(0, len(samples), size)]
+    options = {"split": wanted.split, "batch_size": size}
+    with asking(wanted.jobs, path, parts, options) as ask:
+        old = with_rows(old, settings, todo, ask, facts, stored)
+    if not old["costs"] or any(one.name == RECOMMENDED for one in todo):
         old["costs"] = cost_rows(model, wanted.budgets)
     timed, known = timed_settings(wanted.budgets), by_name(old["times"])
     wanting = any(
         (one.name, tokens, size) not in known for tokens, one in timed for size in BATCHES
     )
-    if wanting or wanted.times or any(one.name in TIMED for _, one in todo):
+    if wanting or wanted.times or any(one.name in TIMED for one in todo):
         print(f"timing {len(timed)} settings; leave the machine alone")
-        old["times"] = time_rows(model, processor, split, timed, facts["hardware"])
+        old["times"] = time_rows(model, processor, wanted.split, timed, facts["hardware"])
     return old
 
 
@@ -233,15 +275,18 @@ def run_facts(wanted: argparse.Namespace, model: Any, questions: int) -> dict[st
 
 @contextlib.contextmanager
 def asking(
-    wanted: argparse.Namespace, samples: list[Any]
-) -> Iterator[Callable[[list[Setting]], list[Outcome]]]:
-    """A function that asks all questions under some settings, in processes of one thread each."""
-    size = wanted.batch_size
-    # Parts are whole batches, so the answers do not depend on the number of processes.
-    parts = [samples[i : i + size] for i in range(0, len(samples), size)]
-    options = {"split": wanted.split, "batch_size": size}
+    jobs: int, path: Path, parts: list[list[Any]], options: dict[str, Any]
+) -> Iterator[Asking]:
+    """A function that asks all questions under some settings, in processes of one thread each.
+
+    Args:
+        jobs: processes.
+        path: of the checkpoint.
+        parts: of the questions, in their order; one process asks a part.
+        options: of `demo_benchmark.run`.
+    """
     with multiprocessing.get_context("spawn").Pool(
-        wanted.jobs, initializer=load_model, initargs=(wanted.model or checkpoint_path(),)
+        jobs, initializer=load_model, initargs=(path,)
     ) as pool:
 
         def ask(settings: list[Setting]) -> list[Outcome]:

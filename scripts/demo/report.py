@@ -289,7 +289,11 @@ def plot(samples: list[Any], rows: list[Row], path: Path) -> None:
         )
     level = 100 * base.correct.mean()
     axes.axhline(level, color="0.4", ls="--", lw=1)
-    axes.annotate(f"no merging, {base.tokens} tokens: {level:.1f} %", (9, level), va="bottom")
+    axes.annotate(
+        f"no merging, {base.tokens} tokens: {level:.1f} %",
+        (budgets_of(rows)[-1], level),
+        va="bottom",
+    )
     axes.set_ylim(top=min(103.0, level + 5))
     axes.set_xscale("log")
     axes.set_xticks(budgets_of(rows), [str(count) for count in budgets_of(rows)])

@@ -47,6 +47,8 @@ INSIDE = {
     "siglip": SiglipVisionConfig(**SIZE),
     "chinese_clip": ChineseCLIPVisionConfig(**SIZE, projection_dim=16),
     "aimv2": Aimv2VisionConfig(**SIZE),
+    "dinov2": Dinov2Config(**SIZE, layerscale_value=0.5),
+    "dinov2_registers": Dinov2WithRegistersConfig(**SIZE, layerscale_value=0.5),
 }
 # Transformers 4.57 cannot give the hidden states of this tower.
 if "kwargs" in inspect.signature(InternVLVisionModel.forward).parameters:
@@ -55,8 +57,6 @@ if "kwargs" in inspect.signature(InternVLVisionModel.forward).parameters:
     )
 CLASSLESS = ("siglip", "aimv2")
 AFTER = {
-    "dinov2": Dinov2Config(**SIZE),
-    "dinov2_registers": Dinov2WithRegistersConfig(**SIZE),
     "vit": ViTConfig(**SIZE),
     "beit": BeitConfig(**SIZE),
     # Rotary positions in its attention, otherwise built like CLIP.
@@ -110,6 +110,28 @@ def test_every_tower_merges_after_it_to_the_promised_count(name, strategy):
     assert visual.counts == [described.tokens_out] * 2
 
 
+@pytest.mark.parametrize("name", [name for name in INSIDE if name.startswith("dinov2")])
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_merging_inside_dino_keeps_class_token_and_registers(name, strategy):
+    """With registers four more tokens reach the language model, which no merge may touch."""
+    model, pixels = model_on(INSIDE[name], strategy), torch.randn(2, 3, 64, 64)
+    (full, _) = plain_counts(model, pixel_values=pixels)
+    with torch.no_grad():
+        plain = model.model.get_image_features(pixel_values=pixels)
+        whole = encode_images(pitome_vlm.wrap(model, keep=1.0, stage="tower"), pixels)
+        merged = encode_images(pitome_vlm.wrap(model, keep=0.25, stage="tower"), pixels)
+    for one, other in zip(getattr(plain, "pooler_output", plain), whole.features, strict=True):
+        assert torch.equal(one, other)
+    assert merged.full_counts == [full] * 2
+    assert merged.counts == [pitome_vlm.describe(model).tokens_out] * 2
+    kept = full - 64
+    for source in merged.source_maps:
+        sizes = source.bincount(minlength=merged.counts[0])
+        assert source[:kept].tolist() == list(range(kept))
+        assert (sizes[:kept] == 1).all()
+        assert sizes.sum() == full
+
+
 @pytest.mark.parametrize("name", AFTER)
 def test_an_unknown_tower_is_refused_inside_with_what_was_looked_for(name):
     model = model_on(AFTER[name])
@@ -130,9 +152,14 @@ def test_a_tower_without_a_promised_count_is_refused_by_name(name):
     ("name", "attention"),
     # Transformers 4.57 has no other implementation for Chinese CLIP.
     [
-        *[(name, kind) for name in ("clip", "siglip", "aimv2") for kind in ("sdpa", "eager")],
+        *[
+            (name, kind)
+            for name in ("clip", "siglip", "aimv2", "dinov2")
+            for kind in ("sdpa", "eager")
+        ],
         *[("internvl", kind) for kind in ("sdpa", "eager") if "internvl" in INSIDE],
         ("chinese_clip", "eager"),
+        ("dinov2_registers", "sdpa"),
     ],
 )
 def test_a_layer_that_merges_nothing_computes_what_its_class_does(name, attention):
@@ -158,7 +185,7 @@ def test_a_layer_that_merges_nothing_computes_what_its_class_does(name, attentio
     assert used > 1
 
 
-@pytest.mark.parametrize(("name", "strategy"), [("dinov2", "default"), ("aimv2", "full")])
+@pytest.mark.parametrize(("name", "strategy"), [("vit", "default"), ("aimv2", "full")])
 def test_tiles_merge_after_an_unknown_tower(name, strategy):
     model = model_on((INSIDE | AFTER)[name], strategy, kind="next")
     sizes = torch.tensor([[100, 180], [1, 50]])

@@ -312,7 +312,7 @@ def test_packed_questions_equal_questions_asked_alone(tmp_path: Path) -> None:
         ):
             start, length, _, _ = arrays.questions[row]
             question = arrays.tokens[start : start + length].tolist()
-            ids = [*packing.prefix(None), *question, packing.ASSISTANT_ID]
+            ids = [*packing.prefix(None), *question, processor.vocabulary()[processor.ASSISTANT]]
             pixels = language.to_pixels(arrays.images[[scene_id]])
             alone.append(model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0, -1])
     assert torch.allclose(together.logits, torch.stack(alone), atol=2e-2)

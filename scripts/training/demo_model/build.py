@@ -10,7 +10,13 @@ import math
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PretrainedConfig,
+)
 
 from pitome_vlm.demo.processor import (
     BOS,
@@ -31,15 +37,26 @@ def build_model(
     vision_layers: int = 8, vision_width: int = 128, text_layers: int = 5, text_width: int = 160
 ) -> LlavaForConditionalGeneration:
     """A small LLaVA with freshly initialised weights, in float32."""
+    return llava_of(
+        vision_config(vision_layers, vision_width),
+        text_config(text_layers, text_width),
+        PATCHES,
+    )
+
+
+def llava_of(
+    vision: PretrainedConfig, text: PretrainedConfig, patches: int
+) -> LlavaForConditionalGeneration:
+    """A LLaVA with freshly initialised weights, in float32, that reads `patches` of an image."""
     config = LlavaConfig(
-        vision_config=vision_config(vision_layers, vision_width),
-        text_config=text_config(text_layers, text_width),
+        vision_config=vision,
+        text_config=text,
         image_token_id=IMAGE,
         image_token_index=IMAGE,
         projector_hidden_act="gelu",
         vision_feature_layer=FEATURE_LAYER,
         vision_feature_select_strategy="default",
-        image_seq_length=PATCHES,
+        image_seq_length=patches,
         tie_word_embeddings=False,
     )
     model = LlavaForConditionalGeneration(config)
@@ -65,10 +82,10 @@ def vision_config(layers: int, width: int) -> CLIPVisionConfig:
     )
 
 
-def text_config(layers: int, width: int) -> LlamaConfig:
-    """A Llama over the demo's words."""
+def text_config(layers: int, width: int, words: int | None = None) -> LlamaConfig:
+    """A Llama over so many words, those of the demo without a number."""
     return LlamaConfig(
-        vocab_size=len(vocabulary()),
+        vocab_size=words or len(vocabulary()),
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,
@@ -90,7 +107,7 @@ def initialise(model: LlavaForConditionalGeneration) -> None:
             nn.init.zeros_(p)
         elif "embed_tokens" in name:
             nn.init.normal_(p, 0, 0.5)
-        elif "position_embedding" in name:
+        elif "position_embedding" in name and p.ndim == 2:
             p.data.copy_(position_table(p.shape[1]))
         elif p.ndim >= 2:
             std = p[0].numel() ** -0.5

@@ -16,34 +16,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
-from pitome_vlm.demo.processor import EOS, GRID, IMAGE, PATCHES, vocabulary
-from pitome_vlm.demo.questions import NUMBER_WORDS, QUESTION_TYPES
-from pitome_vlm.demo.scenes import COLOURS, KINDS, NUMBER, SHAPES, SIZES
+from pitome_vlm.demo.processor import EOS, IMAGE, PATCHES
 
 from . import parallel
 from .build import build_model
 from .data import Arrays
 from .packing import Packed, pack
 from .tower import TowerHeads, make_batch, to_pixels, tower_loss, tower_outputs
+from .world import DEMO, World
 
-SHOWN_WORDS = (*COLOURS, *SHAPES, NUMBER, *NUMBER_WORDS, *SIZES)
 MOST = 10
-# Counting and comparing places are learnt last; most phrases mean nothing or just one object.
-TYPE_WEIGHTS = torch.tensor(
-    [{"count": 3.0, "relation": 1.5}.get(name, 1.0) for name in QUESTION_TYPES]
-)
+# Most phrases mean nothing or just one object.
 NUMBER_WEIGHTS = torch.tensor([1.0, 1.0, *[3.0] * (MOST - 2)])
 
 
 class LanguageHeads(nn.Module):
     """Read-outs of object phrases and projected patches, thrown away after training."""
 
-    def __init__(self, width: int, layer: int) -> None:
+    def __init__(self, width: int, layer: int, world: World = DEMO) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.world = layer, world
         self.norm = nn.LayerNorm(width)
-        self.phrase = nn.Linear(width, 2 * GRID + MOST)
-        self.bias = nn.Parameter(torch.full((len(SHOWN_WORDS),), -2.0))
+        self.phrase = nn.Linear(width, 2 * world.grid + MOST)
+        self.bias = nn.Parameter(torch.full((len(world.shown_words),), -2.0))
         self.scale = nn.Parameter(torch.zeros(1))
 
 
@@ -63,7 +58,7 @@ def run(
     inner = model.model
     image = inner.multi_modal_projector(features)
     embedded = inner.language_model.embed_tokens(p.ids)
-    embedded = embedded.masked_scatter((p.ids == IMAGE)[..., None], image)
+    embedded = embedded.masked_scatter((p.ids == IMAGE)[..., None], image.to(embedded.dtype))
     out = inner.language_model(
         inputs_embeds=embedded,
         attention_mask=p.mask,
@@ -76,14 +71,16 @@ def run(
     logits = model.lm_head(final[at])
     parts = {
         "answer": _weighted_mean(
-            functional.cross_entropy(logits, p.answers, reduction="none"), TYPE_WEIGHTS[p.types]
+            functional.cross_entropy(logits, p.answers, reduction="none"),
+            heads.world.weights[p.types],
         ),
         "end": functional.cross_entropy(
             model.lm_head(final[after]), torch.full_like(p.answers, EOS)
         ),
     }
     hidden = out.hidden_states[heads.layer][p.mention_at[0], p.mention_at[1]]
-    row, column, number = heads.phrase(heads.norm(hidden)).split((GRID, GRID, MOST), -1)
+    grid = heads.world.grid
+    row, column, number = heads.phrase(heads.norm(hidden)).split((grid, grid, MOST), -1)
     unique = p.mentions[:, 1] >= 0
     parts["row"] = functional.cross_entropy(row[unique], p.mentions[unique, 1])
     parts["column"] = functional.cross_entropy(column[unique], p.mentions[unique, 2])
@@ -106,22 +103,13 @@ def alignment(
     patches: Tensor,
 ) -> Tensor:
     """How well projected patches point at the embeddings of the words for what they show."""
-    words = vocabulary()
-    rows = torch.tensor([words[word] for word in SHOWN_WORDS])
+    world = heads.world
+    rows = torch.tensor([world.words[word] for word in world.shown_words])
     table = model.model.language_model.embed_tokens.weight[rows]
     logits = image @ table.T * (heads.scale.exp() * table.shape[1] ** -0.5) + heads.bias
     on = patches >= 0
     shown = objects.gather(1, patches.clamp(min=0)[..., None].expand(-1, -1, objects.shape[-1]))
-    colour, shape, size, digit = shown[on][:, :4].unbind(-1)
-    target = torch.cat(
-        [
-            functional.one_hot(colour, len(COLOURS)),
-            functional.one_hot(shape, len(SHAPES) + 1),
-            functional.one_hot(digit.clamp(min=0), 10) * (digit >= 0)[:, None],
-            functional.one_hot(size, len(SIZES)),
-        ],
-        -1,
-    ).float()
+    target = world.shown(shown[on])
     shown_loss = (
         functional.binary_cross_entropy_with_logits(logits[on], target, reduction="none")
         .sum(-1)
@@ -156,24 +144,24 @@ def scores(
     model: LlavaForConditionalGeneration, heads: LanguageHeads, features: Features, count: int
 ) -> dict[str, float]:
     """Accuracy by question type and scene kind over the first `count` scenes of a split."""
-    arrays = features.arrays
+    arrays, world = features.arrays, heads.world
     tally: dict[str, list[int]] = {}
     for first in range(0, min(count, len(arrays)), 32):
         scenes = np.arange(first, min(first + 32, count, len(arrays)))
-        packed = pack(arrays, scenes, None, None)
+        packed = pack(arrays, scenes, None, None, heads.world)
         answer, _ = run(model, heads, features(scenes), packed)
         right = (answer.logits.argmax(-1) == packed.answers).tolist()
         for hit, kind, scene in zip(
             right, packed.types.tolist(), packed.answer_at[0].tolist(), strict=True
         ):
-            for name in ("all", QUESTION_TYPES[kind], KINDS[(first + scene) % len(KINDS)]):
+            for name in ("all", world.types[kind], world.kinds[(first + scene) % len(world.kinds)]):
                 entry = tally.setdefault(name, [0, 0])
                 entry[0] += hit
                 entry[1] += 1
     return {name: round(100 * hits / seen, 1) for name, (hits, seen) in tally.items()}
 
 
-def _initialise_projector(model: LlavaForConditionalGeneration, sample: Tensor) -> None:
+def initialise_projector(model: LlavaForConditionalGeneration, sample: Tensor) -> None:
     """Start the projector so that its inputs look standardised, whatever the tower's scale."""
     linear = model.model.multi_modal_projector.linear_1
     flat = sample.flatten(0, 1)
@@ -232,7 +220,7 @@ def train_language(
     arrays, val = Arrays.load(data / f"train{rank}"), Arrays.load(data / "val")
     features = Features(tower, arrays)
     if stage == "language":
-        _initialise_projector(model, features(np.arange(min(64, len(arrays)))))
+        initialise_projector(model, features(np.arange(min(64, len(arrays)))))
     loop = parallel.Loop(folder / f"{stage}.pt", trained.modules(), rates)
     rng = random.Random(f"{seed}/{loop.step}/{rank}" if seed else f"{loop.step}/{rank}")
 
@@ -264,9 +252,32 @@ def stage_loss(
         extra, _ = tower_loss(trained.tower_heads, patches, pooled, b)
     else:
         patches = features(scenes)
-    answer, image = run(trained.model, trained.heads, patches, packed)
+    total, parts = answer_loss(trained.model, trained.heads, arrays, patches, scenes, packed)
+    return total + 0.5 * extra, parts
+
+
+def answer_loss(
+    model: LlavaForConditionalGeneration,
+    heads: LanguageHeads,
+    arrays: Arrays,
+    patches: Tensor,
+    scenes: np.ndarray,
+    packed: Packed,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of answers, object phrases and projected patches, from features [scenes, patches, width]."""
+    answer, image = run(model, heads, patches, packed)
+    align = aligned(model, heads, image, arrays, scenes)
+    return answer.total + 0.2 * align, {**answer.parts, "align": align}
+
+
+def aligned(
+    model: LlavaForConditionalGeneration,
+    heads: LanguageHeads,
+    image: Tensor,
+    arrays: Arrays,
+    scenes: np.ndarray,
+) -> Tensor:
+    """`alignment` of the projected patches of some scenes."""
     objects = torch.from_numpy(arrays.objects[scenes]).long()
     shown = torch.from_numpy(arrays.patch_object[scenes]).long()
-    aligned = alignment(trained.model, trained.heads, image, objects, shown)
-    total = answer.total + 0.2 * aligned + 0.5 * extra
-    return total, {**answer.parts, "align": aligned}
+    return alignment(model, heads, image, objects, shown)

@@ -22,17 +22,12 @@ from pitome_vlm.demo.processor import (
     FILLER_WORDS,
     IMAGE,
     PAD,
-    PATCHES,
     UNKNOWN,
     USER,
-    vocabulary,
 )
 
 from .data import Arrays
-
-WORDS = vocabulary()
-USER_ID, ASSISTANT_ID = WORDS[USER], WORDS[ASSISTANT]
-FILLER_IDS = [WORDS[word] for word in FILLER_WORDS]
+from .world import DEMO, World
 
 
 @dataclass
@@ -63,22 +58,27 @@ class _Sequence:
         return position + len(ids)
 
 
-def prefix(rng: random.Random | None) -> list[int]:
+def prefix(rng: random.Random | None, world: World = DEMO) -> list[int]:
     """Tokens up to and including the image, with 0 to 10 random words around "user:"."""
     filler: list[int] = []
     if rng is not None and rng.random() < 0.6:
         filler = [
-            UNKNOWN if rng.random() < 0.08 else rng.choice(FILLER_IDS)
+            UNKNOWN if rng.random() < 0.08 else world.words[rng.choice(FILLER_WORDS)]
             for _ in range(rng.randint(1, 10))
         ]
     cut = 0 if rng is None else rng.choice((0, len(filler)))
-    return [BOS, *filler[:cut], USER_ID, *filler[cut:], *[IMAGE] * PATCHES]
+    return [BOS, *filler[:cut], world.words[USER], *filler[cut:], *[IMAGE] * world.patches]
 
 
 def pack(
-    arrays: Arrays, scenes: np.ndarray, per_scene: int | None, rng: random.Random | None
+    arrays: Arrays,
+    scenes: np.ndarray,
+    per_scene: int | None,
+    rng: random.Random | None,
+    world: World = DEMO,
 ) -> Packed:
     """Sequences for some scenes; without `rng` every question stands alone, without filler."""
+    user, assistant = world.words[USER], world.words[ASSISTANT]
     sequences: list[_Sequence] = []
     answer_at, chosen, mention_at, mentions = [], [], [], []
     for index, scene in enumerate(scenes):
@@ -86,17 +86,17 @@ def pack(
         if rng is not None:
             questions = rng.sample(questions, min(len(questions), per_scene or len(questions)))
         sequence = _Sequence()
-        start = sequence.add(prefix(rng), 0, 0)
+        start = sequence.add(prefix(rng, world), 0, 0)
         block, position = 0, start
         for q in questions:
             first, length, answer, _ = arrays.questions[q]
             text = arrays.tokens[first : first + length].tolist()
             if block and rng is not None and rng.random() < 0.2:
-                position = sequence.add([EOS, USER_ID], block, position)
+                position = sequence.add([EOS, user], block, position)
             else:
                 block, position = block + 1, start
             base = len(sequence.ids)
-            position = sequence.add([*text, ASSISTANT_ID, int(answer)], block, position)
+            position = sequence.add([*text, assistant, int(answer)], block, position)
             answer_at.append((index, base + length))
             chosen.append(q)
             for word, number, row, column in arrays.mentions[q]:
