@@ -2,7 +2,7 @@
 
 The baseline that VTC-Bench (arXiv 2510.07143) asks every method to beat: the pixels that the model
 would see are scaled down, the tower interpolates its position embeddings, nothing is merged.
-For models of the LLaVA kind with a CLIP or SigLIP tower, one image per prompt.
+For models of the LLaVA kind with a CLIP, SigLIP or DINOv2 tower, one image per prompt.
 """
 
 from __future__ import annotations
@@ -100,9 +100,14 @@ def any_image_size(model: Any) -> Iterator[None]:
     """
     tower: nn.Module = find_adapter(base := base_model(model)).parts(base).vision_tower
     if _OPTION not in inspect.signature(tower.forward).parameters:
+        embeddings: Any = getattr(tower, "embeddings", None)
+        if hasattr(embeddings, _OPTION):
+            # DINOv2's have no option: they interpolate wherever an image has another size.
+            yield
+            return
         raise ValueError(
             f"{type(tower).__name__} cannot interpolate its position embeddings; "
-            "the resize baseline is for CLIP and SigLIP towers"
+            "the resize baseline is for CLIP, SigLIP and DINOv2 towers"
         )
 
     def interpolate(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

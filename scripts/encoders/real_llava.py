@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ import torch
 from pitome_vlm.common import write_text
 from pitome_vlm.measure.provenance import checkpoint_fingerprint, provenance
 
-from ..command import command_line
 from ..demo import benchmark
 from ..demo.report import from_raw, plot
 from ..demo.stored import later_words
@@ -101,30 +101,39 @@ def export(wanted: argparse.Namespace) -> None:
 def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
     """Ask what is not stored yet."""
     found = llava_scenes.library(wanted.packages)
-    samples = llava_questions.load_split(wanted.split, found, wanted.scenes)
-    checkpoint = checkpoint_fingerprint(str(wanted.trained))
-    parts = llava_measure.in_parts(samples)
+    parts = llava_measure.in_parts(llava_questions.load_split(wanted.split, found, wanted.scenes))
     asked = [sample for part in parts for sample in part]
+    checkpoint = checkpoint_fingerprint(str(wanted.trained))
     old = benchmark.kept(stored, asked, checkpoint, overwrite=False)
     rows = llava_measure.every_row()
     todo = llava_measure.most_telling_first(benchmark.missing(old, rows))
     if not todo:
         return old
-    folder = wanted.output / "checkpoint"
-    llava_model.assemble(wanted.trained, wanted.tower or wanted.output / "tower", folder)
-    model, _ = benchmark.load_model(folder)
-    facts = provenance(
-        model,
-        split=wanted.split,
-        questions=len(asked),
-        batch_size=llava_measure.SCENES_TOGETHER,
-        checkpoint=checkpoint,
-        processes=wanted.jobs,
-        command=command_line(),
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        llava_model.assemble(wanted.trained, wanted.tower or wanted.output / "tower", folder)
+        model, _ = benchmark.load_model(folder)
+        facts = provenance(
+            model,
+            split=wanted.split,
+            questions=len(asked),
+            batch_size=llava_measure.SCENES_TOGETHER,
+            checkpoint=checkpoint,
+            processes=wanted.jobs,
+            command=_command(wanted),
+        )
+        options = llava_measure.options(wanted.packages, wanted.split)
+        with benchmark.asking(wanted.jobs, folder, parts, options) as ask:
+            return benchmark.with_rows(old, rows, todo, ask, facts, stored)
+
+
+def _command(wanted: argparse.Namespace) -> str:
+    """What measures the same, on any machine."""
+    scenes = "" if wanted.scenes is None else f" --scenes {wanted.scenes}"
+    return (
+        f"python -m scripts.encoders.real_llava measure --packages FOLDER --split {wanted.split}"
+        f"{scenes} --output eval/results/real_llava"
     )
-    options = llava_measure.options(wanted.packages, wanted.split)
-    with benchmark.asking(wanted.jobs, folder, parts, options) as ask:
-        return benchmark.with_rows(old, rows, todo, ask, facts, stored)
 
 
 def write(results: dict[str, Any], wanted: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 import pitome_vlm
 from pitome_vlm.demo.questions import NUMBER_WORDS
+from pitome_vlm.measure import resize
 from pitome_vlm.measure.demo_benchmark import Outcome, Setting
 from pitome_vlm.wrapping.encode import encode_images
 from scripts.demo.report import rows_of
@@ -163,6 +164,11 @@ def test_parts_are_put_together_around_a_tower_that_sees_larger_images(tmp_path:
         own = tower(pixels, output_hidden_states=True).hidden_states[-2]
         read = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
         assert torch.allclose(own, read, atol=1e-5)
+        ids = torch.tensor([[1, *[4] * 256, 7]])
+        batch = {"input_ids": ids, "attention_mask": ids.ne(0), "pixel_values": pixels}
+        smaller, count = resize.shrunk(model, batch, 64)
+        with resize.any_image_size(model):
+            assert model(**smaller).logits.shape[1] == count + 2 == 66
         merged = encode_images(pitome_vlm.wrap(model, tokens=16), pixels)
     assert (merged.full_counts, merged.counts) == ([256], [16])
     with pytest.raises(ValueError, match="weights do not fit: missing"):
@@ -170,7 +176,7 @@ def test_parts_are_put_together_around_a_tower_that_sees_larger_images(tmp_path:
 
 
 def test_the_page_says_what_is_missing_and_compares_with_the_demo(found):
-    samples = llava_questions.load_split("test", found, 20)
+    samples = llava_questions.load_split("test", found, 8)
     draws = np.random.default_rng(0)
 
     def row(setting: Setting, share: float) -> Outcome:
