@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tower", type=Path, help="folder for the converted weights")
     parser.add_argument("--folder", type=Path, help="data and checkpoints of a training")
     parser.add_argument("--images", type=int, default=llava_scenes.SPLIT_SCENES["train"])
-    parser.add_argument("--minutes", type=float, default=20.0, help="processor time of training")
+    parser.add_argument("--minutes", type=float, default=22.0, help="processor time of training")
     parser.add_argument(
         "--patch-minutes", type=float, default=3.0, help="of the projector alone, before that"
     )

@@ -30,6 +30,7 @@ from scripts.encoders.llava_scenes import (
     draw,
     scene,
 )
+from scripts.encoders.real_llava import TRAINED
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +199,17 @@ def test_the_page_says_what_is_missing_and_compares_with_the_demo(found):
         "VisPruner",
     ):
         assert part in page
+
+
+def test_the_weights_in_the_repository_are_those_of_the_model_without_its_tower():
+    with torch.device("meta"):
+        state = llava_model.build().state_dict()
+    expected = {
+        name: tuple(value.shape)
+        for name, value in state.items()
+        if not name.startswith(llava_model.TOWER)
+    }
+    path = Path(__file__).resolve().parents[2] / TRAINED / "model.safetensors"
+    stored = load_file(path)
+    assert {name: tuple(value.shape) for name, value in stored.items()} == expected
+    assert path.stat().st_size < 8e6
