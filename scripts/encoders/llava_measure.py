@@ -54,8 +54,13 @@ def every_row() -> list[Setting]:
 
 
 def most_telling_first(settings: Sequence[Setting]) -> list[Setting]:
-    """Those with calibration before the others: a run that is stopped has these."""
-    return sorted(settings, key=lambda one: one.name.endswith(NOT_CALIBRATED))
+    """Those with calibration, then the others at 1/4 and 1/16: a run that is stopped has these."""
+    last = (None, *BUDGETS[1::2], *BUDGETS[::2])
+
+    def place(one: Setting) -> int:
+        return last.index(one.budget) if one.name.endswith(NOT_CALIBRATED) else 0
+
+    return sorted(settings, key=place)
 
 
 def in_parts(samples: Sequence[Sample]) -> list[list[Sample]]:

@@ -11,7 +11,11 @@ from scipy.stats import spearmanr
 
 from pitome_vlm.common import markdown_table
 from pitome_vlm.demo import Sample
-from pitome_vlm.measure.demo_benchmark import accuracy_interval, difference_interval
+from pitome_vlm.measure.demo_benchmark import (
+    accuracy_interval,
+    difference_intervals,
+    family_words,
+)
 
 from ..demo.report import (
     BASELINE,
@@ -47,37 +51,40 @@ def unreduced(rows: Sequence[Row]) -> np.ndarray:
     return next(row for row in rows if row.name == BASELINE).correct
 
 
+def with_intervals(
+    samples: list[Sample], differences: dict[tuple[str, int], np.ndarray]
+) -> dict[tuple[str, int], str]:
+    """Cells of a table, by method and tokens, from [questions] paired differences."""
+    ends = difference_intervals(samples, list(differences.values()))
+    return {
+        key: f"{100 * one.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+        for (key, one), (low, high) in zip(differences.items(), ends, strict=True)
+    }
+
+
 def accuracy_table(samples: list[Sample], rows: list[Row], demo: list[Row]) -> list[str]:
     """Every calibrated method, in points minus no merging, and the same on the demo model."""
-    own, theirs = by_row(rows), by_row(demo)
-    base, demo_base = unreduced(rows), unreduced(demo)
+    theirs, base, demo_base = by_row(demo), unreduced(rows), unreduced(demo)
     low, high = accuracy_interval(samples, base)
-    lines = []
-    for name in dict.fromkeys(row.name for row in rows if row.name != BASELINE):
-        if name.endswith(NOT_CALIBRATED):
-            continue
-        cells = [name]
-        for tokens in llava_measure.BUDGETS:
-            cells.append(_difference(samples, own.get((name, tokens)), base))
+    pairs = {
+        key: right - base
+        for key, right in by_row(rows).items()
+        if key[0] != BASELINE and not key[0].endswith(NOT_CALIBRATED)
+    }
+    found, lines = with_intervals(samples, pairs), []
+    for name in dict.fromkeys(name for name, _ in pairs):
+        cells = [found.get((name, tokens), "not measured") for tokens in llava_measure.BUDGETS]
         for tokens in BUDGETS:
             right = theirs.get((name, tokens))
             cells.append("" if right is None else f"{100 * (right.mean() - demo_base.mean()):+.1f}")
-        lines.append(cells)
+        lines.append([name, *cells])
     columns = ["method", *(f"{one} of 256" for one in SHARES), *(f"demo, {one}" for one in SHARES)]
     words = (
         f"Without merging: **{100 * base.mean():.1f} %** ({low:.1f} to {high:.1f}) of "
         f"{len(base)} questions, on the demo model {100 * demo_base.mean():.1f} % of its own "
-        f"{len(demo_base)}. Cells are points minus that, with the 95 % interval of the paired "
-        "difference, images resampled."
+        f"{len(demo_base)}. Cells are points minus that. {family_words(len(pairs))}"
     )
     return ["## Accuracy", "", words, "", markdown_table(columns, lines), ""]
-
-
-def _difference(samples: list[Sample], right: np.ndarray | None, base: np.ndarray) -> str:
-    if right is None:
-        return "not measured"
-    low, high = difference_interval(samples, right, base)
-    return f"{100 * (right - base).mean():+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def rankings(rows: list[Row], demo: list[Row]) -> list[str]:
@@ -104,28 +111,30 @@ def rankings(rows: list[Row], demo: list[Row]) -> list[str]:
 def calibration(samples: list[Sample], rows: list[Row]) -> list[str]:
     """What calibration is worth for every algorithm: with minus without."""
     found = by_row(rows)
+    both = {
+        (name, tokens): (right, found[f"{name}{NOT_CALIBRATED}", tokens])
+        for (name, tokens), right in found.items()
+        if (f"{name}{NOT_CALIBRATED}", tokens) in found
+    }
+    if not both:
+        return ["## Calibration", "", "Not measured yet.", ""]
+    told = with_intervals(samples, {key: one - other for key, (one, other) in both.items()})
     lines = []
-    for name in dict.fromkeys(row.name for row in rows):
-        plain = f"{name}{NOT_CALIBRATED}"
-        pairs = [(found.get((name, n)), found.get((plain, n))) for n in llava_measure.BUDGETS]
-        if any(one is not None and other is not None for one, other in pairs):
-            cells = [
-                "not measured" if one is None or other is None else _two(samples, one, other)
-                for one, other in pairs
-            ]
-            lines.append([name, *cells])
+    for name in dict.fromkeys(name for name, _ in both):
+        cells = []
+        for key in [(name, tokens) for tokens in llava_measure.BUDGETS]:
+            one, other = both.get(key, (None, None))
+            if one is None or other is None:
+                cells.append("not measured")
+            else:
+                cells.append(f"{100 * one.mean():.1f} / {100 * other.mean():.1f}, {told[key]}")
+        lines.append([name, *cells])
     columns = ["algorithm", *(f"{one} of 256" for one in SHARES)]
     words = (
-        "Accuracy with calibration (log-size bias, mean positions) and without, and the paired "
-        "difference with its interval."
+        "Accuracy with calibration (log-size bias, mean positions) and without, and the "
+        f"difference. {family_words(len(both))}"
     )
     return ["## Calibration", "", words, "", markdown_table(columns, lines), ""]
-
-
-def _two(samples: list[Sample], one: np.ndarray, other: np.ndarray) -> str:
-    low, high = difference_interval(samples, one, other)
-    both = f"{100 * one.mean():.1f} / {100 * other.mean():.1f}"
-    return f"{both}, {100 * (one - other).mean():+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def guessed(samples: Sequence[Sample]) -> float:
