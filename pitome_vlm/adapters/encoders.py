@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..merge.schedule import TowerShape
+from ..merge.steps import every_other_layer
 from .layer_parts import ENCODER_LAYERS, parts_of
 from .tower import find_encoder_layers
 
@@ -212,7 +213,7 @@ def shape_of(encoder: Any, size: tuple[int, int] | None = None) -> TowerShape:
         grid=None if record.hidden is not None else (rows, columns),
         tower_only=True,
         spread=True,
-        few=True,
+        usual_layers=every_other_layer(layers),
     )
 
 

@@ -19,6 +19,7 @@ from typing_extensions import override
 from ..merge.counts import Footprint
 from ..merge.merge_pass import MergePass
 from ..merge.schedule import Schedule, TowerShape
+from ..merge.steps import few_layers
 from ..merge.tiles import PackedItem, merge_grids
 from ..merge.tokens import Encoded, HandedOver
 from ..releases import TRANSFORMERS, accepted, dict_wanted, features_from, takes_features
@@ -116,7 +117,7 @@ class GenericAdapter(Adapter):
             projector_only=not layers,
             typical=True,
             spread=kind.spread,
-            few=True,
+            usual_layers=few_layers(used),
         )
 
     def _kind(self, model: Any) -> TowerKind:

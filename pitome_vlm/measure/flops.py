@@ -142,7 +142,7 @@ def layers_flops(
 def _compared_flops(comparisons: list[Comparison], config: MergeConfig) -> int:
     """FLOPs of comparing tokens in a tower that takes images of any size."""
     algorithm, total = algorithms.get(config.algorithm), 0
-    by_keys = (config.metric or algorithm.metric) == "keys"
+    by_keys = algorithm.compares_keys(config, tower_only=False)
     for one in comparisons:
         width = one.key_width if by_keys else one.state_width
         ctx = MergeContext(config, one.layer)
@@ -176,7 +176,7 @@ def _layer_merging(
     if entering == leaving:
         return 0
     algorithm = algorithms.get(config.algorithm)
-    by_keys = (config.metric or algorithm.metric) == "keys"
+    by_keys = algorithm.compares_keys(config, tower_only=schedule.tower_only)
     ctx, n_leading = MergeContext(config, index, schedule.depth(index)), schedule.n_leading
     metric = head_dim_of(block) if by_keys else width
     flops = similarity_flops(entering - n_leading, leaving - n_leading, metric, algorithm, ctx)

@@ -68,6 +68,8 @@ class MergeContext:
         n_leading: protected tokens (CLS) at the start. They are removed before an algorithm is
             called; ToMe needs their number for its parity.
         at_projector: the step is on the features that the projector reads, after the tower.
+        tower_only: nothing follows the tower that could do with fewer tokens: an encoder on its
+            own.
         grid: (rows, columns) while the tokens are still the whole patch grid, else None.
         sizes: [B, N] float32 patches that each token stands for, None for all one.
         cls_attention: [B, N] float32, how much of the class token's attention (mean over heads)
@@ -82,6 +84,7 @@ class MergeContext:
     depth: float = 0.0
     n_leading: int = 0
     at_projector: bool = False
+    tower_only: bool = False
     grid: tuple[int, int] | None = None
     sizes: Tensor | None = None
     cls_attention: Tensor | None = None
@@ -163,6 +166,7 @@ class Algorithm:
         needs_grid: works on the whole patch grid only.
         needs_attention: reads `MergeContext.cls_attention`, hence works inside the tower only.
         metric: what tokens are compared by when the user does not say.
+        encoder_metric: the same in an encoder on its own, None for `metric`.
         proportional_attention: log(size) in the tower's attention by default.
         calibrated: sizes and positions are told to the language model by default.
         compares: tokens with each other, which is what it costs (`costs`).
@@ -184,6 +188,7 @@ class Algorithm:
     needs_grid: bool = False
     needs_attention: bool = False
     metric: Metric = "keys"
+    encoder_metric: Metric | None = None
     proportional_attention: bool = True
     calibrated: bool = True
     compares: bool = True
@@ -203,6 +208,16 @@ class Algorithm:
                     f"algorithm {self.name!r} has an option {item.name!r}, which all algorithms "
                     "share; give it another name"
                 )
+
+    def compares_keys(self, config: MergeConfig, *, tower_only: bool) -> bool:
+        """Whether tokens in a tower are compared by attention keys, else by hidden states.
+
+        Args:
+            config: the options.
+            tower_only: see `MergeContext`.
+        """
+        own = self.encoder_metric if tower_only else None
+        return (config.metric or own or self.metric) == "keys"
 
 
 @torch.no_grad()

@@ -72,7 +72,8 @@ class MergeConfig:
             takes the algorithm's own place.
         layers: tower layers that merge (0-based). None means every layer that is run; with
             `pitome_plus` at stage="both", those after three and five eighths of the tower; in
-            towers that no published algorithm was made for, those after a quarter and a half.
+            towers that no published algorithm was made for, those after a quarter and a half; in
+            encoders on their own every other one, all with `ratio`.
         tower_share: with stage="both", the share of the (logarithmic) reduction done in the
             tower, in (0, 1). None takes the algorithm's own.
         projector_steps: steps at the projector; None means the fewest possible.

@@ -112,7 +112,7 @@ class MergePass:
     @property
     def compares_keys(self) -> bool:
         """Whether tokens are compared by attention keys, otherwise by hidden states."""
-        return (self.config.metric or self.algorithm.metric) == "keys"
+        return self.algorithm.compares_keys(self.config, tower_only=self.schedule.tower_only)
 
     def merges(self, layer: int) -> bool:
         """Whether a plan is made in a layer."""
@@ -300,6 +300,7 @@ class MergePass:
             layer=layer,
             depth=self.schedule.depth(layer),
             n_leading=n_leading,
+            tower_only=self.schedule.tower_only,
             grid=self.grid if whole_grid else None,
             sizes=sizes,
         )

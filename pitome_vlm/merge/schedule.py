@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from .steps import (
     Budget,
     falling_counts,
-    few_layers,
     geometric_counts,
     halving_steps,
     merging_layers,
@@ -43,6 +42,7 @@ class Schedule:
             merges every other one in proportion.
         spread: groups end with the tower, which hands every token's place its group's value.
         after_layer: tokens merge after a layer's MLP and not before it.
+        tower_only: nothing follows the tower that could do with fewer tokens.
     """
 
     n_tokens: int
@@ -57,6 +57,7 @@ class Schedule:
     typical: bool = False
     spread: bool = False
     after_layer: bool = False
+    tower_only: bool = False
 
     @property
     def ladder(self) -> tuple[int, ...]:
@@ -144,7 +145,8 @@ class TowerShape:
             do with fewer.
         typical: see `Schedule`.
         spread: see `Schedule`.
-        few: every algorithm merges in `few_layers` where none are named (`default_layers`).
+        usual_layers: those that merge, whatever the algorithm, where none are named; None for what
+            the algorithm says (`default_layers`).
     """
 
     n_tokens: int
@@ -158,7 +160,7 @@ class TowerShape:
     tower_only: bool = False
     typical: bool = False
     spread: bool = False
-    few: bool = False
+    usual_layers: tuple[int, ...] | None = None
 
 
 def default_layers(shape: TowerShape, budget: Budget, few: bool) -> tuple[int, ...] | None:
@@ -173,10 +175,11 @@ def default_layers(shape: TowerShape, budget: Budget, few: bool) -> tuple[int, .
         budget: what has to come out.
         few: the algorithm merges in two layers of any tower (`Algorithm.few_layers`).
     """
-    per_layer = budget.ratio is not None and (shape.tower_only or not shape.few)
-    if per_layer or not (shape.few or few):
+    if budget.ratio is not None and (shape.tower_only or shape.usual_layers is None):
         return None
-    return few_layers(shape.used_layers) if shape.few else middle_layers(shape.used_layers)
+    if shape.usual_layers is None and few:
+        return middle_layers(shape.used_layers)
+    return shape.usual_layers
 
 
 def build_schedule(
@@ -251,6 +254,7 @@ def build_schedule(
         typical=shape.typical,
         spread=shape.spread,
         after_layer=after_layer,
+        tower_only=shape.tower_only,
     )
 
 

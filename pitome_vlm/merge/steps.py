@@ -165,6 +165,11 @@ def middle_layers(n_layers: int) -> tuple[int, ...]:
     return tuple(sorted({-(-part * n_layers // 8) - 1 for part in (3, 5)}))
 
 
+def every_other_layer(n_layers: int) -> tuple[int, ...]:
+    """The first layer of a tower of `n_layers`, the third, and so on."""
+    return tuple(range(0, n_layers, 2))
+
+
 def merging_layers(used_layers: int, layers: Sequence[int] | None) -> tuple[int, ...]:
     """The tower layers that merge: all that are run, or the given ones among them.
 

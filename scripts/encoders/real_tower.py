@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,24 @@ import torch
 from tqdm import tqdm
 
 from pitome_vlm import MergeConfig
+from pitome_vlm.algorithms import register
 from pitome_vlm.common import write_text
 from pitome_vlm.measure.provenance import provenance
 from pitome_vlm.measure.spectral import merge_changes
 
 from . import tower_data, tower_weights
-from .tower_cells import EVERY, LEVELS, RECIPES, Inputs, Reader, Study, encode, measure, unit
+from .tower_cells import (
+    ENERGIES,
+    EVERY,
+    LEVELS,
+    RECIPES,
+    Inputs,
+    Reader,
+    Study,
+    encode,
+    measure,
+    unit,
+)
 from .tower_report import plot, report
 
 EMOJI_SIZE, PHOTO_SIZE = 168, 224
@@ -97,13 +110,16 @@ def prepared(wanted: argparse.Namespace) -> tuple[Any, Study]:
 def start(study: Study, tower: Path) -> None:
     """A worker process: its own model, the study of the first process."""
     torch.set_num_threads(1)
+    register(ENERGIES)
     _STATE[:] = [tower_weights.load(tower), study]
 
 
 def work(cell: tuple[str, str, float]) -> tuple[str, dict[str, Any]]:
     """Measure one cell in a worker process."""
     key, name, level = cell
-    return key, measure(*_STATE, RECIPES.get(name), level)
+    before = time.process_time()
+    values = measure(*_STATE, RECIPES.get(name), level)
+    return key, values | {"seconds": round(time.process_time() - before, 1)}
 
 
 def spectra(model: Any, photos: torch.Tensor) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ linear probes) are made from the unmerged tower, as for a model that is merged o
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,35 +17,59 @@ from torch import Tensor
 import pitome_vlm
 from pitome_vlm import MergeConfig
 from pitome_vlm.adapters.encoders import encoder_layers, shape_of, size_of
+from pitome_vlm.algorithms import MergeContext, MergePlan
 from pitome_vlm.measure.flops import layers_flops
+from pitome_vlm.merge.algorithms import pitome_plus
 from pitome_vlm.merge.budget import schedule_for
 from pitome_vlm.merge.presets import PRESETS
-from pitome_vlm.merge.schedule import few_layers
+from pitome_vlm.merge.steps import every_other_layer, few_layers
 
 LEVELS = (0.8, 0.6, 0.4)
 BATCH = 16
 LAYERS = 12
-FEW, EVERY = list(few_layers(LAYERS)), list(range(LAYERS))
+FEW, EVERY, OTHER = list(few_layers(LAYERS)), list(range(LAYERS)), list(every_other_layer(LAYERS))
+
+
+def with_energies(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
+    """pitome_plus as in language models: energies are added to the similarity of two tokens."""
+    return pitome_plus.plan(keys, n_out, ctx=replace(ctx, tower_only=False))
+
+
+ENERGIES = replace(
+    pitome_plus.ALGORITHM, name="with_energies", plan=with_energies, encoder_metric=None
+)
 UNPROTECTED = {"algorithm": "pitome", "protect": False}
+DEFAULT = "pitome_plus (default)"
 # Name -> options; all layers merge unless the name says otherwise. The most telling ones first: a
 # run that is stopped has these.
 RECIPES: dict[str, dict[str, Any]] = {
     "tome": {"algorithm": "tome"},
-    "pitome_plus": {"algorithm": "pitome_plus"},
+    DEFAULT: {"algorithm": "pitome_plus", "layers": OTHER},
     "pitome (paper)": {"algorithm": "pitome"},
     "pitome, unprotected, hidden": UNPROTECTED | {"metric": "hidden"},
     "tome, hidden": {"algorithm": "tome", "metric": "hidden"},
-    "pitome_plus, few layers": {"algorithm": "pitome_plus", "layers": FEW},
-    "pitome, unprotected": UNPROTECTED,
-    "tome, hidden, few layers": {"algorithm": "tome", "metric": "hidden", "layers": FEW},
     "random": {"algorithm": "random"},
+    "pitome_plus, all layers": {"algorithm": "pitome_plus"},
+    "pitome_plus, hidden": {"algorithm": "pitome_plus", "layers": OTHER, "metric": "hidden"},
+    "pitome_plus, hidden, layers 0, 2, 4, 6": {
+        "algorithm": "pitome_plus",
+        "layers": [0, 2, 4, 6],
+        "metric": "hidden",
+    },
+    "with energies, all layers": {"algorithm": "with_energies"},
+    "with energies, as default": {"algorithm": "with_energies", "layers": OTHER},
+    "with energies, layers 1, 3, 5, 7": {"algorithm": "with_energies", "layers": [1, 3, 5, 7]},
+    "with energies, layers 2, 5": {"algorithm": "with_energies", "layers": FEW},
+    "with energies, layers 4, 7": {"algorithm": "with_energies", "layers": [4, 7]},
+    "with energies, keys": {"algorithm": "with_energies", "metric": "keys"},
+    "pitome, unprotected": UNPROTECTED,
+    "tome, as default": {"algorithm": "tome", "layers": OTHER},
+    "tome, hidden, layers 2, 5": {"algorithm": "tome", "metric": "hidden", "layers": FEW},
+    "released code": PRESETS["released"],
     "pitome, early matching": {"algorithm": "pitome", "early_matching": 0.5},
     "pitome, hidden": {"algorithm": "pitome", "metric": "hidden"},
-    "released code": PRESETS["released"],
     "tome, raster order": {"algorithm": "tome", "token_order": "raster"},
     "tofu": {"algorithm": "tofu"},
-    "pitome_plus, keys": {"algorithm": "pitome_plus", "metric": "keys"},
-    "pitome_plus, after the layer": {"algorithm": "pitome_plus", "placement": "after_layer"},
     "diffrate": {"algorithm": "diffrate"},
     "pitome, elu": {"algorithm": "pitome", "energy": "elu"},
     "pitome, gaussian": {"algorithm": "pitome", "energy": "gaussian"},

@@ -12,7 +12,7 @@ from pitome_vlm.common import markdown_table
 from pitome_vlm.measure.provenance import in_words
 from pitome_vlm.measure.stats import Interval, mean_interval, simultaneous_intervals
 
-from .tower_cells import LEVELS, RECIPES
+from .tower_cells import DEFAULT, LEVELS, RECIPES
 from .tower_weights import PROVENANCE
 
 UNMERGED, YARDSTICK = "none", "tome"
@@ -142,13 +142,16 @@ def report(results: Mapping[str, Any]) -> str:
         "the level. All layers merge unless it says otherwise. Intervals of means: 95 %, items "
         "resampled, each for itself.",
     ]
+    times = [cell["seconds"] for cell in cells.values() if "seconds" in cell]
+    if times:
+        parts.append(f"A cell takes {min(times):.0f} to {max(times):.0f} seconds of one core.")
     if missing:
         parts.append(f"**{missing} of {len(wanted)} cells are not measured yet.** The run resumes.")
     parts.append("![scores by FLOPs](scores.png)")
     for level in LEVELS:
         if any(name.endswith(f"/{level:g}") for name in cells):
             parts += [f"## {round(100 * level)} % of the FLOPs", level_table(cells, level)]
-    for other in (YARDSTICK, "pitome_plus, few layers"):
+    for other in (YARDSTICK, DEFAULT):
         if any(f"{other}/{level:g}" in cells for level in LEVELS):
             parts += [
                 f"## Minus {other}",

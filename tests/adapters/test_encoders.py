@@ -158,13 +158,13 @@ def test_layers_see_the_scheduled_counts(tiny, model):
 
 
 @every_encoder
-def test_ratio_merges_in_every_layer_and_a_total_in_few(tiny, model):
+def test_ratio_merges_in_every_layer_and_a_total_in_every_other(tiny, model):
     pitome_vlm.wrap(model, ratio=0.9)
     assert [layer for layer, _ in schedule_of(model).tower] == [0, 1, 2, 3]
     counts = [PATCHES - int(PATCHES * (1 - 0.9) + 1e-9)]
     assert schedule_of(model).tower[0][1] == counts[0]
     pitome_vlm.wrap(model, keep=0.5)
-    assert [layer for layer, _ in schedule_of(model).tower] == [0, 1]
+    assert [layer for layer, _ in schedule_of(model).tower] == [0, 2]
 
 
 @every_encoder
@@ -229,6 +229,19 @@ def test_images_of_other_sizes():
         assert output.last_hidden_state.shape[1] == 32 + tiny.leading
         different = len(output.last_hidden_state[0].unique(dim=0))
         assert different == int(0.5 * (32 + tiny.leading) + 0.5), name
+
+
+def test_the_default_pairs_by_similarity_alone():
+    """In an encoder no energies are added: PiToMe without protection, on keys."""
+    model, inputs = TINY["vit"].model(), TINY["vit"].inputs()
+    found = []
+    # No layer has to lose more than a quarter, which would take rounds.
+    for options in ({}, {"algorithm": "pitome", "protect": False}):
+        pitome_vlm.wrap(model, keep=0.6, **options)
+        with torch.no_grad():
+            found.append(model(**inputs).last_hidden_state)
+        pitome_vlm.unwrap(model)
+    assert torch.equal(*found)
 
 
 def test_every_algorithm_that_works_inside_a_tower():

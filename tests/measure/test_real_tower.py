@@ -11,6 +11,7 @@ from transformers import Dinov2Config, Dinov2Model
 import pitome_vlm
 from scripts.encoders import tower_report
 from scripts.encoders.tower_cells import (
+    DEFAULT,
     LEVELS,
     RECIPES,
     Inputs,
@@ -42,11 +43,12 @@ def counted(model) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 def test_recipes_of_a_level_cost_the_same(tower):
     whole = counted(tower)
     # The convolution of patches and the last norm are no layers.
     patches = 2 * 64 * 3 * 14**2 * 32
-    for name in ("tome", "pitome_plus", "pitome (paper)", "released code"):
+    for name in ("tome", DEFAULT, "pitome (paper)", "released code"):
         for level in LEVELS:
             config = config_at(tower, RECIPES[name], level, IMAGES)
             with pitome_vlm.wrapped(tower, config=config):

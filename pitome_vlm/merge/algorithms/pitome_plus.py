@@ -8,7 +8,10 @@ its ends are *and* how redundant they are,
     score(a, b) = cos(a, b) + (E(a) + E(b)) / 2,
 
 and the r best edges are merged: a pair of twins on an empty background loses against two patches
-of that background. Nothing is protected beforehand; isolated tokens have no good edge.
+of that background. Nothing is protected beforehand; isolated tokens have no good edge. In an
+encoder on its own nobody counts objects, every place has its group's value back after the last
+layer, and twins are what is merged best: there the similarity of keys alone decides, between halves
+that alternate in energy order (eval/results/real_tower).
 
 An edge is only good while there is a choice: with half of the tokens to go every token of one half
 would have to merge. So at most a quarter of them go at once, and a step that asks for more takes
@@ -76,7 +79,8 @@ def matching(similarity: Similarity, n_out: int, ctx: MergeContext) -> MergePlan
     energy, by_energy = energy.sort(dim=-1, descending=True, stable=True)
     # Alternating, so that both ends of a good edge are rarely on one side.
     sides, worth = ((one[:, ::2], one[:, 1::2]) for one in (by_energy, energy))
-    sources, destinations = match_most_similar(similarity, *sides, n_tokens - n_out, worth)
+    weights = None if ctx.tower_only else worth
+    sources, destinations = match_most_similar(similarity, *sides, n_tokens - n_out, weights)
     order = None
     if not ctx.config.restore_order:
         order = without(by_energy, sources)
@@ -102,5 +106,6 @@ ALGORITHM = Algorithm(
     default_stage="both",
     tower_share=2 / 3,
     metric="hidden",
+    encoder_metric="keys",
     options=EnergyOptions,
 )
