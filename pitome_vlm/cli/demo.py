@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 FILES = ("scene.png", "scene-compared.png", "report.html")
 # The questions of one scene are folded to this width, so that its table fits 80 characters.
 NARROW_QUESTION = 14
+# Of the held-out questions, which are not read before the first line.
+QUESTION_TYPES = 9
 
 
 def demo(
@@ -50,6 +52,11 @@ def demo(
     started = time.perf_counter()
     if report:
         check_output(output, FILES, overwrite=overwrite)
+    if questions < QUESTION_TYPES:
+        raise ValueError(
+            f"--questions must be in {QUESTION_TYPES}.., so that each of the {QUESTION_TYPES} "
+            f"types is asked, got {questions}"
+        )
     write("A tiny LLaVA answers the same questions with all visual tokens and with fewer.")
     with quiet(verbose):
         from .demo_run import balanced, chosen_scene, held_out, load_demo

@@ -116,7 +116,6 @@ def load_model(path: Path) -> tuple[Any, Any]:
     """Model and processor of this process, loaded once, on one thread."""
     if not _LOADED:
         torch.set_num_threads(1)
-        torch.set_grad_enabled(False)
         _LOADED.append(pitome_vlm.load(path, dtype="float32"))
     loaded: tuple[Any, Any] = _LOADED[0]
     return loaded
