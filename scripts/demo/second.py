@@ -80,7 +80,10 @@ def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
         if not (key in known and holds(known[key], one.config))
     }
     keys = list(todo)
-    with asking(wanted, samples) as ask:
+    size = wanted.batch_size
+    parts = [samples[i : i + size] for i in range(0, len(samples), size)]
+    options = {"split": wanted.split, "batch_size": size}
+    with asking(wanted.jobs, wanted.model, parts, options) as ask:
         for begin in tqdm(range(0, len(keys), ROWS_BETWEEN_SAVES), unit="save"):
             part = keys[begin : begin + ROWS_BETWEEN_SAVES]
             for key, outcome in zip(part, ask([todo[key] for key in part]), strict=True):

@@ -90,3 +90,15 @@ def test_a_run_goes_on_only_with_the_same_model_and_questions(results, tmp_path)
     wanted.limit = 60
     with pytest.raises(SystemExit, match="was made with checkpoint sha256:1, not"):
         second.measure(wanted, stored)
+
+
+@pytest.mark.slow
+def test_the_command_asks_all_settings_and_resumes(tmp_path, monkeypatch):
+    words = ["second", "--output", str(tmp_path), "--limit", "12", "--jobs", "1"]
+    monkeypatch.setattr("sys.argv", words)
+    second.main()
+    stored = tmp_path / "second_val.json"
+    first = json.loads(stored.read_text())
+    assert first["cells"].keys() == second.settings().keys()
+    second.main()
+    assert json.loads(stored.read_text())["cells"] == first["cells"]
