@@ -233,13 +233,16 @@ def _farthest_first(distance: Tensor, n_out: int) -> Tensor:
     choice = _first_of_largest(distance.amin(-1))[:, 0]
     # What is chosen stays at minus infinity and is never the farthest again.
     own.fill_(-math.inf)
-    images, n_tokens = own.shape
     rows = distance.flatten(0, 1)
-    first = torch.arange(0, images * n_tokens, n_tokens, device=rows.device)
-    chosen, to_chosen = [choice], rows.index_select(0, choice + first)
-    # As few operators as can be: at this length they take longer than what they compute.
+    first = torch.arange(0, own.numel(), own.shape[1], device=own.device)
+
+    def to(choice: Tensor) -> Tensor:
+        # One operator less for one image; at this length they take longer than what they compute.
+        return rows.index_select(0, choice if len(own) == 1 else choice + first)
+
+    chosen, to_chosen = [choice], to(choice)
     for _ in range(n_out - 1):
         choice = to_chosen.argmax(-1)
         chosen.append(choice)
-        to_chosen = torch.minimum(to_chosen, rows.index_select(0, choice + first))
+        to_chosen = torch.minimum(to_chosen, to(choice))
     return torch.stack(chosen, 1)
