@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
+    AutoModelForImageTextToText,
     AutoProcessor,
     CLIPVisionConfig,
     LlamaConfig,
@@ -134,7 +135,7 @@ def spread(name: str) -> float:
 
 def save_adapter(path: str, folder: Path) -> str:
     """A random LoRA adapter of the language model of a checkpoint, as PEFT saves it."""
-    model = LlavaForConditionalGeneration.from_pretrained(path)
+    model = AutoModelForImageTextToText.from_pretrained(path)
     generator, weights = torch.Generator().manual_seed(0), {}
     for name, parameter in model.named_parameters():
         if "language_model" in name and name.endswith(("q_proj.weight", "v_proj.weight")):

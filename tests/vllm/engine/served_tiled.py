@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from served_models import ANSWER_TOKENS, spread
+from served_models import ANSWER_TOKENS, add_adapter, spread
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -193,14 +193,18 @@ def refused_requests(prompt: str, paths: list[str], kind: str) -> list[tuple[dic
     ]
 
 
-def reference_tiled(path, requests, config, *, tokens: int = ANSWER_TOKENS, unseen=(), noise=None):
+def reference_tiled(
+    path, requests, config, *, tokens: int = ANSWER_TOKENS, unseen=(), noise=None, adapter=None
+):
     """The library's own greedy answers: [(prompt tokens, answer)].
 
     A request's own budget is in `pitome`; `config` None is the model without merging. `unseen` are
     arguments of the processor that the model does not get. `noise` is a generator of changes of the
-    last bits of pixels.
+    last bits of pixels. `adapter` is a folder of `save_adapter`.
     """
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+    if adapter:
+        add_adapter(model, adapter)
     processor = AutoProcessor.from_pretrained(path)
     found = []
     for request in requests:

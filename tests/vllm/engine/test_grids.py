@@ -11,6 +11,7 @@ pytest.importorskip("vllm.version", reason="make test-vllm builds an environment
 from compared import answers, check_varied
 from PIL import Image
 from served_grids import CONFIGS, WRITTEN, grid_requests, save_grids, write_answers
+from served_models import save_adapter
 from served_tiled import PARALLEL, reference_tiled, refused_requests, save_images
 from test_tiled import check_names
 
@@ -22,10 +23,10 @@ if features_from("qwen3_5") <= RELEASE:
     KINDS.append("qwen3_5")
 CONTROLS = ("compact decoding", "no sizes", "no places")
 # Two run in two processes, each with half of the heads; in one something is wrong on purpose; the
-# layers of one are compiled.
+# layers of one are compiled, and it is asked once more with an adapter.
 HOW = {
     "qwen2_vl": PARALLEL,
-    "qwen2_5_vl": {"enforce_eager": False},
+    "qwen2_5_vl": {"enforce_eager": False, "enable_lora": True, "max_lora_rank": 8},
     "qwen3_vl": {"controls": CONTROLS},
     "qwen3_5": {**PARALLEL, "linear_attention": True},
 }
@@ -64,11 +65,15 @@ def library_answers(kind, path, requests):
 def test_answers_are_the_library_s(engine, images, tmp_path, kind):
     """One batch in which requests have other budgets, and once more from the cache."""
     path, requests = save_grids(tmp_path / kind, kind), grid_requests(images)
-    first, second, *controls = engine(
+    adapters = []
+    if HOW[kind].get("enable_lora"):
+        adapters.append(save_adapter(path, tmp_path / "adapter"))
+    first, second, *others = engine(
         path,
         requests,
         CONFIGS[kind],
         passes=2,
+        adapters=adapters,
         max_keep=1.0,
         # Images are split over steps.
         max_num_batched_tokens=40,
@@ -86,6 +91,10 @@ def test_answers_are_the_library_s(engine, images, tmp_path, kind):
     stock = reference_tiled(path, whole, None)
     assert [one for one, asked in zip(expected, requests, strict=True) if asked in whole] == stock
     check_names(requests, first)
-    for wrong in controls:
+    for adapter in adapters:
+        adapted = reference_tiled(path, requests, CONFIGS[kind], adapter=adapter)
+        assert answers(others.pop(0)) == adapted
+        assert sum(own == other for own, other in zip(adapted, expected, strict=True)) <= 2
+    for wrong in others:
         pairs = zip(answers(wrong), expected, strict=True)
         assert sum(own == other for own, other in pairs) <= 12
