@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from ..measure.demo_benchmark import Outcome
     from .demo_run import Demo, Scene, Score
 
-# As `demo_page.FILES`, whose import takes longer than the first line may.
-FILES = ("scene.png", "scene-compared.png", "report.html")
+IMAGES = ("scene.png", "scene-compared.png")
+PAGE = "report.html"
 # The questions of one scene are folded to this width, so that its table fits 80 characters.
 NARROW_QUESTION = 14
 # Of the held-out questions, which are not read before the first line.
@@ -51,7 +51,7 @@ def demo(
     """
     started = time.perf_counter()
     if report:
-        check_output(output, FILES, overwrite=overwrite)
+        check_output(output, (*IMAGES, PAGE), overwrite=overwrite)
     if questions < QUESTION_TYPES:
         raise ValueError(
             f"--questions must be in {QUESTION_TYPES}.., so that each of the {QUESTION_TYPES} "

@@ -13,6 +13,7 @@ from ..measure.demo_benchmark import Outcome
 from ..measure.provenance import in_words, provenance
 from ..measure.tables import Cell, Figure, Table, html_report, png
 from ..measure.visualize import SourceMap, overlay, strip
+from .demo import IMAGES, PAGE
 from .demo_run import (
     DEFAULT,
     KEEPS,
@@ -30,8 +31,6 @@ from .demo_run import (
 
 # A multiple of the 120 pixels that the model sees, large enough to look at.
 IMAGE_SIZE = 480
-IMAGES = ("scene.png", "scene-compared.png")
-FILES = (*IMAGES, "report.html")
 
 
 def write_images(folder: Path, run: Demo, scene: Scene, outcomes: Sequence[Outcome]) -> list[Path]:
@@ -69,7 +68,7 @@ def write_page(
         tables=[_answer_table(scene, outcomes), _score_table(run, scores)],
         footer=f"Measured by pitome-vlm demo: {in_words(provenance(run.model, seed=seed or 0))}.",
     )
-    return write_text(folder / FILES[-1], page)
+    return write_text(folder / PAGE, page)
 
 
 def _drawn(image: Image.Image, groups: SourceMap) -> Image.Image:

@@ -33,7 +33,8 @@ def compiled_plan(
     """
     if torch.compiler.is_compiling():
         return make_plan(algorithm, keys, n_out, ctx=ctx)
-    made = _compiled(ctx.layer, (ctx.config, keys.shape, n_out, keys.dtype, keys.device))
+    fixed = ctx.config, ctx.depth, ctx.n_leading, n_out
+    made = _compiled(ctx.layer, (*fixed, keys.shape, keys.dtype, keys.device))
     return MergePlan.put_together(*made(algorithm, keys.detach(), n_out, ctx))
 
 

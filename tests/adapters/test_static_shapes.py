@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from graphs import Graphs, no_older_graphs  # noqa: F401
 from tiny import tiny_batch, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -66,24 +67,6 @@ def tensors(seed=0):
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(2, N + 1, 8, generator=generator)
     return keys, torch.rand(2, N, generator=generator), torch.ones(2, N + 1)
-
-
-class Graphs:
-    """A backend that runs graphs as they are and counts them."""
-
-    def __init__(self):
-        self.count = 0
-
-    def __call__(self, graph, _):
-        self.count += 1
-        return graph.forward
-
-
-@pytest.fixture(autouse=True)
-def no_older_graphs():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)

@@ -6,27 +6,10 @@ import functools
 
 import pytest
 import torch
+from graphs import Graphs, no_older_graphs  # noqa: F401
 from tiny import tiny_batch, tiny_model
 
 import pitome_vlm
-
-
-class Graphs:
-    """A backend that runs graphs as they are and counts them."""
-
-    def __init__(self):
-        self.count = 0
-
-    def __call__(self, graph, _):
-        self.count += 1
-        return graph.forward
-
-
-@pytest.fixture(autouse=True)
-def no_older_graphs():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def logits(model, batch, **options):
