@@ -70,11 +70,11 @@ def demo(
             if report:
                 from .demo_page import write_images, write_page
 
-                _show_files(write_images(output, run, scene, answers))
+                _show_files(write_images([output / name for name in IMAGES], run, scene, answers))
             scores = _scores(run, asked)
             _show_scores(run, scores)
             if report:
-                _show_files([write_page(output, run, scene, answers, scores, seed)])
+                _show_files([write_page(output / PAGE, run, scene, answers, scores, seed)])
     write(f"{time.perf_counter() - started:.0f} s in total")
 
 

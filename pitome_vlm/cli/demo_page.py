@@ -13,7 +13,6 @@ from ..measure.demo_benchmark import Outcome
 from ..measure.provenance import in_words, provenance
 from ..measure.tables import Cell, Figure, Table, html_report, png
 from ..measure.visualize import SourceMap, overlay, strip
-from .demo import IMAGES, PAGE
 from .demo_run import (
     DEFAULT,
     KEEPS,
@@ -33,10 +32,12 @@ from .demo_run import (
 IMAGE_SIZE = 480
 
 
-def write_images(folder: Path, run: Demo, scene: Scene, outcomes: Sequence[Outcome]) -> list[Path]:
+def write_images(
+    paths: Sequence[Path], run: Demo, scene: Scene, outcomes: Sequence[Outcome]
+) -> list[Path]:
     """Write the scene, and next to it what the default makes of it with both answers.
 
-    `outcomes` are those of `Demo.answers`.
+    `paths` names the two files; `outcomes` are those of `Demo.answers`.
     """
     image = scene_image(scene.number, scene.split, IMAGE_SIZE)
     default = next(one for one in outcomes if one.setting.name == DEFAULT)
@@ -44,19 +45,19 @@ def write_images(folder: Path, run: Demo, scene: Scene, outcomes: Sequence[Outco
         (_caption(scene, outcomes[0]), image),
         (_caption(scene, default), _drawn(image, run.groups(default.setting, scene))),
     ]
-    files = zip(IMAGES, (image, strip(panels, height=IMAGE_SIZE)), strict=True)
-    return [write_bytes(folder / name, png(content)) for name, content in files]
+    files = zip(paths, (image, strip(panels, height=IMAGE_SIZE)), strict=True)
+    return [write_bytes(path, png(content)) for path, content in files]
 
 
 def write_page(
-    folder: Path,
+    path: Path,
     run: Demo,
     scene: Scene,
     outcomes: Sequence[Outcome],
     scores: Sequence[Score],
     seed: int | None,
 ) -> Path:
-    """Write report.html: every method on the scene, its answers, and the scores."""
+    """Write the report: every method on the scene, its answers, and the scores."""
     page = html_report(
         "Fewer visual tokens, same questions",
         lead=(
@@ -68,7 +69,7 @@ def write_page(
         tables=[_answer_table(scene, outcomes), _score_table(run, scores)],
         footer=f"Measured by pitome-vlm demo: {in_words(provenance(run.model, seed=seed or 0))}.",
     )
-    return write_text(folder / PAGE, page)
+    return write_text(path, page)
 
 
 def _drawn(image: Image.Image, groups: SourceMap) -> Image.Image:

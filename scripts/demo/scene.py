@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pitome_vlm.cli.demo import IMAGES
 from pitome_vlm.cli.demo_page import write_images
 from pitome_vlm.cli.demo_run import (
     SCENE_METHODS,
@@ -86,7 +87,7 @@ def main() -> None:
     for index, sample in enumerate(scene.samples):
         given = {outcome.setting.name: outcome.answers[index] for outcome in outcomes}
         print(f"{sample.question} {sample.answer}: {given}")
-    for path in write_images(wanted.output, demo, scene, outcomes):
+    for path in write_images([wanted.output / name for name in IMAGES], demo, scene, outcomes):
         print(path)
 
 
