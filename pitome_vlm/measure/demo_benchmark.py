@@ -6,9 +6,10 @@ and their differences are. Tables and plots are made by `scripts/demo` and the c
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -153,6 +154,20 @@ def run(
     ]
 
 
+class FirstToken(NamedTuple):
+    """One run from pixels to the first token.
+
+    Attributes:
+        wall_ms: milliseconds by the clock: what a user waits for.
+        processor_ms: milliseconds of processor time of this process, all its threads. On a machine
+            that others use it says more of the work than the clock does; an accelerator's work is
+            not in it.
+    """
+
+    wall_ms: float
+    processor_ms: float
+
+
 def first_token_times(
     model: Any,
     processor: Any,
@@ -162,7 +177,7 @@ def first_token_times(
     split: str,
     rounds: int,
     advance: Callable[[int], object] | None = None,
-) -> list[list[float]]:
+) -> list[list[FirstToken]]:
     """How long one batch of questions takes from pixels to the first token.
 
     The settings take turns, so that whatever else the machine does falls on all of them; a round
@@ -178,17 +193,19 @@ def first_token_times(
         advance: called with 1 after every timed round.
 
     Returns:
-        Milliseconds of every round, one list per setting.
+        Every timed round, one list per setting.
     """
     batch = next(batches(processor, samples, split, len(samples)))
     inputs = {name: value.to(model.device) for name, value in batch.items()}
-    times: list[list[float]] = [[] for _ in settings]
+    times: list[list[FirstToken]] = [[] for _ in settings]
     for turn in range(1 + rounds):
         for own, setting in zip(times, settings, strict=True):
             with wrapped(model, config=setting.config):
+                start = time.process_time()
                 timing = time_prefill(model, inputs, repeats=1, warmup=0)
+                spent = 1e3 * (time.process_time() - start)
             if turn:
-                own.append(timing.median_ms)
+                own.append(FirstToken(timing.median_ms, spent))
         if turn and advance:
             advance(1)
     return times

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from pitome_vlm.measure.demo_benchmark import Setting, first_token_times
 
 BATCHES = (1, 8)
 ROUNDS = 30
+# What the rows call the fields of `FirstToken`.
+WALL, PROCESSOR = CLOCKS = ("first_token", "processor")
 
 Times = dict[tuple[str, int, int], dict[str, Any]]
 
@@ -30,8 +33,9 @@ def time_rows(
         hardware: what the machine is called.
 
     Returns:
-        One row per setting and batch: "method", "tokens", "batch", "first_token_ms" (median),
-        "first_token_iqr_ms" and "hardware".
+        One row per setting and batch: "method", "tokens", "batch", "hardware", and median and
+        interquartile range by the clock ("first_token_ms", "first_token_iqr_ms") and of processor
+        time ("processor_ms", "processor_iqr_ms").
     """
     rows = []
     for size in BATCHES:
@@ -39,9 +43,10 @@ def time_rows(
         compared = [setting for _, setting in settings]
         times = first_token_times(model, processor, compared, samples, split=split, rounds=ROUNDS)
         for (tokens, setting), measured in zip(settings, times, strict=True):
-            low, middle, high = np.percentile(measured, [25, 50, 75])
             row = {"method": setting.name, "tokens": tokens, "batch": size, "hardware": hardware}
-            row |= {"first_token_ms": round(middle, 1), "first_token_iqr_ms": round(high - low, 1)}
+            for name, values in zip(CLOCKS, np.transpose(measured), strict=True):
+                low, middle, high = np.percentile(values, [25, 50, 75])
+                row |= {f"{name}_ms": round(middle, 1), f"{name}_iqr_ms": round(high - low, 1)}
             rows.append(row)
     return rows
 
@@ -56,12 +61,12 @@ def hardware_of(rows: Sequence[dict[str, Any]]) -> str:
     return ", ".join(dict.fromkeys(row["hardware"] for row in rows))
 
 
-def faster(times: Times, base: tuple[str, int], row: tuple[str, int], batch: int) -> str:
+def faster(
+    times: Times, base: tuple[str, int], row: tuple[str, int], batch: int, clock: str = WALL
+) -> str:
     """How many times sooner than `base` the first token of `row` comes; both (method, tokens)."""
-    if (*base, batch) not in times or (*row, batch) not in times:
-        return "not timed"
-    ratio = times[(*base, batch)]["first_token_ms"] / times[(*row, batch)]["first_token_ms"]
-    return f"{ratio:.1f}x"
+    first, own = (times.get((*one, batch), {}).get(f"{clock}_ms") for one in (base, row))
+    return "not timed" if first is None or own is None else f"{first / own:.1f}x"
 
 
 def time_table(rows: Sequence[dict[str, Any]], base: tuple[str, int]) -> list[str]:
@@ -72,24 +77,30 @@ def time_table(rows: Sequence[dict[str, Any]], base: tuple[str, int]) -> list[st
     """
     times = by_name(rows)
     sizes = sorted({batch for _, _, batch in times})
+    clocks = [name for name in CLOCKS if any(f"{name}_ms" in row for row in rows)]
     lines = []
     for method, tokens in dict.fromkeys((method, tokens) for method, tokens, _ in times):
         cells = [str(tokens), method]
-        for size in sizes:
-            row = times.get((method, tokens, size))
-            factor = faster(times, base, (method, tokens), size)
-            cells.append(_milliseconds(row, factor) if row else "not timed")
+        for size, clock in itertools.product(sizes, clocks):
+            row = times.get((method, tokens, size), {})
+            factor = faster(times, base, (method, tokens), size, clock)
+            cells.append(_milliseconds(row, clock, factor))
         lines.append(cells)
     if not lines:
         return []
-    columns = ["visual tokens", "method", *(f"batch {size}" for size in sizes)]
+    heads = {WALL: "batch {}", PROCESSOR: "batch {}, processor time"}
+    shown = [heads[clock].format(size) for size, clock in itertools.product(sizes, clocks)]
+    columns = ["visual tokens", "method", *shown]
+    processor = "Processor time is that of the one thread. " if PROCESSOR in clocks else ""
     note = (
         f"Milliseconds from pixels to the first token, median of {ROUNDS} interleaved rounds after "
         "a warm-up, with interquartile range; in brackets how many times sooner than no merging. "
-        f"Tower, projector and prefill are included. Hardware: {hardware_of(rows)}."
+        f"Tower, projector and prefill are included. {processor}Hardware: {hardware_of(rows)}."
     )
     return ["## First token", "", markdown_table(columns, lines), "", note, ""]
 
 
-def _milliseconds(row: dict[str, Any], factor: str) -> str:
-    return f"{row['first_token_ms']:.0f} ms, IQR {row['first_token_iqr_ms']:.0f} ({factor})"
+def _milliseconds(row: dict[str, Any], clock: str, factor: str) -> str:
+    if f"{clock}_ms" not in row:
+        return "not timed"
+    return f"{row[f'{clock}_ms']:.0f} ms, IQR {row[f'{clock}_iqr_ms']:.0f} ({factor})"

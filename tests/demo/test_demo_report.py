@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+import pitome_vlm
 from pitome_vlm import MergeConfig
 from pitome_vlm.demo import Sample
 from pitome_vlm.measure.demo_benchmark import Outcome, Setting
-from scripts.demo import report
+from scripts.demo import report, times
+from scripts.demo.benchmark import NO_MERGING
 
 TYPES = ("count", "colour", "shape")
 
@@ -72,3 +74,36 @@ def test_without_such_a_loss_it_says_none():
     text, lines = section(samples, rows)
     assert text.startswith("None.\n")
     assert not lines
+
+
+def test_the_first_token_is_timed_by_the_clock_and_in_processor_time(monkeypatch):
+    monkeypatch.setattr(times, "ROUNDS", 2)
+    monkeypatch.setattr(times, "BATCHES", (1,))
+    compared = [(144, Setting("none", NO_MERGING)), (9, Setting("nine", MergeConfig(tokens=9)))]
+    model, processor = pitome_vlm.load("demo", dtype="float32")
+    rows = times.time_rows(model, processor, "val", compared, "some machine")
+    assert [(row["method"], row["tokens"], row["batch"]) for row in rows] == [
+        ("none", 144, 1),
+        ("nine", 9, 1),
+    ]
+    for row in rows:
+        assert min(row["first_token_ms"], row["processor_ms"]) > 0
+        assert min(row["first_token_iqr_ms"], row["processor_iqr_ms"]) >= 0
+
+
+def test_the_table_shows_processor_time_where_it_was_taken():
+    def row(method, batch, **ms):
+        return {"method": method, "tokens": 9, "batch": batch, "hardware": "some machine", **ms}
+
+    wall = {"first_token_ms": 30.0, "first_token_iqr_ms": 2.0}
+    old = [row("none", 1, **wall), row("nine", 1, **(wall | {"first_token_ms": 15.0}))]
+    text = "\n".join(times.time_table(old, ("none", 9)))
+    assert "| 9 | nine | 15 ms, IQR 2 (2.0x) |" in text
+    assert "processor" not in text.lower()
+    spent = {"processor_ms": 24.0, "processor_iqr_ms": 1.0}
+    new = [old[0] | spent, old[1] | spent | {"processor_ms": 8.0}, row("other", 1, **wall)]
+    text = "\n".join(times.time_table(new, ("none", 9)))
+    assert "| visual tokens | method | batch 1 | batch 1, processor time |" in text
+    assert "| 9 | nine | 15 ms, IQR 2 (2.0x) | 8 ms, IQR 1 (3.0x) |" in text
+    assert "| 9 | other | 30 ms, IQR 2 (1.0x) | not timed |" in text
+    assert "Processor time is that of the one thread." in text
