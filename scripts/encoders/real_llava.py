@@ -4,7 +4,8 @@
     (cd FOLDER && npm install emoji-datasource-google emoji-datasource-twitter)
     python -m scripts.encoders.real_llava measure --packages FOLDER --output eval/results/real_llava
 
-asks the model whose weights are in eval/models/real_llava. To train it again:
+asks the model whose weights are in eval/models/real_llava. `--layers --split val` asks it under
+the default with other layers of the tower merging (`llava_layers.py`). To train it again:
 
     for stage in data train export; do
         python -m scripts.encoders.real_llava $stage --packages FOLDER --folder /tmp/real_llava
@@ -13,7 +14,8 @@ asks the model whose weights are in eval/models/real_llava. To train it again:
 The tower is a DINOv2-small out of a package (`tower_weights.py`), scenes are composed of images out
 of packages (`llava_scenes.py`); nothing of either is bundled. data writes scenes, questions and the
 tower's features (2 GB for 10,000 images) and train learns from these; both resume. measure stores
-every few rows; a run that was stopped goes on. Writes results.json, report.md and accuracy.png.
+every few rows; a run that was stopped goes on. Writes results.json, report.md and accuracy.png,
+or layers_<split>.json and .md.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from ..demo.stored import later_words
 from ..training.demo_model.data import Arrays
 from . import (
     llava_data,
+    llava_layers,
     llava_measure,
     llava_model,
     llava_questions,
@@ -65,6 +68,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trained", type=Path, default=TRAINED, help="weights, to write or read")
     parser.add_argument("--output", type=Path, help="folder of the results")
     parser.add_argument("--split", choices=("val", "test"), default="test")
+    parser.add_argument("--layers", action="store_true", help="which layers of the tower merge")
     parser.add_argument("--scenes", type=int, help="first images only")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--rewrite", action="store_true", help="the page again, without a run")
@@ -105,7 +109,7 @@ def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
     asked = [sample for part in parts for sample in part]
     checkpoint = checkpoint_fingerprint(str(wanted.trained))
     old = benchmark.kept(stored, asked, checkpoint, overwrite=False)
-    rows = llava_measure.every_row()
+    rows = (llava_layers if wanted.layers else llava_measure).every_row()
     todo = llava_measure.most_telling_first(benchmark.missing(old, rows))
     if not todo:
         return old
@@ -130,6 +134,7 @@ def measure(wanted: argparse.Namespace, stored: Path) -> dict[str, Any]:
 def _command(wanted: argparse.Namespace) -> str:
     """What measures the same, on any machine."""
     scenes = "" if wanted.scenes is None else f" --scenes {wanted.scenes}"
+    scenes += " --layers" if wanted.layers else ""
     return (
         f"python -m scripts.encoders.real_llava measure --packages FOLDER --split {wanted.split}"
         f"{scenes} --output eval/results/real_llava"
@@ -137,8 +142,15 @@ def _command(wanted: argparse.Namespace) -> str:
 
 
 def write(results: dict[str, Any], wanted: argparse.Namespace) -> None:
-    """Page and plot."""
+    """Page, and plot where methods are compared."""
     samples, rows = from_raw(results)
+    if wanted.layers:
+        found = llava_layers.counted(llava_model.build().eval(), llava_layers.every_row())
+        text = llava_layers.report(
+            samples, rows, found, results["provenance"], later_words(results)
+        )
+        write_text(wanted.output / f"layers_{wanted.split}.md", text)
+        return
     numbers = json.loads((wanted.trained / "training.json").read_text())
     trained = (
         "Trained on {images:,} images: {steps:,} steps, {seen:,} images seen, {minutes:g} minutes "
@@ -161,7 +173,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if wanted.stage == "measure":
         wanted.output.mkdir(parents=True, exist_ok=True)
-        stored = wanted.output / "results.json"
+        name = f"layers_{wanted.split}" if wanted.layers else "results"
+        stored = wanted.output / f"{name}.json"
         results = json.loads(stored.read_text()) if wanted.rewrite else measure(wanted, stored)
         write(results, wanted)
     elif wanted.stage == "train":
