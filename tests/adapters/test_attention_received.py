@@ -91,7 +91,7 @@ def test_a_merged_token_gets_what_its_members_got(shared, kind):
     torch.testing.assert_close(merged, whole.view(1, 72, 2).sum(-1), atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("algorithm", ["diffrate", "visionzip", "vispruner", "scope"])
+@pytest.mark.parametrize("algorithm", ["diffrate", "visionzip", "vispruner", "scope", "holov"])
 @pytest.mark.parametrize("stage", ["projector", "both"])
 def test_outside_the_tower_it_is_refused_by_name(shared, algorithm, stage):
     model = shared(tiny_model)

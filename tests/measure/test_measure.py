@@ -47,7 +47,7 @@ OPTIONS = {
     "random": {"keep": 0.25, "algorithm": "random"},
     **{
         name: {"keep": 0.3, "algorithm": name}
-        for name in ("tofu", "diffrate", "visionzip", "vispruner", "scope", "divprune")
+        for name in ("tofu", "diffrate", "visionzip", "vispruner", "scope", "holov", "divprune")
     },
 }
 

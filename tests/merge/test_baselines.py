@@ -12,6 +12,7 @@ import torch
 from slow_reference import (
     diffrate_groups,
     divprune_choice,
+    holov_choice,
     mlerp,
     scope_choice,
     tome_groups,
@@ -201,6 +202,30 @@ def test_vispruner_keeps_important_and_diverse_tokens():
             assert same(
                 named_groups(plan, row), with_nearest(keys[row].tolist(), chosen, others)
             ), f"seed {seed}"
+
+
+def test_holov_keeps_the_most_attended_tokens_of_every_crop():
+    for seed in SEEDS:
+        keys, attention, n_out = draw(seed)
+        n_crops = (16, 4, 1, 7)[seed % 4]
+        # Crops of one token have no variance; all others scale it to their own mean attention.
+        n_crops = min(n_crops, keys.shape[1] // 2)
+        # A steep attention asks more of a crop than it has.
+        attention = attention ** (1, 8)[seed % 2]
+        config = MergeConfig(keep=0.5, algorithm="holov", crops=n_crops)
+        plan = planned("holov", keys, n_out, cls_attention=attention, config=config)
+        for row in range(2):
+            chosen = holov_choice(keys[row].tolist(), attention[row].tolist(), n_out, n_crops)
+            others = [i for i in range(keys.shape[1]) if i not in chosen]
+            assert same(
+                named_groups(plan, row), with_nearest(keys[row].tolist(), chosen, others)
+            ), f"seed {seed}"
+
+
+def test_holov_spreads_equal_attention_over_the_image():
+    keys = torch.randn(1, 48, 4, generator=torch.Generator().manual_seed(0))
+    plan = planned("holov", keys, 16, cls_attention=torch.full((1, 48), 1 / 48))
+    assert plan.kept.tolist() == [list(range(0, 48, 3))]
 
 
 def test_divprune_takes_one_of_every_kind_before_a_second():

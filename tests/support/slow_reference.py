@@ -216,3 +216,37 @@ def vispruner_choice(keys, attention, n_out, important):
         gone = min(8, len(rest) - (n_out - n_important), len(ours))
         rest = sorted(ours, key=lambda i: -alike[i])[gone:] + others
     return chosen + rest
+
+
+def holov_choice(keys, attention, n_out, n_crops, alpha=0.09):
+    """What every crop keeps by its quota, step by step as released, and what is left to give.
+
+    The score of a crop holds the variance of its cosines in full, which the package leaves out.
+    """
+    n = len(keys)
+    n_crops = min(n_crops, n)
+    crops, start = [], 0
+    for place in range(n_crops):
+        size = n // n_crops + (place < n % n_crops)
+        crops.append(list(range(start, start + size)))
+        start += size
+    scores = []
+    for crop in crops:
+        variances = []
+        for i in crop:
+            near = [cosine(keys[i], keys[j]) if j != i else 0.0 for j in crop]
+            mean = sum(near) / max(1, len(crop) - 1)
+            variances.append(sum((x - mean) ** 2 for x in near) / max(1, len(crop) - 1))
+        paid = [attention[i] for i in crop]
+        scale = sum(paid) / sum(variances) if sum(variances) > 0 else 0.0
+        together = [a + alpha * scale * v for a, v in zip(paid, variances, strict=True)]
+        scores.append(sum(together) / len(crop))
+    shares = [score / sum(scores) for score in scores]
+    quota = [int(share * n_out) for share in shares]
+    for place in sorted(range(n_crops), key=lambda p: -shares[p])[: n_out - sum(quota)]:
+        quota[place] += 1
+    chosen = []
+    for crop, count in zip(crops, quota, strict=True):
+        chosen += sorted(crop, key=lambda i: -attention[i])[:count]
+    left = sorted(set(range(n)) - set(chosen), key=lambda i: -attention[i])
+    return chosen + left[: n_out - len(chosen)]
