@@ -274,7 +274,11 @@ def run_facts(wanted: argparse.Namespace, model: Any, questions: int) -> dict[st
 
 @contextlib.contextmanager
 def asking(
-    jobs: int, path: Path, parts: list[list[Any]], options: dict[str, Any]
+    jobs: int,
+    path: Path,
+    parts: list[list[Any]],
+    options: dict[str, Any],
+    prepare: Callable[[Path], Any] = load_model,
 ) -> Iterator[Asking]:
     """A function that asks all questions under some settings, in processes of one thread each.
 
@@ -283,9 +287,10 @@ def asking(
         path: of the checkpoint.
         parts: of the questions, in their order; one process asks a part.
         options: of `demo_benchmark.run`.
+        prepare: what every process begins with.
     """
     with multiprocessing.get_context("spawn").Pool(
-        jobs, initializer=load_model, initargs=(path,)
+        jobs, initializer=prepare, initargs=(path,)
     ) as pool:
 
         def ask(settings: list[Setting]) -> list[Outcome]:
