@@ -254,7 +254,7 @@ def make_plan(
     plan: MergePlan | None = None
     # Scores are float32 also under autocast, or training would decide otherwise than inference.
     device = keys.device.type
-    autocast = torch.is_autocast_enabled(device)
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
         while n_in > n_out:
             n_in = max(n_out, (n_in + 1) // 2) if algorithm.pairwise else n_out

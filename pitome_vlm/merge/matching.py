@@ -5,7 +5,6 @@ An algorithm chooses the sets of tokens; `similarity.py` computes how alike they
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal
 
 import torch
@@ -102,4 +101,4 @@ def match_alternating(
     if not ctx.config.restore_order:
         return MergePlan.from_pairs(similarity.n_tokens, sources, destinations, order=left)
     plan = MergePlan.from_pairs(similarity.n_tokens, sources, destinations)
-    return dataclasses.replace(plan, order=plan.assign.gather(1, left))
+    return plan.with_order(plan.groups_of(left))

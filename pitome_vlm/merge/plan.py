@@ -8,6 +8,7 @@ Axes: B images, N tokens before, M tokens after a merge, C channels.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -21,12 +22,14 @@ class MergePlan:
     """A partition of N tokens into M groups, the same shape for every image of a batch.
 
     Made by `from_pairs`, `from_groups`, `from_assignment` or `identity`; all tensors are int64 and
-    computed without reading a value back from the device, what is derived from `named` once and
-    only where it is asked for: a merge on a GPU costs as much as the kernels it launches.
+    computed without reading a value back from the device, what is derived from them once and only
+    where it is asked for: a merge on a GPU costs as much as the kernels it launches.
 
     Attributes:
-        named: [B, N], the token that every token's group is named after, which is a member of it.
-        n_out: M, tokens after.
+        n_in: N, tokens before.
+        moved: [B, N - M], the tokens that give up their place, in the order in which they are added
+            to their groups.
+        joins: [B, N - M], the tokens that the groups of those are named after, which stay.
         ordered: [B, M], the tokens that groups are named after in the order in which they are to
             come out; None for raster order.
         prune: the group's value is its named token alone instead of the mean. The other members
@@ -36,18 +39,16 @@ class MergePlan:
         keep_norm: means are scaled to the largest norm in their group (MLERP).
         order: [B, M], all groups in the order in which the next plan is to take them
             (`MergeContext.order`); None for the one they have.
-        moved: [B, N - M], the tokens that give up their place in the order in which they are added
-            to their groups; None for raster order.
     """
 
-    named: Tensor
-    n_out: int
+    n_in: int
+    moved: Tensor
+    joins: Tensor
     ordered: Tensor | None = None
     prune: bool = False
     dropped: Tensor | None = None
     keep_norm: bool = False
     order: Tensor | None = None
-    moved: Tensor | None = None
     _known: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     # `functools.cached_property` takes a lock, which torch.compile cannot trace.
@@ -57,32 +58,25 @@ class MergePlan:
         return self._known[name]
 
     @property
-    def n_in(self) -> int:
-        """N, tokens before."""
-        return self.named.shape[1]
-
-    @property
-    def _index(self) -> Tensor:
-        return self._once("index", lambda: _raster(self.named))
-
-    @property
-    def _places(self) -> Tensor:
-        """[B, N]: the tokens that groups are named after, then all others in raster order."""
-        return self._once("places", self._sorted)
-
-    def _sorted(self) -> Tensor:
-        # A stable sort brings those that stay to the front: no data-dependent shape, hence no
-        # host synchronisation on an accelerator.
-        gone = (self.named != self._index).view(torch.uint8)
-        places = gone.argsort(dim=1, stable=True)
-        if self.ordered is not None:
-            places = torch.cat([self.ordered, places[:, self.n_out :]], 1)
-        return places
+    def n_out(self) -> int:
+        """M, tokens after."""
+        return self.n_in - self.moved.shape[1]
 
     @property
     def kept(self) -> Tensor:
         """[B, M], the token each group is named after; its place is the group's place."""
-        return self._places[:, : self.n_out]
+        return self._once("kept", self._staying) if self.ordered is None else self.ordered
+
+    def _staying(self) -> Tensor:
+        # A stable sort brings those that stay to the front: no data-dependent shape, hence no
+        # host synchronisation on an accelerator.
+        gone = self.moved.new_zeros(len(self.moved), self.n_in, dtype=torch.uint8)
+        return gone.scatter_(1, self.moved, 1).argsort(dim=1, stable=True)[:, : self.n_out]
+
+    @property
+    def named(self) -> Tensor:
+        """[B, N], the token that every token's group is named after, which is a member of it."""
+        return self._once("named", lambda: self._raster.scatter(1, self.moved, self.joins))
 
     @property
     def assign(self) -> Tensor:
@@ -90,23 +84,24 @@ class MergePlan:
         return self._once("assign", self._assigned)
 
     def _assigned(self) -> Tensor:
-        group = torch.empty_like(self.named)
-        group = group.scatter_(1, self.kept, self._index[:, : self.n_out])
-        return group.gather(1, self.named)
+        return self.groups_of(self.named)
+
+    def groups_of(self, staying: Tensor) -> Tensor:
+        """[B, K], the groups 0..M-1 of tokens [B, K] that stay."""
+        group = torch.empty_like(self._raster, memory_format=torch.contiguous_format)
+        group = group.scatter_(1, self.kept, self._raster[:, : self.n_out])
+        return group.gather(1, staying)
 
     @property
-    def _moved(self) -> Tensor:
-        return self._places[:, self.n_out :] if self.moved is None else self.moved
-
-    @property
-    def _target(self) -> Tensor:
-        """[B, N - M], the group of every token that gives up its place."""
-        return self._once("target", lambda: self.assign.gather(1, self._moved))
+    def _raster(self) -> Tensor:
+        """[B, N], the numbers of all tokens."""
+        return self._once("raster", lambda: _numbers(self.n_in, self.moved))
 
     @classmethod
     def identity(cls, keys: Tensor) -> MergePlan:
         """Every token its own group, for keys [B, N, ...]."""
-        return cls(_raster(keys), keys.shape[1])
+        nobody = torch.empty(len(keys), 0, dtype=torch.int64, device=keys.device)
+        return cls(keys.shape[1], nobody, nobody)
 
     @classmethod
     def from_pairs(
@@ -128,9 +123,7 @@ class MergePlan:
                 them in raster order.
             prune: see `MergePlan`.
         """
-        itself = torch.arange(n_tokens, device=sources.device).expand(len(sources), -1)
-        named = itself.scatter(1, sources, destinations)
-        return cls(named, n_tokens - sources.shape[1], order, prune, moved=sources)
+        return cls(n_tokens, sources, destinations, order, prune)
 
     @classmethod
     def from_groups(
@@ -152,7 +145,8 @@ class MergePlan:
             keep_norm: see `MergePlan`.
         """
         named = kept.gather(1, assign)
-        return cls(named, kept.shape[1], kept, prune, dropped, keep_norm)
+        options = {"prune": prune, "dropped": dropped, "keep_norm": keep_norm}
+        return cls._from_names(named, kept.shape[1], ordered=kept, **options)
 
     @classmethod
     def from_assignment(cls, assign: Tensor, n_out: int) -> MergePlan:
@@ -164,13 +158,27 @@ class MergePlan:
         """
         batch, n_tokens = assign.shape
         first = torch.full((batch, n_out), n_tokens, dtype=torch.int64, device=assign.device)
-        return cls.from_groups(assign, first.scatter_reduce(1, assign, _raster(assign), "amin"))
+        tokens = _numbers(n_tokens, assign)
+        return cls.from_groups(assign, first.scatter_reduce(1, assign, tokens, "amin"))
+
+    @classmethod
+    def _from_names(cls, named: Tensor, n_out: int, **options: Any) -> MergePlan:
+        """Groups by the tokens they are named after, see `named`; members join in raster order."""
+        n_tokens = named.shape[1]
+        gone = (named != _numbers(n_tokens, named)).view(torch.uint8)
+        places = gone.argsort(dim=1, stable=True)
+        moved = places[:, n_out:]
+        plan = cls(n_tokens, moved, named.gather(1, moved), **options)
+        plan._known.update(named=named, kept=places[:, :n_out])
+        return plan
 
     def taken_apart(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a plan is made of and what `apply` derives from it, for `put_together`."""
-        _ = self._target
-        own = {item.name: getattr(self, item.name) for item in fields(self) if item.init}
-        return own, {**self._known, "index": self._index}
+        known = {"kept": self.kept, "named": self.named, "assign": self.assign}
+        return self._fields(), {**known, "raster": self._raster}
+
+    def _fields(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.init}
 
     @classmethod
     def put_together(cls, own: dict[str, Any], known: dict[str, Tensor]) -> MergePlan:
@@ -187,50 +195,49 @@ class MergePlan:
             dropped = carried if dropped is None else dropped | carried
         if self.ordered is not None or later.ordered is not None:
             ordered = self.kept.gather(1, later.kept)
-        return MergePlan(
-            self.kept.gather(1, later.named).gather(1, self.assign),
+        moved, joins = (self.kept.gather(1, some) for some in (later.moved, later.joins))
+        named = self._raster.scatter(1, moved, joins).gather(1, self.named)
+        return self._from_names(
+            named,
             later.n_out,
-            ordered,
-            self.prune or later.prune,
-            dropped,
-            self.keep_norm or later.keep_norm,
-            later.order,
+            ordered=ordered,
+            prune=self.prune or later.prune,
+            dropped=dropped,
+            keep_norm=self.keep_norm or later.keep_norm,
+            order=later.order,
         )
+
+    def with_order(self, order: Tensor) -> MergePlan:
+        """The same plan with another `order` [B, M]."""
+        return self.put_together(self._fields() | {"order": order}, self._known)
 
     def with_leading(self, n_leading: int) -> MergePlan:
         """The same plan with `n_leading` untouched tokens (CLS) before its own."""
         if n_leading == 0:
             return self
-        device, whole = self.named.device, self.n_in + n_leading
-        index = torch.arange(whole, device=device).expand(len(self.named), -1)
-        leading, dropped = index[:, :n_leading], self.dropped
+        dropped = self.dropped
         if dropped is not None:
             dropped = torch.nn.functional.pad(dropped, (n_leading, 0))
 
         def moved_on(index: Tensor | None) -> Tensor | None:
-            return None if index is None else torch.cat([leading, index + n_leading], 1)
+            if index is None:
+                return None
+            return torch.cat([_numbers(n_leading, index), index + n_leading], 1)
 
-        plan = MergePlan(
-            torch.cat([leading, self.named + n_leading], 1),
-            self.n_out + n_leading,
-            moved_on(self.ordered),
-            self.prune,
-            dropped,
-            self.keep_norm,
-            moved_on(self.order),
-            None if self.moved is None else self.moved + n_leading,
+        return dataclasses.replace(
+            self,
+            n_in=self.n_in + n_leading,
+            moved=self.moved + n_leading,
+            joins=self.joins + n_leading,
+            ordered=moved_on(self.ordered),
+            dropped=dropped,
+            order=moved_on(self.order),
         )
-        plan._known["index"] = index
-        return plan
 
     def _sums(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights [B, N] summed over every group [B, M], and those that were added [B, N - M]."""
-        if self.moved is None:
-            weights = weights.gather(1, self._places)
-            own, joining = weights[:, : self.n_out], weights[:, self.n_out :]
-        else:
-            own, joining = weights.gather(1, self.kept), weights.gather(1, self.moved)
-        return own.scatter_add(1, self._target, joining), joining
+        """Weights [B, N] of whole groups at the tokens they are named after, and those moved."""
+        joining = weights.gather(1, self.moved)
+        return weights.scatter_add(1, self.joins, joining), joining
 
     def apply(
         self, x: Tensor, sizes: Tensor | None = None, *, weighted: bool = True
@@ -246,56 +253,58 @@ class MergePlan:
             ([B, M, C] in x's dtype, [B, M] float32 new sizes). A group of one keeps its value
             bit for bit.
         """
-        own = torch.ones_like(self.named, dtype=torch.float32) if sizes is None else sizes
-        sums = self._sums(own)
-        new_sizes = sums[0]
+        own = sizes
+        if own is None:
+            own = torch.ones(len(x), self.n_in, dtype=torch.float32, device=x.device)
+        sums, kept = self._sums(own), self.kept
+        new_sizes = sums[0].gather(1, kept)
         if self.prune or self.n_in == self.n_out:
-            return take_tokens(x, self.kept), new_sizes
+            return take_tokens(x, kept), new_sizes
         weights = own if weighted else torch.ones_like(own)
         if self.dropped is not None:
             weights = weights * ~self.dropped
         if weights is not own:
             sums = self._sums(weights)
-        return self._means(x, *sums), new_sizes
+        return take_tokens(self._means(x, *sums), kept), new_sizes
 
     def _means(self, x: Tensor, total: Tensor, joining: Tensor) -> Tensor:
-        """Every group's mean, [B, M, C] in x's dtype.
+        """Every group's mean at the token it is named after: [B, N, C] in x's dtype.
 
-        It is the group's named token v plus w_i / W (v_i - v) for each of the others: most tokens
-        are alone and are not touched, and equal ones change nothing.
+        It is that token v plus w_i / W (v_i - v) for each of the others: most tokens are alone and
+        are not touched, and equal ones change nothing.
 
         Args:
             x: [B, N, C].
-            total: [B, M] sums of the weights W.
+            total: [B, N] sums of the weights W.
             joining: [B, N - M] weights of the tokens that give up their place.
         """
-        exact, target = torch.promote_types(x.dtype, torch.float32), self._target
-        named, values = take_tokens(x, self.kept), take_tokens(x, self._moved).to(exact)
-        share = joining.to(exact) / total.to(exact).gather(1, target)
-        change = (values - take_tokens(named, target)).mul_(share[..., None])
+        exact, joins = torch.promote_types(x.dtype, torch.float32), self.joins
+        values, named = (take_tokens(x, index) for index in (self.moved, joins))
+        values = values.to(exact)
+        share = joining.to(exact) / total.to(exact).gather(1, joins)
+        change = (values - named).mul_(share[..., None])
         if self.keep_norm:
-            return self._with_largest_norm(values, named.to(exact), change).to(x.dtype)
+            return self._with_largest_norm(x.to(exact), values, change).to(x.dtype)
         if exact == x.dtype:
-            return add_tokens(named, target, change)
+            return add_tokens(x, joins, change)
         # Sums of half-precision values lose bits.
-        sums = torch.zeros_like(named, dtype=exact)
-        return named.add_(add_tokens(sums, target, change).to(x.dtype))
+        sums = torch.zeros(x.shape, dtype=exact, device=x.device)
+        return x + add_tokens(sums, joins, change).to(x.dtype)
 
-    def _with_largest_norm(self, values: Tensor, named: Tensor, change: Tensor) -> Tensor:
-        """Means [B, M, C] scaled to the largest norm among their members."""
-        target = self._target
-        norms = values.norm(dim=-1)
-        largest = named.norm(dim=-1).scatter_reduce(1, target, norms, "amax")
-        alone = torch.ones_like(largest).scatter(1, target, 0.0).bool()
-        merged = add_tokens(named.clone(), target, change)
+    def _with_largest_norm(self, x: Tensor, values: Tensor, change: Tensor) -> Tensor:
+        """Means [B, N, C] scaled to the largest norm among their members."""
+        joins, norms = self.joins, x.norm(dim=-1)
+        largest = norms.scatter_reduce(1, joins, values.norm(dim=-1), "amax")
+        alone = torch.ones_like(largest).scatter(1, joins, 0.0).bool()
+        merged = add_tokens(x, joins, change)
         scaled = merged * (largest / merged.norm(dim=-1).clamp(min=1e-12))[..., None]
         # A token on its own keeps its value bit for bit.
-        return torch.where(alone[..., None], named, scaled)
+        return torch.where(alone[..., None], x, scaled)
 
 
-def _raster(like: Tensor) -> Tensor:
-    """The numbers of all tokens, [B, N] int64, for a tensor [B, N, ...]."""
-    return torch.arange(like.shape[1], device=like.device).expand(like.shape[0], -1)
+def _numbers(n_tokens: int, like: Tensor) -> Tensor:
+    """The numbers of n tokens, [B, n] int64, for as many images as `like` [B, ...] has."""
+    return torch.arange(n_tokens, device=like.device).expand(len(like), -1)
 
 
 def _flat_rows(index: Tensor, n_tokens: int) -> Tensor:
@@ -313,8 +322,9 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 
 def add_tokens(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """Rows [B, K, C] added to those of x [B, N, C], contiguous, at [B, K]; changes x."""
+    """Add rows [B, K, C] to those of x [B, N, C] at [B, K]; several of one row in their order."""
     if x.shape[0] == index.shape[0] == 1:
-        return x.index_add_(1, index[0], values)
-    x.view(-1, x.shape[-1]).index_add_(0, _flat_rows(index, x.shape[1]), values.flatten(0, 1))
-    return x
+        return x.index_add(1, index[0], values)
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows.index_add(0, _flat_rows(index, x.shape[1]), values.flatten(0, 1))
+    return rows.view(x.shape)

@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -206,8 +208,8 @@ def take_similarity(similarity: Tensor, rows: Tensor, columns: Tensor) -> Tensor
 
 
 def _with_worth(edges: Tensor, worth_a: Tensor, worth_b: Tensor) -> Tensor:
-    """Edges [..., a, b] plus the mean worth of their ends [..., a] and [..., b]."""
-    return (worth_a[..., :, None] + worth_b[..., None, :]).div_(2).add_(edges)
+    """Edges [..., a, b] plus the mean worth of their ends [..., a] and [..., b], in place."""
+    return edges.add_(worth_a[..., :, None] + worth_b[..., None, :], alpha=0.5)
 
 
 def _isolation(rows: Tensor, first: int) -> Tensor:
@@ -226,6 +228,11 @@ def _first_of_largest(isolation: Tensor) -> Tensor:
     return (isolation >= largest).to(torch.int8).argmax(-1, keepdim=True)
 
 
+def _has_numbers_on_cpu(x: Tensor) -> bool:
+    """Whether NumPy can read a tensor: not while it is traced, where it has no numbers yet."""
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _farthest_first(distance: Tensor, n_out: int) -> Tensor:
     """`Similarity.farthest_first` on all distances [B, N, N], whose diagonal is overwritten."""
     own = distance.diagonal(0, -2, -1)
@@ -233,16 +240,14 @@ def _farthest_first(distance: Tensor, n_out: int) -> Tensor:
     choice = _first_of_largest(distance.amin(-1))[:, 0]
     # What is chosen stays at minus infinity and is never the farthest again.
     own.fill_(-math.inf)
-    rows = distance.flatten(0, 1)
-    first = torch.arange(0, own.numel(), own.shape[1], device=own.device)
-
-    def to(choice: Tensor) -> Tensor:
-        # One operator less for one image; at this length they take longer than what they compute.
-        return rows.index_select(0, choice if len(own) == 1 else choice + first)
-
-    chosen, to_chosen = [choice], to(choice)
+    parts: Any = distance, torch.arange(len(own), device=own.device), choice
+    # On so few numbers a call takes longer than what it computes, and NumPy's take a third.
+    in_numpy = _has_numbers_on_cpu(distance)
+    library: Any = np if in_numpy else torch
+    pairs, images, choice = (one.numpy() for one in parts) if in_numpy else parts
+    chosen, to_chosen = [choice], pairs[images, choice]
     for _ in range(n_out - 1):
         choice = to_chosen.argmax(-1)
         chosen.append(choice)
-        to_chosen = torch.minimum(to_chosen, to(choice))
-    return torch.stack(chosen, 1)
+        to_chosen = library.minimum(to_chosen, pairs[images, choice])
+    return torch.as_tensor(library.stack(chosen, 1))

@@ -12,7 +12,7 @@ from scripts.speed import kernels
 # Kernels of the merged tower over those of the unmerged one, by default at keep=0.25.
 MOST = 1.5
 # Of one plan, carried out; pitome_plus: of one round of at most a quarter of the tokens.
-MOST_PER_STEP = {"pitome": 42, "tome": 50, "pitome_plus": 47}
+MOST_PER_STEP = {"pitome": 36, "tome": 45, "pitome_plus": 40}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pitome_vlm.merge import algorithms
+from pitome_vlm.merge import algorithms, similarity
 from pitome_vlm.merge.algorithm import MergeContext, PairLimits, make_plan
 from pitome_vlm.merge.config import MergeConfig
 from pitome_vlm.merge.similarity import Similarity
@@ -141,6 +141,17 @@ def test_in_float32_only_ties_within_rounding_fall_otherwise(
             nearest = distance[:, chosen[row, :step]].amin(-1)
             left = nearest.index_fill(0, chosen[row, :step], -9.0)
             assert left[chosen[row, step]] >= left.max() - 2 * EPS
+
+
+def test_greedy_selection_is_the_same_in_numpy_and_in_pytorch(monkeypatch):
+    """On a CPU it runs in NumPy, on other devices in PyTorch; copies make ties."""
+    for batch, n_tokens, seed in ((1, 30, 0), (3, 41, 1), (8, 144, 2)):
+        keys = torch.randn(batch, n_tokens, 6, generator=torch.Generator().manual_seed(seed))
+        keys = keys[:, torch.arange(n_tokens) % (n_tokens // 2)]
+        found = Similarity(keys).farthest_first(n_tokens - 3)
+        with monkeypatch.context() as patch:
+            patch.setattr(similarity, "_has_numbers_on_cpu", lambda distance: False)
+            assert torch.equal(Similarity(keys).farthest_first(n_tokens - 3), found)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
