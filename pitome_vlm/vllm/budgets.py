@@ -6,7 +6,7 @@ aside for that. The budget then travels with every image of the request, next to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,10 @@ from .options import MAX_KEEP, OPTIONS_KEY, PlannedServing, served_config
 _WORDS = ("keep", "tokens", "algorithm")
 # Options of processors that the model's weights fix; with others its engine process would die.
 _FIXED = ("patch_size", "temporal_patch_size", "merge_size", "image_grid_pinpoints")
+# The form of what goes in and comes out.
+_FORM = ("return_tensors", "input_data_format")
+# Parts of a processor that have such options.
+_PROCESSORS = ("image_processor", "video_processor")
 
 
 def requested(plan: PlannedServing, asked: Any) -> PlannedServing:
@@ -71,14 +75,45 @@ def check_fixed(options: Mapping[str, Any], processor: Any) -> None:
     Raises:
         ValueError: one differs from the processor's own.
     """
-    for name in _FIXED:
-        for owner in (processor, getattr(processor, "image_processor", None)):
+    owners = (processor, *(getattr(processor, name, None) for name in _PROCESSORS))
+    for name, value in _each(options):
+        if name in _FORM:
+            raise ValueError(
+                f"mm_processor_kwargs: {name}={value!r:.100} cannot be set, because pixels would "
+                "have another form than the model reads; leave it out"
+            )
+        for owner in owners if name in _FIXED else ():
             own = getattr(owner, name, None)
-            if name in options and own is not None and options[name] != own:
+            if own is not None and value != own:
                 raise ValueError(
                     f"mm_processor_kwargs: {name} must be {own!r:.100}, which the model was "
-                    f"trained with, got {options[name]!r:.100}"
+                    f"trained with, got {value!r:.100}"
                 )
+
+
+def _each(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every option, also those for one part of the processor (`images_kwargs`)."""
+    for name, value in options.items():
+        if isinstance(value, Mapping) and name.endswith("_kwargs"):
+            yield from _each(value)
+        else:
+            yield name, value
+
+
+def blamed(error: Exception, options: Mapping[str, Any]) -> str | None:
+    """What to tell a client whose request cannot be processed; None where it is the server's fault.
+
+    Args:
+        error: that processing ended with.
+        options: the request's `mm_processor_kwargs`.
+    """
+    said = " ".join(str(error).split())
+    if options:
+        return f"mm_processor_kwargs: {said:.300}"
+    if isinstance(error, (AssertionError, RuntimeError)) and "prompt" in said:
+        # vLLM finds no place for an image, because a prompt was cut off or its template has none.
+        return f"the prompt must hold a place for every image and video: {said:.300}"
+    return None
 
 
 def check_side(pixels: Tensor, side: Any) -> None:
@@ -89,8 +124,11 @@ def check_side(pixels: Tensor, side: Any) -> None:
         side: `image_size` of the model's tower: one number, (H, W), or None for any.
 
     Raises:
-        ValueError: they have another size.
+        ValueError: they have another size, or none of them are there.
     """
+    if pixels.is_meta:
+        # Engines in processes of their own never get them, and the request would wait for ever.
+        raise ValueError("mm_processor_kwargs: device='meta' holds no pixels; leave it out")
     if side is None or pixels.ndim < 3:
         return
     high, wide = (side, side) if isinstance(side, int) else side

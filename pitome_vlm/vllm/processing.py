@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from vllm.exceptions import VLLMError
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 from vllm.multimodal.parse import EmbeddingItems
 
 from ..merge.counts import Footprint
 from ..releases import vllm_replacement
-from .budgets import as_numbers, check_fixed, check_side, largest, requested
+from .budgets import as_numbers, blamed, check_fixed, check_side, largest, requested
 from .options import OPTIONS_KEY, PlannedServing, plan_serving
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ class MergedProcessor(Processor):
         """Process one request.
 
         Raises:
-            ValueError: its budget or another of its options is not allowed here.
+            ValueError: its budget or another of its options is not allowed here, or the prompt has
+                no place for an image.
         """
         options = dict(inputs.hf_processor_mm_kwargs or {})
         check_fixed(options, self.info.get_hf_processor())
@@ -105,11 +107,13 @@ class MergedProcessor(Processor):
         )
         try:
             return super(MergedProcessor, own).apply(salted, timing_ctx)
-        except TypeError as error:
-            # vLLM's InternVL hands some options to a function that has them already.
-            if not options:
+        except (ValueError, VLLMError, MemoryError, OSError):
+            raise
+        except Exception as error:
+            said = blamed(error, options)
+            if said is None:
                 raise
-            raise ValueError(f"mm_processor_kwargs: {error}") from error
+            raise ValueError(said) from error
 
     @property
     def dtype(self) -> torch.dtype:

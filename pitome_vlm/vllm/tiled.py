@@ -43,6 +43,20 @@ class TiledProcessor(MergedProcessor):
     """Mixin: images of any size, and videos."""
 
     @override
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any
+    ) -> Any:
+        # vLLM counts those that came in.
+        for number, item in enumerate(out_mm_kwargs.get("video", ())):
+            given, left = mm_items["video"].get_num_frames(number), len(self.looked_at(item))
+            if left != given:
+                raise ValueError(
+                    f"mm_processor_kwargs: a video must keep its {given} frames, got {left}; leave "
+                    "out do_sample_frames, num_frames and fps"
+                )
+        return super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+
+    @override
     def looked_at(self, item: Any) -> Tensor:
         if "pixel_values_videos" in item:
             frames: Tensor = item["pixel_values_videos"].data

@@ -18,6 +18,7 @@ from pitome_vlm.merge.pixels import keep_of
 from pitome_vlm.vllm import hf_overrides, plan_serving
 from pitome_vlm.vllm.budgets import (
     as_numbers,
+    blamed,
     check_fixed,
     check_side,
     from_numbers,
@@ -61,6 +62,21 @@ def test_options_that_the_weights_fix_stay_as_they_are():
         for name, value in (("merge_size", 1), ("patch_size", "x"), ("patch_size", None)):
             with pytest.raises(ValueError, match=f"{name} must be .*, got"):
                 check_fixed({name: value}, processor)
+            with pytest.raises(ValueError, match=f"{name} must be .*, got"):
+                check_fixed({"images_kwargs": {name: value}}, processor)
+        for name in ("return_tensors", "input_data_format"):
+            for asked in ({name: "np"}, {"common_kwargs": {name: "np"}}):
+                with pytest.raises(ValueError, match=f"{name}='np' cannot be set, .* leave it out"):
+                    check_fixed(asked, processor)
+
+
+def test_whose_fault_it_is_that_a_request_cannot_be_processed():
+    unplaced = AssertionError("Expected 1 prompt placeholders,\nbut found 0")
+    assert blamed(unplaced, {}).startswith("the prompt must hold a place for every image")
+    assert len(blamed(unplaced, {}).splitlines()) == 1
+    assert blamed(KeyError("size"), {"size": {}}) == "mm_processor_kwargs: 'size'"
+    assert blamed(KeyError("size"), {}) is None
+    assert blamed(RuntimeError("out of memory"), {}) is None
 
 
 def test_images_that_options_brought_to_another_size_are_refused():
@@ -75,6 +91,8 @@ def test_images_that_options_brought_to_another_size_are_refused():
             ):
                 check_side(torch.zeros(shape), side)
     check_side(torch.zeros(3, 32, 32), None)
+    with pytest.raises(ValueError, match="device='meta' holds no pixels; leave it out"):
+        check_side(torch.zeros(3, 32, 32, device="meta"), None)
 
 
 def test_what_travels_with_an_image_leads_back_to_its_budget(model_config):
