@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -63,9 +64,11 @@ def counted(model: Any, settings: Sequence[Setting]) -> list[dict[str, Any]]:
         config = None if one.config == NO_MERGING else one.config
         with nullcontext() if config is None else pitome_vlm.wrapped(model, config=config):
             parts, flops = Parts(model, pixels), costs(model).total_flops
+            # On a CPU the greedy selection runs in NumPy.
+            there = Parts(copy.deepcopy(model).to("meta"), pixels.to("meta"))
             steps = pitome_vlm.describe(model).tower_steps if config else ()
         row = {"method": one.name, "tokens": one.budget, "layers": [step[0] for step in steps]}
-        kernels = {"tower": parts.tower, "after": parts.whole.total - parts.tower}
+        kernels = {"tower": parts.tower, "after": there.whole.total - there.tower}
         found.append(row | {"flops": flops} | kernels)
     return found
 

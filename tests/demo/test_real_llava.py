@@ -208,29 +208,27 @@ def test_the_page_says_what_is_missing_and_compares_with_the_demo(found):
         assert part in page
 
 
+# PyTorch loads what it knows of the meta device.
+@pytest.mark.slow
 def test_other_merging_layers_are_compared_with_the_default_and_their_costs_named(found):
     samples = llava_questions.load_split("val", found, 8)
     every = llava_layers.every_row()
     assert len({(one.name, one.budget) for one in every}) == len(every)
     right = np.arange(len(samples)) % 4 > 0
-    few = [one for one in every if one.budget in (None, 16)]
+    few = [every[0], every[-1 - len(llava_layers.LAYERS)], every[-1]]
     given = [s.answer if r else "" for s, r in zip(samples, right, strict=True)]
     rows = [Outcome(one, one.budget or 256, given, right) for one in few]
     rows[2] = dataclasses.replace(rows[2], correct=np.ones_like(right))
-    model = llava_model.build(
-        Dinov2Config(num_hidden_layers=12, hidden_size=24, num_attention_heads=1)
-    )
-    costs = llava_layers.counted(model.eval(), [few[0], *few[1:3], few[-1]])
-    assert [len(one["layers"]) for one in costs] == [0, 2, llava_layers.USED, 1]
-    assert costs[0]["tower"] < costs[1]["tower"] < costs[2]["tower"]
-    assert costs[0]["flops"] > costs[1]["flops"] > costs[2]["flops"]
-    page = llava_layers.report(
-        samples, rows_of(rows), costs, {"split": "val", "command": "this test"}
-    )
+    tower = Dinov2Config(num_hidden_layers=12, hidden_size=24, num_attention_heads=1)
+    costs = llava_layers.counted(llava_model.build(tower).eval(), few)
+    assert [one["layers"] for one in costs] == [[], [4, 6], [5]]
+    assert costs[0]["tower"] < min(costs[1]["tower"], costs[2]["tower"])
+    assert costs[0]["flops"] > costs[2]["flops"] > costs[1]["flops"]
+    facts = {"split": "val", "command": "this test"}
+    page = llava_layers.report(samples, rows_of(rows), costs, facts)
     assert f"| 256 | none |  | 75.0 |  | 100 | {costs[0]['tower']} (1.00) |" in page
     assert "| 16 | pitome_plus (default) | 4, 6 | 75.0 |  |" in page
-    assert "| 16 | all | 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 | 100.0 | +25.0 (" in page
-    assert "| 16 | 5 alone | 5 | 75.0 | +0.0 (" in page
+    assert "| 16 | 5 alone | 5 | 100.0 | +25.0 (" in page
 
 
 def test_the_weights_in_the_repository_are_those_of_the_model_without_its_tower():
