@@ -16,6 +16,7 @@ from served_models import ANSWER_TOKENS, environment, pixels_of, save_tiny
 
 from pitome_vlm.demo import checkpoint_path, load_split, scene_image
 from pitome_vlm.vllm import hf_overrides
+from pitome_vlm.vllm.command import server_environment
 
 HERE = Path(__file__).resolve().parent
 
@@ -88,7 +89,8 @@ def engine(tmp_path):
     """Runs one job in a fresh process and returns its passes (and `pixels_of`'s features).
 
     After `passes` come those with `adapters`, and `controls`, in which something is wrong on
-    purpose. `refused` are requests that cannot be answered, with what has to be said to them.
+    purpose. `refused` are requests over HTTP that cannot be answered, with what has to be said to
+    them (None to one that is answered); `mark` stands for an image in prompts.
     """
 
     def run(
@@ -101,6 +103,7 @@ def engine(tmp_path):
         adapters=(),
         controls=(),
         refused=(),
+        mark="<image>",
         features=(),
         several=False,
         preempted=False,
@@ -131,6 +134,7 @@ def engine(tmp_path):
             "adapters": list(adapters),
             "controls": list(controls),
             "refused": [request for request, _ in refused],
+            "mark": mark,
             "second_runner": second_runner,
             "features": list(features),
             "pixels": str(tmp_path / "pixels.pt"),
@@ -145,15 +149,16 @@ def engine(tmp_path):
             own["LINEAR_ATTENTION_IN_FLOAT32"] = "1"
         if second_runner:
             own |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
-        done = subprocess.run(
-            command, env=environment(**own, **(env or {})), capture_output=True, text=True
-        )
+        # As `pitome-vlm serve` starts an engine.
+        own = server_environment(environment(**own, **(env or {})))
+        done = subprocess.run(command, env=own, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
         result = json.loads(result_path.read_text())
         assert not preempted or result["preemptions"] > 0
-        for said, (_, message) in zip(result["refused"], refused, strict=True):
-            assert message in said, result["refused"]
-            assert len(said.strip().splitlines()) == 1
+        for (code, said), (request, message) in zip(result["refused"], refused, strict=True):
+            assert code // 100 == (2 if message is None else 4), (code, said, str(request)[:300])
+            assert (message or "") in said, (said, str(request)[:300])
+            assert not message or len(said.splitlines()) == 1
         if not features:
             return result["passes"]
         return result["passes"], torch.load(str(result_path) + ".pt")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from model_features import features_of
+from over_http import responses
 from PIL import Image
 from served_tiled import frames_of
 
@@ -57,27 +58,9 @@ def prompt_of(request):
     if request.get("frames"):
         data["video"] = frames_of(request["frames"])
     own = {"multi_modal_data": data} if data else {}
-    options = dict(request.get("processor", {}))
     if request.get("pitome"):
-        options["pitome"] = request["pitome"]
-    if options:
-        own["mm_processor_kwargs"] = options
+        own["mm_processor_kwargs"] = {"pitome": request["pitome"]}
     return {"prompt": request["prompt"], **own}
-
-
-def refusals(llm, job):
-    """What is said to each of some requests that cannot be answered."""
-    from vllm.exceptions import VLLMValidationError
-
-    said = []
-    for request in job["refused"]:
-        try:
-            llm.generate([prompt_of(request)], use_tqdm=False)
-        except (ValueError, VLLMValidationError) as error:
-            said.append(str(error))
-        else:
-            said.append("")
-    return said
 
 
 @contextlib.contextmanager
@@ -164,7 +147,7 @@ def main(job_path, result_path):
 
     llm = LLM(**job["engine"])
     # First, so that what comes later shows whether the engine is still whole.
-    said = refusals(llm, job)
+    said = responses(llm, job["refused"], job["mark"]) if job["refused"] else []
     result = {"passes": generate(llm, job), "preemptions": preemptions(llm), "refused": said}
     Path(result_path).write_text(json.dumps(result))
     if job["features"]:

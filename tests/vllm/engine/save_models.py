@@ -12,13 +12,12 @@ from pathlib import Path
 import served_grids
 import served_pooled
 import served_tiled
-
-from pitome_vlm.demo.processor import CHAT_TEMPLATE
+from over_http import chat_template
 
 # By model what writes it, and what stands for an image in a prompt.
 MODELS = {
     **dict.fromkeys(("llava_next", "llava_onevision"), (served_tiled.save_tiled, "<image>")),
-    **dict.fromkeys(served_grids.MODELS, (served_grids.save_grids, "<start><image><end>")),
+    **dict.fromkeys(served_grids.MODELS, (served_grids.save_grids, served_grids.MARK)),
     **{kind: (served_pooled.save_pooled, mark) for kind, mark in served_pooled.MARKS.items()},
 }
 
@@ -27,7 +26,7 @@ def main(folder: str) -> None:
     for kind, (save, mark) in MODELS.items():
         path = Path(folder, kind)
         save(path, kind)
-        path.joinpath("chat_template.jinja").write_text(CHAT_TEMPLATE.replace("<image>", mark))
+        path.joinpath("chat_template.jinja").write_text(chat_template(mark))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ CONFIGS = dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), MergeConfig(keep=0.25))
 CONFIGS |= dict.fromkeys(("qwen3_vl", "qwen3_5"), MergeConfig(keep=0.25, algorithm="tome"))
 # What every fourth request asks for.
 BUDGETS = [None, {"keep": 1.0}, {"tokens": 5}, {"keep": 1 / 3}]
+# What stands for an image in a prompt.
+MARK = "<start><image><end>"
 WORDS = 128
 TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 TOKENS |= {"vision_start_token_id": START, "vision_end_token_id": END}
@@ -136,7 +138,7 @@ def grid_requests(paths: list[str]) -> list[dict]:
     return [
         {
             **one,
-            "prompt": one["prompt"].replace("<image>", "<start><image><end>"),
+            "prompt": one["prompt"].replace("<image>", MARK),
             "pitome": BUDGETS[number % 4],
         }
         for number, one in enumerate(tiled_requests(paths))

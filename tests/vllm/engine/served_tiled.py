@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from over_http import image_url
 from PIL import Image
 from served_models import ANSWER_TOKENS, add_adapter, spread
 from transformers import (
@@ -33,6 +34,7 @@ import pitome_vlm
 from pitome_vlm.demo import scene_image
 from pitome_vlm.demo.processor import BOS, EOS, IMAGE, PAD, build_processor, vocabulary
 from pitome_vlm.wrapping.encode import prompt_images
+from scripts.serving.memory import broken_urls
 
 TILE, PATCH = 64, 8
 PINS = [[64, 128], [128, 64], [128, 128], [64, 192], [192, 64]]
@@ -47,12 +49,22 @@ PARALLEL = {"several": True, "tensor_parallel_size": 2, "env": {"VLLM_CPU_OMP_TH
 # Options of a request, with what is said: the engine's process would die of them.
 SMALL = {"height": 32, "width": 32}
 SQUARES = [("size", SMALL, "must become 64 x 64 pixels")]
+PINS_OF_ONE = [[64, 64]]
 DEADLY = {
     "internvl": [("size", SMALL, "mm_processor_kwargs: ")],
-    "llava_next": [("crop_size", SMALL, "must become 64 x 64 pixels")],
-    "llava_onevision": [*SQUARES, ("image_grid_pinpoints", [[64, 64]], "pinpoints must be")],
-    "grid": [("patch_size", 3, "patch_size must be 8"), ("merge_size", 1, "merge_size must be 2")],
+    "llava_next": [
+        ("crop_size", SMALL, "must become 64 x 64 pixels"),
+        ("images_kwargs", {"image_grid_pinpoints": PINS_OF_ONE}, "pinpoints must be"),
+    ],
+    "llava_onevision": [*SQUARES, ("image_grid_pinpoints", PINS_OF_ONE, "pinpoints must be")],
+    "grid": [
+        ("patch_size", 3, "patch_size must be 8"),
+        ("images_kwargs", {"merge_size": 1}, "merge_size must be 2"),
+        ("input_data_format", "channels_last", "cannot be set"),
+    ],
 }
+# Of the second one vLLM itself says it of some models.
+FOR_ALL = [("return_tensors", "np", "cannot be set"), ("device", "meta", "kwargs")]
 
 
 def save_tiled(folder: Path, model_type: str) -> str:
@@ -172,24 +184,31 @@ def frames_of(paths: list[str]) -> np.ndarray:
     )
 
 
-def refused_requests(prompt: str, paths: list[str], kind: str) -> list[tuple[dict, str]]:
-    """Requests that no server can answer, with what is said to them.
+def refused_requests(paths: list[str], kind: str) -> list[tuple[dict, str | None]]:
+    """Requests that no server can answer, with what is said to them; None where one is answered.
 
     Args:
-        prompt: about one image.
         paths: of images.
         kind: of the model.
     """
-    asked = {"prompt": prompt, "images": paths[:1]}
+    asked, other = ({"prompt": "what is this", "images": [path]} for path in paths[:2])
+    options = DEADLY.get(kind, SQUARES) + FOR_ALL
     return [
         ({**asked, "pitome": {"keep": 2}}, "keep must be in (0, 1]"),
         ({**asked, "pitome": {"tokens": 0}}, "tokens must be"),
         ({**asked, "pitome": {"algorithm": "pool"}}, "algorithm must be this server's"),
-        ({**asked, "prompt": f"{prompt} {prompt} {prompt}", "images": paths[:3]}, "At most 2"),
+        ({**asked, "pitome": 0.5}, "must be an object"),
+        ({**asked, "images": paths[:3]}, "At most 2"),
+        *(({**asked, "processor": {name: value}}, said) for name, value, said in options),
         *(
-            ({**asked, "processor": {name: value}}, said)
-            for name, value, said in DEADLY.get(kind, SQUARES)
+            ({"prompt": "what is this", "urls": [broken]}, "")
+            for broken in broken_urls(image_url(paths[0])).values()
         ),
+        ({**asked, "videos": ["data:video/mp4;base64,AAAA"]}, ""),
+        ({**asked, "own": {"truncate_prompt_tokens": 3}}, "must hold a place"),
+        # Its image is known to the server then, and not to the engine.
+        ({**other, "prompt": "star " * 1500}, "context length"),
+        (other, None),
     ]
 
 

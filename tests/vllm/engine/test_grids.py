@@ -10,26 +10,29 @@ pytest.importorskip("vllm.version", reason="make test-vllm builds an environment
 
 from compared import answers, check_varied
 from PIL import Image
-from served_grids import CONFIGS, WRITTEN, grid_requests, save_grids, write_answers
+from served_grids import CONFIGS, MARK, WRITTEN, grid_requests, save_grids, write_answers
 from served_models import save_adapter
 from served_tiled import PARALLEL, reference_tiled, refused_requests, save_images
 from test_tiled import check_names
 
 from pitome_vlm.releases import RELEASE, features_from
 
-KINDS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+CONTROLS = ("compact decoding", "no sizes", "no places")
+# By case the model and its engine. Some run in two processes, each with half of the heads; in one
+# something is wrong on purpose; the layers of one are compiled, and it is asked once more with an
+# adapter.
+CASES = {
+    "qwen2_vl": ("qwen2_vl", PARALLEL),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        {"enforce_eager": False, "enable_lora": True, "max_lora_rank": 8},
+    ),
+    "qwen3_vl": ("qwen3_vl", {"controls": CONTROLS}),
+    "qwen3_vl in two": ("qwen3_vl", {**PARALLEL, "refused": ()}),
+}
 if features_from("qwen3_5") <= RELEASE:
     # The stand-in for linear attention is of vLLM 0.32.
-    KINDS.append("qwen3_5")
-CONTROLS = ("compact decoding", "no sizes", "no places")
-# Two run in two processes, each with half of the heads; in one something is wrong on purpose; the
-# layers of one are compiled, and it is asked once more with an adapter.
-HOW = {
-    "qwen2_vl": PARALLEL,
-    "qwen2_5_vl": {"enforce_eager": False, "enable_lora": True, "max_lora_rank": 8},
-    "qwen3_vl": {"controls": CONTROLS},
-    "qwen3_5": {**PARALLEL, "linear_attention": True},
-}
+    CASES["qwen3_5"] = ("qwen3_5", {**PARALLEL, "linear_attention": True})
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +44,11 @@ def refused(images, folder):
     """Requests that cannot be answered, with what is said to them."""
     thin = folder / "thin.png"
     Image.new("RGB", (1, 400)).save(thin)
-    prompt = {"prompt": "<start><image><end> what is this", "images": images[:1]}
+    asked = {"prompt": "what is this", "images": images[:1]}
     return [
-        *refused_requests(prompt["prompt"], images, "grid"),
-        ({**prompt, "pitome": {"keep": "auto"}}, "keep='auto' is not served"),
-        ({**prompt, "images": [str(thin)]}, "Failed to apply"),
-        ({"prompt": "<video> what", "images": [], "frames": images[:4]}, "video"),
+        ({**asked, "pitome": {"keep": "auto"}}, "keep='auto' is not served"),
+        ({**asked, "images": [str(thin)]}, "Failed to apply"),
+        *refused_requests(images, "grid"),
     ]
 
 
@@ -61,12 +63,13 @@ def library_answers(kind, path, requests):
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_answers_are_the_library_s(engine, images, tmp_path, kind):
+@pytest.mark.parametrize("case", CASES)
+def test_answers_are_the_library_s(engine, images, tmp_path, case):
     """One batch in which requests have other budgets, and once more from the cache."""
+    kind, how = CASES[case]
     path, requests = save_grids(tmp_path / kind, kind), grid_requests(images)
     adapters = []
-    if HOW[kind].get("enable_lora"):
+    if how.get("enable_lora"):
         adapters.append(save_adapter(path, tmp_path / "adapter"))
     first, second, *others = engine(
         path,
@@ -79,8 +82,8 @@ def test_answers_are_the_library_s(engine, images, tmp_path, kind):
         max_num_batched_tokens=40,
         block_size=32,
         enable_prefix_caching=True,
-        refused=refused(images, tmp_path),
-        **HOW[kind],
+        mark=MARK,
+        **{"refused": refused(images, tmp_path), **how},
     )
     expected = library_answers(kind, path, requests)
     check_varied(expected)

@@ -54,7 +54,7 @@ def test_answers_are_the_library_s(engine, images, tmp_path, kind):
         max_model_len=1400,
         block_size=32,
         enable_prefix_caching=True,
-        refused=refused_requests("<image> what is this", images, kind),
+        refused=refused_requests(images, kind),
         **PARALLEL,
     )
     expected = reference_tiled(path, requests, CONFIG)
