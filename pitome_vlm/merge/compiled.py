@@ -49,5 +49,8 @@ def _compiled(layer: int, key: Any) -> Callable[..., Any]:  # noqa: ARG001
     """A function of its own for every layer and key: PyTorch limits compilations of one code."""
     code = _parts.__code__.replace(co_name=f"plan_of_layer_{layer}")
     own = types.FunctionType(code, _parts.__globals__)
-    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=False)
+    # Fused loops would keep means in float32 where `make_plan` rounds them to half precision, and
+    # near ties would fall otherwise.
+    exact = {"emulate_precision_casts": True}
+    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=False, options=exact)
     return compiled

@@ -10,6 +10,10 @@ from graphs import Graphs, no_older_graphs  # noqa: F401
 from tiny import tiny_batch, tiny_model
 
 import pitome_vlm
+from pitome_vlm.merge import algorithms
+from pitome_vlm.merge.algorithm import MergeContext, make_plan
+from pitome_vlm.merge.compiled import compiled_plan
+from pitome_vlm.merge.config import MergeConfig
 
 
 def logits(model, batch, **options):
@@ -39,6 +43,17 @@ def test_a_merge_compiled_for_this_machine_is_the_same():
     torch.testing.assert_close(
         logits(model, batch, compile=True, **options), logits(model, batch, **options)
     )
+
+
+@pytest.mark.slow
+def test_half_precision_compiled_for_this_machine_makes_the_same_groups():
+    # Two rounds: the second one compares means, which a fused loop would not round.
+    config, generator = MergeConfig(tokens=90), torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 200, 64, generator=generator).bfloat16()
+    ctx = MergeContext(config, layer=1, depth=0.3, n_leading=1)
+    algorithm = algorithms.get("pitome_plus")
+    found = [make(algorithm, keys, 90, ctx=ctx).assign for make in (make_plan, compiled_plan)]
+    assert torch.equal(*found)
 
 
 @pytest.mark.slow
