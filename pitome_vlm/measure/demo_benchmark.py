@@ -22,7 +22,7 @@ from ..wrapping.encode import visual_token_counts
 from ..wrapping.wrap import wrapped
 from . import asking, resize
 from .stats import Interval, mean_interval, simultaneous_intervals
-from .timing import time_prefill
+from .timing import no_garbage_collection, time_prefill
 
 # One word and the end token; a second word would be a wrong answer anyway.
 ANSWER_TOKENS = 3
@@ -181,7 +181,7 @@ def first_token_times(
     """How long one batch of questions takes from pixels to the first token.
 
     The settings take turns, so that whatever else the machine does falls on all of them; a round
-    that is not counted warms up.
+    that is not counted warms up. Python's garbage collector is off meanwhile.
 
     Args:
         model: the demo model, not wrapped; it is left as it was.
@@ -198,16 +198,17 @@ def first_token_times(
     batch = next(batches(processor, samples, split, len(samples)))
     inputs = {name: value.to(model.device) for name, value in batch.items()}
     times: list[list[FirstToken]] = [[] for _ in settings]
-    for turn in range(1 + rounds):
-        for own, setting in zip(times, settings, strict=True):
-            with wrapped(model, config=setting.config):
-                start = time.process_time()
-                timing = time_prefill(model, inputs, repeats=1, warmup=0)
-                spent = 1e3 * (time.process_time() - start)
-            if turn:
-                own.append(FirstToken(timing.median_ms, spent))
-        if turn and advance:
-            advance(1)
+    with no_garbage_collection():
+        for turn in range(1 + rounds):
+            for own, setting in zip(times, settings, strict=True):
+                with wrapped(model, config=setting.config):
+                    start = time.process_time()
+                    timing = time_prefill(model, inputs, repeats=1, warmup=0)
+                    spent = 1e3 * (time.process_time() - start)
+                if turn:
+                    own.append(FirstToken(timing.median_ms, spent))
+            if turn and advance:
+                advance(1)
     return times
 
 

@@ -34,7 +34,7 @@ def compiled_plan(
     if torch.compiler.is_compiling():
         return make_plan(algorithm, keys, n_out, ctx=ctx)
     fixed = ctx.config, ctx.depth, ctx.n_leading, n_out
-    made = _compiled(ctx.layer, (*fixed, keys.shape, keys.dtype, keys.device))
+    made = _compiled(ctx.layer, keys.dtype, (*fixed, keys.shape, keys.device))
     return MergePlan.put_together(*made(algorithm, keys.detach(), n_out, ctx))
 
 
@@ -45,12 +45,23 @@ def _parts(
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(layer: int, key: Any) -> Callable[..., Any]:  # noqa: ARG001
+def _compiled(layer: int, dtype: torch.dtype, key: Any) -> Callable[..., Any]:  # noqa: ARG001
     """A function of its own for every layer and key: PyTorch limits compilations of one code."""
     code = _parts.__code__.replace(co_name=f"plan_of_layer_{layer}")
     own = types.FunctionType(code, _parts.__globals__)
-    # Fused loops would keep means in float32 where `make_plan` rounds them to half precision, and
-    # near ties would fall otherwise.
-    exact = {"emulate_precision_casts": True}
-    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=False, options=exact)
+    compiled: Callable[..., Any] = torch.compile(
+        own, fullgraph=True, dynamic=False, options=_rounding_options(dtype)
+    )
     return compiled
+
+
+def _rounding_options(dtype: torch.dtype) -> dict[str, Any] | None:
+    """Options with which values of a dtype are rounded as in plain code.
+
+    Fused loops keep float32 where plain code rounds to half precision, so near ties would fall
+    otherwise. PyTorch 2.6 fails with the option; on a CPU some later releases do not heed it.
+    """
+    release = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    if dtype.itemsize >= 4 or release < (2, 7):
+        return None
+    return {"emulate_precision_casts": True}

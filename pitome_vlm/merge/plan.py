@@ -21,14 +21,14 @@ from torch import Tensor
 class MergePlan:
     """A partition of N tokens into M groups, the same shape for every image of a batch.
 
-    Made by `from_pairs`, `from_groups`, `from_assignment` or `identity`; all tensors are int64 and
+    Made by `from_pairs`, `from_groups`, `from_assignment` or `identity`; all indices are int64 and
     computed without reading a value back from the device, what is derived from them once and only
     where it is asked for: a merge on a GPU costs as much as the kernels it launches.
 
     Attributes:
         n_in: N, tokens before.
-        moved: [B, N - M], the tokens that give up their place, in the order in which they are added
-            to their groups.
+        moved: [B, N - M], the tokens that give up their place; on a CPU they are added to their
+            groups in this order.
         joins: [B, N - M], the tokens that the groups of those are named after, which stay.
         ordered: [B, M], the tokens that groups are named after in the order in which they are to
             come out; None for raster order.
@@ -169,7 +169,9 @@ class MergePlan:
         places = gone.argsort(dim=1, stable=True)
         moved = places[:, n_out:]
         plan = cls(n_tokens, moved, named.gather(1, moved), **options)
-        plan._known.update(named=named, kept=places[:, :n_out])
+        plan._known["named"] = named
+        if plan.ordered is None:
+            plan._known["kept"] = places[:, :n_out]
         return plan
 
     def taken_apart(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -322,7 +324,7 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 
 def add_tokens(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """Add rows [B, K, C] to those of x [B, N, C] at [B, K]; several of one row in their order."""
+    """Add rows [B, K, C] to those of x [B, N, C] at [B, K]; on a CPU in their order."""
     if x.shape[0] == index.shape[0] == 1:
         return x.index_add(1, index[0], values)
     rows = x.reshape(-1, x.shape[-1])

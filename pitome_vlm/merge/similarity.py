@@ -240,14 +240,33 @@ def _farthest_first(distance: Tensor, n_out: int) -> Tensor:
     choice = _first_of_largest(distance.amin(-1))[:, 0]
     # What is chosen stays at minus infinity and is never the farthest again.
     own.fill_(-math.inf)
-    parts: Any = distance, torch.arange(len(own), device=own.device), choice
-    # On so few numbers a call takes longer than what it computes, and NumPy's take a third.
-    in_numpy = _has_numbers_on_cpu(distance)
-    library: Any = np if in_numpy else torch
-    pairs, images, choice = (one.numpy() for one in parts) if in_numpy else parts
-    chosen, to_chosen = [choice], pairs[images, choice]
+    rows, first = distance.flatten(0, 1), torch.arange(len(own), device=own.device) * own.shape[1]
+    if not _has_numbers_on_cpu(distance):
+        found: Tensor = _in_turn(
+            torch, lambda index: rows.index_select(0, index), first, choice, n_out
+        )
+        return found
+    # On so few numbers a call takes longer than what it computes, and NumPy's calls are shorter.
+    pairs = rows.numpy()
+    found = _in_turn(np, lambda index: pairs.take(index, 0), first.numpy(), choice.numpy(), n_out)
+    return torch.from_numpy(found)
+
+
+def _in_turn(
+    library: Any, distances_of: Callable[[Any], Any], first: Any, choice: Any, n_out: int
+) -> Any:
+    """What `_farthest_first` chooses, [B, n_out], in arrays of NumPy or PyTorch.
+
+    Args:
+        library: the module of either.
+        distances_of: rows [B] to the distances [B, N] of those tokens.
+        first: [B], the first row of every image.
+        choice: [B], the first token of every image.
+        n_out: tokens to choose.
+    """
+    chosen, to_chosen = [choice], distances_of(choice + first)
     for _ in range(n_out - 1):
         choice = to_chosen.argmax(-1)
         chosen.append(choice)
-        to_chosen = library.minimum(to_chosen, pairs[images, choice])
-    return torch.as_tensor(library.stack(chosen, 1))
+        to_chosen = library.minimum(to_chosen, distances_of(choice + first))
+    return library.stack(chosen, 1)

@@ -81,7 +81,7 @@ def additive_mask(
 ) -> Any:
     """The language model's own causal mask as floats, with log(size) added to merged keys.
 
-    One function without helpers of its own, because it runs for every decoded token.
+    No helpers of its own where it runs for a decoded token.
 
     Args:
         own: see `Masks`.
@@ -105,14 +105,20 @@ def additive_mask(
         total = attention_mask.shape[1]
     else:
         total = queries + (int(cache.get_seq_length()) if cache is not None else 0)
-    if queries == 1 and own.sees_all and bias is not None and type(cache) is DynamicCache:
-        # A decoded token, in five kernels. transformers would make the same of all its columns.
+    grows = cache is None or type(cache) is DynamicCache
+    if bias is not None and own.sees_all and grows and packed_positions is None:
+        # In a few kernels. transformers would make the same of all columns, in a hundred calls.
         visible = bias.to(device, dtype)[:, :total]
         if missing := total - visible.shape[1]:
             visible = torch.nn.functional.pad(visible, (0, missing))
-        if attention_mask is not None:
-            visible = visible.masked_fill(attention_mask == 0, torch.finfo(dtype).min)
         mask = visible[:, None, None, :]
+        if queries > 1:
+            mask = mask.masked_fill(
+                _unseen(queries, total, attention_mask, device), torch.finfo(dtype).min
+            )
+        elif attention_mask is not None:
+            padded = attention_mask[:, None, None, :] == 0
+            mask = mask.masked_fill(padded, torch.finfo(dtype).min)
         return mask if own.kind is None else {own.kind: mask}
     shape = torch.empty(batch, queries, 0, dtype=dtype, device=device)
     known: dict[str, Any] = {}
@@ -161,3 +167,17 @@ def additive_mask(
         # Where the prompt fits into the window of all layers, their masks are alike.
         return next(iter(found.values()))
     return found
+
+
+def _unseen(
+    queries: int, total: int, attention_mask: Tensor | None, device: torch.device
+) -> Tensor:
+    """[Q, K] or [B, 1, Q, K] bool: keys that come later or are padding.
+
+    A query that would see nothing, a padded one, sees everything: see `additive_mask`.
+    """
+    later = torch.ones(queries, total, dtype=torch.bool, device=device).triu_(1 + total - queries)
+    if attention_mask is None:
+        return later
+    unseen = later | (attention_mask == 0)[:, None, None, :]
+    return unseen & ~unseen.all(-1, keepdim=True)

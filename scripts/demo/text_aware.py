@@ -67,9 +67,10 @@ image that is encoded once serves every question. "{BLIND}" is the same selectio
 "words": r is the mean cosine with the embeddings of the question's words, which is what CDPruner
 takes from the text encoder of a CLIP. "second layer" and "last layer": the attention that the last
 token of the unreduced prompt pays, as FastV (arXiv 2403.06764) reads it after two layers; they
-read all tokens before any is dropped, which saves less, or after the last layer nothing. r is
-scaled to (0, 1] in every image; "theta 1/2" softens it to exp(r / 2). All rows have the same
-calibration (log-size bias, mean positions); random is the mean of three seeds."""
+read all tokens before any is dropped, so reading the second layer saves less, and reading the last
+one saves nothing. r is scaled to (0, 1] in every image; "theta 1/2" softens it to exp(r / 2). All
+rows have the same calibration (log-size bias, mean positions); random is the mean of three
+seeds."""
 
 
 def prepare(path: Path) -> tuple[Any, Any]:

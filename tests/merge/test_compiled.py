@@ -48,12 +48,18 @@ def test_a_merge_compiled_for_this_machine_is_the_same():
 @pytest.mark.slow
 def test_half_precision_compiled_for_this_machine_makes_the_same_groups():
     # Two rounds: the second one compares means, which a fused loop would not round.
-    config, generator = MergeConfig(tokens=90), torch.Generator().manual_seed(0)
-    keys = torch.randn(2, 200, 64, generator=generator).bfloat16()
-    ctx = MergeContext(config, layer=1, depth=0.3, n_leading=1)
-    algorithm = algorithms.get("pitome_plus")
-    found = [make(algorithm, keys, 90, ctx=ctx).assign for make in (make_plan, compiled_plan)]
-    assert torch.equal(*found)
+    ctx = MergeContext(MergeConfig(tokens=90), layer=1, depth=0.3, n_leading=1)
+    for name, dtype in (
+        ("pitome_plus", torch.bfloat16),
+        ("pitome_plus", torch.float16),
+        ("tome", torch.bfloat16),
+        ("pitome", torch.bfloat16),
+    ):
+        algorithm = algorithms.get(name)
+        for seed in range(3):
+            keys = torch.randn(2, 200, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+            made = [make(algorithm, keys, 90, ctx=ctx) for make in (make_plan, compiled_plan)]
+            assert torch.equal(*(one.assign for one in made)), (name, dtype, seed)
 
 
 @pytest.mark.slow

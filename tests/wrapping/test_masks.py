@@ -1,4 +1,4 @@
-"""The mask of a decoded token: the short way there makes what transformers makes."""
+"""Causal masks made in a short way are what transformers makes."""
 
 from __future__ import annotations
 
@@ -54,3 +54,29 @@ def test_the_short_way_is_transformers_own(dtype):
             # A row of padding alone cannot ask for a token.
             asking = ~padded[:, -1]
             assert (expected[asking, 0, 0][padded[asking]] < -1e30).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_short_way_of_a_prompt_is_transformers_own(dtype):
+    model = tiny_model("clip")
+    masks = Masks.of(model, model.config.text_config)
+    bias = torch.randint(1, 9, (3, 7), generator=torch.Generator().manual_seed(0)).float().log()
+    left = torch.ones(3, 12, dtype=torch.long)
+    left[1, :4] = left[2, :9] = 0
+    for queries in (2, 5, 12):
+        for mask in (None, left, left.flip(1), torch.ones(3, 12)):
+            found, expected = (
+                additive_mask(
+                    masks,
+                    bias,
+                    batch=3,
+                    queries=queries,
+                    dtype=dtype,
+                    device=bias.device,
+                    attention_mask=mask,
+                    cache=filled(kind(), 12 - queries),
+                )
+                for kind in (DynamicCache, AnotherCache)
+            )
+            torch.testing.assert_close(found.expand_as(expected), expected, atol=0, rtol=0)
+            assert bool((found < -1e30).any())
