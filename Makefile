@@ -141,8 +141,12 @@ bench-serving: $(VLLM_VENV)/.ready ## regenerate eval/results/serving/load (LLaV
 		--keep 1.0 0.25 --clients 1 2 4 8 16 --requests 20 --max-tokens 16 --ignore-eos --output eval/results/serving/load \
 		--vllm "--dtype float32 --max-model-len 1024 --max-num-seqs 32 --block-size 32 --enforce-eager"
 
-bench-demo: $(VENV)/.dev ## regenerate eval/results/demo (all held-out questions)
+STRUCTURED := none "pitome_plus (default)" "PiToMe (paper)" ToMe VisionZip SCOPE DivPrune "resize (smaller image)"
+
+bench-demo: $(VENV)/.dev ## regenerate eval/results/demo (all held-out questions) and structured
 	$(BIN)/python -m scripts.demo.benchmark --output eval/results/demo --readme README.md
+	$(BIN)/python -m scripts.demo.benchmark --split structured_test --limit 1200 --budgets 72 36 18 9 \
+		--methods $(STRUCTURED) --output eval/results/structured
 
 bench-ablation: $(VENV)/.dev ## regenerate eval/results/ablation; resumes
 	$(BIN)/python -m scripts.demo.ablation --split val --limit 600 --output eval/results/ablation

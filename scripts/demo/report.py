@@ -40,6 +40,7 @@ BASELINES = {
     "DiffRate": "diffrate",
     "VisionZip": "visionzip",
     "VisPruner": "vispruner",
+    "HoloV": "holov",
     "SCOPE": "scope",
     "DivPrune": "divprune",
     "pool": "pool",
@@ -49,7 +50,7 @@ CALIBRATED: dict[str, Any] = {"size_bias": True, "positions": "mean"}
 RANDOM_SEEDS = (0, 1, 2)
 PAPER = "PiToMe (paper)"
 # They pick tokens where the others merge them.
-SELECTORS = ("VisionZip", "VisPruner", "SCOPE", "DivPrune")
+SELECTORS = ("VisionZip", "VisPruner", "HoloV", "SCOPE", "DivPrune")
 TIMED = (RECOMMENDED, "ToMe", *SELECTORS, PAPER)
 
 
