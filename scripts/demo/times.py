@@ -95,7 +95,8 @@ def time_table(rows: Sequence[dict[str, Any]], base: tuple[str, int]) -> list[st
     note = (
         f"Milliseconds from pixels to the first token, median of {ROUNDS} interleaved rounds after "
         "a warm-up, with interquartile range; in brackets how many times sooner than no merging. "
-        f"Tower, projector and prefill are included. {processor}Hardware: {hardware_of(rows)}."
+        "Tower, projector and prefill are included, Python's garbage collector is off. "
+        f"{processor}Hardware: {hardware_of(rows)}."
     )
     return ["## First token", "", markdown_table(columns, lines), "", note, ""]
 

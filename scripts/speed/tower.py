@@ -96,6 +96,11 @@ class FreePass(MergePass):
             return hidden
         return hidden[:, : self.schedule.n_leading + left].contiguous()
 
+    def tower_map(self, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nobody went anywhere; for what follows on the features only the shape counts."""
+        every = torch.zeros(batch, self.schedule.tokens_in, dtype=torch.int64, device=device)
+        return every, every[:, : self.schedule.tower_out]
+
 
 def clip_l(dtype: torch.dtype) -> Any:
     """LLaVA-1.5's tower and projector with one small language layer."""
