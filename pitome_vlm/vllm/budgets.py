@@ -22,6 +22,10 @@ _FIXED = ("patch_size", "temporal_patch_size", "merge_size", "image_grid_pinpoin
 _FORM = ("return_tensors", "input_data_format")
 # Parts of a processor that have such options.
 _PROCESSORS = ("image_processor", "video_processor")
+# By which a processor drops frames.
+_SAMPLING = ("do_sample_frames", "num_frames", "fps")
+# What vLLM says where a prompt has no place for an image: it was cut off, or its template has none.
+_UNPLACED = ("Failed to apply prompt replacement", "forgot to include input placeholder")
 
 
 def requested(plan: PlannedServing, asked: Any) -> PlannedServing:
@@ -73,7 +77,7 @@ def check_fixed(options: Mapping[str, Any], processor: Any) -> None:
         processor: the model's.
 
     Raises:
-        ValueError: one differs from the processor's own.
+        ValueError: one differs from the processor's own and from those of its parts.
     """
     owners = (processor, *(getattr(processor, name, None) for name in _PROCESSORS))
     for name, value in _each(options):
@@ -82,20 +86,20 @@ def check_fixed(options: Mapping[str, Any], processor: Any) -> None:
                 f"mm_processor_kwargs: {name}={value!r:.100} cannot be set, because pixels would "
                 "have another form than the model reads; leave it out"
             )
-        for owner in owners if name in _FIXED else ():
-            own = getattr(owner, name, None)
-            if own is not None and value != own:
-                raise ValueError(
-                    f"mm_processor_kwargs: {name} must be {own!r:.100}, which the model was "
-                    f"trained with, got {value!r:.100}"
-                )
+        found = [getattr(owner, name, None) for owner in owners if name in _FIXED]
+        own = [one for one in found if one is not None]
+        if own and value not in own:
+            raise ValueError(
+                f"mm_processor_kwargs: {name} must be {own[0]!r:.100}, which the model was trained "
+                f"with, got {value!r:.100}"
+            )
 
 
 def _each(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Every option, also those for one part of the processor (`images_kwargs`)."""
     for name, value in options.items():
         if isinstance(value, Mapping) and name.endswith("_kwargs"):
-            yield from _each(value)
+            yield from value.items()
         else:
             yield name, value
 
@@ -108,12 +112,40 @@ def blamed(error: Exception, options: Mapping[str, Any]) -> str | None:
         options: the request's `mm_processor_kwargs`.
     """
     said = " ".join(str(error).split())
-    if options:
-        return f"mm_processor_kwargs: {said:.300}"
-    if isinstance(error, (AssertionError, RuntimeError)) and "prompt" in said:
-        # vLLM finds no place for an image, because a prompt was cut off or its template has none.
+    if any(words in said for words in _UNPLACED):
         return f"the prompt must hold a place for every image and video: {said:.300}"
+    if options:
+        names = ", ".join(map(str, options))
+        return (
+            f"mm_processor_kwargs: images and videos cannot be processed with {names:.100}, leave "
+            f"it out ({type(error).__name__}: {said:.300})"
+        )
     return None
+
+
+def check_frames(given: int, left: int, options: Mapping[str, Any]) -> None:
+    """Refuse videos that lose frames: vLLM counts those that came in.
+
+    Args:
+        given: frames that came in.
+        left: frames that the processor made of them.
+        options: the request's `mm_processor_kwargs`.
+
+    Raises:
+        ValueError: the counts differ.
+    """
+    if left == given:
+        return
+    asked = [name for name, _ in _each(options) if name in _SAMPLING]
+    if asked:
+        raise ValueError(
+            f"mm_processor_kwargs: a video must keep its {given} frames, got {left}; leave out "
+            f"{', '.join(asked)}"
+        )
+    raise ValueError(
+        f"this server's processor makes {left} frames of a video of {given}, which must keep them; "
+        "set do_sample_frames to false in the checkpoint's processor configuration"
+    )
 
 
 def check_side(pixels: Tensor, side: Any) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 else:
     Dummies = Processor = Info = object
 
+
+logger = logging.getLogger("vllm.pitome_vlm")
 
 # Inputs that hold pixels, of images and of videos.
 _PIXELS = {"pixel_values", "pixel_values_videos"}
@@ -107,12 +110,14 @@ class MergedProcessor(Processor):
         )
         try:
             return super(MergedProcessor, own).apply(salted, timing_ctx)
-        except (ValueError, VLLMError, MemoryError, OSError):
+        except (ValueError, VLLMError, MemoryError, OSError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             said = blamed(error, options)
             if said is None:
                 raise
+            # Clients get one line; with options every error is laid to them, a fault of ours too.
+            logger.exception("%s", said)
             raise ValueError(said) from error
 
     @property

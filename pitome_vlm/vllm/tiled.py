@@ -28,12 +28,14 @@ from vllm.model_executor.models.llava_onevision import (
     LlavaOnevisionProcessingInfo,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.parse import EmbeddingItems
 
 from ..adapters.features import frame_canvases, tile_canvases
 from ..merge.counts import Footprint
 from ..merge.merge_pass import MergePass
 from ..merge.tiles import PackedItem, merge_packed
 from ..merge.tokens import VisualTokens
+from .budgets import check_frames
 from .language import Encoder, MergedModel
 from .processing import MergedDummies, MergedInfo, MergedProcessor
 from .tower import mean_over_ranks, tower_features
@@ -46,14 +48,11 @@ class TiledProcessor(MergedProcessor):
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any
     ) -> Any:
-        # vLLM counts those that came in.
-        for number, item in enumerate(out_mm_kwargs.get("video", ())):
-            given, left = mm_items["video"].get_num_frames(number), len(self.looked_at(item))
-            if left != given:
-                raise ValueError(
-                    f"mm_processor_kwargs: a video must keep its {given} frames, got {left}; leave "
-                    "out do_sample_frames, num_frames and fps"
-                )
+        videos = mm_items.get("video")
+        if videos and not isinstance(videos, EmbeddingItems):
+            for number, item in enumerate(out_mm_kwargs["video"]):
+                given, left = videos.get_num_frames(number), len(self.looked_at(item))
+                check_frames(given, left, hf_processor_mm_kwargs)
         return super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
 
     @override

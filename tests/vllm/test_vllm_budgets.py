@@ -20,6 +20,7 @@ from pitome_vlm.vllm.budgets import (
     as_numbers,
     blamed,
     check_fixed,
+    check_frames,
     check_side,
     from_numbers,
     largest,
@@ -70,13 +71,56 @@ def test_options_that_the_weights_fix_stay_as_they_are():
                     check_fixed(asked, processor)
 
 
+def test_parts_of_a_processor_that_differ_accept_their_own_values():
+    image, video = SimpleNamespace(patch_size=14), SimpleNamespace(patch_size=16)
+    processor = SimpleNamespace(image_processor=image, video_processor=video)
+    for size in (14, 16):
+        check_fixed({"patch_size": size}, processor)
+    with pytest.raises(ValueError, match="patch_size must be 14, .* got 15"):
+        check_fixed({"patch_size": 15}, processor)
+
+
+def test_options_in_options_are_looked_at_one_level_deep():
+    deep = {"patch_size": 5}
+    for _ in range(100_000):
+        deep = {"images_kwargs": deep}
+    check_fixed(deep, SimpleNamespace(patch_size=14))
+
+
 def test_whose_fault_it_is_that_a_request_cannot_be_processed():
-    unplaced = AssertionError("Expected 1 prompt placeholders,\nbut found 0")
-    assert blamed(unplaced, {}).startswith("the prompt must hold a place for every image")
-    assert len(blamed(unplaced, {}).splitlines()) == 1
-    assert blamed(KeyError("size"), {"size": {}}) == "mm_processor_kwargs: 'size'"
+    for unplaced in (
+        AssertionError("Failed to apply prompt replacement for mm_items['image'][0]"),
+        RuntimeError("likely because you forgot to include input placeholder\ntokens"),
+    ):
+        for options in ({}, {"size": {}}):
+            said = blamed(unplaced, options)
+            assert said.startswith("the prompt must hold a place for every image")
+            assert len(said.splitlines()) == 1
+    # A wrong count is the plugin's own fault.
+    ours = "Expected there to be 1 prompt placeholders corresponding to 1 image items, but instead "
+    assert blamed(RuntimeError(ours + "found 0 prompt placeholders! Make sure"), {}) is None
     assert blamed(KeyError("size"), {}) is None
     assert blamed(RuntimeError("out of memory"), {}) is None
+
+
+def test_errors_with_options_are_named_with_what_to_do():
+    said = blamed(KeyError("size"), {"size": {}, "fps": 1})
+    assert said.startswith("mm_processor_kwargs: ")
+    assert said.endswith("cannot be processed with size, fps, leave it out (KeyError: 'size')")
+    assert "leave it out (AssertionError: )" in blamed(AssertionError(), {"size": {}})
+    assert len(blamed(KeyError("x" * 1000), {"y" * 1000: 1})) < 550
+
+
+def test_a_video_keeps_its_frames():
+    for options in ({}, {"do_sample_frames": True, "num_frames": 4}):
+        check_frames(4, 4, options)
+    for options in ({"num_frames": 2, "size": 1}, {"videos_kwargs": {"num_frames": 2}}):
+        with pytest.raises(ValueError, match=r"keep its 4 frames, got 2; leave out num_frames$"):
+            check_frames(4, 2, options)
+    # No option that the request did not send.
+    with pytest.raises(ValueError, match="processor makes 2 frames of a video of 4") as error:
+        check_frames(4, 2, {"size": {}})
+    assert "mm_processor_kwargs" not in str(error.value)
 
 
 def test_images_that_options_brought_to_another_size_are_refused():

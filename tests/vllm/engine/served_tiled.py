@@ -5,6 +5,8 @@ Tiles of 8 x 8 patches. LLaVA-NeXT has CLIP and Llama, LLaVA-OneVision has SigLI
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +65,21 @@ DEADLY = {
         ("input_data_format", "channels_last", "cannot be set"),
     ],
 }
-# Of the second one vLLM itself says it of some models.
-FOR_ALL = [("return_tensors", "np", "cannot be set"), ("device", "meta", "kwargs")]
+# Of some models vLLM itself names the second one.
+FOR_ALL = [("return_tensors", "np", "cannot be set"), ("device", "meta", "device")]
+# What is said to images that cannot be read.
+BROKEN = {
+    "bad base64": "base64",
+    "text as image": "cannot identify image file",
+    "empty": "cannot identify image file",
+    "cut off": "truncated",
+    "damaged": "cannot identify image file",
+    "damaged later": "broken PNG file",
+    "oversized": "exceed",
+    "decompression bomb": "decompression bomb",
+    "a file of the server": "local files",
+    "no address": "URL must be",
+}
 
 
 def save_tiled(folder: Path, model_type: str) -> str:
@@ -184,6 +199,19 @@ def frames_of(paths: list[str]) -> np.ndarray:
     )
 
 
+def video_request(paths: list[str]) -> tuple[dict, str]:
+    """A video of four frames, two of which are to be dropped, and what is said to it."""
+    frames = []
+    for frame in frames_of(paths[:4]):
+        held = io.BytesIO()
+        Image.fromarray(frame).save(held, "jpeg")
+        frames.append(base64.b64encode(held.getvalue()).decode())
+    video = f"data:video/jpeg;base64,{','.join(frames)}"
+    dropped = {"videos_kwargs": {"do_sample_frames": True, "num_frames": 2}}
+    request = {"prompt": "what is this", "videos": [video], "processor": dropped}
+    return request, "keep its 4 frames, got 2; leave out do_sample_frames, num_frames"
+
+
 def refused_requests(paths: list[str], kind: str) -> list[tuple[dict, str | None]]:
     """Requests that no server can answer, with what is said to them; None where one is answered.
 
@@ -193,7 +221,9 @@ def refused_requests(paths: list[str], kind: str) -> list[tuple[dict, str | None
     """
     asked, other = ({"prompt": "what is this", "images": [path]} for path in paths[:2])
     options = DEADLY.get(kind, SQUARES) + FOR_ALL
+    videos = [video_request(paths)] if kind == "llava_onevision" else []
     return [
+        *videos,
         ({**asked, "pitome": {"keep": 2}}, "keep must be in (0, 1]"),
         ({**asked, "pitome": {"tokens": 0}}, "tokens must be"),
         ({**asked, "pitome": {"algorithm": "pool"}}, "algorithm must be this server's"),
@@ -201,10 +231,10 @@ def refused_requests(paths: list[str], kind: str) -> list[tuple[dict, str | None
         ({**asked, "images": paths[:3]}, "At most 2"),
         *(({**asked, "processor": {name: value}}, said) for name, value, said in options),
         *(
-            ({"prompt": "what is this", "urls": [broken]}, "")
-            for broken in broken_urls(image_url(paths[0])).values()
+            ({"prompt": "what is this", "urls": [broken]}, BROKEN[name])
+            for name, broken in broken_urls(image_url(paths[0])).items()
         ),
-        ({**asked, "videos": ["data:video/mp4;base64,AAAA"]}, ""),
+        ({**asked, "videos": ["data:video/mp4;base64,AAAA"]}, "video"),
         ({**asked, "own": {"truncate_prompt_tokens": 3}}, "must hold a place"),
         # Its image is known to the server then, and not to the engine.
         ({**other, "prompt": "star " * 1500}, "context length"),
