@@ -76,7 +76,7 @@ def test_parts_of_a_processor_that_differ_accept_their_own_values():
     processor = SimpleNamespace(image_processor=image, video_processor=video)
     for size in (14, 16):
         check_fixed({"patch_size": size}, processor)
-    with pytest.raises(ValueError, match="patch_size must be 14, .* got 15"):
+    with pytest.raises(ValueError, match=r"patch_size must be 14, .* got 15"):
         check_fixed({"patch_size": 15}, processor)
 
 
