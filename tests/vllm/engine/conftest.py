@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -84,8 +87,28 @@ def tiny_qwen(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("tiny_qwen"), "clip", qwen=True)
 
 
+@contextlib.contextmanager
+def starter(**own):
+    """A process that runs jobs; environment variables in which vLLM is imported."""
+    env = server_environment(environment(**own))
+    command = [sys.executable, str(HERE / "offline.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=env, text=True, start_new_session=True, **pipes) as process:
+        try:
+            yield process
+        finally:
+            # Also of a job that hangs, and of its own processes.
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def imported():
+    with starter() as process:
+        yield process
+
+
 @pytest.fixture
-def engine(tmp_path):
+def engine(tmp_path, imported):
     """Runs one job in a fresh process and returns its passes (and `pixels_of`'s features).
 
     After `passes` come those with `adapters`, and `controls`, in which something is wrong on
@@ -143,16 +166,19 @@ def engine(tmp_path):
             torch.save(pixels_of(path), job["pixels"])
         job_path, result_path = tmp_path / "job.json", tmp_path / "result.json"
         job_path.write_text(json.dumps(job))
-        command = [sys.executable, str(HERE / "offline.py"), str(job_path), str(result_path)]
-        own = {} if several else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        if linear_attention:
-            own["LINEAR_ATTENTION_IN_FLOAT32"] = "1"
+        # Variables that vLLM, or what it imports, reads while it is imported.
+        early = {"LINEAR_ATTENTION_IN_FLOAT32": "1"} if linear_attention else {}
         if second_runner:
-            own |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+            early = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+        own = {} if several else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        order = {"job": str(job_path), "result": str(result_path), "log": str(tmp_path / "log")}
         # As `pitome-vlm serve` starts an engine.
-        own = server_environment(environment(**own, **(env or {})))
-        done = subprocess.run(command, env=own, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        order["env"] = server_environment(environment(**own, **early, **(env or {})))
+        with starter(**early) if early else contextlib.nullcontext(imported) as process:
+            process.stdin.write(json.dumps({**order, "alone": bool(early)}) + "\n")
+            process.stdin.flush()
+            status = process.stdout.readline()
+        assert status == "0\n", (tmp_path / "log").read_text()[-9000:]
         result = json.loads(result_path.read_text())
         assert not preempted or result["preemptions"] > 0
         for (code, said), (request, message) in zip(result["refused"], refused, strict=True):

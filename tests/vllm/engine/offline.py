@@ -1,6 +1,8 @@
-"""One engine in a process of its own: a job from a JSON file, its results into another.
+"""Engines in processes of their own: jobs from JSON files, their results into others.
 
-vLLM keeps state per process, so every test gets a fresh one. Usage: offline.py JOB RESULT
+vLLM keeps state per process, so every test gets a fresh one; importing vLLM takes longer than most
+engines do, so they are copies of this process, which has it imported. A line on stdin is a job, a
+line on stdout the exit status of its process.
 """
 
 from __future__ import annotations
@@ -158,5 +160,23 @@ def main(job_path, result_path):
 if "LINEAR_ATTENTION_IN_FLOAT32" in os.environ:
     importlib.import_module("gdn_in_float32").install()
 
+def serve():
+    """Run the job of each line of stdin in a copy of this process."""
+    for line in sys.stdin:
+        order = json.loads(line)
+        if not order["alone"]:
+            importlib.import_module("vllm").LLM  # noqa: B018, imported at its first use
+        copy = os.fork()
+        if not copy:
+            log = os.open(order["log"], os.O_WRONLY | os.O_CREAT)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.environ.clear()
+            os.environ.update(order["env"])
+            return main(order["job"], order["result"])
+        print(os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1]), flush=True)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve()

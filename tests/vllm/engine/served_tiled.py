@@ -47,7 +47,7 @@ WORDS = ["how many stars are there?", "what colour is the circle?", "what is thi
 
 
 # Options of an engine in which two processes have half of the heads each.
-PARALLEL = {"several": True, "tensor_parallel_size": 2, "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
+PARALLEL = {"tensor_parallel_size": 2, "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
 # Options of a request, with what is said: the engine's process would die of them.
 SMALL = {"height": 32, "width": 32}
 SQUARES = [("size", SMALL, "must become 64 x 64 pixels")]
