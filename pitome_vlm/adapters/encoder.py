@@ -80,13 +80,9 @@ class EncoderAdapter(Adapter):
         own = EncoderPass.of(merge_pass, short=True)
         with encoding(encoder, own):
             hidden: Tensor = encoder(pixels).last_hidden_state
-        full = own.schedule.tokens_in
-        visual = VisualTokens(
-            list(hidden),
-            own.source_maps(len(hidden), hidden.device),
-            [full] * len(hidden),
-            own.anchors(len(hidden), hidden.device),
-        )
+        sources, anchors = own.maps(len(hidden), hidden.device)
+        full = [own.schedule.tokens_in] * len(hidden)
+        visual = VisualTokens(list(hidden), sources, full, anchors)
         return [Encoded("image", -1, visual)]
 
 

@@ -159,13 +159,9 @@ def merged_images(
     batch = torch.stack(merged) if same else torch.cat(merged)[None]
     projected = project(batch)
     check_count(projected.shape[1], batch.shape[1])
-    images, device = len(merged), projected.device
-    return VisualTokens(
-        list(projected) if same else list(torch.split(projected[0], counts)),
-        merge_pass.source_maps(images, device),
-        [merge_pass.schedule.tokens_in] * images,
-        merge_pass.anchors(images, device),
-    )
+    own = list(projected) if same else list(torch.split(projected[0], counts))
+    sources, anchors = merge_pass.maps(len(merged), projected.device)
+    return VisualTokens(own, sources, [merge_pass.schedule.tokens_in] * len(merged), anchors)
 
 
 def shape_of_tile(shape: TowerShape, advice: str) -> TowerShape:

@@ -8,7 +8,9 @@ differ by release.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,9 +191,11 @@ def reach(module: Any, path: str) -> Any:
     Raises:
         AttributeError: there is none.
     """
-    for name in filter(None, path.split(".")):
-        module = getattr(module, name)
-    return module
+    return _getter(path)(module) if path else module
+
+
+# Asked for a dozen times in every layer.
+_getter = functools.lru_cache(operator.attrgetter)
 
 
 def _has(module: Any, path: str) -> bool:

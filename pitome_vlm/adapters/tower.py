@@ -248,11 +248,24 @@ def uninstall_tower(tower: nn.Module) -> None:
                 del module.__dict__[name]
 
 
+def _slots(tower: nn.Module) -> set[TowerSlot]:
+    """Those of a tower's layers; a copy that peft trains next to the original has one of its own.
+
+    Every call asks, so what is inside of layers is not looked through.
+    """
+    found, rest = set(), [tower]
+    while rest:
+        module = rest.pop()
+        if isinstance(module, InTower):
+            found.add(module._pitome_slot[0])
+        else:
+            rest += module.children()
+    return found
+
+
 def is_encoding(tower: nn.Module) -> bool:
     """Whether the layers of a tower belong to an encoding right now, in this thread."""
-    layers = (module for module in tower.modules() if isinstance(module, InTower))
-    first = next(layers, None)
-    return first is not None and first._pitome_slot[0].active is not None
+    return any(slot.active is not None for slot in _slots(tower))
 
 
 @contextlib.contextmanager
@@ -262,13 +275,12 @@ def encoding(tower: nn.Module, merge_pass: MergePass) -> Iterator[None]:
     Raises:
         RuntimeError: the tower has to merge but is not the one that was wrapped.
     """
-    layers = [module for module in tower.modules() if isinstance(module, InTower)]
-    if merge_pass.schedule.tower and not layers:
+    slots = _slots(tower)
+    if merge_pass.schedule.tower and not slots:
         raise RuntimeError(
             "the vision tower was replaced after wrap(); call pitome_vlm.wrap(model, ...) again"
         )
     with contextlib.ExitStack() as stack:
-        # A copy that peft trains next to the original has a slot of its own.
-        for slot in {layer._pitome_slot[0] for layer in layers}:
+        for slot in slots:
             stack.enter_context(slot.encode(merge_pass))
         yield

@@ -246,32 +246,24 @@ class MergePass:
             anchors = anchors.gather(1, self.plans[layer].kept)
         return source[:, dropped:] - dropped, anchors[:, dropped:] - dropped
 
-    def source_maps(self, batch: int, device: torch.device) -> list[Tensor]:
-        """Which output token every input token went into.
+    def maps(self, batch: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+        """Where every input token went, and what every output token is named after.
 
         Returns:
-            [tokens_in] int64 of every image, with values 0..n_i-1; both count a leading token
-            only where it reaches the language model.
+            [tokens_in] int64 of every image with values 0..n_i-1, the output token of every input
+            one, and [n_i] int64 of every image with values 0..tokens_in-1. Both count a leading
+            token only where it reaches the language model.
         """
-        source, _ = self.tower_map(batch, device)
+        source, anchors = self.tower_map(batch, device)
         for plan in self.projector_plans:
             source = plan.assign.gather(1, source)
-        if self.adapted is None:
-            return list(source)
-        return [one.assign[own] for one, own in zip(self.adapted, source, strict=True)]
-
-    def anchors(self, batch: int, device: torch.device) -> list[Tensor]:
-        """The input token every output token is named after.
-
-        Returns:
-            [n_i] int64 of every image with values 0..tokens_in-1, counted as in `source_maps`.
-        """
-        _, anchors = self.tower_map(batch, device)
-        for plan in self.projector_plans:
             anchors = anchors.gather(1, plan.kept)
         if self.adapted is None:
-            return list(anchors)
-        return [own[one.kept] for one, own in zip(self.adapted, anchors, strict=True)]
+            return list(source), list(anchors)
+        return (
+            [one.assign[own] for one, own in zip(self.adapted, source, strict=True)],
+            [own[one.kept] for one, own in zip(self.adapted, anchors, strict=True)],
+        )
 
     def projector_context(
         self,

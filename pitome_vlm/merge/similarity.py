@@ -242,20 +242,22 @@ def _farthest_first(distance: Tensor, n_out: int) -> Tensor:
     own.fill_(-math.inf)
     rows, first = distance.flatten(0, 1), torch.arange(len(own), device=own.device) * own.shape[1]
     if not _has_numbers_on_cpu(distance):
-        found: Tensor = _in_turn(
-            torch, lambda index: rows.index_select(0, index), first, choice, n_out
-        )
-        return found
-    # On so few numbers a call takes longer than what it computes, and NumPy's calls are shorter.
+        found = _in_turn(torch, lambda index: rows.index_select(0, index), first, choice, n_out)
+        return torch.stack(found, 1)
+    # On so few numbers a call takes longer than what it computes, and NumPy's calls are shorter,
+    # those on the rows of one image above all.
     pairs = rows.numpy()
+    if len(own) == 1:
+        chosen = _in_turn(np, pairs.__getitem__, 0, int(choice), n_out)
+        return torch.from_numpy(np.array([chosen]))
     found = _in_turn(np, lambda index: pairs.take(index, 0), first.numpy(), choice.numpy(), n_out)
-    return torch.from_numpy(found)
+    return torch.from_numpy(np.stack(found, 1))
 
 
 def _in_turn(
     library: Any, distances_of: Callable[[Any], Any], first: Any, choice: Any, n_out: int
-) -> Any:
-    """What `_farthest_first` chooses, [B, n_out], in arrays of NumPy or PyTorch.
+) -> list[Any]:
+    """What `_farthest_first` chooses, `n_out` times [B], in arrays of NumPy or PyTorch.
 
     Args:
         library: the module of either.
@@ -263,10 +265,12 @@ def _in_turn(
         first: [B], the first row of every image.
         choice: [B], the first token of every image.
         n_out: tokens to choose.
+
+    For one image all of them may be without their axis B.
     """
     chosen, to_chosen = [choice], distances_of(choice + first)
     for _ in range(n_out - 1):
         choice = to_chosen.argmax(-1)
         chosen.append(choice)
         to_chosen = library.minimum(to_chosen, distances_of(choice + first))
-    return library.stack(chosen, 1)
+    return chosen

@@ -74,7 +74,7 @@ def shorten(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         if isinstance(value, Tensor) and value.shape[:2] == ids.shape and value.dim() == 2:
             short[name] = moves.take(value, fills.get(name, 0))
-    if mask is None and not bool(moves.valid.all()):
+    if mask is None and moves.padded:
         short["attention_mask"] = moves.valid.long()
     return short
 

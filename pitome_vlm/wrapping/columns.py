@@ -8,6 +8,7 @@ Axes: B rows, T columns before, S columns after.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +25,13 @@ class Compaction:
         keep: [B, T] bool, columns that stay.
         source: [B, S] int64, the column that every new one was; 0 where a row is padded.
         valid: [B, S] bool, new columns that hold something.
+        padded: whether any of them does not.
     """
 
     keep: Tensor
     source: Tensor
     valid: Tensor
+    padded: bool
 
     @property
     def removed(self) -> int:
@@ -37,11 +40,14 @@ class Compaction:
 
     def take(self, values: Tensor, fill: float | int | bool) -> Tensor:
         """[B, T, ...] to [B, S, ...], `fill` where a row is padded."""
-        source, padded = self.source.to(values.device), ~self.valid.to(values.device)
-        if more := values.shape[2:]:
-            axes = (..., *(None for _ in more))
-            source, padded = source[axes].expand(*source.shape, *more), padded[axes]
-        return values.gather(1, source).masked_fill_(padded, fill)
+        source, more = self.source.to(values.device), values.shape[2:]
+        axes = (..., *(None for _ in more))
+        if more:
+            source = source[axes].expand(*source.shape, *more)
+        found = values.gather(1, source)
+        if not self.padded:
+            return found
+        return found.masked_fill_(~self.valid[axes].to(values.device), fill)
 
 
 def surplus_placeholders(
@@ -130,8 +136,9 @@ def prompt_order(
     starts: list[int] = []
     for places, full, merged in zip(placeholders, full_counts, counts, strict=True):
         found = places.flatten().nonzero()[:, 0]
-        lengths = torch.tensor(full if len(found) == sum(full) else merged)
-        starts += found.cpu()[lengths.cumsum(0) - lengths].tolist()
+        lengths = full if len(found) == sum(full) else merged
+        firsts = [0, *itertools.accumulate(lengths[:-1])] if lengths else []
+        starts += found[firsts].tolist()
     order = sorted(range(len(starts)), key=starts.__getitem__)
     width = placeholders[0].shape[1] if placeholders else 1
     return order, [starts[index] // width for index in order]
@@ -167,22 +174,26 @@ def compaction(
         attention_mask: [B, T], 0 where padded, or None.
         left: side on which rows that become shorter are padded; None keeps the mask's own.
     """
-    left = padded_left(attention_mask) if left is None else left
     keep = ~drop
-    if attention_mask is not None:
+    if attention_mask is not None and not bool(attention_mask.all()):
+        left = padded_left(attention_mask) if left is None else left
         keep &= ~_outer_padding(attention_mask.to(keep.device) != 0, left) | placeholders
     lengths = keep.sum(1)
-    width = int(lengths.max())
+    every = lengths.tolist()
+    width = max(every)
+    if min(every) == width:
+        source = keep.nonzero()[:, 1].view(len(keep), width)
+        return Compaction(keep, source, torch.ones_like(source, dtype=torch.bool), padded=False)
     column = keep.long().cumsum(1) - 1
     if left:
         column = column + (width - lengths)[:, None]
     places = torch.arange(width, device=keep.device)[None]
     valid = places >= (width - lengths)[:, None] if left else places < lengths[:, None]
-    every = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+    numbers = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
     # What goes is written to one column more, which is cut off.
     source = torch.zeros(len(keep), width + 1, dtype=torch.int64, device=keep.device)
-    source.scatter_(1, torch.where(keep, column, width), every)
-    return Compaction(keep, source[:, :width], valid)
+    source.scatter_(1, torch.where(keep, column, width), numbers)
+    return Compaction(keep, source[:, :width], valid, padded=True)
 
 
 def compact_positions(position_ids: Tensor, drop: Tensor) -> Tensor:

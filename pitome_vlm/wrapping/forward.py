@@ -40,7 +40,6 @@ from .kv_cache import (
     with_prompt_images,
 )
 from .later_turns import brings_new_images_only, with_new_images, without_new_images
-from .placeholders import all_placeholders
 from .positions import as_model_positions
 from .prompt import other_arguments, prepare
 from .refusals import (
@@ -144,8 +143,7 @@ class WrappedLlava(GenerateHooks, WrappedModel):
         refuse_unsupported(self, call)
         if ids is not None and call.get("attention_mask") is None:
             call["attention_mask"] = inferred_mask(self, call, ids)
-        placeholders = None if ids is None else all_placeholders(plan.adapter, self, ids)
-        check_cache(plan, cache, placeholders)
+        check_cache(plan, cache, ids)
         left = _pad_left(call)
         if not has_pixels:
             turn = without_new_images(plan, ids, call, left=left)
@@ -157,9 +155,10 @@ class WrappedLlava(GenerateHooks, WrappedModel):
                 turn = with_new_images(plan, ids, call, left=left, image_cache=image_cache)
                 return self._run(original, call, turn, ids)
         prompt = prepare(plan, call, image_cache=image_cache, left=left)
-        shown = prompt.compaction.take(prompt.placeholders, False)
-        if cached_length(cache) and bool(shown[:, cached_length(cache) :].any()):
-            refuse_new_image()
+        if cached := cached_length(cache):
+            shown = prompt.compaction.take(prompt.placeholders, False)
+            if bool(shown[:, cached:].any()):
+                refuse_new_image()
         mask = prompt.attention_mask
         short = other_arguments(
             plan, call, prompt.compaction.keep.shape, prompt.compaction.take

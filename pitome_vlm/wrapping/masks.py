@@ -9,6 +9,7 @@ Axes: B rows, Q new columns, S columns of which sizes are known, K columns of ke
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ class Masks:
 
     Attributes:
         make: transformers' function, or the model's own where some tokens see those after them.
-        config: for that function. It names an implementation whose masks are always there.
+        text_config: what the language model reads.
+        model_config: what holds it, where the function is the model's own.
         names: arguments of the function.
         one: the language model takes one mask, not one by layer type.
         kind: where all layers are of one kind and see every earlier key, the name of that kind
@@ -43,7 +45,8 @@ class Masks:
     """
 
     make: Callable[..., Any]
-    config: Any
+    text_config: Any
+    model_config: Any
     names: frozenset[str]
     one: bool = False
     kind: str | None = None
@@ -52,18 +55,30 @@ class Masks:
     @classmethod
     def of(cls, model: Any, text_config: Any, *, one: bool = False) -> Masks:
         """Of a model whose language model reads `text_config`."""
-        text = copy.copy(text_config)
-        text._attn_implementation = "eager"
         own = getattr(model, "create_masks_for_generate", None)
-        if own is None:
-            kinds = set(getattr(text, "layer_types", None) or ())
-            windows = (getattr(text, name, None) for name in _WINDOWS)
-            sees_all = kinds == {FULL} or (not kinds and not any(windows))
-            kind = FULL if kinds and not one else None
-            return cls(create_masks_for_generate, text, MASK_ARGUMENTS, one, kind, sees_all)
-        whole = copy.copy(model.config)
+        if own is not None:
+            names = frozenset(inspect.signature(own).parameters)
+            return cls(own, text_config, model.config, names, one)
+        kinds = set(getattr(text_config, "layer_types", None) or ())
+        windows = (getattr(text_config, name, None) for name in _WINDOWS)
+        sees_all = kinds == {FULL} or (not kinds and not any(windows))
+        kind = FULL if kinds and not one else None
+        make = create_masks_for_generate
+        return cls(make, text_config, None, MASK_ARGUMENTS, one, kind, sees_all)
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """For the function: names an implementation whose masks are always there.
+
+        Copying one takes long, and the short way of `additive_mask` reads none.
+        """
+        text = copy.copy(self.text_config)
+        text._attn_implementation = "eager"
+        if self.model_config is None:
+            return text
+        whole = copy.copy(self.model_config)
         whole.__dict__["text_config"] = text
-        return cls(own, whole, frozenset(inspect.signature(own).parameters), one)
+        return whole
 
 
 def additive_mask(

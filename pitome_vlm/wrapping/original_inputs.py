@@ -183,7 +183,7 @@ def _at_columns(values: Tensor, text: Tensor, fill: int) -> Tensor:
 def _mask(given: Tensor | None, moves: Compaction) -> Tensor | None:
     if given is not None:
         return moves.valid.to(given)
-    return None if bool(moves.valid.all()) else moves.valid.long()
+    return moves.valid.long() if moves.padded else None
 
 
 def _labels(given: Tensor | None, layout: Layout, moves: Compaction) -> Tensor | None:

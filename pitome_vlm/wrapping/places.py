@@ -20,6 +20,7 @@ def prompt_positions(
     placeholders: Tensor,
     drop: Tensor,
     moves: Compaction,
+    slots: Tensor,
     mask: Tensor | None,
     start: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -43,7 +44,7 @@ def prompt_positions(
     if places is not None:
         found, last = _spread(places, placeholders, visual, calibration, moves, start)
         return found[..., 0], last, packed
-    return (*_layout(calibration, visual, placeholders, moves, mask, own, start), packed)
+    return (*_layout(calibration, visual, placeholders, moves, slots, mask, own, start), packed)
 
 
 def _spread(
@@ -67,6 +68,7 @@ def _layout(
     visual: VisualTokens,
     placeholders: Tensor,
     moves: Compaction,
+    slots: Tensor,
     mask: Tensor | None,
     own: Tensor | None,
     start: Tensor | None,
@@ -78,12 +80,12 @@ def _layout(
         visual: the visual tokens.
         placeholders: [B, T] bool.
         moves: where the columns went.
+        slots: [B, S] bool, the placeholders that stay.
         mask: [B, T] over the new columns, or None.
         own: [B, T] the caller's positions, or None.
         start: position of the first new column where the caller gave none.
     """
-    whole = int(placeholders.sum()) == sum(visual.full_counts)
-    if own is not None and not whole:
+    if own is not None and int(placeholders.sum()) != sum(visual.full_counts):
         # Written for the shortened prompt: there is no other layout to point back to.
         return moves.take(own, 0).float(), None
     if own is not None:
@@ -91,7 +93,6 @@ def _layout(
         found, last = _spread(places, placeholders, visual, calibration, moves, None)
         return found[..., 0], last
     attended = moves.valid if mask is None else moves.take(mask, 0) != 0
-    slots = moves.take(placeholders, False)
     offsets = torch.cat(visual.positions(calibration.positions))
     return unreduced_positions(
         slots, attended | slots, visual.full_counts, visual.counts, offsets, start

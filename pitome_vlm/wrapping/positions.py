@@ -11,6 +11,7 @@ Axes: B rows, S columns of which sizes are known.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -160,20 +161,16 @@ def unreduced_positions(
         position of every row, which its image may cover without a token there.
     """
     device = slots.device
-    steps = (valid.to(device) != 0).float()
+    valid = valid.to(device) != 0
     # An image counts as many positions as it has patches, all of them at its last token, so
     # that its other tokens are placed relative to where it begins.
-    room = torch.cat(
-        [
-            torch.nn.functional.pad(torch.full((1,), float(full)), (n - 1, 0))
-            for full, n in zip(full_counts, counts, strict=True)
-        ]
-    )
-    steps = steps.masked_scatter(slots, room.to(device))
-    before = steps.cumsum(1) - steps
+    room = torch.zeros(len(offsets))
+    room[[end - 1 for end in itertools.accumulate(counts)]] = torch.tensor(full_counts).float()
+    steps = valid.float().masked_scatter(slots, room.to(device))
+    after = steps.cumsum(1)
+    before, last = after - steps, after[:, -1] - 1
     moved = torch.zeros_like(steps).masked_scatter(slots, offsets.to(device))
-    positions = (before + moved).where(valid.to(device) != 0, (before - 1).clamp(min=0))
-    last = steps.sum(1) - 1
+    positions = (before + moved).where(valid, (before - 1).clamp(min=0))
     if start is None:
         return positions, last
     return positions + start.to(device)[:, None], last + start.to(device)

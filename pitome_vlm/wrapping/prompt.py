@@ -5,6 +5,7 @@ Sizes and positions of the merged tokens stay with the prompt from here on.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -117,23 +118,26 @@ def prepare(
     found = [find_placeholders(plan.model, one.token_id, ids, given) for one in encoded]
     placeholders, drop = _joined_placeholders(found, encoded)
     visual, images = _in_prompt_order(found, encoded)
-    moves = compaction(placeholders, drop, mask, left=left)
+    # The mask where it hides something.
+    hiding = None if mask is None or bool(mask.all()) else mask
+    moves = compaction(placeholders, drop, hiding, left=left)
     slots = moves.take(placeholders, False)
     short = None if ids is None else moves.take(ids, pad_id(plan.model))
     if plan.adapter.own_scatter:
         embeds, features = None, PromptFeatures(_needed(plan, short), encoded, cached)
     else:
-        embeds, features = _embedded(plan.model, ids, given, placeholders, moves, visual), None
+        embeds = _embedded(plan.model, short, given, slots, moves, visual)
+        features = None
     positions, last, packed = prompt_positions(
-        plan, inputs, visual, placeholders, drop, moves, mask, start
+        plan, inputs, visual, placeholders, drop, moves, slots, hiding, start
     )
-    shown, sizes = _visible(mask, placeholders, visual)
+    shown, sizes = _visible(hiding, placeholders, visual)
     ones = torch.ones(slots.shape, dtype=torch.float32, device=slots.device)
     return CompactPrompt(
         inputs_embeds=embeds,
         input_ids=short,
         features=features,
-        attention_mask=compact_attention_mask(moves, shown, past),
+        attention_mask=compact_attention_mask(moves, mask if hiding is None else shown, past),
         labels=None if labels is None else moves.take(labels, IGNORED_LABEL),
         position_ids=positions,
         last_position=last,
@@ -160,20 +164,28 @@ def _embedded(
     model: Any,
     ids: Tensor | None,
     given: Tensor | None,
-    placeholders: Tensor,
+    slots: Tensor,
     moves: Compaction,
     visual: VisualTokens,
 ) -> Tensor:
-    """[B, S, C] of the shortened prompt, with the visual tokens at its placeholders."""
+    """[B, S, C] of the shortened prompt, with the visual tokens at its placeholders.
+
+    Args:
+        model: the model.
+        ids: [B, S] of the shortened prompt, or None.
+        given: [B, T, C] of the caller's, in place of ids.
+        slots: [B, S] bool, the placeholders that stay.
+        moves: where the columns went.
+        visual: the visual tokens.
+    """
     if given is not None:
         embeds = moves.take(given, 0)
     else:
-        # Placeholders outside of the vocabulary are legal; their embedding is replaced anyway.
-        text = cast(Tensor, ids).masked_fill(placeholders, 0)
-        embeds = model.get_input_embeddings()(moves.take(text, 0))
-    slots = moves.take(placeholders, False)[..., None].to(embeds.device)
+        # Placeholders and padding may be outside of the vocabulary; nobody reads their embedding.
+        nothing = slots | ~moves.valid if moves.padded else slots
+        embeds = model.get_input_embeddings()(cast(Tensor, ids).masked_fill(nothing, 0))
     features = torch.cat(visual.features).to(embeds.device, embeds.dtype)
-    return embeds.masked_scatter(slots, features)
+    return embeds.masked_scatter(slots[..., None].to(embeds.device), features)
 
 
 def _visible(
@@ -189,8 +201,9 @@ def _visible(
         counts] float32, 1 where a token is hidden.
     """
     sizes = torch.cat(visual.sizes())
-    whole = int(placeholders.sum()) == sum(visual.full_counts)
-    if mask is None or not whole or visual.counts == visual.full_counts:
+    if mask is None or visual.counts == visual.full_counts:
+        return mask, sizes
+    if int(placeholders.sum()) != sum(visual.full_counts):
         return mask, sizes
     own = mask.to(placeholders.device)[placeholders] != 0
     if bool(own.all()):
@@ -209,12 +222,13 @@ def _visible(
 
 def _joined_placeholders(found: list[Tensor], encoded: list[Encoded]) -> tuple[Tensor, Tensor]:
     """Placeholders of all kinds and the surplus ones among them, both [B, T] bool."""
-    placeholders, drop = torch.zeros_like(found[0]), torch.zeros_like(found[0])
-    for places, one in zip(found, encoded, strict=True):
-        placeholders |= places
-        full, counts = one.visual.full_counts, one.visual.counts
-        drop |= surplus_placeholders(places, full, counts, one.kind, one.visual.anchors)
-    return placeholders, drop
+    drop = [
+        surplus_placeholders(
+            places, one.visual.full_counts, one.visual.counts, one.kind, one.visual.anchors
+        )
+        for places, one in zip(found, encoded, strict=True)
+    ]
+    return functools.reduce(torch.logical_or, found), functools.reduce(torch.logical_or, drop)
 
 
 def _in_prompt_order(
@@ -285,7 +299,7 @@ def compact_attention_mask(
 ) -> Tensor | None:
     """The mask of a shortened prompt, None where none was given and none is needed."""
     if mask is None:
-        return None if bool(moves.valid.all()) else moves.valid.long()
+        return moves.valid.long() if moves.padded else None
     compact = moves.take(mask, 0)
     return compact if past is None else torch.cat([past.to(compact.device), compact], 1)
 

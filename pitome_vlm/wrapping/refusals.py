@@ -17,13 +17,13 @@ from .placeholders import all_placeholders
 from .positions import by_mask
 
 
-def check_cache(plan: CallPlan, cache: Any, placeholders: Tensor | None) -> None:
+def check_cache(plan: CallPlan, cache: Any, ids: Tensor | None) -> None:
     """Refuse a cache whose images were merged otherwise than they would be now.
 
     Args:
         plan: of this call.
         cache: the caller's cache.
-        placeholders: [B, T] bool over the whole conversation, None where it is not at hand.
+        ids: [B, T] of the whole conversation, None where it is not at hand.
 
     Raises:
         ValueError: old and new count, or old and new calibration differ.
@@ -35,7 +35,9 @@ def check_cache(plan: CallPlan, cache: Any, placeholders: Tensor | None) -> None
         cached = images.tokens_out
     else:
         # Filled by an unwrapped model, or by text alone: its columns are those of the prompt.
-        holds_image = placeholders is not None and bool(placeholders[:, :length].any())
+        holds_image = ids is not None and bool(
+            all_placeholders(plan.adapter, plan.model, ids[:, :length]).any()
+        )
         cached = schedule.tokens_in if holds_image else schedule.tokens_out
     advice = "start a new cache after changing the merge settings"
     if cached != schedule.tokens_out:
