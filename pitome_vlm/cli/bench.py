@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # Names of `measure.bench.SHAPES`, whose import is too slow for --help.
 SHAPES = (
-    *("llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "onevision-7b"),
-    *("tiny", "tiny-next", "tiny-onevision"),
+    *("llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "onevision-7b", "qwen2.5-vl-7b"),
+    *("tiny", "tiny-next", "tiny-onevision", "tiny-qwen2.5-vl"),
 )
 RESULTS, REPORT, PLOT = "results.json", "report.md", "bench.png"
 _what, _how = o.panel("What is timed"), o.panel("How it is timed")

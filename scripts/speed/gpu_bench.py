@@ -1,16 +1,16 @@
-"""GPU part of the benchmarks: correctness, speed, memory, the merge's share, attention, nf4.
+"""GPU part of the benchmarks: correctness, speed, memory, the merge's share, serving, nf4.
 
-Called by gpu_bench.sh; needs PyTorch, transformers and peft only. Steps are run in this order
-until --seconds are over; what was measured by then is in OUT/report.md and OUT/*.json, which are
-written after every step.
+Called by gpu_bench.sh; needs PyTorch, transformers and peft only, and vLLM to serve. Steps are
+run in this order until --seconds are over; what was measured by then is in OUT/report.md and
+OUT/*.json, which are written after every step.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import pitome_vlm
+from pitome_vlm.adapters import find_adapter
 from pitome_vlm.common import markdown_table
-from pitome_vlm.measure.bench import Bench, Budget, Case, Phases, Report, build, installed
+from pitome_vlm.measure.bench import Bench, Budget, Case, Phases, Report, installed
 from pitome_vlm.measure.bench.clock import Clock, watched
 from pitome_vlm.measure.bench.fits import tried_fit
 from pitome_vlm.measure.bench.memory import out_of_memory
@@ -29,78 +30,27 @@ from pitome_vlm.merge.config import MergeConfig
 
 from .attention_ways import first_line
 from .gpu_attention import ATTENTION, attention, language_kernels, ways
+from .gpu_correctness import correctness
 from .gpu_run import OutOfTimeError, Run, vision_inputs
+from .gpu_serving import SECONDS, has_vllm, serving
 
 ANSWER = 16
+# Of the tokens of an image of any size.
+KEEPS = (0.25, 0.11)
 # What a search for the largest batch may take.
 FIT_SECONDS = 30
-FEATURES_APART = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
-@contextlib.contextmanager
-def exact_products() -> Iterator[None]:
-    """Without TF32, which convolutions use by default and which moves near ties."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+def budgets_of(options: argparse.Namespace, model: Any) -> list[Budget]:
+    """The untouched model and every algorithm at every number of tokens.
 
-
-def correctness(run: Run) -> None:
-    """Plans and features of the device against the CPU on the same random images.
-
-    In float64 plans must be equal; in float32 near ties may fall otherwise.
+    Parts of them where images have any number, with and without merging in the tower.
     """
-    rows, found = [], []
-    for name in run.options.exact.split(","):
-        for algorithm in ("pitome", "pitome_plus", "tome"):
-            for dtype in (torch.float64, torch.float32):
-                same, apart = compared(run, name, algorithm, dtype)
-                kind = str(dtype).removeprefix("torch.")
-                worst = f"{max(apart):.1e}" if apart else "-"
-                rows.append([name, algorithm, kind, f"{sum(same)} of {len(same)}", worst])
-                found.append(
-                    {"shape": name, "algorithm": algorithm, "dtype": kind}
-                    | {"same": same, "apart": apart}
-                )
-                limit = FEATURES_APART[dtype]
-                if (dtype == torch.float64 and not all(same)) or max(apart, default=0) > limit:
-                    run.failed.append(f"{name}, {algorithm}, {kind}: differs from the CPU")
-    run.save("correctness", found)
-    columns = ["shape", "algorithm", "dtype", "equal plans"]
-    columns += ["largest ‖device - cpu‖ / ‖cpu‖ of features with equal plans"]
-    run.add("", "## Against the CPU", "", markdown_table(columns, rows))
-
-
-@torch.no_grad()
-def compared(
-    run: Run, name: str, algorithm: str, dtype: torch.dtype
-) -> tuple[list[bool], list[float]]:
-    """Whether the plan of each image is equal, and how far features are apart where it is."""
-    model = build(name, dtype=dtype)
-    pitome_vlm.wrap(model, keep=0.25, algorithm=algorithm)
-    vision = vision_inputs(model, 2)
-    with exact_products():
-        here = pitome_vlm.encode_images(model, **vision)
-        model.to(run.options.device)
-        moved = {key: value.to(run.options.device) for key, value in vision.items()}
-        there = pitome_vlm.encode_images(model, **moved)
-    same = [
-        torch.equal(a, b.cpu()) for a, b in zip(here.source_maps, there.source_maps, strict=True)
-    ]
-    apart = [
-        float((a - b.cpu()).norm() / a.norm())
-        for a, b, equal in zip(here.features, there.features, same, strict=True)
-        if equal
-    ]
-    return same, apart
-
-
-def budgets_of(options: argparse.Namespace) -> list[Budget]:
-    """The untouched model and every algorithm at every number of tokens."""
     found = [Budget("none")]
+    if find_adapter(model).sized_by_processor:
+        for keep, stage in itertools.product(KEEPS, ("both", "projector")):
+            found.append(Budget(f"keep={keep} stage={stage}", MergeConfig(keep, stage=stage)))
+        return found
     for count in map(int, options.tokens.split(",")):
         for name in options.algorithms.split(","):
             config = MergeConfig(tokens=count, algorithm=name)
@@ -134,7 +84,7 @@ def time_batches(run: Run, model: Any, report: Report, until: float) -> None:
     """Rounds at every batch size until one fails or only `until` seconds are left."""
     for batch in map(int, run.options.batches.split(",")):
         try:
-            bench = Bench(model, budgets_of(run.options), Case(batch, 64, ANSWER))
+            bench = Bench(model, budgets_of(run.options, model), Case(batch, 64, ANSWER))
             report.results.append(bench.results)
             timed_rounds(run, bench, until)
         except RuntimeError as error:
@@ -217,7 +167,7 @@ def share(run: Run, name: str, model: Any) -> None:
     on_cpu = run.options.device == "cpu"
     kinds = [ProfilerActivity.CPU] if on_cpu else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     rows = []
-    for budget in budgets_of(run.options)[1:]:
+    for budget in budgets_of(run.options, model)[1:]:
         with installed(model, budget), torch.no_grad():
             vision = vision_inputs(model, int(run.options.batches.split(",")[0]))
             for _ in range(3):
@@ -305,11 +255,14 @@ def steps(run: Run) -> None:
         ways(run)
     with run.step("Kernels of the language model", 40):
         language_kernels(run, shapes[0])
+    kept = SECONDS if has_vllm() else 0
     for number, name in enumerate(shapes, start=1):
         with run.step(name, 30):
             # Every further shape gets as much of the time as the first ones left it.
-            until = run.left * (1 - 0.6 / (len(shapes) - number + 1)) if run.left > 0 else 0
-            one_shape(run, name, until)
+            free = max(0.0, run.left - kept)
+            one_shape(run, name, run.left - free * 0.6 / (len(shapes) - number + 1))
+    with run.step("vLLM under load", 0):
+        serving(run, shapes[0])
     with run.step("nf4", 60):
         if has_bitsandbytes():
             left = 0.5 * run.left
@@ -326,12 +279,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", default="llava-1.5-7b,llava-1.5-13b")
+    parser.add_argument("--shapes", default="llava-1.5-7b,qwen2.5-vl-7b")
     parser.add_argument("--tokens", default="288,192,144,64", help="compared with all 576")
     parser.add_argument("--algorithms", default="pitome_plus")
     parser.add_argument("--batches", default="1,8,32", help="the largest that fits is added")
     parser.add_argument("--attention", default=",".join(ATTENTION), help="variants to time")
     parser.add_argument("--kernels", default="flash_attention_2", help="compared with sdpa")
+    parser.add_argument("--served", help="checkpoint for vLLM; default: the first shape, random")
+    parser.add_argument(
+        "--vllm",
+        default="--load-format dummy --gpu-memory-utilization 0.42 --max-model-len 2048",
+        help="options of vLLM's servers, one string; two of them share the device",
+    )
+    parser.add_argument("--requests", type=int, default=64, help="to vLLM in a round")
     parser.add_argument("--exact", default="tiny,tiny-next", help="shapes compared with the CPU")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")

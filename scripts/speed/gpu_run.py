@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pitome_vlm.adapters import find_adapter
 from pitome_vlm.common import write_text
 from pitome_vlm.measure.bench import Case, build, inputs_for
 
@@ -95,4 +96,4 @@ class OutOfTimeError(Exception):
 def vision_inputs(model: Any, batch: int) -> dict[str, torch.Tensor]:
     """Pixels of random images, and what belongs to them."""
     inputs = inputs_for(model, Case(batch))
-    return {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+    return {name: inputs[name] for name in find_adapter(model).vision_inputs if name in inputs}

@@ -157,12 +157,13 @@ def test_noise_of_decoding_decides_about_no_answer():
     ("name", "billions", "width", "layers", "full"),
     [
         # Parameters as the Hub counts the safetensors of llava-hf/llava-1.5-7b-hf, -13b-hf,
-        # llava-v1.6-vicuna-7b-hf and llava-onevision-qwen2-7b-ov-hf; tokens of a 672 x 672
-        # image: 576; 576 + 48 x (48 + 1); 729 + 54 x (54 + 1).
+        # llava-v1.6-vicuna-7b-hf, llava-onevision-qwen2-7b-ov-hf and Qwen2.5-VL-7B-Instruct;
+        # tokens of a 672 x 672 image: 576; 576 + 48 x (48 + 1); 729 + 54 x (54 + 1); 24 x 24.
         ("llava-1.5-7b", 7.063, 4096, 32, 576),
         ("llava-1.5-13b", 13.351, 5120, 40, 576),
         ("llava-next-7b", 7.063, 4096, 32, 2928),
         ("onevision-7b", 8.030, 3584, 28, 3699),
+        ("qwen2.5-vl-7b", 8.292, 3584, 28, 576),
     ],
 )
 def test_presets_have_the_published_shape(name, billions, width, layers, full):
@@ -203,6 +204,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
         lambda: build("tiny"),
         lambda: build("tiny-next"),
         lambda: build("tiny-onevision"),
+        lambda: build("tiny-qwen2.5-vl"),
         lambda: tiny_model("vipllava"),
         lambda: tiny_model("siglip"),
         lambda: anyres_model("next_list"),
@@ -212,8 +214,8 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
         lambda: qwen("qwen2_5_vl"),
     ],
     ids=[
-        *("llava", "next", "onevision", "vipllava", "siglip", "next_list", "next_video"),
-        *("video_llava", "qwen2_vl", "qwen2_5_vl"),
+        *("llava", "next", "onevision", "qwen", "vipllava", "siglip", "next_list"),
+        *("next_video", "video_llava", "qwen2_vl", "qwen2_5_vl"),
     ],
 )
 def test_phases_of_every_family_add_up(make):

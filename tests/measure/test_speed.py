@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -14,10 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import pitome_vlm
 from pitome_vlm.measure.accounting import costs
-from scripts.speed import gpu_bench, peers, token_time, tower
+from scripts.speed import gpu_bench, gpu_run, gpu_serving, peers, token_time, tower
 
 ROOT = Path(__file__).resolve().parents[2]
 # Wrapped at keep=0.25 against unwrapped, the median over neighbouring runs. FLOPs say 2.0 times
@@ -82,14 +84,19 @@ def test_gpu_script_needs_neither_terminal_nor_plot_libraries(tmp_path):
     assert "bitsandbytes is missing" in done.stdout
     report = (out / "report.md").read_text()
     titles = ["Against the CPU", "## tiny", "merge's share", "attention", "Prop", "## nf4"]
-    for title in [*titles, "kernels of the language model"]:
+    for title in [*titles, "kernels of the language model", "vLLM is missing"]:
         assert title in report
+    # Images of any size, with and without merging in the tower.
+    for stage in ("both", "projector"):
+        assert f"keep=0.25 stage={stage}" in report
     assert "failed" not in report
     for way in ("plain", "mask", "channel", "flex"):
         assert re.search(rf"\| 145 \| {way} \| \d", report)
+    shapes = ("tiny", "tiny-qwen2.5-vl")
     assert {one.name for one in out.glob("*.json")} == {
-        *("correctness.json", "tiny.json", "share-tiny.json", "attention-tiny.json"),
+        *("correctness.json", "attention-tiny.json"),
         *("proportional.json", "language-kernels-tiny.json"),
+        *(f"{kind}{shape}.json" for kind in ("", "share-") for shape in shapes),
     }
     assert all(all(one["same"]) for one in json.loads((out / "correctness.json").read_text()))
 
@@ -119,6 +126,22 @@ def test_gpu_script_stops_in_time_and_writes_what_it_has(run, tmp_path):
     assert code == 0
     assert "Left out" in said
     assert "Against the CPU" in (tmp_path / "report.md").read_text()
+
+
+def test_gpu_script_stops_what_it_starts_to_serve(tmp_path):
+    options = argparse.Namespace(seconds=300, out=tmp_path)
+    make = ("random_llava", str(tmp_path / "made"), "--shape", "tiny")
+    gpu_serving.command(gpu_run.Run(options), tmp_path, *make, "--no-weights")
+    made = AutoConfig.from_pretrained(tmp_path / "made")
+    assert made.text_config.hidden_size == 32
+    assert not list((tmp_path / "made").glob("*.safetensors"))
+    with pytest.raises(RuntimeError, match=r"status 2: .*unrecognized arguments: --widths"):
+        gpu_serving.command(gpu_run.Run(options), tmp_path, *make, "--widths")
+    late = gpu_run.Run(argparse.Namespace(seconds=0, out=tmp_path))
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="the time was up"):
+        gpu_serving.command(late, tmp_path, *make)
+    assert time.monotonic() - started < 10
 
 
 # --- the gate

@@ -17,6 +17,8 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     SiglipVisionConfig,
 )
@@ -27,6 +29,7 @@ _MODELS = {
     "llava": LlavaForConditionalGeneration,
     "llava_next": LlavaNextForConditionalGeneration,
     "llava_onevision": LlavaOnevisionForConditionalGeneration,
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
 }
 
 
@@ -72,20 +75,37 @@ def _llama(width: int, inner: int, layers: int, heads: int, words: int = 32064) 
     )
 
 
+_QWEN2 = {
+    "vocab_size": 152000,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+}
+
+
 def _qwen2(**changes: Any) -> Qwen2Config:
     """Qwen/Qwen2-7B-Instruct."""
-    known = {
-        "vocab_size": 152000,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 32768,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": False,
-    }
-    return Qwen2Config(**(known | changes))
+    return Qwen2Config(**(_QWEN2 | changes))
+
+
+def _qwen2_5_vl(
+    vision: dict[str, Any], text: dict[str, Any], sections: list[int]
+) -> Qwen2_5_VLConfig:
+    """Of its last three ids the one that opens an image, and the placeholders."""
+    text = _QWEN2 | text
+    first = int(text["vocab_size"]) - 3
+    names = ("vision_start_token_id", "image_token_id", "video_token_id")
+    return Qwen2_5_VLConfig(
+        vision_config=vision | {"out_hidden_size": text["hidden_size"]},
+        text_config=text | {"rope_scaling": {"rope_type": "default", "mrope_section": sections}},
+        tie_word_embeddings=False,
+        **{name: first + number for number, name in enumerate(names)},
+    )
 
 
 def _pinpoints(side: int, next_only: bool) -> list[list[int]]:
@@ -129,16 +149,23 @@ def _image(text: Any) -> int:
 _SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 _SMALL_TOWER = _SMALL | {"num_hidden_layers": 6, "image_size": 96, "patch_size": 8}
 _SMALL_QWEN = _SMALL | {"num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": 128}
-# Shapes by name: llava-hf/llava-1.5-7b-hf, llava-1.5-13b-hf, llava-v1.6-vicuna-7b-hf and
-# llava-onevision-qwen2-7b-ov-hf; the tiny ones are for trying things out.
+_QWEN_TOWER = {"hidden_size": 1280, "num_heads": 16, "depth": 32, "patch_size": 14}
+_SMALL_QWEN_TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 4}
+_SMALL_QWEN_TOWER |= {"depth": 3, "patch_size": 14, "window_size": 56}
+_SMALL_QWEN_TOWER |= {"fullatt_block_indexes": [2]}
+# Shapes by name: llava-hf/llava-1.5-7b-hf, llava-1.5-13b-hf, llava-v1.6-vicuna-7b-hf,
+# llava-onevision-qwen2-7b-ov-hf and Qwen/Qwen2.5-VL-7B-Instruct; the tiny ones are for trying
+# things out.
 SHAPES: dict[str, Callable[[], Any]] = {
     "llava-1.5-7b": lambda: _llava(_clip(), _llama(4096, 11008, 32, 32)),
     "llava-1.5-13b": lambda: _llava(_clip(), _llama(5120, 13824, 40, 40)),
     "llava-next-7b": lambda: _next(_clip(), _llama(4096, 11008, 32, 32)),
     "onevision-7b": lambda: _onevision(_siglip(), _qwen2(), 151646, 151647),
+    "qwen2.5-vl-7b": lambda: _qwen2_5_vl(_QWEN_TOWER, {"vocab_size": 152064}, [16, 24, 24]),
     "tiny": lambda: _llava(_clip(**_SMALL_TOWER), _llama(32, 64, 2, 4, 128)),
     "tiny-next": lambda: _next(_clip(**_SMALL_TOWER), _llama(32, 64, 2, 4, 128)),
     "tiny-onevision": lambda: _onevision(_siglip(**_SMALL_TOWER), _qwen2(**_SMALL_QWEN), 126, 127),
+    "tiny-qwen2.5-vl": lambda: _qwen2_5_vl(_SMALL_QWEN_TOWER, _SMALL_QWEN, [1, 1, 2]),
 }
 
 
@@ -170,7 +197,7 @@ def build(
     seed: int = 0,
     attention: str = "sdpa",
 ) -> Any:
-    """A LLaVA of a published shape with random weights, in eval mode.
+    """A model of a published shape with random weights, in eval mode.
 
     Args:
         name: one of `SHAPES`.

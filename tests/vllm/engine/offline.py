@@ -160,6 +160,7 @@ def main(job_path, result_path):
 if "LINEAR_ATTENTION_IN_FLOAT32" in os.environ:
     importlib.import_module("gdn_in_float32").install()
 
+
 def serve():
     """Run the job of each line of stdin in a copy of this process."""
     for line in sys.stdin:
@@ -175,7 +176,9 @@ def serve():
             os.environ.clear()
             os.environ.update(order["env"])
             return main(order["job"], order["result"])
-        print(os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1]), flush=True)
+        status = os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1])
+        sys.stdout.write(f"{status}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
