@@ -28,6 +28,8 @@ except ImportError as error:
     raise SystemExit("the scripts that drive a server need httpx: pip install httpx") from error
 
 START_TIMEOUT = 600
+# Characters of the log that are shown of a server that did not start.
+LAST = 3000
 
 
 def data_url(scene_id: int, number: int = 0, size: tuple[int, int] | None = None) -> str:
@@ -139,7 +141,10 @@ def wait_for(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise SystemExit(f"the server stopped with status {process.returncode}; see {log}")
+            last = log.read_text(encoding="utf-8", errors="replace")[-LAST:]
+            raise SystemExit(
+                f"the server stopped with status {process.returncode}; the end of {log}:\n{last}"
+            )
         try:
             if httpx.get(f"{url}/health", timeout=5).status_code == 200:
                 return

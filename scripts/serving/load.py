@@ -228,8 +228,12 @@ def main() -> None:
     result = {"command": command_line(), "machine": environment(), **asked, "runs": runs}
     write_text(folder / "results.json", json.dumps(result, indent=2) + "\n")
     write_text(folder / "report.md", report(result))
-    plot(result, folder / "load.png")
     print(report(result))
+    try:
+        plot(result, folder / "load.png")
+    except ImportError as error:
+        # All that was measured is written.
+        print(f"no plot: {error}")
 
 
 if __name__ == "__main__":

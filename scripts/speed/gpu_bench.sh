@@ -11,6 +11,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python}
 "$python" -c 'import bitsandbytes' 2>/dev/null || echo "bitsandbytes is missing: nf4 is left out"
 if [ "${DEVICE:-cuda}" = cpu ]; then
+  export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" # two servers share the memory
   exec "$python" -m scripts.speed.gpu_bench --device cpu --dtype float32 --shapes tiny,tiny-qwen2.5-vl \
     --tokens 72,36 --batches 1,2 --repeats 2 --attention sdpa,eager --kernels eager --served demo \
     --requests 4 --vllm="--dtype float32 --max-model-len 400 --block-size 32 --enforce-eager" \

@@ -78,7 +78,7 @@ class Run:
         except Exception as error:
             # A machine with a GPU is had for minutes: what does not work there is a result as well.
             self.failed.append(title)
-            lines = traceback.format_exc().rstrip().splitlines()[-12:]
+            lines = traceback.format_exc().rstrip().splitlines()[-40:]
             self.add("", f"## {title}", "", f"Failed: {type(error).__name__}", "", "```")
             self.add(*lines, "```")
         finally:

@@ -49,8 +49,8 @@ def serving(run: Run, name: str) -> None:
             command(run, Path(folder), *make)
         model = run.options.served or folder
         command(run, Path(folder), "load", "--model", model, *words, "--output", str(out))
-    report = (out / "report.md").read_text(encoding="utf-8")
-    run.add("", title, "", report.replace("\n#", "\n##").removeprefix("#"))
+    _, _, report = (out / "report.md").read_text(encoding="utf-8").partition("\n\n")
+    run.add("", title, "", report.replace("(load.png)", f"({out.name}/load.png)").rstrip())
 
 
 def command(run: Run, folder: Path, script: str, *words: str) -> None:
@@ -73,5 +73,5 @@ def command(run: Run, folder: Path, script: str, *words: str) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if status != 0:
-        last = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+        last = log.read_text(encoding="utf-8", errors="replace")[-4000:]
         raise RuntimeError(f"scripts.serving.{script} ended with status {status}: {last}")
