@@ -28,6 +28,24 @@ _SAMPLING = ("do_sample_frames", "num_frames", "fps")
 _UNPLACED = ("Failed to apply prompt replacement", "forgot to include input placeholder")
 
 
+def checked(plan: PlannedServing, options: Mapping[str, Any], processor: Any) -> PlannedServing:
+    """The plan for one request, all of whose options are allowed.
+
+    Args:
+        plan: the server's.
+        options: the request's `mm_processor_kwargs`.
+        processor: the model's.
+
+    Raises:
+        ValueError: see `requested` and `check_fixed`, or they are nested too deeply to be shown.
+    """
+    try:
+        check_fixed(options, processor)
+        return requested(plan, options.get(OPTIONS_KEY))
+    except RecursionError as error:
+        raise ValueError("mm_processor_kwargs are nested too deeply") from error
+
+
 def requested(plan: PlannedServing, asked: Any) -> PlannedServing:
     """The plan for one request.
 

@@ -24,7 +24,7 @@ from vllm.multimodal.parse import EmbeddingItems
 
 from ..merge.counts import Footprint
 from ..releases import vllm_replacement
-from .budgets import as_numbers, blamed, check_fixed, check_side, largest, requested
+from .budgets import as_numbers, blamed, check_side, checked, largest
 from .options import OPTIONS_KEY, PlannedServing, plan_serving
 
 if TYPE_CHECKING:
@@ -96,10 +96,9 @@ class MergedProcessor(Processor):
             ValueError: its budget or another of its options is not allowed here, or the prompt has
                 no place for an image.
         """
-        options = dict(inputs.hf_processor_mm_kwargs or {})
-        check_fixed(options, self.info.get_hf_processor())
-        own = copy.copy(self)
-        own._plan = requested(self.info.plan, options.pop(OPTIONS_KEY, None))
+        options, own = dict(inputs.hf_processor_mm_kwargs or {}), copy.copy(self)
+        own._plan = checked(self.info.plan, options, self.info.get_hf_processor())
+        options.pop(OPTIONS_KEY, None)
         if own._plan.config.by_pixels:
             own.info = self.info.exact
         # Every release asks the inputs for their names.

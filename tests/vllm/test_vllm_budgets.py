@@ -22,6 +22,7 @@ from pitome_vlm.vllm.budgets import (
     check_fixed,
     check_frames,
     check_side,
+    checked,
     from_numbers,
     largest,
     requested,
@@ -85,6 +86,22 @@ def test_options_in_options_are_looked_at_one_level_deep():
     for _ in range(100_000):
         deep = {"images_kwargs": deep}
     check_fixed(deep, SimpleNamespace(patch_size=14))
+
+
+def test_options_too_deep_to_be_shown_are_refused(model_config):
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    plan, processor = plan_of(model_config), SimpleNamespace(patch_size=14)
+    for options in (
+        {"return_tensors": deep},
+        {"patch_size": deep},
+        *({"pitome": {word: deep}} for word in ("keep", "tokens", "algorithm", "nonsense")),
+        {"pitome": deep},
+    ):
+        with pytest.raises(ValueError, match=r"mm_processor_kwargs.* (deeply|nonsense|got)"):
+            checked(plan, options, processor)
+    assert checked(plan, {"size": deep}, processor) is plan
 
 
 def test_whose_fault_it_is_that_a_request_cannot_be_processed():
