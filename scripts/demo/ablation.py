@@ -28,7 +28,7 @@ from tqdm import tqdm
 from pitome_vlm import algorithms
 from pitome_vlm.common import write_text
 from pitome_vlm.demo import checkpoint_path, load_split
-from pitome_vlm.demo.dataset import HELD_OUT, SPLIT_SCENES
+from pitome_vlm.demo.dataset import SPLIT_SCENES
 from pitome_vlm.measure.demo_benchmark import concatenate
 from pitome_vlm.measure.description import describe
 from pitome_vlm.measure.provenance import checkpoint_fingerprint, provenance
@@ -36,7 +36,7 @@ from pitome_vlm.measure.provenance import checkpoint_fingerprint, provenance
 from ..command import command_line
 from .ablation_rows import OWN_ALGORITHMS, cells
 from .ablation_table import report, table
-from .benchmark import load_model, measure_part
+from .benchmark import load_model, measure_part, parser_for
 from .stored import CHANGES, holds, with_run
 
 
@@ -49,17 +49,11 @@ def prepare(path: Path) -> tuple[Any, Any]:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--split", choices=HELD_OUT, default="val")
-    parser.add_argument("--limit", type=int, help="first questions only")
-    parser.add_argument("--batch-size", type=int, default=48)
+    parser = parser_for(__doc__)
     parser.add_argument("--model", type=Path, default=None, help="another checkpoint folder")
     parser.add_argument("--model-name", help="how to call it in the report")
-    parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--rows", type=int, default=8, help="cells measured between two saves")
     parser.add_argument("--varied", nargs="+", help="measure only rows of these first columns")
-    parser.add_argument("--rewrite", action="store_true", help="the table again, without a run")
     return parser.parse_args()
 
 

@@ -126,26 +126,38 @@ def measure_part(part: list[Any], **options: Any) -> list[Any]:
     return run(*_LOADED[0], samples=part, **options)
 
 
+def parser_for(doc: str | None, split: str = "val", limit: int | None = None) -> Any:
+    """What all scripts that ask the demo's held-out questions can be told.
+
+    Args:
+        doc: of the script.
+        split: asked where none is named.
+        limit: questions asked where no number is given, None for all.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--split", choices=HELD_OUT, default=split)
+    parser.add_argument("--limit", type=int, default=limit, help="first questions only")
+    parser.add_argument("--batch-size", type=int, default=48)
+    parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
+    parser.add_argument(
+        "--rewrite", action="store_true", help="tables and plots from stored answers, without a run"
+    )
+    return parser
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--split", choices=HELD_OUT, default="test")
-    parser.add_argument("--limit", type=int, help="first questions only, for a quick look")
-    parser.add_argument("--batch-size", type=int, default=48)
+    parser = parser_for(__doc__, "test")
     parser.add_argument("--model", type=Path, default=None, help="another checkpoint folder")
     parser.add_argument("--model-name", help="how to call it in the report")
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS), metavar="N")
-    parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--readme", type=Path, help="file whose table to bring up to date")
     parser.add_argument("--overwrite", action="store_true", help="measure every row")
     parser.add_argument(
         "--methods", nargs="+", metavar="NAME", help="rows to measure, as the report calls them"
     )
     parser.add_argument("--times", action="store_true", help="time again what is timed already")
-    parser.add_argument(
-        "--rewrite", action="store_true", help="tables and plot from results.json, without a run"
-    )
     return parser.parse_args()
 
 

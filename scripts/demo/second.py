@@ -22,7 +22,7 @@ from tqdm import tqdm
 from pitome_vlm import MergeConfig
 from pitome_vlm.common import markdown_table, write_text
 from pitome_vlm.demo import checkpoint_path, load_split
-from pitome_vlm.demo.dataset import HELD_OUT, Sample
+from pitome_vlm.demo.dataset import Sample
 from pitome_vlm.demo.second import SecondQuestion, second_questions
 from pitome_vlm.measure.demo_benchmark import (
     Setting,
@@ -34,7 +34,7 @@ from pitome_vlm.measure.provenance import checkpoint_fingerprint
 
 from .ablation_rows import BASELINE, BUDGETS, ROWS
 from .ablation_table import TOLD
-from .benchmark import ROWS_BETWEEN_SAVES, asking, load_model, run_facts
+from .benchmark import ROWS_BETWEEN_SAVES, asking, load_model, parser_for, run_facts
 from .stored import CHANGES, holds, later_words, with_run
 
 UNREDUCED = "unreduced"
@@ -179,15 +179,9 @@ def report(results: dict[str, Any], alone: dict[str, Any] | None) -> str:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--split", choices=HELD_OUT, default="val")
-    parser.add_argument("--limit", type=int, default=600, help="first questions only")
-    parser.add_argument("--batch-size", type=int, default=48)
-    parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
+    parser = parser_for(__doc__, limit=600)
     parser.add_argument("--model", type=Path, default=checkpoint_path(), help="checkpoint folder")
     parser.add_argument("--model-name", help="how to call it in the report")
-    parser.add_argument("--rewrite", action="store_true", help="the page again, without a run")
     return parser.parse_args()
 
 

@@ -22,7 +22,6 @@ import numpy as np
 from pitome_vlm import MergeConfig, algorithms
 from pitome_vlm.common import markdown_table, write_text
 from pitome_vlm.demo import checkpoint_path, load_split
-from pitome_vlm.demo.dataset import HELD_OUT
 from pitome_vlm.measure.demo_benchmark import Setting, difference_intervals, family_words
 from pitome_vlm.measure.provenance import checkpoint_fingerprint, in_words
 
@@ -172,15 +171,9 @@ def report(results: dict[str, Any]) -> str:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--split", choices=HELD_OUT, default="val")
-    parser.add_argument("--limit", type=int, default=600, help="first questions only")
-    parser.add_argument("--batch-size", type=int, default=48)
-    parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
+    parser = benchmark.parser_for(__doc__, limit=600)
     parser.add_argument("--known", type=Path, help="results.json of the demo benchmark")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows to measure")
-    parser.add_argument("--rewrite", action="store_true", help="the page again, without a run")
     parser.set_defaults(model_name=None)
     return parser.parse_args()
 

@@ -155,18 +155,21 @@ def test_divprune_is_greedy_max_min_diversity():
         assert torch.equal(plan.apply(keys)[0][0], keys[0, plan.kept[0]]), f"seed {seed}"
 
 
+def check_choice(plan, keys, attention, choice, seed, *options):
+    """What a slow reference chooses stays, and everything else is with its nearest."""
+    for row, (own, seen) in enumerate(zip(keys.tolist(), attention.tolist(), strict=True)):
+        chosen = choice(own, seen, *options)
+        others = [i for i in range(len(own)) if i not in chosen]
+        assert same(named_groups(plan, row), with_nearest(own, chosen, others)), f"seed {seed}"
+
+
 def test_scope_is_greedy_coverage_times_attention():
     for seed in range(24):
         keys, attention, n_out = draw(seed)
         power = (0.0, 1.0, 2.0)[seed % 3]
         config = MergeConfig(keep=0.5, algorithm="scope", saliency=power)
         plan = planned("scope", keys, n_out, cls_attention=attention, config=config)
-        for row in range(2):
-            chosen = scope_choice(keys[row].tolist(), attention[row].tolist(), n_out, power)
-            others = [i for i in range(keys.shape[1]) if i not in chosen]
-            assert same(
-                named_groups(plan, row), with_nearest(keys[row].tolist(), chosen, others)
-            ), f"seed {seed}, power {power}"
+        check_choice(plan, keys, attention, scope_choice, seed, n_out, power)
 
 
 def test_scope_tells_tokens_of_little_attention_apart():
@@ -196,12 +199,7 @@ def test_vispruner_keeps_important_and_diverse_tokens():
         share = (0.5, 0.0, 1.0, 0.7)[seed % 4]
         config = MergeConfig(keep=0.5, algorithm="vispruner", important=share)
         plan = planned("vispruner", keys, n_out, cls_attention=attention, config=config)
-        for row in range(2):
-            chosen = vispruner_choice(keys[row].tolist(), attention[row].tolist(), n_out, share)
-            others = [i for i in range(keys.shape[1]) if i not in chosen]
-            assert same(
-                named_groups(plan, row), with_nearest(keys[row].tolist(), chosen, others)
-            ), f"seed {seed}"
+        check_choice(plan, keys, attention, vispruner_choice, seed, n_out, share)
 
 
 def test_holov_keeps_the_most_attended_tokens_of_every_crop():
@@ -214,12 +212,7 @@ def test_holov_keeps_the_most_attended_tokens_of_every_crop():
         attention = attention ** (1, 8)[seed % 2]
         config = MergeConfig(keep=0.5, algorithm="holov", crops=n_crops)
         plan = planned("holov", keys, n_out, cls_attention=attention, config=config)
-        for row in range(2):
-            chosen = holov_choice(keys[row].tolist(), attention[row].tolist(), n_out, n_crops)
-            others = [i for i in range(keys.shape[1]) if i not in chosen]
-            assert same(
-                named_groups(plan, row), with_nearest(keys[row].tolist(), chosen, others)
-            ), f"seed {seed}"
+        check_choice(plan, keys, attention, holov_choice, seed, n_out, n_crops)
 
 
 def test_holov_spreads_equal_attention_over_the_image():
