@@ -280,18 +280,14 @@ class MergePlan:
             total: [B, N] sums of the weights W.
             joining: [B, N - M] weights of the tokens that give up their place.
         """
-        exact, joins = torch.promote_types(x.dtype, torch.float32), self.joins
-        values, named = (take_tokens(x, index) for index in (self.moved, joins))
-        values = values.to(exact)
-        share = joining.to(exact) / total.to(exact).gather(1, joins)
+        # Sums of half-precision values lose bits.
+        exact, joins = x.to(torch.promote_types(x.dtype, torch.float32)), self.joins
+        values, named = (take_tokens(exact, index) for index in (self.moved, joins))
+        share = joining.to(exact.dtype) / total.to(exact.dtype).gather(1, joins)
         change = (values - named).mul_(share[..., None])
         if self.keep_norm:
-            return self._with_largest_norm(x.to(exact), values, change).to(x.dtype)
-        if exact == x.dtype:
-            return add_tokens(x, joins, change)
-        # Sums of half-precision values lose bits.
-        sums = torch.zeros(x.shape, dtype=exact, device=x.device)
-        return x + add_tokens(sums, joins, change).to(x.dtype)
+            return self._with_largest_norm(exact, values, change).to(x.dtype)
+        return add_tokens(exact, joins, change, fresh=exact is not x).to(x.dtype)
 
     def _with_largest_norm(self, x: Tensor, values: Tensor, change: Tensor) -> Tensor:
         """Means [B, N, C] scaled to the largest norm among their members."""
@@ -323,10 +319,14 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     return rows.view(*index.shape, x.shape[-1])
 
 
-def add_tokens(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """Add rows [B, K, C] to those of x [B, N, C] at [B, K]; on a CPU in their order."""
+def add_tokens(x: Tensor, index: Tensor, values: Tensor, *, fresh: bool = False) -> Tensor:
+    """Add rows [B, K, C] to those of x [B, N, C] at [B, K]; on a CPU in their order.
+
+    `fresh`: nobody else has x, so that it may be written over.
+    """
+    add = Tensor.index_add_ if fresh else Tensor.index_add
     if x.shape[0] == index.shape[0] == 1:
-        return x.index_add(1, index[0], values)
+        return add(x, 1, index[0], values)
     rows = x.reshape(-1, x.shape[-1])
-    rows = rows.index_add(0, _flat_rows(index, x.shape[1]), values.flatten(0, 1))
+    rows = add(rows, 0, _flat_rows(index, x.shape[1]), values.flatten(0, 1))
     return rows.view(x.shape)
