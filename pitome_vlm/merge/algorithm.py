@@ -285,10 +285,11 @@ def cosine_similarity(keys: Tensor) -> Tensor:
 
 def unit_vectors(keys: Tensor) -> Tensor:
     """[..., N, D] scaled to length one, at least float32; a zero token stays zero."""
-    # Operators that are given two dtypes take several times as long on a CPU.
-    exact = keys.to(torch.promote_types(keys.dtype, torch.float32))
-    length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
-    unit: Tensor = exact / length.clamp_min_(1e-12)
+    exact = torch.promote_types(keys.dtype, torch.float32)
+    # On a CPU operators that are given two dtypes take several times as long.
+    keys = keys.to(exact) if keys.device.type == "cpu" else keys
+    length = torch.linalg.vector_norm(keys, dim=-1, keepdim=True, dtype=exact)
+    unit: Tensor = keys / length.clamp_min_(1e-12)
     return unit
 
 

@@ -280,14 +280,18 @@ class MergePlan:
             total: [B, N] sums of the weights W.
             joining: [B, N - M] weights of the tokens that give up their place.
         """
-        # Sums of half-precision values lose bits.
-        exact, joins = x.to(torch.promote_types(x.dtype, torch.float32)), self.joins
-        values, named = (take_tokens(exact, index) for index in (self.moved, joins))
-        share = joining.to(exact.dtype) / total.to(exact.dtype).gather(1, joins)
+        exact, joins = torch.promote_types(x.dtype, torch.float32), self.joins
+        values, named = (take_tokens(x, index) for index in (self.moved, joins))
+        values = values.to(exact)
+        share = joining.to(exact) / total.to(exact).gather(1, joins)
         change = (values - named).mul_(share[..., None])
         if self.keep_norm:
-            return self._with_largest_norm(exact, values, change).to(x.dtype)
-        return add_tokens(exact, joins, change, fresh=exact is not x).to(x.dtype)
+            return self._with_largest_norm(x.to(exact), values, change).to(x.dtype)
+        if exact == x.dtype:
+            return add_tokens(x, joins, change)
+        # Sums of half-precision values lose bits.
+        sums = torch.zeros(x.shape, dtype=exact, device=x.device)
+        return x + add_tokens(sums, joins, change, fresh=True).to(x.dtype)
 
     def _with_largest_norm(self, x: Tensor, values: Tensor, change: Tensor) -> Tensor:
         """Means [B, N, C] scaled to the largest norm among their members."""
