@@ -241,36 +241,38 @@ def _farthest_first(distance: Tensor, n_out: int) -> Tensor:
     # What is chosen stays at minus infinity and is never the farthest again.
     own.fill_(-math.inf)
     rows, first = distance.flatten(0, 1), torch.arange(len(own), device=own.device) * own.shape[1]
+    single = len(own) == 1
     if not _has_numbers_on_cpu(distance):
-        found = _in_turn(torch, lambda index: rows.index_select(0, index), first, choice, n_out)
+        found = _in_turn(
+            torch, lambda one: rows.index_select(0, one if single else one + first), choice, n_out
+        )
         return torch.stack(found, 1)
     # On so few numbers a call takes longer than what it computes, and NumPy's calls are shorter,
     # those on the rows of one image above all.
-    pairs = rows.numpy()
-    if len(own) == 1:
-        chosen = _in_turn(np, pairs.__getitem__, 0, int(choice), n_out)
+    pairs, starts = rows.numpy(), first.numpy()
+    if single:
+        chosen = _in_turn(np, pairs.__getitem__, int(choice), n_out)
         return torch.from_numpy(np.array([chosen]))
-    found = _in_turn(np, lambda index: pairs.take(index, 0), first.numpy(), choice.numpy(), n_out)
+    found = _in_turn(np, lambda one: pairs.take(one + starts, 0), choice.numpy(), n_out)
     return torch.from_numpy(np.stack(found, 1))
 
 
 def _in_turn(
-    library: Any, distances_of: Callable[[Any], Any], first: Any, choice: Any, n_out: int
+    library: Any, distances_of: Callable[[Any], Any], choice: Any, n_out: int
 ) -> list[Any]:
     """What `_farthest_first` chooses, `n_out` times [B], in arrays of NumPy or PyTorch.
 
     Args:
         library: the module of either.
-        distances_of: rows [B] to the distances [B, N] of those tokens.
-        first: [B], the first row of every image.
+        distances_of: tokens [B] of every image to the distances [B, N] of those tokens.
         choice: [B], the first token of every image.
         n_out: tokens to choose.
 
     For one image all of them may be without their axis B.
     """
-    chosen, to_chosen = [choice], distances_of(choice + first)
+    chosen, to_chosen = [choice], distances_of(choice)
     for _ in range(n_out - 1):
         choice = to_chosen.argmax(-1)
         chosen.append(choice)
-        to_chosen = library.minimum(to_chosen, distances_of(choice + first))
+        to_chosen = library.minimum(to_chosen, distances_of(choice))
     return chosen

@@ -21,7 +21,8 @@ def plot(report: Report, path: Path) -> None:
         _bars(axis, case)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=3)
-    whole = ", language model scaled to full depth" if report.depth != 1 else ""
+    # In a line of its own: over a single panel there is no room for it next to the rest.
+    whole = "\nlanguage model scaled to full depth" if report.depth != 1 else ""
     figure.suptitle(f"{report.model}: time of an answer{whole}", fontsize=10)
     save(figure, path)
 
