@@ -8,9 +8,7 @@ differ by release.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,11 +189,12 @@ def reach(module: Any, path: str) -> Any:
     Raises:
         AttributeError: there is none.
     """
-    return _getter(path)(module) if path else module
-
-
-# Asked for a dozen times in every layer.
-_getter = functools.lru_cache(operator.attrgetter)
+    # Asked for a dozen times in every layer, mostly for a path of one name.
+    if "." not in path:
+        return getattr(module, path) if path else module
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
 
 
 def _has(module: Any, path: str) -> bool:
