@@ -184,9 +184,10 @@ def servers(options: argparse.Namespace) -> Iterator[dict[str, str]]:
         yield found
 
 
-def sweep(found: dict[str, str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One entry for every number of clients, round and server."""
-    runs, first = [], 1
+def sweep(found: dict[str, str], options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """All entries so far, one for every round and server, after each number of clients."""
+    runs: list[dict[str, Any]] = []
+    first = 1
     for clients in options.clients:
         for number in range(options.rounds):
             for label, url in found.items():
@@ -194,7 +195,7 @@ def sweep(found: dict[str, str], options: argparse.Namespace) -> list[dict[str, 
                 one = drive(url, shown, clients, first, options)
                 runs.append({"server": label, "round": number, **one})
             first += max(options.requests, 2 * clients)
-    return runs
+        yield runs
 
 
 def arguments() -> argparse.Namespace:
@@ -222,12 +223,13 @@ def main() -> None:
     options = arguments()
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    with servers(options) as found:
-        runs = sweep(found, options)
     asked = {name: getattr(options, name) for name in ("rounds", "requests", "max_tokens")}
-    result = {"command": command_line(), "machine": environment(), **asked, "runs": runs}
-    write_text(folder / "results.json", json.dumps(result, indent=2) + "\n")
-    write_text(folder / "report.md", report(result))
+    result = {"command": command_line(), "machine": environment(), **asked}
+    with servers(options) as found:
+        for runs in sweep(found, options):
+            result["runs"] = runs
+            write_text(folder / "results.json", json.dumps(result, indent=2) + "\n")
+            write_text(folder / "report.md", report(result))
     print(report(result))
     try:
         plot(result, folder / "load.png")

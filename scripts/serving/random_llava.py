@@ -30,6 +30,8 @@ def shape_of(options: argparse.Namespace) -> LlavaConfig:
     """A configuration with the demo's words."""
     if options.shape:
         config = configuration(options.shape)
+        if config.model_type != "llava":
+            raise SystemExit(f"--shape must be a LLaVA-1.5's, got {options.shape}")
         config.text_config.update({"vocab_size": len(vocabulary()), "pad_token_id": PAD})
         config.text_config.update({"bos_token_id": BOS, "eos_token_id": EOS})
         config.image_token_id = IMAGE

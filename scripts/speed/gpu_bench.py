@@ -1,8 +1,8 @@
 """GPU part of the benchmarks: correctness, speed, memory, the merge's share, serving, nf4.
 
-Called by gpu_bench.sh; needs PyTorch, transformers and peft only, and vLLM to serve. Steps are
-run in this order until --seconds are over; what was measured by then is in OUT/report.md and
-OUT/*.json, which are written after every step.
+Called by gpu_bench.sh; needs PyTorch, transformers and peft only; vLLM is served where this package
+is installed next to it. Steps are run in this order until --seconds are over; what was measured by
+then is in OUT/report.md and OUT/*.json, which are written after every step.
 """
 
 from __future__ import annotations
@@ -255,9 +255,10 @@ def steps(run: Run) -> None:
         ways(run)
     with run.step("Kernels of the language model", 40):
         language_kernels(run, shapes[0])
-    kept = SECONDS if has_vllm() else 0
     for number, name in enumerate(shapes, start=1):
         with run.step(name, 30):
+            # Where little is left, shapes go before serving.
+            kept = SECONDS if has_vllm() and run.left > SECONDS + 120 else 0
             # Every further shape gets as much of the time as the first ones left it.
             free = max(0.0, run.left - kept)
             one_shape(run, name, run.left - free * 0.6 / (len(shapes) - number + 1))

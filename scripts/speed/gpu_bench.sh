@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything measured on one GPU in one call of under 10 minutes, from a bare machine that has
-# PyTorch, transformers and peft, and where they are there vLLM and bitsandbytes (nf4). Writes
-# eval/results/gpu/<gpu>/report.md and JSON.
+# PyTorch, transformers and peft, and where they are there bitsandbytes (nf4) and vLLM, for which
+# this package has to be installed (pip install .). Writes eval/results/gpu/<gpu>/report.md and JSON.
 #   scripts/speed/gpu_bench.sh                     the GPU; further options go to gpu_bench.py
 #   DEVICE=cpu scripts/speed/gpu_bench.sh          the same on tiny shapes, to see that it works
 # OUT: another folder. PYTHON: another interpreter.

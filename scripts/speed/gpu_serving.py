@@ -12,18 +12,22 @@ import signal
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
+
+from pitome_vlm.vllm.command import PLUGIN
 
 from .gpu_run import Run
 
 # Two servers start, one after the other, and are asked with 1 to 32 clients.
-SECONDS = 240
+SECONDS, MOST_SECONDS = 240, 330
 KEEPS = ("1.0", "0.11")
 
 
 def has_vllm() -> bool:
-    """Whether it is installed; importing it takes long."""
-    return importlib.util.find_spec("vllm") is not None
+    """Whether it is installed, and finds this package as a plugin; importing it takes long."""
+    plugins = metadata.entry_points(group="vllm.general_plugins")
+    return importlib.util.find_spec("vllm") is not None and PLUGIN in plugins.names
 
 
 def serving(run: Run, name: str) -> None:
@@ -38,7 +42,7 @@ def serving(run: Run, name: str) -> None:
     """
     title, out = "## vLLM under load", run.options.out.resolve() / "serving"
     if not has_vllm() or run.left < SECONDS:
-        why = f"{run.left:.0f} s were left" if has_vllm() else "vLLM is missing"
+        why = f"{run.left:.0f} s were left" if has_vllm() else "vLLM or its plugin is missing"
         run.add("", title, "", f"Left out: {why}.")
         return
     words = ["--keep", *KEEPS, "--rounds", "2", "--max-tokens", "16", "--ignore-eos"]
@@ -48,9 +52,20 @@ def serving(run: Run, name: str) -> None:
             make = ("random_llava", folder, "--shape", name, "--no-weights")
             command(run, Path(folder), *make)
         model = run.options.served or folder
-        command(run, Path(folder), "load", "--model", model, *words, "--output", str(out))
+        try:
+            command(run, Path(folder), "load", "--model", model, *words, "--output", str(out))
+        finally:
+            # Written after every number of clients.
+            if (out / "report.md").is_file():
+                run.add("", title, "", shown(out))
+
+
+def shown(out: Path) -> str:
+    """The report of a load test without its title, its plot linked from the folder above."""
     _, _, report = (out / "report.md").read_text(encoding="utf-8").partition("\n\n")
-    run.add("", title, "", report.replace("(load.png)", f"({out.name}/load.png)").rstrip())
+    drawn = (out / "load.png").is_file()
+    lines = [line for line in report.rstrip().split("\n") if drawn or "(load.png)" not in line]
+    return "\n".join(lines).replace("(load.png)", f"({out.name}/load.png)")
 
 
 def command(run: Run, folder: Path, script: str, *words: str) -> None:
@@ -65,7 +80,7 @@ def command(run: Run, folder: Path, script: str, *words: str) -> None:
             start_new_session=True,
         )
         try:
-            status: int | str = process.wait(timeout=max(1.0, run.left))
+            status: int | str = process.wait(timeout=max(1.0, min(run.left, MOST_SECONDS)))
         except subprocess.TimeoutExpired:
             status = "none, as the time was up"
         finally:

@@ -84,7 +84,7 @@ def test_gpu_script_needs_neither_terminal_nor_plot_libraries(tmp_path):
     assert "bitsandbytes is missing" in done.stdout
     report = (out / "report.md").read_text()
     titles = ["Against the CPU", "## tiny", "merge's share", "attention", "Prop", "## nf4"]
-    for title in [*titles, "kernels of the language model", "vLLM is missing"]:
+    for title in [*titles, "kernels of the language model", "vLLM or its plugin is missing"]:
         assert title in report
     # Images of any size, with and without merging in the tower.
     for stage in ("both", "projector"):
@@ -137,6 +137,8 @@ def test_gpu_script_stops_what_it_starts_to_serve(tmp_path):
     assert not list((tmp_path / "made").glob("*.safetensors"))
     with pytest.raises(RuntimeError, match=r"(?s)status 2: .*unrecognized arguments: --widths"):
         gpu_serving.command(gpu_run.Run(options), tmp_path, *make, "--widths")
+    with pytest.raises(RuntimeError, match=r"must be a LLaVA-1\.5's, got tiny-next"):
+        gpu_serving.command(gpu_run.Run(options), tmp_path, *make[:3], "tiny-next")
     late = gpu_run.Run(argparse.Namespace(seconds=0, out=tmp_path))
     started = time.monotonic()
     with pytest.raises(RuntimeError, match="the time was up"):

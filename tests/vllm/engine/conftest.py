@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -87,24 +86,44 @@ def tiny_qwen(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("tiny_qwen"), "clip", qwen=True)
 
 
-@contextlib.contextmanager
-def starter(**own):
-    """A process that runs jobs; environment variables in which vLLM is imported."""
-    env = server_environment(environment(**own))
-    command = [sys.executable, str(HERE / "offline.py")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, env=env, text=True, start_new_session=True, **pipes) as process:
+class Starter:
+    """Runs jobs in copies of one process, of which a new one is made after a job that hung.
+
+    Args:
+        **own: environment variables in which vLLM is imported.
+    """
+
+    def __init__(self, **own):
+        self._env, self._process = server_environment(environment(**own)), None
+
+    def run(self, order):
+        """The exit status of a job."""
+        if self._process is None:
+            command = [sys.executable, str(HERE / "offline.py")]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self._process = subprocess.Popen(command, env=self._env, text=True, **pipes)
         try:
-            yield process
-        finally:
-            # Also of a job that hangs, and of its own processes.
-            os.killpg(process.pid, signal.SIGKILL)
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            status, job = self._process.stdout.readline().split()
+            assert job == order["job"]
+        except BaseException:
+            self.close()
+            raise
+        return int(status)
+
+    def close(self):
+        """Also end a job that runs."""
+        process, self._process = self._process, None
+        if process is not None:
+            with process:
+                process.send_signal(signal.SIGTERM)
 
 
 @pytest.fixture(scope="session")
 def imported():
-    with starter() as process:
-        yield process
+    with contextlib.closing(Starter()) as starter:
+        yield starter
 
 
 @pytest.fixture
@@ -174,11 +193,10 @@ def engine(tmp_path, imported):
         order = {"job": str(job_path), "result": str(result_path), "log": str(tmp_path / "log")}
         # As `pitome-vlm serve` starts an engine.
         order["env"] = server_environment(environment(**own, **early, **(env or {})))
-        with starter(**early) if early else contextlib.nullcontext(imported) as process:
-            process.stdin.write(json.dumps({**order, "alone": bool(early)}) + "\n")
-            process.stdin.flush()
-            status = process.stdout.readline()
-        assert status == "0\n", (tmp_path / "log").read_text()[-9000:]
+        fresh = contextlib.closing(Starter(**early)) if early else contextlib.nullcontext(imported)
+        with fresh as starter:
+            status = starter.run({**order, "alone": bool(early)})
+        assert status == 0, (tmp_path / "log").read_text()[-9000:]
         result = json.loads(result_path.read_text())
         assert not preempted or result["preemptions"] > 0
         for (code, said), (request, message) in zip(result["refused"], refused, strict=True):

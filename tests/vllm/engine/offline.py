@@ -2,7 +2,7 @@
 
 vLLM keeps state per process, so every test gets a fresh one; importing vLLM takes longer than most
 engines do, so they are copies of this process, which has it imported. A line on stdin is a job, a
-line on stdout the exit status of its process.
+line on stdout the exit status of its process and the job's name.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import signal
 import sys
 import types
 from pathlib import Path
@@ -161,24 +162,40 @@ if "LINEAR_ATTENTION_IN_FLOAT32" in os.environ:
     importlib.import_module("gdn_in_float32").install()
 
 
+def stop(running):
+    """End a job and the processes that it left."""
+    while running:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(running.pop(), signal.SIGKILL)
+
+
 def serve():
     """Run the job of each line of stdin in a copy of this process."""
+    # Whatever else is printed goes to stderr.
+    statuses = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    running: list[int] = []
+    signal.signal(signal.SIGTERM, lambda *_: (stop(running), os._exit(1)))
     for line in sys.stdin:
         order = json.loads(line)
         if not order["alone"]:
             importlib.import_module("vllm").LLM  # noqa: B018, imported at its first use
         copy = os.fork()
         if not copy:
-            log = os.open(order["log"], os.O_WRONLY | os.O_CREAT)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.setpgid(0, 0)
+            log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.environ.clear()
             os.environ.update(order["env"])
             return main(order["job"], order["result"])
+        running.append(copy)
         status = os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1])
-        sys.stdout.write(f"{status}\n")
-        sys.stdout.flush()
+        stop(running)
+        statuses.write(f"{status} {order['job']}\n")
+        statuses.flush()
 
 
 if __name__ == "__main__":
