@@ -200,7 +200,6 @@ def project_out(names: LayerParts, attention: Any, heads: Tensor) -> Tensor:
     return output
 
 
-@functools.cache
 def kernels_of(names: LayerParts) -> LayerKernels:
     """How attention of layers with these parts is run."""
     return LayerKernels(functools.partial(project, names), functools.partial(_attend, names))
