@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 
@@ -15,6 +16,8 @@ from hypothesis import settings
 from PIL import ImageFile
 
 torch.set_num_threads(1)
+# A shell starts what it runs in the background with Ctrl-C ignored, which tests of Ctrl-C need.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Rules are checked, not times: a busy machine must not fail a test. The same draws in every run, so
 # that a failure can be repeated; `make fuzz` draws anew.
 settings.register_profile("repeatable", deadline=None, derandomize=True)

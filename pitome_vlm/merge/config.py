@@ -96,8 +96,8 @@ class MergeConfig:
         skip_unused_layers: with keep=1.0 too, leave out the tower layers whose output nobody reads
             (1 of 24 in LLaVA-1.5), as is always done where anything is merged.
         compile: compile the decision which tokens merge in the tower (`torch.compile`, one graph
-            per merging layer and batch size, made when first needed). For towers that see images
-            of one size.
+            per merging layer and batch size, made when first needed), and on a CUDA device choose
+            tokens after the tower in one Triton kernel. For towers that see images of one size.
         seed: seed of everything random, 0 to 2**32 - 1.
         options: the algorithm's own options, an object of `Algorithm.options`; None where all are
             at their defaults. See `own`.

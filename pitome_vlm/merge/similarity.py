@@ -105,17 +105,19 @@ class Similarity:
                 first = last
         return scores, places
 
-    def farthest_first(self, n_out: int) -> Tensor:
+    def farthest_first(self, n_out: int, *, one_kernel: bool = False) -> Tensor:
         """Greedy max-min selection by the distance 1 - cosine, in the order of choice.
 
         Args:
             n_out: 1..N.
+            one_kernel: where the matrix is made whole on a CUDA device, choose in one Triton kernel
+                (which needs a C compiler) instead of three kernels for every token.
 
         Returns:
             [B, n_out] int64, distinct; ties go to the earlier token.
         """
         if not self._in_pieces:
-            return _farthest_first(1 - self._whole, n_out)
+            return _farthest_first(1 - self._whole, n_out, one_kernel)
         unit = self._unit
         to_chosen = torch.full_like(unit[:, :, 0], math.inf)
         row = torch.empty_like(to_chosen)
@@ -233,13 +235,17 @@ def _has_numbers_on_cpu(x: Tensor) -> bool:
     return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _farthest_first(distance: Tensor, n_out: int) -> Tensor:
+def _farthest_first(distance: Tensor, n_out: int, one_kernel: bool) -> Tensor:
     """`Similarity.farthest_first` on all distances [B, N, N], whose diagonal is overwritten."""
     own = distance.diagonal(0, -2, -1)
     own.fill_(math.inf)
     choice = _first_of_largest(distance.amin(-1))[:, 0]
     # What is chosen stays at minus infinity and is never the farthest again.
     own.fill_(-math.inf)
+    if one_kernel and distance.is_cuda:
+        from .greedy_kernel import farthest_first
+
+        return farthest_first(distance, choice, n_out)
     rows, first = distance.flatten(0, 1), torch.arange(len(own), device=own.device) * own.shape[1]
     single = len(own) == 1
     if not _has_numbers_on_cpu(distance):

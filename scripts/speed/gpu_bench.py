@@ -30,7 +30,7 @@ from pitome_vlm.merge.config import MergeConfig
 
 from .attention_ways import first_line
 from .gpu_attention import ATTENTION, attention, language_kernels, ways
-from .gpu_correctness import correctness
+from .gpu_correctness import correctness, selection
 from .gpu_run import OutOfTimeError, Run, vision_inputs
 from .gpu_serving import SECONDS, has_vllm, serving
 
@@ -251,6 +251,8 @@ def steps(run: Run) -> None:
     shapes = run.options.shapes.split(",")
     with run.step("Against the CPU", 0):
         correctness(run)
+    with run.step("Choosing tokens after the tower", 10):
+        selection(run)
     with run.step("Proportional attention", 10):
         ways(run)
     with run.step("Kernels of the language model", 40):

@@ -1,4 +1,4 @@
-"""The GPU benchmark's part on correctness: plans and features of the device against the CPU's.
+"""The GPU benchmark's part on correctness: what the device decides against the CPU.
 
 The other steps are in `gpu_bench.py`.
 """
@@ -6,6 +6,7 @@ The other steps are in `gpu_bench.py`.
 from __future__ import annotations
 
 import contextlib
+import statistics
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,9 @@ import torch
 import pitome_vlm
 from pitome_vlm.common import markdown_table
 from pitome_vlm.measure.bench import build
+from pitome_vlm.measure.bench.clock import Clock
+from pitome_vlm.measure.stats import iqr
+from pitome_vlm.merge.similarity import Similarity
 
 from .gpu_run import Run, vision_inputs
 
@@ -78,3 +82,36 @@ def compared(
         if equal
     ]
     return same, apart
+
+
+@torch.no_grad()
+def selection(run: Run) -> None:
+    """Choosing tokens after the tower, one at a time in a loop and in one kernel.
+
+    Both read the same distances, so every choice must be equal. On a CPU both are the loop.
+    """
+    device, rows, found = torch.device(run.options.device), [], []
+    for batch, n_tokens, n_out in ((1, 576, 144), (8, 576, 144), (1, 4096, 1024)):
+        keys = torch.randn(batch, n_tokens, 64, generator=torch.Generator().manual_seed(0))
+        similarity = Similarity(keys.to(device))
+        times: dict[str, list[float]] = {"loop": [], "kernel": []}
+        chosen = {}
+        for turn in range(3 + run.options.repeats):
+            for way, in_round in times.items():
+                clock = Clock(device)
+                with clock.span(way):
+                    chosen[way] = similarity.farthest_first(n_out, one_kernel=way == "kernel")
+                clock.synchronize()
+                # The first calls compile.
+                if turn >= 3:
+                    in_round.append(clock.total(way))
+        same = torch.equal(*chosen.values())
+        if not same:
+            run.failed.append(f"choosing {n_out} of {n_tokens}: the kernel differs from the loop")
+        cells = [f"{statistics.median(one):.2f} ±{iqr(one):.2f}" for one in times.values()]
+        rows.append([str(batch), f"{n_tokens} to {n_out}", *cells, "yes" if same else "no"])
+        shape = {"batch": batch, "tokens": n_tokens, "chosen": n_out}
+        found.append(shape | {"ms": times, "same": same})
+    run.save("selection", found)
+    columns = ["images", "tokens", "loop, ms", "one kernel, ms", "equal"]
+    run.add("", "## Choosing tokens after the tower", "", markdown_table(columns, rows))

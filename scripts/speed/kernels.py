@@ -8,7 +8,8 @@ the bytes (--width 1024 is the real one). A kernel is an operator that computes 
 (`pitome_vlm.measure.kernels`). "tower": its layers and the steps in them; "steps": plan and apply
 in the tower, the most of one in brackets, and what they read and write; "after it": what is merged
 on the features, the projector, and who went where. The last is counted on PyTorch's meta device,
-because on a CPU the greedy selection runs in NumPy.
+because on a CPU the greedy selection runs in NumPy; "with one kernel": as on a CPU, with one kernel
+for the selection, which is what `compile=True` runs on a GPU.
 """
 
 from __future__ import annotations
@@ -112,7 +113,15 @@ def _row(name: str, one: Parts, on_meta: Parts, base: Parts) -> list[str]:
         f"{sum(steps)} ({max(steps)})" if steps else "-",
         f"{sum(step.bytes for step in one.steps) / 2**20:.1f}" if steps else "-",
         str(on_meta.whole.total - on_meta.tower),
+        _in_one(one, on_meta),
     ]
+
+
+def _in_one(one: Parts, on_meta: Parts) -> str:
+    """Kernels after the tower if the greedy selection is one, "-" where there is none."""
+    # NumPy's calls on a CPU are no kernels, so the selection is all that the two differ by.
+    without, loop = (parts.whole.total - parts.tower for parts in (one, on_meta))
+    return str(without + 1) if loop > without else "-"
 
 
 def main() -> int:
@@ -129,7 +138,15 @@ def main() -> int:
     options = parser.parse_args()
     if options.layers is not None:
         options.layers = tuple(map(int, options.layers.split(",")))
-    columns = ["", "tower", "of unmerged", "steps", "MiB of the steps", "after it"]
+    columns = [
+        "",
+        "tower",
+        "of unmerged",
+        "steps",
+        "MiB of the steps",
+        "after it",
+        "with one kernel",
+    ]
     print(markdown_table(columns, measured(options)))
     return 0
 

@@ -83,7 +83,15 @@ def test_gpu_script_needs_neither_terminal_nor_plot_libraries(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "bitsandbytes is missing" in done.stdout
     report = (out / "report.md").read_text()
-    titles = ["Against the CPU", "## tiny", "merge's share", "attention", "Prop", "## nf4"]
+    titles = [
+        "Against the CPU",
+        "Choosing tokens",
+        "## tiny",
+        "merge's share",
+        "attention",
+        "Prop",
+        "## nf4",
+    ]
     for title in [*titles, "kernels of the language model", "vLLM or its plugin is missing"]:
         assert title in report
     # Images of any size, with and without merging in the tower.
@@ -94,7 +102,7 @@ def test_gpu_script_needs_neither_terminal_nor_plot_libraries(tmp_path):
         assert re.search(rf"\| 145 \| {way} \| \d", report)
     shapes = ("tiny", "tiny-qwen2.5-vl")
     assert {one.name for one in out.glob("*.json")} == {
-        *("correctness.json", "attention-tiny.json"),
+        *("correctness.json", "selection.json", "attention-tiny.json"),
         *("proportional.json", "language-kernels-tiny.json"),
         *(f"{kind}{shape}.json" for kind in ("", "share-") for shape in shapes),
     }

@@ -23,7 +23,7 @@ from ..similarity import Similarity
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     """Keep `n_out`, 1..N, tokens that are far from each other."""
     similarity = Similarity(keys, ctx.pairs)
-    chosen = similarity.farthest_first(n_out)
+    chosen = similarity.farthest_first(n_out, one_kernel=ctx.config.compile)
     return keep_only(similarity, chosen, complement(chosen, keys.shape[1]))
 
 

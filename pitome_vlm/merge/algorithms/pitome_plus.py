@@ -47,7 +47,7 @@ _AT_ONCE = 1 / 4
 def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     """Matching in the tower, in rounds; coverage at the projector."""
     if ctx.at_projector:
-        return coverage(Similarity(keys, ctx.pairs), n_out)
+        return coverage(Similarity(keys, ctx.pairs), n_out, one_kernel=ctx.config.compile)
     whole, sizes = None, ctx.sizes
     for left in _rounds(keys.shape[1], n_out):
         found = matching(Similarity(keys, ctx.pairs), left, ctx)
@@ -87,9 +87,9 @@ def matching(similarity: Similarity, n_out: int, ctx: MergeContext) -> MergePlan
     return MergePlan.from_pairs(n_tokens, sources, destinations, order=order)
 
 
-def coverage(similarity: Similarity, n_out: int) -> MergePlan:
+def coverage(similarity: Similarity, n_out: int, *, one_kernel: bool = False) -> MergePlan:
     """Tokens far from each other stay, every other one joins the most similar of them."""
-    centres = similarity.farthest_first(n_out)
+    centres = similarity.farthest_first(n_out, one_kernel=one_kernel)
     others = complement(centres, similarity.n_tokens)
     _, nearest = similarity.best(others, centres)
     return MergePlan.from_pairs(similarity.n_tokens, others, centres.gather(1, nearest))
