@@ -126,7 +126,7 @@ def read_features(
     carried = [merge_pass.carry(states[depth], depth) for depth in depths]
     if choice.strategy == "default":
         carried = [state[:, 1:] for state in carried]
-    joined = torch.cat(carried, dim=-1)
+    joined = torch.cat(carried, dim=-1) if len(carried) > 1 else carried[0]
     check_count(joined.shape[1], merge_pass.schedule.tower_out)
     return joined
 

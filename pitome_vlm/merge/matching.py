@@ -42,11 +42,16 @@ def match_most_similar(
     return side_a.gather(1, chosen), side_b.gather(1, partner.gather(1, chosen))
 
 
-def complement(chosen: Tensor, n_tokens: int) -> Tensor:
-    """The tokens that are not chosen [B, k], in raster order: [B, n_tokens - k] int64."""
-    taken = torch.zeros(chosen.shape[0], n_tokens, dtype=torch.int64, device=chosen.device)
+def complement(chosen: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
+    """The tokens that are not chosen [B, k] and those that are, both in raster order.
+
+    Returns:
+        [B, n_tokens - k] and [B, k], int64.
+    """
+    taken = torch.zeros(chosen.shape[0], n_tokens, dtype=torch.uint8, device=chosen.device)
     order = taken.scatter(1, chosen, 1).argsort(dim=-1, stable=True)
-    return order[:, : n_tokens - chosen.shape[1]]
+    n_left = n_tokens - chosen.shape[1]
+    return order[:, :n_left], order[:, n_left:]
 
 
 def without(tokens: Tensor, gone: Tensor) -> Tensor:
@@ -56,17 +61,17 @@ def without(tokens: Tensor, gone: Tensor) -> Tensor:
     return tokens.gather(1, places)
 
 
-def keep_only(similarity: Similarity, survivors: Tensor, others: Tensor) -> MergePlan:
-    """Keep the survivors as they are; the others only count in the size of the most similar one.
+def keep_only(similarity: Similarity, survivors: Tensor) -> MergePlan:
+    """Keep the survivors as they are; all others only count in the size of the most similar one.
 
     Args:
         similarity: of N tokens.
         survivors: [B, m] token indices, m >= 1.
-        others: [B, N - m] token indices, all the rest.
     """
+    others, staying = complement(survivors, similarity.n_tokens)
     _, nearest = similarity.best(others, survivors)
     receivers = survivors.gather(1, nearest)
-    return MergePlan.from_pairs(similarity.n_tokens, others, receivers, prune=True)
+    return MergePlan.from_pairs(similarity.n_tokens, others, receivers, staying=staying, prune=True)
 
 
 def alternating_pairs(n_in: int, n_out: int, ctx: MergeContext) -> int:

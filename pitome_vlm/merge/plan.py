@@ -111,6 +111,7 @@ class MergePlan:
         destinations: Tensor,
         *,
         order: Tensor | None = None,
+        staying: Tensor | None = None,
         prune: bool = False,
     ) -> MergePlan:
         """Every source joins the group of its destination.
@@ -121,9 +122,13 @@ class MergePlan:
             destinations: [B, r] int64, token indices that are no sources.
             order: [B, N - r] the surviving tokens in the order they are to come out; None keeps
                 them in raster order.
+            staying: [B, N - r] the surviving tokens in raster order, where they are known.
             prune: see `MergePlan`.
         """
-        return cls(n_tokens, sources, destinations, order, prune)
+        plan = cls(n_tokens, sources, destinations, order, prune)
+        if staying is not None and order is None:
+            plan._known["kept"] = staying
+        return plan
 
     @classmethod
     def from_groups(

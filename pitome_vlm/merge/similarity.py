@@ -154,7 +154,7 @@ class Similarity:
             # No gain is negative, so what is taken is never chosen again.
             score = (self._gain(covered) * worth).masked_fill_(taken, -1.0)
             largest = (score + rounding >= score.amax(-1, keepdim=True)) & ~taken
-            choice = largest.to(torch.int8).argmax(-1, keepdim=True)
+            choice = largest.view(torch.uint8).argmax(-1, keepdim=True)
             taken.scatter_(1, choice, True)
             covered = torch.maximum(covered, self._between(choice, self.tokens())[:, 0])
             chosen.append(choice)
@@ -227,7 +227,7 @@ def _first_of_largest(isolation: Tensor) -> Tensor:
     """
     rounding = 32 * torch.finfo(isolation.dtype).eps
     largest = isolation.amax(-1, keepdim=True) - rounding
-    return (isolation >= largest).to(torch.int8).argmax(-1, keepdim=True)
+    return (isolation >= largest).view(torch.uint8).argmax(-1, keepdim=True)
 
 
 def _has_numbers_on_cpu(x: Tensor) -> bool:
@@ -246,17 +246,21 @@ def _farthest_first(distance: Tensor, n_out: int, one_kernel: bool) -> Tensor:
         from .greedy_kernel import farthest_first
 
         return farthest_first(distance, choice, n_out)
-    rows, first = distance.flatten(0, 1), torch.arange(len(own), device=own.device) * own.shape[1]
-    single = len(own) == 1
+    batch, n_tokens = own.shape
+    rows = distance.flatten(0, 1)
     if not _has_numbers_on_cpu(distance):
+        first = None if batch == 1 else torch.arange(batch, device=own.device) * n_tokens
         found = _in_turn(
-            torch, lambda one: rows.index_select(0, one if single else one + first), choice, n_out
+            torch,
+            lambda one: rows.index_select(0, one if first is None else one + first),
+            choice,
+            n_out,
         )
         return torch.stack(found, 1)
     # On so few numbers a call takes longer than what it computes, and NumPy's calls are shorter,
     # those on the rows of one image above all.
-    pairs, starts = rows.numpy(), first.numpy()
-    if single:
+    pairs, starts = rows.numpy(), np.arange(batch) * n_tokens
+    if batch == 1:
         chosen = _in_turn(np, pairs.__getitem__, int(choice), n_out)
         return torch.from_numpy(np.array([chosen]))
     found = _in_turn(np, lambda one: pairs.take(one + starts, 0), choice.numpy(), n_out)

@@ -94,7 +94,7 @@ def keep_lowest_energy(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergeP
     """
     similarity = Similarity(keys, ctx.pairs)
     order = energies(similarity, EnergyOptions(), ctx.depth).argsort(dim=-1, stable=True)
-    return keep_only(similarity, order[:, :n_out], order[:, n_out:])
+    return keep_only(similarity, order[:, :n_out])
 
 
 ENERGY_SELECT = Algorithm(

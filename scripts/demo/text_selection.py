@@ -28,7 +28,7 @@ from pitome_vlm.algorithms import Algorithm, MergeContext, MergePlan
 from pitome_vlm.common import check_choice, check_range
 from pitome_vlm.measure.demo_benchmark import ask
 from pitome_vlm.merge.algorithm import cosine_similarity, unit_vectors
-from pitome_vlm.merge.matching import complement, keep_only
+from pitome_vlm.merge.matching import keep_only
 from pitome_vlm.merge.similarity import Similarity
 from pitome_vlm.wrapping.wrap import merging_of
 
@@ -140,7 +140,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     if kernel is None or kernel.shape[:2] != keys.shape[:2]:
         raise ValueError(f"{NAME} is not handed the questions; ask with text_selection.answers")
     chosen = most_likely(kernel, n_out)
-    return keep_only(Similarity(keys, ctx.pairs), chosen, complement(chosen, keys.shape[1]))
+    return keep_only(Similarity(keys, ctx.pairs), chosen)
 
 
 ALGORITHM = Algorithm(

@@ -15,7 +15,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..algorithm import Algorithm, MergeContext
-from ..matching import complement, keep_only
+from ..matching import keep_only
 from ..plan import MergePlan
 from ..similarity import Similarity
 
@@ -24,7 +24,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     """Keep `n_out`, 1..N, tokens that are far from each other."""
     similarity = Similarity(keys, ctx.pairs)
     chosen = similarity.farthest_first(n_out, one_kernel=ctx.config.compile)
-    return keep_only(similarity, chosen, complement(chosen, keys.shape[1]))
+    return keep_only(similarity, chosen)
 
 
 ALGORITHM = Algorithm(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...common import whole_number
 from ..algorithm import Algorithm, MergeContext, gone_with_kept
-from ..matching import complement, keep_only
+from ..matching import keep_only
 from ..plan import MergePlan
 from ..similarity import Similarity
 
@@ -65,7 +65,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     worth = attention.gather(1, ranked).masked_fill(within_quota, float("inf"))
     first = worth.argsort(dim=-1, descending=True, stable=True)[:, :n_out]
     chosen = ranked.gather(1, first)
-    return keep_only(Similarity(keys, ctx.pairs), chosen, complement(chosen, n_tokens))
+    return keep_only(Similarity(keys, ctx.pairs), chosen)
 
 
 def _quotas(means: Tensor, n_out: int) -> Tensor:

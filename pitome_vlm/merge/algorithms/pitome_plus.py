@@ -90,9 +90,10 @@ def matching(similarity: Similarity, n_out: int, ctx: MergeContext) -> MergePlan
 def coverage(similarity: Similarity, n_out: int, *, one_kernel: bool = False) -> MergePlan:
     """Tokens far from each other stay, every other one joins the most similar of them."""
     centres = similarity.farthest_first(n_out, one_kernel=one_kernel)
-    others = complement(centres, similarity.n_tokens)
+    others, staying = complement(centres, similarity.n_tokens)
     _, nearest = similarity.best(others, centres)
-    return MergePlan.from_pairs(similarity.n_tokens, others, centres.gather(1, nearest))
+    joins = centres.gather(1, nearest)
+    return MergePlan.from_pairs(similarity.n_tokens, others, joins, staying=staying)
 
 
 ALGORITHM = Algorithm(

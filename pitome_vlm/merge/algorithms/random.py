@@ -18,7 +18,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     """Keep `n_out` of N tokens, the same for every image (see `MergeContext.random_order`)."""
     batch, n_tokens = keys.shape[:2]
     order = ctx.random_order(n_tokens, keys.device).expand(batch, n_tokens)
-    return keep_only(Similarity(keys, ctx.pairs), order[:, :n_out], order[:, n_out:])
+    return keep_only(Similarity(keys, ctx.pairs), order[:, :n_out])
 
 
 ALGORITHM = Algorithm(

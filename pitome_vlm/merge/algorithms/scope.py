@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...common import check_range
 from ..algorithm import Algorithm, MergeContext
-from ..matching import complement, keep_only
+from ..matching import keep_only
 from ..plan import MergePlan
 from ..similarity import Similarity
 
@@ -50,7 +50,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     # In units of the largest, so that a high power of a small share is not rounded to zero.
     worth = (worth / worth.amax(-1, keepdim=True)) ** power
     chosen = similarity.most_covering(n_out, worth)
-    return keep_only(similarity, chosen, complement(chosen, keys.shape[1]))
+    return keep_only(similarity, chosen)
 
 
 ALGORITHM = Algorithm(

@@ -44,14 +44,14 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     n_tokens, n_context = keys.shape[1], contextual_count(n_out)
     ranked = ctx.required_attention().argsort(dim=-1, descending=True, stable=True)
     dominant = ranked[:, : n_out - n_context]
-    rest = complement(dominant, n_tokens)
+    rest, _ = complement(dominant, n_tokens)
     similarity = Similarity(keys, ctx.pairs)
     if n_context == 0:
-        return keep_only(similarity, dominant, rest)
+        return keep_only(similarity, dominant)
     n_rest = rest.shape[1]
     places = torch.arange(n_context, device=keys.device) * n_rest // n_context
     targets = rest[:, places]
-    others = rest[:, complement(places[None], n_rest)[0]]
+    others = rest[:, complement(places[None], n_rest)[0][0]]
     sources, destinations = match_most_similar(similarity, others, targets, others.shape[1])
     return MergePlan.from_pairs(n_tokens, sources, destinations)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...common import check_range
 from ..algorithm import Algorithm, MergeContext
-from ..matching import complement, keep_only
+from ..matching import keep_only
 from ..plan import MergePlan
 from ..similarity import Similarity
 
@@ -47,7 +47,7 @@ def plan(keys: Tensor, n_out: int, *, ctx: MergeContext) -> MergePlan:
     important, rest = ranked[:, :n_important], ranked[:, n_important:]
     diverse = _without_duplicates(similarity, rest, n_out - n_important)
     chosen = torch.cat([important, diverse], 1)
-    return keep_only(similarity, chosen, complement(chosen, keys.shape[1]))
+    return keep_only(similarity, chosen)
 
 
 def _without_duplicates(similarity: Similarity, rest: Tensor, n_left: int) -> Tensor:
