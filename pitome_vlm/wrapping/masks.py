@@ -66,17 +66,6 @@ class Masks:
         make = create_masks_for_generate
         return cls(make, text_config, None, MASK_ARGUMENTS, one, kind, sees_all)
 
-    def arguments(self, given: dict[str, Any], token_types: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the function: of all that are `given`, and of the call's token types.
-
-        `inputs_embeds` is called `input_embeds` in some releases.
-        """
-        given = given | {"input_embeds": given["inputs_embeds"]}
-        if self.make is not create_masks_for_generate:
-            types = {name: token_types.get(name) for name in TOKEN_TYPES}
-            given |= {name: value for name, value in types.items() if value is not None}
-        return {name: value for name, value in given.items() if name in self.names}
-
     @functools.cached_property
     def config(self) -> Any:
         """For the function: names an implementation whose masks are always there.
@@ -107,6 +96,8 @@ def additive_mask(
 ) -> Any:
     """The language model's own causal mask as floats, with log(size) added to merged keys.
 
+    No helpers of its own where it runs for a decoded token.
+
     Args:
         own: see `Masks`.
         bias: [B, S] float32 log of the patches that every column stands for, 0 for text and for
@@ -131,68 +122,66 @@ def additive_mask(
         total = queries + (int(cache.get_seq_length()) if cache is not None else 0)
     grows = cache is None or type(cache) is DynamicCache
     if bias is not None and own.sees_all and grows and packed_positions is None:
-        mask = _of_all_columns(bias.to(device, dtype), queries, total, attention_mask)
+        # In a few kernels. transformers would make the same of all columns, in a hundred calls.
+        visible = bias.to(device, dtype)[:, :total]
+        if missing := total - visible.shape[1]:
+            visible = torch.nn.functional.pad(visible, (0, missing))
+        mask = visible[:, None, None, :]
+        if queries > 1:
+            mask = mask.masked_fill(
+                _unseen(queries, total, attention_mask, device), torch.finfo(dtype).min
+            )
+        elif attention_mask is not None:
+            padded = attention_mask[:, None, None, :] == 0
+            mask = mask.masked_fill(padded, torch.finfo(dtype).min)
         return mask if own.kind is None else {own.kind: mask}
-    given = {
-        "inputs_embeds": torch.empty(batch, queries, 0, dtype=dtype, device=device),
-        "attention_mask": attention_mask,
-        CACHE_NAME: cache,
-        "position_ids": packed_positions,
-        "cache_position": torch.arange(total - queries, total, device=device),
-        "is_first_iteration": total == queries,
-    }
-    masks: Any = own.make(config=own.config, **own.arguments(given, token_types or {}))
+    shape = torch.empty(batch, queries, 0, dtype=dtype, device=device)
+    known: dict[str, Any] = {}
+    for name, value in (
+        ("inputs_embeds", shape),
+        ("input_embeds", shape),
+        ("attention_mask", attention_mask),
+        (CACHE_NAME, cache),
+        ("position_ids", packed_positions),
+        ("cache_position", torch.arange(total - queries, total, device=device)),
+        ("is_first_iteration", total == queries),
+    ):
+        if name in own.names:
+            known[name] = value
+    if token_types is not None and own.make is not create_masks_for_generate:
+        for name in TOKEN_TYPES:
+            if name in own.names and token_types.get(name) is not None:
+                known[name] = token_types[name]
+    masks: Any = own.make(config=own.config, **known)
     bias = None if bias is None else bias.to(device)
+    found: dict[Any, Tensor] = {}
+    for kind, mask in masks.items() if isinstance(masks, dict) else ((None, masks),):
+        if mask is None or mask.dim() != 4:
+            # Of layers without attention (recurrent, convolutions).
+            found[kind] = mask
+            continue
+        if queries > 1:
+            # A padded query attends to nothing. Its output is never read, but with all its logits
+            # at the lowest float torch's CPU kernel returns wrong gradients (1,133 where eager has
+            # 2.6): let it attend to everything instead. The only query of a decoded token is none.
+            nothing = (mask < 0).all(-1, keepdim=True)
+            mask = mask.masked_fill(nothing, 0.0)
+        if bias is not None:
+            # A sliding window's cache has dropped its first columns; a static one has room after.
+            keys = mask.shape[-1]
+            first = max(0, total - keys)
+            visible = bias[:, first:total].to(mask.dtype)
+            missing = keys - visible.shape[1]
+            if missing:
+                visible = torch.nn.functional.pad(visible, (0, missing))
+            mask = mask + visible[:, None, None, :]
+        found[kind] = mask
     if not isinstance(masks, dict):
-        return _with_sizes(masks, bias, queries, total)
-    found = {kind: _with_sizes(mask, bias, queries, total) for kind, mask in masks.items()}
+        return found[None]
     if own.one:
         # Where the prompt fits into the window of all layers, their masks are alike.
         return next(iter(found.values()))
     return found
-
-
-def _of_all_columns(
-    bias: Tensor, queries: int, total: int, attention_mask: Tensor | None
-) -> Tensor:
-    """[B, 1, Q, K] where every query sees all columns before it, from sizes [B, S].
-
-    In a few kernels; transformers would make the same in a hundred calls.
-    """
-    visible = bias[:, :total]
-    if missing := total - visible.shape[1]:
-        visible = torch.nn.functional.pad(visible, (0, missing))
-    mask = visible[:, None, None, :]
-    if queries > 1:
-        unseen = _unseen(queries, total, attention_mask, bias.device)
-    elif attention_mask is not None:
-        unseen = attention_mask[:, None, None, :] == 0
-    else:
-        return mask
-    return mask.masked_fill(unseen, torch.finfo(bias.dtype).min)
-
-
-def _with_sizes(mask: Any, bias: Tensor | None, queries: int, total: int) -> Any:
-    """A mask [B, 1, Q, K] of transformers plus sizes [B, S]; masks of another form are left.
-
-    Those are of layers without attention (recurrent, convolutions).
-    """
-    if mask is None or mask.dim() != 4:
-        return mask
-    if queries > 1:
-        # A padded query attends to nothing. Its output is never read, but with all its logits
-        # at the lowest float torch's CPU kernel returns wrong gradients (1,133 where eager has
-        # 2.6): let it attend to everything instead. The only query of a decoded token is none.
-        nothing = (mask < 0).all(-1, keepdim=True)
-        mask = mask.masked_fill(nothing, 0.0)
-    if bias is None:
-        return mask
-    # A sliding window's cache has dropped its first columns; a static one has room after.
-    keys = mask.shape[-1]
-    visible = bias[:, max(0, total - keys) : total].to(mask.dtype)
-    if missing := keys - visible.shape[1]:
-        visible = torch.nn.functional.pad(visible, (0, missing))
-    return mask + visible[:, None, None, :]
 
 
 def _unseen(
@@ -200,7 +189,7 @@ def _unseen(
 ) -> Tensor:
     """[Q, K] or [B, 1, Q, K] bool: keys that come later or are padding.
 
-    A query that would see nothing, a padded one, sees everything: see `_with_sizes`.
+    A query that would see nothing, a padded one, sees everything: see `additive_mask`.
     """
     later = torch.ones(queries, total, dtype=torch.bool, device=device).triu_(1 + total - queries)
     if attention_mask is None:
