@@ -146,7 +146,7 @@ def _unknown_option(error: Any) -> str:
 app = typer.Typer(
     cls=OneLineErrors,
     name="pitome-vlm",
-    help="Faster LLaVA-style models: merge visual tokens before the language model sees them.",
+    help="Faster vision-language models: merge visual tokens before the language model sees them.",
     epilog=EPILOG,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -174,7 +174,7 @@ def root(
         typer.Option(DEBUG, help="Show the full traceback of an error; works with every command."),
     ] = False,
 ) -> None:
-    """Faster LLaVA-style models: merge visual tokens before the language model sees them."""
+    """Faster vision-language models: merge visual tokens before the language model sees them."""
     del version, debug  # shown in --help; read by `OneLineErrors.main`
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -29,7 +29,7 @@ _what, _how = o.panel("What is timed"), o.panel("How it is timed")
 
 
 ModelName = Annotated[
-    str | None, o.model_option("Folder or Hub name of a LLaVA checkpoint, or `demo`.", _what)
+    str | None, o.model_option("Folder or Hub name of a checkpoint, or `demo`.", _what)
 ]
 Shape = Annotated[
     str | None,
@@ -111,8 +111,7 @@ def bench(
     milliseconds. "pays to" is the longest answer, in tokens, that is still at least 1.1 times
     faster; "from 80" there means answers of 80 tokens or more.
 
-    Examples: `pitome-vlm bench --config llava-1.5-7b --layers 4 --batch 1,4`,
-    `pitome-vlm bench --model PATH --tokens 144,64 --algorithms pitome_plus,tome -o bench`
+    Example: `pitome-vlm bench --config llava-1.5-7b --layers 4 --batch 1,4`
     """
     quantised = loading.load_4bit or loading.load_8bit
     _check(model, config, layers, quantised, max_batch, memory)

@@ -34,7 +34,7 @@ Tasks = Annotated[str | None, _what("lmms-eval tasks, in place of a suite.", "A,
 ModelName = Annotated[
     str | None,
     o.model_option(
-        "Folder or Hub name of a LLaVA checkpoint, or `demo`; default: the suite's model.", _what
+        "Folder or Hub name of a checkpoint, or `demo`; default: the suite's model.", _what
     ),
 ]
 Algorithms = Annotated[

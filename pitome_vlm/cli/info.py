@@ -30,7 +30,7 @@ def _list_algorithms(wanted: bool) -> None:
 
 
 ModelName = Annotated[
-    str, o.model_option("Folder, config.json or Hub name of a LLaVA checkpoint, or `demo`.")
+    str, o.model_option("Folder, config.json or Hub name of a checkpoint, or `demo`.")
 ]
 TextTokens = Annotated[int, o.plain("Text tokens in the prompt.", "N", min=0)]
 Frames = Annotated[
@@ -64,8 +64,7 @@ def info(
     Without a budget, a quarter of the visual tokens is kept, or what the checkpoint's own
     pitome_config.json says.
 
-    Examples: `pitome-vlm info --model demo --tokens 36`,
-    `pitome-vlm info --model llava-hf/llava-v1.6-mistral-7b-hf --keep 0.25 --image-size 1024x768`
+    Example: `pitome-vlm info --model llava-hf/llava-v1.6-mistral-7b-hf --image-size 1024x768`
     """
     del list_algorithms  # handled by its callback, before anything else
     given = merging.given()

@@ -81,15 +81,13 @@ def output_option(text: str) -> Any:
 
 Model = Annotated[
     str,
-    model_option(
-        "Folder or Hub name of a LLaVA checkpoint or adapter, or `demo` for the bundled one."
-    ),
+    model_option("Folder or Hub name of a checkpoint or adapter, or `demo` for the bundled one."),
 ]
 Keep = Annotated[
     Any,
     _budget(
         "Fraction of the visual tokens to keep, above 0 and up to 1 (1 merges nothing); "
-        "`auto` keeps as few as each image allows.",
+        "`auto` chooses a count for each image.",
         "F",
         parser=_fraction_or_auto,
     ),
@@ -158,7 +156,7 @@ Temperature = Annotated[
     float, _answer("Sampling temperature; 0 always takes the most likely token.", "T", min=0.0)
 ]
 Verbose = Annotated[bool, message("Print details to stderr.", None, "--verbose", "-v")]
-AsJson = Annotated[bool, plain("Print JSON to stdout instead of text for people.", None, "--json")]
+AsJson = Annotated[bool, plain("Print JSON to stdout instead of tables.", None, "--json")]
 # Text and not paths: a path would lose one slash of an address, which is then no address any more.
 Images = Annotated[list[str], image_option("Image file; can be repeated.")]
 MaybeImages = Annotated[list[str] | None, image_option("Image file; can be repeated.")]
@@ -170,7 +168,7 @@ ImageSize = Annotated[
     ),
 ]
 Resume = Annotated[
-    bool, plain("Continue the run in the output folder; finished parts stay.", None, "--resume")
+    bool, plain("Resume the run in the output folder; what is finished is kept.", None, "--resume")
 ]
 Overwrite = Annotated[
     bool, plain("Replace the results of an earlier run in the output folder.", None, "--overwrite")

@@ -20,7 +20,7 @@ Checkpoint = Annotated[
     str,
     typer.Argument(
         metavar="PATH",
-        help="Folder or Hub name of a LLaVA checkpoint, or `demo`.",
+        help="Folder or Hub name of a checkpoint, or `demo`.",
         show_default=False,
     ),
 ]
@@ -28,7 +28,7 @@ MaxKeep = Annotated[
     float | None,
     o.plain(
         "Largest fraction of an image's visual tokens that a request may ask for "
-        "(by default what is kept anyway).",
+        "(default: the server's budget).",
         None,
         "--max-keep",
     ),

@@ -100,7 +100,7 @@ def tune(
     loading: o.Loading = o.Loading(),
     verbose: o.Verbose = False,
 ) -> None:
-    """Find the smallest budget, and options, within a loss of quality on your own questions.
+    """Find the smallest budget that keeps accuracy on your own questions.
 
     One half of the images is used to search, the other half only to check what was found. Writes
     pitome_config.json (for `wrap` and `load`), a report and a plot. Finished settings are kept:

@@ -27,9 +27,7 @@ _synthetic, _real = o.panel("Synthetic clusters"), o.panel("Real features")
 
 ModelName = Annotated[
     str,
-    o.model_option(
-        "Folder or Hub name of a LLaVA checkpoint, or `demo` for the bundled one.", _real
-    ),
+    o.model_option("Folder or Hub name of a checkpoint, or `demo` for the bundled one.", _real),
 ]
 Images = Annotated[
     list[str] | None,

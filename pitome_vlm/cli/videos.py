@@ -18,7 +18,7 @@ Videos = Annotated[
     ),
 ]
 Frames = Annotated[
-    int, o.plain("Frames to take of a video, at equal distances.", "N", "--frames", min=1)
+    int, o.plain("Frames to sample from a video, evenly spaced.", "N", "--frames", min=1)
 ]
 Temporal = Annotated[
     bool,
