@@ -61,6 +61,9 @@ def schedule_for(
         ),
     )
     _check_schedule(schedule, algorithm, shape, stage)
+    if config.by_pixels:
+        # Every image gets a budget of its own, the smallest of which has to fit as well.
+        schedule_for(config.replace(keep=config.keep_range[0]), shape, algorithm)
     return schedule
 
 

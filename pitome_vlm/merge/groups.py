@@ -154,16 +154,15 @@ def merge_on_grids(
 
     Args:
         groups: one per cell.
-        wanted: tokens in all; every grid gets its share.
+        wanted: tokens in all; every grid gets its share, and neighbouring grids share a token
+            where there is less than one for each.
         grids: (rows, columns) of the image's grids, in the order of their cells.
         merge_pass: the settings.
-
-    Raises:
-        ValueError: fewer tokens than grids.
     """
     lengths = [rows * columns for rows, columns in grids]
+    counts = shared_out(max(wanted, len(grids)), lengths)
     assign, kept, start, n = [], [], 0, 0
-    for grid, length, count in zip(grids, lengths, shared_out(wanted, lengths), strict=True):
+    for grid, length, count in zip(grids, lengths, counts, strict=True):
         context = merge_pass.projector_context(0, grid=grid)
         part = groups.features[None, :length]
         plan = make_plan(merge_pass.algorithm, part, count, ctx=context)
@@ -171,6 +170,9 @@ def merge_on_grids(
         kept.append(plan.kept + start)
         start, n = start + length, n + count
     whole = MergePlan.from_groups(torch.cat(assign, 1), torch.cat(kept, 1))
+    if wanted < n:
+        shared = torch.arange(n, device=whole.kept.device) * wanted // n
+        whole = whole.then(MergePlan.from_assignment(shared[None], wanted))
     features, sizes = whole.apply(groups.features[None], groups.sizes[None])
     return groups.merged(whole, 0, features[0], sizes[0])
 

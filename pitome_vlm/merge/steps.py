@@ -37,16 +37,19 @@ class Budget:
         (name, value), *_ = given.items()
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-        plain = float(value)
+        try:
+            plain = float(value)
+        except OverflowError:
+            plain = math.inf
         if name == "tokens":
             if not plain.is_integer() or plain < 1:
-                raise ValueError(f"tokens must be a whole number of at least 1, got {value!r}")
+                raise ValueError(f"tokens must be a whole number of at least 1, got {value!r:.60}")
             object.__setattr__(self, "tokens", int(plain))
             return
         object.__setattr__(self, name, plain)
         if not 0 < plain <= 1:
             raise ValueError(
-                f"{name} must be in (0, 1], got {value!r}; {name}=0.25 keeps a quarter"
+                f"{name} must be in (0, 1], got {value!r:.60}; {name}=0.25 keeps a quarter"
                 + (" at every merging step" if name == "ratio" else "")
             )
 

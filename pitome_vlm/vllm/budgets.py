@@ -68,7 +68,7 @@ def requested(plan: PlannedServing, asked: Any) -> PlannedServing:
             f"{name} may hold {', '.join(_WORDS)}, got {unknown[0]!r:.100}; everything else is "
             "decided when the server starts"
         )
-    budget = {word: value for word, value in asked.items() if word != "algorithm"}
+    budget: dict[str, Any] = {word: value for word, value in asked.items() if word != "algorithm"}
     algorithm = asked.get("algorithm", plan.config.algorithm)
     if algorithm != plan.config.algorithm:
         raise ValueError(
@@ -79,11 +79,15 @@ def requested(plan: PlannedServing, asked: Any) -> PlannedServing:
         return plan
     if len(budget) > 1:
         raise ValueError(f"{name}: give keep or tokens, not both")
+    ((word, value),) = budget.items()
+    most = plan.kept if plan.max_keep is None else plan.max_keep
+    if value == "auto":
+        budget["keep_range"] = tuple(min(most, one) for one in plan.config.keep_range)
     try:
         found = plan.with_config(served_config(plan.config.replace(**budget)))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
-    _check_most(plan, found, name, budget)
+    _check_most(plan, found, f"{name}: {word}={value!r:.100}", most)
     return found
 
 
@@ -174,11 +178,17 @@ def check_side(pixels: Tensor, side: Any) -> None:
         side: `image_size` of the model's tower: one number, (H, W), or None for any.
 
     Raises:
-        ValueError: they have another size, or none of them are there.
+        ValueError: they have another size, are not finite, or none of them are there.
     """
     if pixels.is_meta:
         # Engines in processes of their own never get them, and the request would wait for ever.
         raise ValueError("mm_processor_kwargs: device='meta' holds no pixels; leave it out")
+    if pixels.is_floating_point() and not bool(pixels.isfinite().all()):
+        # Blocks of the cache that hold them would be read again for other requests.
+        raise ValueError(
+            "mm_processor_kwargs: pixels must be finite; leave out rescale_factor, image_mean and "
+            "image_std"
+        )
     if side is None or pixels.ndim < 3:
         return
     high, wide = (side, side) if isinstance(side, int) else side
@@ -190,20 +200,16 @@ def check_side(pixels: Tensor, side: Any) -> None:
         )
 
 
-def _check_most(
-    plan: PlannedServing, found: PlannedServing, name: str, budget: dict[str, Any]
-) -> None:
-    most = plan.kept if plan.max_keep is None else plan.max_keep
-    ((word, value),) = budget.items()
+def _check_most(plan: PlannedServing, found: PlannedServing, asked: str, most: float) -> None:
     if not plan.merges and not found.schedule.is_identity:
         raise ValueError(
-            f"{name}: {word}={value!r:.100}, but this server was started with keep=1, which leaves "
-            f"vLLM as it is; start it with {MAX_KEEP}=1 to allow smaller budgets"
+            f"{asked}, but this server was started with keep=1, which leaves vLLM as it is; start "
+            f"it with {MAX_KEEP}=1 to allow smaller budgets"
         )
-    if found.kept > most:
+    if found.exceeds(most):
         raise ValueError(
-            f"{name}: {word}={value!r:.100} keeps {found.kept:.4g} of an image's visual tokens, "
-            f"this server at most {most:.4g}; ask for less, or start it with a larger {MAX_KEEP}"
+            f"{asked} keeps {found.kept:.4g} of an image's visual tokens, this server at most "
+            f"{most:.4g}; ask for less, or start it with a larger {MAX_KEEP}"
         )
 
 

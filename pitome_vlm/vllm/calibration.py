@@ -111,8 +111,11 @@ class Calibration(nn.Module):
         own = self.numbers[:count].zero_()
         if embeddings is None or not len(embeddings):
             return None
-        channels = torch.cat([one[:, self.width :] for one in embeddings])
-        own[is_multimodal] = channels.contiguous().view(torch.float32)
+        numbers = [one[:, self.width :].contiguous().view(torch.float32) for one in embeddings]
+        # Embeddings that a client sends in a prompt are words, about which there is nothing to say.
+        words = own.new_zeros(1, own.shape[1])
+        numbers = [one if one.shape[1] else words.expand(len(one), -1) for one in numbers]
+        own[is_multimodal] = torch.cat(numbers)
         return [one[:, : self.width] for one in embeddings]
 
     def prepare(self, positions: Tensor) -> Tensor:

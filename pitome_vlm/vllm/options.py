@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..common import check_range
 from ..merge.config import MergeConfig
 from ..merge.schedule import Schedule, TowerShape
+from ..merge.steps import Budget
 from .language_config import check_language_model
 from .served import ARCHITECTURE, ARCHITECTURES, SERVED, served_as
 
@@ -69,6 +70,15 @@ class PlannedServing:
         if self.config.budget.keep is not None:
             return self.config.budget.keep
         return self.schedule.tokens_out / self.schedule.tokens_in
+
+    def exceeds(self, most: float) -> bool:
+        """Whether an image may keep more than the fraction `most` of its tokens."""
+        if self.kept <= most:
+            return False
+        # Where all images have one count, `tokens` may name the one that a fraction is rounded to.
+        one_count = not (self.shape.packed or self.shape.typical)
+        target = Budget(keep=most).target(self.schedule.tokens_in)
+        return not one_count or self.schedule.tokens_out > (target or 0)
 
     @property
     def merges(self) -> bool:
@@ -229,7 +239,12 @@ def plan_serving(
     most = _checked_max_keep(max_keep)
     patches = None if model.patches is None else model.patches(hf_config)
     plan = PlannedServing(hf_config.model_type, served, shape, schedule, patches, most)
-    if most is not None and most < plan.kept:
+    if served.compile:
+        raise ValueError(
+            "compile=True is not available in vLLM, where every budget that a request asks for "
+            "would be compiled while all others wait; leave it out"
+        )
+    if most is not None and plan.exceeds(most):
         raise ValueError(
             f"{MAX_KEEP} must be at least what is kept without a request's own budget "
             f"({plan.kept:.4g}), got {most}"

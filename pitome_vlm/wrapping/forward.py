@@ -41,7 +41,7 @@ from .kv_cache import (
 )
 from .later_turns import brings_new_images_only, with_new_images, without_new_images
 from .positions import as_model_positions
-from .prompt import other_arguments, prepare
+from .prompt import for_every_row, other_arguments, prepare
 from .refusals import (
     check_cache,
     check_carrier,
@@ -143,6 +143,8 @@ class WrappedLlava(GenerateHooks, WrappedModel):
         refuse_unsupported(self, call)
         if ids is not None and call.get("attention_mask") is None:
             call["attention_mask"] = inferred_mask(self, call, ids)
+        if ids is not None:
+            call["attention_mask"] = for_every_row(call["attention_mask"], len(ids))
         check_cache(plan, cache, ids)
         left = _pad_left(call)
         if not has_pixels:

@@ -215,7 +215,7 @@ def continued(model: Any, call: dict[str, Any], images: CachedImages) -> dict[st
     """Arguments of one forward pass on a cache with merged images.
 
     Positions count on in the unreduced layout. A mask that has its four axes already is left as
-    it is.
+    it is, with positions: then it is `generate`'s or made by somebody who knows them.
 
     Args:
         model: the wrapped model itself.
@@ -223,9 +223,16 @@ def continued(model: Any, call: dict[str, Any], images: CachedImages) -> dict[st
         images: what the cache remembers.
 
     Raises:
-        ValueError: the cache has other rows than the new inputs.
+        ValueError: the cache has other rows than the new inputs, or a mask of four axes comes
+            without positions.
     """
     if _is_made(call.get("attention_mask")):
+        if images.positions is not None and call.get("position_ids") is None:
+            raise ValueError(
+                "attention_mask must be [batch, tokens] where the cache holds merged images, "
+                "because positions and log sizes of merged tokens follow from it; a mask with four "
+                "axes needs position_ids and log sizes of its own"
+            )
         return call
     query = query_of(call)
     if images.sizes.shape[0] != query.shape[0]:

@@ -106,8 +106,8 @@ def prepare(
     given: Tensor | None = inputs.get("inputs_embeds")
     if ids is None and given is None:
         raise ValueError("pixel_values need input_ids or inputs_embeds with image placeholders")
-    width = (ids if given is None else given).shape[1]  # type: ignore[union-attr]
-    past, mask = _split_mask(inputs.get("attention_mask"), width, cached)
+    batch, width = (ids if given is None else given).shape[:2]  # type: ignore[union-attr]
+    past, mask = _split_mask(for_every_row(inputs.get("attention_mask"), batch), width, cached)
     labels = inputs.get("labels")
     if labels is not None and labels.shape[1] != width:
         raise ValueError(
@@ -267,6 +267,13 @@ def other_arguments(
         for name, value in call.items()
         if name not in consumed
     }
+
+
+def for_every_row(mask: Any, batch: int) -> Any:
+    """A mask [1, T] that holds for all rows as [batch, T]; any other as it is."""
+    if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == 1:
+        return mask.expand(batch, -1)
+    return mask
 
 
 def _split_mask(mask: Any, width: int, cached: int) -> tuple[Tensor | None, Tensor | None]:

@@ -133,7 +133,12 @@ def server(
             yield url, process.pid
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(timeout=60)
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                # As where a shell started all of this in the background, with SIGINT ignored.
+                process.terminate()
+                process.wait(timeout=60)
 
 
 def wait_for(process: subprocess.Popen[bytes], url: str, log: Path) -> None:

@@ -152,6 +152,10 @@ def test_images_that_options_brought_to_another_size_are_refused():
             ):
                 check_side(torch.zeros(shape), side)
     check_side(torch.zeros(3, 32, 32), None)
+    for wrong in (float("nan"), float("inf")):
+        for side, shape in ((64, (3, 64, 64)), (None, (70, 192))):
+            with pytest.raises(ValueError, match="must be finite; leave out rescale_factor"):
+                check_side(torch.full(shape, wrong), side)
     with pytest.raises(ValueError, match="device='meta' holds no pixels; leave it out"):
         check_side(torch.zeros(3, 32, 32, device="meta"), None)
 
@@ -235,8 +239,24 @@ def test_budgets_that_follow_the_pixels(model_config):
     assert requested(plan, {"keep": 0.2}).for_pixels(pixels).config.keep == 0.2
     other = requested(plan_of(model_config, max_keep=0.5), {"keep": "auto"})
     assert other.for_pixels(pixels).config.keep == keep_of(pixels, plan.patches, (0.0625, 0.5))
-    with pytest.raises(ValueError, match=r"keep='auto' keeps 0.5 of .* at most 0.25"):
-        requested(plan_of(model_config), {"keep": "auto"})
+    # No more than the server keeps.
+    small = requested(plan_of(model_config), {"keep": "auto"})
+    assert small.config.keep_range == (0.0625, 0.25)
+    noise = torch.randn(1, 3, side, side)
+    assert small.for_pixels(noise).config.keep == 0.25 < other.for_pixels(noise).config.keep
+
+
+def test_a_count_that_the_server_itself_keeps_is_allowed(model_config):
+    """The fraction that it is of all tokens may be larger by rounding."""
+    plan = plan_of(model_config, keep=0.3)
+    assert plan.schedule.tokens_out == 43
+    assert requested(plan, {"tokens": 43}).schedule.tokens_out == 43
+    with pytest.raises(ValueError, match=r"tokens=44 keeps 0.3056 of"):
+        requested(plan, {"tokens": 44})
+    exact = plan_of(model_config, keep=None, tokens=43, max_keep=0.298)
+    assert exact.schedule.tokens_out == 43
+    with pytest.raises(ValueError, match="max_keep must be at least"):
+        plan_of(model_config, keep=None, tokens=44, max_keep=0.298)
 
 
 def test_counts_of_tiled_images_follow_the_same_fraction():

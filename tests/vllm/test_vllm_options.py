@@ -151,6 +151,13 @@ def test_scaled_rotary_positions_can_be_told(kind):
         ({"keeep": 0.25}, "unknown merge option 'keeep'"),
         ({"tokens": 1000}, "tokens must be in 1..144"),
         ({"keep": 0.25, "layers": [40]}, "layers must be in 0..4"),
+        ({"tokens": 10**400}, "tokens must be a whole number .* 1000"),
+        ({"keep": 0.25, "compile": True}, "compile=True is not available in vLLM"),
+        (
+            {"keep": "auto", "adapt": "pixels", "algorithm": "tome", "projector_steps": 1}
+            | {"stage": "projector"},
+            "projector_steps must be at least",
+        ),
     ],
 )
 def test_bad_values_are_refused_before_anything_runs(values, message):

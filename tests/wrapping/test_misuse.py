@@ -51,6 +51,31 @@ def test_a_budget_needs_its_name(model, value, word):
     assert not is_wrapped(model)
 
 
+def test_a_mask_of_four_axes_needs_positions_on_a_cache_with_merged_images(model):
+    """Sizes and positions of what is cached follow from a mask of one number per token."""
+    batch = tiny_batch()
+    with pitome_vlm.wrapped(model, keep=0.25), torch.no_grad():
+        filled = model(**batch, use_cache=True)
+        cache, shown = filled.past_key_values, filled.logits.shape[1]
+        later = batch["input_ids"][:, -3:]
+        mask = torch.ones(len(later), 1, 3, shown + 3, dtype=torch.bool).tril(shown)
+        with pytest.raises(ValueError, match=r"must be \[batch, tokens\] where the cache"):
+            model(input_ids=later, past_key_values=cache, attention_mask=mask)
+
+
+def test_a_mask_of_one_row_holds_for_all(model):
+    batch = tiny_batch()
+    whole = batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+    single = batch | {"attention_mask": whole["attention_mask"][:1]}
+    assert len(batch["input_ids"]) > 1
+    with pitome_vlm.wrapped(model, keep=0.25), torch.no_grad():
+        assert torch.equal(model(**single).logits, model(**whole).logits)
+        found = [
+            model.generate(**one, max_new_tokens=3, do_sample=False) for one in (single, whole)
+        ]
+    assert torch.equal(*found)
+
+
 def test_integer_pixels_are_refused_and_gradients_follow_the_caller(model):
     pixels = tiny_batch()["pixel_values"]
     with pitome_vlm.wrapped(model, keep=0.25):

@@ -16,6 +16,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from pitome_vlm.vllm import startup
+from pitome_vlm.vllm.calibration import Calibration
 from pitome_vlm.vllm.rotary import StepTable
 
 HEAD, MOST = 32, 512
@@ -139,3 +140,16 @@ def test_a_backend_that_takes_no_wider_head_is_named_with_one_that_does(monkeypa
         choose(monkeypatch, narrow, 128, [narrow, FLASH])
     with pytest.raises(ValueError, match=r"takes no head of 264 .*serve with size_bias=false"):
         choose(monkeypatch, None, 256, [FLASH])
+
+
+def test_embeddings_that_a_client_sends_are_words():
+    """They come without channels, next to images that have them."""
+    told = SimpleNamespace(numbers=torch.ones(8, 2), width=4)
+    numbers = torch.tensor([[1.5, 0.7], [3.0, 1.1]])
+    image, words = torch.randn(2, 4), torch.randn(3, 4)
+    visual = torch.tensor([True, True, False, True, True, True, False])
+    found = Calibration.cut(told, 7, [torch.cat([image, numbers], 1), words], visual)
+    assert torch.equal(torch.cat(found), torch.cat([image, words]))
+    expected = torch.zeros(7, 2)
+    expected[:2] = numbers
+    assert torch.equal(told.numbers[:7], expected)
