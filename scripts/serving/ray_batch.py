@@ -27,6 +27,10 @@ from pitome_vlm.common import write_text
 from pitome_vlm.demo import checkpoint_path
 from pitome_vlm.vllm import hf_overrides
 
+# Ray would set a core aside for every stage around the model, and wait for ever where there are too
+# few.
+SHARED = {"num_cpus": 0.1}
+
 
 def answer(rows: list[dict[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows with their answers, in order."""
@@ -52,7 +56,7 @@ def processor(options: argparse.Namespace) -> Any:
     settings: dict[str, Any] = {}
     if not torch.cuda.is_available():
         # Ray would wait for a GPU.
-        settings["placement_group_config"] = {"bundles": [{"CPU": 1}]}
+        settings["placement_group_config"] = {"bundles": [{"CPU": 0.5}]}
         engine["enforce_eager"] = True
     if options.wheel:
         settings["runtime_env"] = {"pip": [options.wheel]}
@@ -61,7 +65,10 @@ def processor(options: argparse.Namespace) -> Any:
         engine_kwargs=engine,
         # Engine metrics go through Ray Serve, which is not needed otherwise.
         log_engine_metrics=False,
-        prepare_multimodal_stage={"enabled": True},
+        prepare_multimodal_stage={"enabled": True, **SHARED},
+        chat_template_stage={"enabled": True, **SHARED},
+        tokenize_stage={"enabled": True, **SHARED},
+        detokenize_stage={"enabled": True, **SHARED},
         concurrency=options.copies,
         batch_size=options.batch_size,
         **settings,
@@ -83,6 +90,8 @@ def processor(options: argparse.Namespace) -> Any:
             "tokenization_kwargs": {"add_special_tokens": True},
         },
         postprocess=lambda row: {"number": row["number"], "answer": row["generated_text"].strip()},
+        preprocess_map_kwargs=SHARED,
+        postprocess_map_kwargs=SHARED,
     )
 
 
