@@ -175,7 +175,9 @@ def simultaneous_intervals(
     strayed = _resampled_means(sums, counts, seed) - means
     groups = sums.shape[1]
     errors = np.sqrt(np.nanmean(strayed**2, axis=0) * groups / (groups - 1))
-    most = float(np.nanquantile(np.nanmax(np.abs(strayed) / errors, axis=1), level))
+    # A mean that no draw moves is known and constrains nothing.
+    far = np.divide(np.abs(strayed), errors, out=np.zeros_like(strayed), where=errors > 0)
+    most = float(np.nanquantile(np.nanmax(far, axis=1), level))
     # The errors are estimates themselves: Student's quantile in place of the normal one.
     reach = float(stats.t.isf(stats.norm.sf(most), groups - 1)) * errors
     return [Interval(float(m - r), float(m + r)) for m, r in zip(means, reach, strict=True)]

@@ -118,6 +118,12 @@ class TestIntervals:
         scaled = stats.simultaneous_intervals([100 * part], clusters, extremes=(-100, 100))
         assert scaled[0] == pytest.approx((100 * kept.low, 100 * kept.high))
         assert stats.simultaneous_intervals([], clusters) == []
+        # What no image changes is known, and does not widen the others.
+        still, found = stats.simultaneous_intervals(
+            [np.zeros(8), values], clusters, extremes=[(0, 0), (-1, 1)]
+        )
+        assert (still, found) == ((0, 0), pytest.approx(whole))
+        assert stats.simultaneous_intervals([np.zeros(8)], clusters, extremes=(0, 0)) == [(0, 0)]
         with pytest.raises(ValueError, match="mean 1 of the family is of no question"):
             stats.simultaneous_intervals([values, values * np.nan], clusters)
         with pytest.raises(ValueError, match="got 4 for 8 values"):
