@@ -43,7 +43,7 @@ def _select(distance, first, chosen, n_tokens, n_out, block: tl.constexpr):  # t
     tl.store(chosen, choice)
     nearest = tl.load(distance + choice * n_tokens + token, mask=inside, other=-float("inf"))
     for step in range(1, n_out):
-        # Numbers that are no numbers compare with nothing; no read may leave the matrix for that.
+        # NaN compares with nothing, so argmax may point past the row; reads must stay inside.
         choice = tl.minimum(tl.argmax(nearest, 0), n_tokens - 1).to(tl.int64)
         tl.store(chosen + step, choice)
         row = tl.load(distance + choice * n_tokens + token, mask=inside, other=-float("inf"))

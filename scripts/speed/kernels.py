@@ -9,7 +9,7 @@ the bytes (--width 1024 is the real one). A kernel is an operator that computes 
 in the tower, the most of one in brackets, and what they read and write; "after it": what is merged
 on the features, the projector, and who went where. The last is counted on PyTorch's meta device,
 because on a CPU the greedy selection runs in NumPy; "with one kernel": as on a CPU, with one kernel
-for the selection, which is what `compile=True` runs on a GPU.
+for the selection, which is what `compile=True` runs on a GPU; "in all": tower and after it.
 """
 
 from __future__ import annotations
@@ -113,15 +113,21 @@ def _row(name: str, one: Parts, on_meta: Parts, base: Parts) -> list[str]:
         f"{sum(steps)} ({max(steps)})" if steps else "-",
         f"{sum(step.bytes for step in one.steps) / 2**20:.1f}" if steps else "-",
         str(on_meta.whole.total - on_meta.tower),
-        _in_one(one, on_meta),
+        *_in_all(one, on_meta, base),
     ]
 
 
-def _in_one(one: Parts, on_meta: Parts) -> str:
-    """Kernels after the tower if the greedy selection is one, "-" where there is none."""
-    # NumPy's calls on a CPU are no kernels, so the selection is all that the two differ by.
+def _in_all(one: Parts, on_meta: Parts, base: Parts) -> list[str]:
+    """Kernels after the tower if the greedy selection is one, and both ways of it in all.
+
+    "-" where there is no such selection. NumPy's calls on a CPU are no kernels, so the selection is
+    all that the two differ by.
+    """
     without, loop = (parts.whole.total - parts.tower for parts in (one, on_meta))
-    return str(without + 1) if loop > without else "-"
+    ratios = [f"{(one.tower + after) / base.whole.total:.2f}" for after in (loop, without + 1)]
+    if loop == without:
+        return ["-", ratios[0], "-"]
+    return [str(without + 1), *ratios]
 
 
 def main() -> int:
@@ -145,6 +151,8 @@ def main() -> int:
         "steps",
         "MiB of the steps",
         "after it",
+        "with one kernel",
+        "in all, of unmerged",
         "with one kernel",
     ]
     print(markdown_table(columns, measured(options)))
